@@ -1,0 +1,1 @@
+"""A store of annotated atlases: add one by one, read lazily, lose none."""

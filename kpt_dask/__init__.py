@@ -1,0 +1,1 @@
+"""Keypoint transfer segmentation of CT scans, streamed with Dask and Zarr."""

@@ -1,0 +1,33 @@
+"""What can go wrong, one class for each kind a caller may want to catch.
+
+Every message is one sentence that names the file, says what is wrong and what to do.
+Each class also inherits the builtin that a Python programmer would expect.
+"""
+
+
+class KptError(Exception):
+    """Base of every error that the user can do something about."""
+
+
+class ScanNotFoundError(KptError, FileNotFoundError):
+    """A scan, label map or volume does not exist."""
+
+
+class ScanFormatError(KptError, ValueError):
+    """A scan or label map cannot be read, or holds what cannot be used."""
+
+
+class GridMismatchError(KptError, ValueError):
+    """A scan and its labels do not lie on the same grid."""
+
+
+class LabelError(KptError, ValueError):
+    """A label map holds no label, or labels that the organ table does not know."""
+
+
+class OutputExistsError(KptError, FileExistsError):
+    """The output is there already and overwriting was not asked for."""
+
+
+class ParameterError(KptError, ValueError):
+    """An option has a value that cannot be used."""
