@@ -88,7 +88,7 @@ class Grid:
         return (axes[0], axes[1], axes[2]), (flipped[0], flipped[1], flipped[2])
 
     def working(self, spacing: float) -> "Grid":
-        """The axis-aligned isotropic grid that covers this grid's field of view.
+        """Make the axis-aligned isotropic grid that covers this grid's field of view.
 
         Both start at the same voxel corner, so a grid that is isotropic at `spacing`
         already is its own working grid, in whatever order and direction its axes run.
