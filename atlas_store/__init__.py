@@ -1,1 +1,49 @@
 """A store of annotated atlases: add one by one, read lazily, lose none."""
+
+from atlas_store.atlas import Atlas
+from atlas_store.draft import Draft
+from atlas_store.errors import (
+    AtlasExistsError,
+    AtlasIdError,
+    AtlasNotFoundError,
+    AtlasStoreError,
+    EmptyStoreError,
+    KeypointsFormatError,
+    OrganTableError,
+    ParameterMismatchError,
+    StoreExistsError,
+    StoreFormatError,
+    StoreNotFoundError,
+)
+from atlas_store.index import AtlasKeypoints
+from atlas_store.info import AtlasInfo, OrganInfo
+from atlas_store.keypoints import read_keypoints, write_keypoints
+from atlas_store.organs import Organ, OrganTable, load_organs
+from atlas_store.store import AtlasStore
+from atlas_store.verify import Problem
+
+__all__ = [
+    "Atlas",
+    "AtlasExistsError",
+    "AtlasIdError",
+    "AtlasInfo",
+    "AtlasKeypoints",
+    "AtlasNotFoundError",
+    "AtlasStore",
+    "AtlasStoreError",
+    "Draft",
+    "EmptyStoreError",
+    "KeypointsFormatError",
+    "Organ",
+    "OrganInfo",
+    "OrganTable",
+    "OrganTableError",
+    "ParameterMismatchError",
+    "Problem",
+    "StoreExistsError",
+    "StoreFormatError",
+    "StoreNotFoundError",
+    "load_organs",
+    "read_keypoints",
+    "write_keypoints",
+]

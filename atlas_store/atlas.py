@@ -1,0 +1,157 @@
+"""One atlas of a store: what its marker says at once, its data when asked for."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import xarray as xr
+import zarr
+from numpy.typing import NDArray
+
+from atlas_store.errors import AtlasNotFoundError, KeypointsFormatError, StoreFormatError
+from atlas_store.info import AtlasInfo, OrganInfo
+from atlas_store.keypoints import as_dataset, read_arrays
+from atlas_store.layout import IMAGE, KEYPOINTS, LABELS, data_folder, marker_key
+from atlas_store.objects import Objects
+from atlas_store.organs import OrganTable
+
+
+@dataclass(frozen=True, eq=False)
+class Atlas:
+    """An atlas of a store; `AtlasStore` makes them.
+
+    Attributes
+    ----------
+    info : AtlasInfo
+        What the marker says.
+    organ_table : OrganTable
+        The organs of the store.
+    """
+
+    info: AtlasInfo
+    organ_table: OrganTable
+    objects: Objects
+
+    @property
+    def id(self) -> str:
+        """Its name in the store."""
+        return self.info.id
+
+    @property
+    def annotated(self) -> tuple[str, ...]:
+        """Names of the organs that whoever annotated the scan looked for."""
+        return self.info.annotated
+
+    @property
+    def organs(self) -> Mapping[str, OrganInfo]:
+        """The organs its label map shows, with voxels, bounding box, centroid, keypoints."""
+        return self.info.organs
+
+    @property
+    def path(self) -> str:
+        """Folder of its data in the store."""
+        return data_folder(self.info.id, self.info.uuid)
+
+    @cached_property
+    def group(self) -> zarr.Group:
+        """The Zarr group of its data, read-only; `StoreFormatError` if it is damaged."""
+        try:
+            return zarr.open_group(self.objects.store, path=self.path, mode="r")
+        except (OSError, KeyError, TypeError, ValueError) as error:
+            raise self._unreadable("data", error) from error
+
+    @cached_property
+    def image(self) -> zarr.Group:
+        """The OME-Zarr image; `StoreFormatError` if it is damaged."""
+        try:
+            image = self.group[IMAGE]
+        except (OSError, KeyError, TypeError, ValueError) as error:
+            raise self._unreadable("image", error) from error
+        if not isinstance(image, zarr.Group):
+            raise self._unreadable("image", "it is an array")
+        return image
+
+    @cached_property
+    def labels(self) -> "zarr.Array[Any]":
+        """The label map, (z, y, x) of `info.shape`, unsigned.
+
+        Raises
+        ------
+        StoreFormatError
+            If it is damaged.
+        """
+        try:
+            labels = self.group[LABELS]
+        except (OSError, KeyError, TypeError, ValueError) as error:
+            raise self._unreadable("label map", error) from error
+        check_labels(labels, self.info.shape, f"{self.objects.url}: atlas {self.id!r}")
+        assert isinstance(labels, zarr.Array)
+        return labels
+
+    def keypoints(self) -> xr.Dataset:
+        """Read its keypoints into memory.
+
+        Returns
+        -------
+        xarray.Dataset
+            The variables of `atlas_store.keypoints.VARIABLES`, ``label`` included.
+
+        Raises
+        ------
+        AtlasNotFoundError
+            If the atlas was removed or replaced meanwhile.
+        KeypointsFormatError
+            If they are damaged.
+        """
+        return as_dataset(self.keypoint_arrays())
+
+    def keypoint_arrays(self) -> dict[str, NDArray[Any]]:
+        """Read its keypoints as plain arrays by name; otherwise like `keypoints`."""
+        path = f"{self.path}/{KEYPOINTS}"
+        try:
+            return read_arrays(self.objects, path, self.organ_table.values)
+        except KeypointsFormatError:
+            self.ensure_present()
+            raise
+
+    def ensure_present(self) -> None:
+        """Refuse an atlas that was removed or replaced meanwhile.
+
+        Data is deleted only after the marker. So whoever calls this after reading, and gets
+        no error, has read whole data: a chunk deleted while reading would come as zeros.
+
+        Raises
+        ------
+        AtlasNotFoundError
+            If the marker does not name this data any more.
+        """
+        key = marker_key(self.id)
+        data = self.objects.read(key)
+        if data is not None:
+            marker = AtlasInfo.load(data, self.id, f"{self.objects.url}/{key}")
+            if marker.uuid == self.info.uuid:
+                return
+        raise AtlasNotFoundError(
+            f"{self.objects.url}: the atlas {self.id!r} was removed or replaced while it was "
+            "read: run this again."
+        )
+
+    def _unreadable(self, what: str, reason: object) -> StoreFormatError:
+        self.ensure_present()
+        return StoreFormatError(
+            f"{self.objects.url}: the {what} of the atlas {self.id!r} cannot be read "
+            f"({reason}): remove the atlas and add it again."
+        )
+
+
+def check_labels(labels: object, shape: tuple[int, int, int], where: str) -> None:
+    """Refuse what is no label map of this shape."""
+    if not isinstance(labels, zarr.Array) or labels.dtype.kind != "u" or labels.shape != shape:
+        what = (
+            f"{labels.dtype} {labels.shape}" if isinstance(labels, zarr.Array) else "not an array"
+        )
+        raise StoreFormatError(
+            f"{where}: the label map is {what}, not unsigned integers {shape}: "
+            "remove the atlas and add it again."
+        )

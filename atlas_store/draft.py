@@ -1,0 +1,292 @@
+"""Adding an atlas: fill a folder that nobody sees, then write the marker."""
+
+import os
+from collections.abc import Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from datetime import UTC, datetime, timedelta
+from enum import Enum, auto
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path, PurePath
+from types import TracebackType
+from typing import Self
+from uuid import uuid4
+
+import numpy as np
+import xarray as xr
+import zarr
+
+from atlas_store.atlas import check_labels
+from atlas_store.errors import AtlasExistsError, KeypointsFormatError, StoreFormatError
+from atlas_store.info import (
+    ENCODING_TYPE,
+    ENCODING_VERSION,
+    AtlasInfo,
+    Json,
+    OrganInfo,
+    digest,
+    table_digest,
+)
+from atlas_store.keypoints import check_keypoints, write_keypoints
+from atlas_store.layout import KEYPOINTS, LABELS, data_folder, marker_key
+from atlas_store.objects import Objects
+from atlas_store.organs import OrganTable
+
+ABANDONED_AFTER = timedelta(hours=24)
+"""An unfinished add of another machine counts as interrupted after this time."""
+
+_HASHING_THREADS = 4
+
+
+class _State(Enum):
+    OPEN = auto()
+    PUBLISHING = auto()
+    LOST = auto()
+    COMMITTED = auto()
+
+
+class Draft:
+    """An atlas that is being added; `AtlasStore.draft` makes them.
+
+    A context manager: left without `commit`, its data is removed. A process that is
+    killed leaves data that nobody sees and that `AtlasStore.verify` finds.
+
+    Attributes
+    ----------
+    group : zarr.Group
+        To be filled with ``image/``, an OME-Zarr image with the label map
+        ``image/labels/organs``. `commit` writes ``keypoints/``.
+    """
+
+    group: zarr.Group
+
+    def __init__(
+        self,
+        objects: Objects,
+        organs: OrganTable,
+        parameters: Mapping[str, Json],
+        atlas_id: str,
+        *,
+        replace: bool,
+    ) -> None:
+        self.id = atlas_id
+        self._objects = objects
+        self._organs = organs
+        self._parameters = parameters
+        self._replace = replace
+        self._uuid = uuid4().hex
+        self._folder = data_folder(atlas_id, self._uuid)
+        self._state = _State.OPEN
+
+    def __enter__(self) -> Self:
+        """Make the folder; `AtlasExistsError` if the id is taken."""
+        if not self._replace and self._objects.exists(marker_key(self.id)):
+            raise self._taken()
+        self.group = zarr.create_group(
+            self._objects.store,
+            path=self._folder,
+            attributes={
+                "encoding-type": ENCODING_TYPE,
+                "encoding-version": ENCODING_VERSION,
+                "started": datetime.now(UTC).isoformat(timespec="seconds"),
+                "machine": _machine(),
+                "process": os.getpid(),
+            },
+        )
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        """Remove the data unless it was committed."""
+        # Interrupted while publishing, nobody knows whether the marker is there; data
+        # without a marker is harmless, a marker without data is not.
+        if self._state in (_State.OPEN, _State.LOST):
+            self._objects.delete_folder(self._folder)
+
+    def commit(
+        self,
+        keypoints: xr.Dataset,
+        *,
+        annotated: Iterable[str],
+        organs: Mapping[str, OrganInfo],
+        shape: tuple[int, int, int],
+        spacing: tuple[float, float, float],
+        origin: tuple[float, float, float],
+        source: Iterable[str | os.PathLike[str]],
+    ) -> AtlasInfo:
+        """Write the keypoints and make the atlas visible.
+
+        Parameters
+        ----------
+        keypoints : xarray.Dataset
+            The variables of `atlas_store.keypoints.VARIABLES`, ``label`` included.
+        annotated : iterable of str
+            Names of the organs that whoever annotated the scan looked for.
+        organs : mapping of str to OrganInfo
+            The organs that the label map shows; their keypoints are counted here.
+        shape, spacing, origin : tuple
+            The working grid, (z, y, x): voxels, mm, centre of voxel (0, 0, 0) in mm.
+        source : iterable of str or path
+            The files it was made from; only their names are kept.
+
+        Returns
+        -------
+        AtlasInfo
+            What the marker says.
+
+        Raises
+        ------
+        AtlasExistsError
+            If somebody else added this id meanwhile.
+        StoreFormatError
+            If the group has no label map of this shape, or a number makes no sense.
+        OrganTableError
+            If an organ is not in the table of the store.
+        KeypointsFormatError
+            If the keypoints are not what they must be.
+        """
+        wanted = {self._organs.by_name(name).name for name in annotated}
+        shape = (int(shape[0]), int(shape[1]), int(shape[2]))
+        check_labels(self.group.get(LABELS), shape, f"{self._objects.url}: atlas {self.id!r}")
+        counted = self._count(keypoints, organs)
+        write_keypoints(self.group.create_group(KEYPOINTS), keypoints)
+        info = AtlasInfo(
+            id=self.id,
+            uuid=self._uuid,
+            annotated=tuple(name for name in self._organs.names if name in wanted),
+            organs=counted,
+            keypoints=keypoints.sizes["keypoint"],
+            shape=shape,
+            spacing=(float(spacing[0]), float(spacing[1]), float(spacing[2])),
+            origin=(float(origin[0]), float(origin[1]), float(origin[2])),
+            source=tuple(PurePath(name).name for name in source),
+            added=datetime.now(UTC).isoformat(timespec="seconds"),
+            software=_software(),
+            parameters=self._parameters,
+            organ_table=table_digest(self._organs),
+            digest=self._seal(),
+        )
+        self._publish(info)
+        return info
+
+    def _count(
+        self, keypoints: xr.Dataset, organs: Mapping[str, OrganInfo]
+    ) -> dict[str, OrganInfo]:
+        """Check the keypoints and count those of each organ."""
+        labels = check_keypoints(keypoints, self._organs.values)["label"]
+        values, counts = np.unique(labels, return_counts=True)
+        found = dict(zip(values.tolist(), counts.tolist(), strict=True))
+        found.pop(0, None)
+        counted = {
+            name: replace(info, keypoints=found.pop(self._organs.by_name(name).value, 0))
+            for name, info in organs.items()
+        }
+        if found:
+            raise KeypointsFormatError(
+                f"{self._objects.url}: keypoints of the atlas {self.id!r} have the label "
+                f"{min(found)}, which its label map does not show: extract them again."
+            )
+        return counted
+
+    def _seal(self) -> str:
+        """Keep the digest of every object in the group, and give that of the group."""
+        digests = digests_of(self._objects, self._folder)
+        self.group.attrs.update({"digests": digests})
+        sealed = self._objects.read(f"{self._folder}/zarr.json")
+        if sealed is None:
+            raise StoreFormatError(
+                f"{self._objects.url}: the data of the atlas {self.id!r} was deleted while it "
+                "was added: add it again."
+            )
+        return digest(sealed)
+
+    def _publish(self, info: AtlasInfo) -> None:
+        key, data = marker_key(self.id), info.dump()
+        AtlasInfo.load(data, self.id, f"{self._objects.url}/{key}")
+        old = self._objects.read(key) if self._replace else None
+        self._state = _State.PUBLISHING
+        if self._replace:
+            self._objects.write(key, data)
+        elif not self._objects.write_new(key, data):
+            self._state = _State.LOST
+            raise self._taken()
+        self._state = _State.COMMITTED
+        if old is not None:
+            remove_data(self._objects, self.id, old)
+
+    def _taken(self) -> AtlasExistsError:
+        return AtlasExistsError(
+            f"{self._objects.url} has an atlas {self.id!r} already: use another id, or replace it."
+        )
+
+
+def remove_data(objects: Objects, atlas_id: str, marker: bytes) -> None:
+    """Delete the data that a marker names; nothing happens if the marker is damaged."""
+    try:
+        info = AtlasInfo.load(marker, atlas_id, f"{objects.url}/{marker_key(atlas_id)}")
+    except StoreFormatError:
+        # What a damaged marker named is left to `verify`, which knows what nobody names.
+        return
+    objects.delete_folder(data_folder(atlas_id, info.uuid))
+
+
+def digests_of(objects: Objects, folder: str) -> dict[str, str]:
+    """SHA-256 of every object in the folder of an atlas but its own description, by key."""
+    keys = [key for key in objects.keys(folder) if key != "zarr.json"]
+
+    def hashed(key: str) -> str | None:
+        data = objects.read(f"{folder}/{key}")
+        return None if data is None else digest(data)
+
+    with ThreadPoolExecutor(_HASHING_THREADS) as threads:
+        found = zip(keys, threads.map(hashed, keys), strict=True)
+        return {key: value for key, value in found if value is not None}
+
+
+def is_abandoned(attributes: Mapping[str, Json], now: datetime) -> bool:
+    """Whether nobody is going to finish the add that these attributes of its group describe.
+
+    True if its process ran on this machine and runs no more, or if it started longer than
+    `ABANDONED_AFTER` ago.
+    """
+    process = attributes.get("process")
+    here = attributes.get("machine") == _machine() is not None
+    if here and type(process) is int and process > 0 and not _is_running(process):
+        return True
+    try:
+        return now - datetime.fromisoformat(attributes["started"]) > ABANDONED_AFTER
+    except (KeyError, TypeError, ValueError):
+        return True
+
+
+def _machine() -> str | None:
+    """Name of the space in which process ids mean something; None where it has no name.
+
+    A host name would not do: containers may share it and not see each other's processes.
+    """
+    try:
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text()
+        return digest(f"{boot.strip()} {os.readlink('/proc/self/ns/pid')}".encode())
+    except OSError:
+        return None
+
+
+def _is_running(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except (PermissionError, OverflowError):
+        return True
+    return True
+
+
+def _software() -> str:
+    try:
+        return f"kpt-dask {version('kpt-dask')}"
+    except PackageNotFoundError:
+        return "kpt-dask"

@@ -1,0 +1,315 @@
+"""What a store says of an atlas without opening it: the content of its marker.
+
+A marker is a small JSON document, written last. It is read with distrust, as it may come
+from a store that somebody else wrote.
+"""
+
+import hashlib
+import json
+import math
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
+from typing import Any, Self, TypeVar
+
+from atlas_store.errors import AtlasIdError, StoreFormatError
+from atlas_store.organs import OrganTable
+
+ENCODING_TYPE = "kpt-atlas"
+ENCODING_VERSION = "1"
+
+Json = Any
+"""What JSON can say: None, bool, int, float, str, lists and string-keyed dicts of these."""
+
+Box = tuple[tuple[int, int], tuple[int, int], tuple[int, int]]
+"""(start, stop) along z, y and x, half-open, in voxels of the working grid."""
+
+_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
+_HEXADECIMAL = frozenset("0123456789abcdef")
+
+T = TypeVar("T")
+
+_CHECKSUM = b'{"checksum":"%s",'
+"""How a marker begins: the SHA-256 of what follows, with the brace that this took."""
+
+_ABSENT = object()
+
+
+@dataclass(frozen=True)
+class OrganInfo:
+    """One organ of one atlas.
+
+    Attributes
+    ----------
+    voxels : int
+        Voxels with its label.
+    bounding_box : tuple
+        (start, stop) along z, y and x, half-open, in voxels.
+    centroid : tuple of float
+        (z, y, x) in mm.
+    keypoints : int
+        Keypoints with its label; `Draft.commit` counts them.
+    """
+
+    voxels: int
+    bounding_box: Box
+    centroid: tuple[float, float, float]
+    keypoints: int = 0
+
+    @property
+    def slices(self) -> tuple[slice, slice, slice]:
+        """The bounding box as an index of the label map."""
+        z, y, x = self.bounding_box
+        return slice(*z), slice(*y), slice(*x)
+
+
+@dataclass(frozen=True)
+class AtlasInfo:
+    """What the marker of an atlas says.
+
+    Attributes
+    ----------
+    id : str
+        Its name in the store.
+    uuid : str
+        Names the folder of its data, another one each time an atlas is added or replaced.
+    annotated : tuple of str
+        Names of the organs that whoever annotated the scan looked for.
+    organs : mapping of str to OrganInfo
+        The organs that its label map shows.
+    keypoints : int
+        Number of keypoints, those outside of organs included.
+    shape, spacing, origin : tuple
+        The working grid, (z, y, x): voxels, mm, centre of voxel (0, 0, 0) in mm.
+    source : tuple of str
+        Names of the files it was made from, without their folders.
+    added : str
+        When, ISO 8601 in UTC.
+    software : str
+        Version of the program that added it.
+    parameters : mapping
+        What it was made with: those of the store.
+    organ_table : str
+        SHA-256 of the organ table it was made with.
+    digest : str
+        SHA-256 of the group that holds the SHA-256 of every other object of its data.
+    """
+
+    id: str
+    uuid: str
+    annotated: tuple[str, ...]
+    organs: Mapping[str, OrganInfo]
+    keypoints: int
+    shape: tuple[int, int, int]
+    spacing: tuple[float, float, float]
+    origin: tuple[float, float, float]
+    source: tuple[str, ...]
+    added: str
+    software: str
+    parameters: Mapping[str, Json]
+    organ_table: str
+    digest: str
+
+    def dump(self) -> bytes:
+        """Write the marker; it carries a checksum of itself."""
+        content = {"encoding-type": ENCODING_TYPE, "encoding-version": ENCODING_VERSION}
+        body = canonical(content | asdict(self))
+        return _CHECKSUM % digest(body).encode() + body[1:]
+
+    @classmethod
+    def load(cls, data: bytes, atlas_id: str, where: str) -> Self:
+        """Read the marker of `atlas_id`; `StoreFormatError` if it is malformed or newer."""
+        content = parse_json(data, where)
+        check_encoding(content, ENCODING_TYPE, ENCODING_VERSION, where)
+        try:
+            body = b"{" + data[len(_CHECKSUM % bytes(64)) :]
+            if content["checksum"] != digest(body):
+                raise ValueError("its checksum does not fit")
+            if content["id"] != atlas_id:
+                raise ValueError(f"it belongs to the atlas {content['id']!r}")
+            return cls._decode(content)
+        except KeyError as error:
+            raise _damaged(where, f"it lacks the field {error}") from error
+        except (TypeError, ValueError, OverflowError, RecursionError) as error:
+            raise _damaged(where, str(error)) from error
+
+    @classmethod
+    def _decode(cls, content: Mapping[str, Json]) -> Self:
+        shape = _triple(content["shape"], _whole)
+        return cls(
+            id=_text(content["id"]),
+            uuid=_hexadecimal(content["uuid"], 32),
+            annotated=_texts(content["annotated"]),
+            organs={
+                name: _decode_organ(_mapping(entry), shape)
+                for name, entry in _mapping(content["organs"]).items()
+            },
+            keypoints=_whole(content["keypoints"]),
+            shape=shape,
+            spacing=_triple(content["spacing"], _number),
+            origin=_triple(content["origin"], _number),
+            source=_texts(content["source"]),
+            added=_text(content["added"]),
+            software=_text(content["software"]),
+            parameters=_mapping(content["parameters"]),
+            organ_table=_hexadecimal(content["organ_table"], 64),
+            digest=_hexadecimal(content["digest"], 64),
+        )
+
+
+def check_id(atlas_id: str) -> str:
+    """Give back an id that can name an atlas; `AtlasIdError` for another."""
+    if not is_id(atlas_id):
+        raise AtlasIdError(
+            f"{atlas_id!r} cannot be the id of an atlas: use up to 128 letters, digits, dots, "
+            "underscores and hyphens, a letter or digit first."
+        )
+    return atlas_id
+
+
+def is_id(atlas_id: object) -> bool:
+    """Whether this can be the id of an atlas."""
+    return isinstance(atlas_id, str) and _ID.fullmatch(atlas_id) is not None
+
+
+def natural_order(name: str) -> tuple[list[tuple[int, int | str]], str]:
+    """Sorting key that puts pt_3 before pt_13."""
+    parts = re.split(r"([0-9]+)", name)
+    return [(0, int(part)) if i % 2 else (1, part) for i, part in enumerate(parts)], name
+
+
+def canonical(content: Json) -> bytes:
+    """One spelling of a JSON value; ValueError for what JSON cannot say, such as NaN."""
+    return json.dumps(
+        content, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False
+    ).encode()
+
+
+def digest(data: bytes) -> str:
+    """SHA-256, hexadecimal."""
+    return hashlib.sha256(data).hexdigest()
+
+
+def table_digest(organs: OrganTable) -> str:
+    """SHA-256 of an organ table."""
+    return digest(canonical(organs.to_json()))
+
+
+def parse_json(data: bytes, where: str) -> dict[str, Json]:
+    """Read a JSON object; `StoreFormatError` if it is none."""
+    try:
+        content = json.loads(data, parse_constant=_refuse_constant)
+    except (ValueError, RecursionError) as error:
+        raise StoreFormatError(
+            f"{where} is damaged, it is no JSON ({error}): restore it from a copy or remove it."
+        ) from error
+    if not isinstance(content, dict):
+        raise StoreFormatError(f"{where} is damaged, it is no JSON object: remove it.")
+    return content
+
+
+def check_encoding(content: Mapping[str, Json], kind: str, version: str, where: str) -> None:
+    """Refuse, by name, what is of another kind or a newer version."""
+    if content.get("encoding-type") != kind:
+        raise StoreFormatError(
+            f"{where} has the encoding-type {content.get('encoding-type')!r}, not {kind!r}: "
+            "use the path of an atlas store, or create one."
+        )
+    if content.get("encoding-version") != version:
+        raise StoreFormatError(
+            f"{where} has the encoding-version {content.get('encoding-version')!r}, but this "
+            f"program reads {version!r}: update the program."
+        )
+
+
+def differences(store: Json, here: Json, name: str = "") -> list[str]:
+    """Say where two JSON values differ, one phrase for each place."""
+    if isinstance(store, dict) and isinstance(here, dict):
+        return [
+            phrase
+            for key in sorted(store.keys() | here.keys())
+            for phrase in differences(
+                store.get(key, _ABSENT), here.get(key, _ABSENT), f"{name}.{key}" if name else key
+            )
+        ]
+    if store == here:
+        return []
+    return [f"{name} is {_show(store)} in the store and {_show(here)} here"]
+
+
+def _show(value: Json) -> str:
+    return "absent" if value is _ABSENT else json.dumps(value)
+
+
+def _refuse_constant(name: str) -> None:
+    raise ValueError(f"{name} is no JSON number")
+
+
+def _damaged(where: str, what: str) -> StoreFormatError:
+    return StoreFormatError(
+        f"{where} is damaged ({what}): restore it from a copy or remove the atlas."
+    )
+
+
+def _decode_organ(entry: Mapping[str, Json], shape: tuple[int, int, int]) -> OrganInfo:
+    box = _triple(entry["bounding_box"], _range)
+    if any(stop > size for (_, stop), size in zip(box, shape, strict=True)):
+        raise ValueError(f"the bounding box {box} leaves the shape {shape}")
+    return OrganInfo(
+        voxels=_whole(entry["voxels"]),
+        bounding_box=box,
+        centroid=_triple(entry["centroid"], _number),
+        keypoints=_whole(entry["keypoints"]),
+    )
+
+
+def _text(value: Json) -> str:
+    if not isinstance(value, str):
+        raise ValueError(f"{value!r} is no text")
+    return value
+
+
+def _hexadecimal(value: Json, length: int) -> str:
+    if len(_text(value)) != length or not _HEXADECIMAL.issuperset(value):
+        raise ValueError(f"{value!r} is no hexadecimal of length {length}")
+    return _text(value)
+
+
+def _whole(value: Json) -> int:
+    if type(value) is not int or value < 0:
+        raise ValueError(f"{value!r} is no count")
+    return value
+
+
+def _number(value: Json) -> float:
+    if type(value) not in (int, float) or not math.isfinite(value):
+        raise ValueError(f"{value!r} is no number")
+    return float(value)
+
+
+def _mapping(value: Json) -> dict[str, Json]:
+    if not isinstance(value, dict):
+        raise ValueError(f"{value!r} is no object")
+    return value
+
+
+def _texts(value: Json) -> tuple[str, ...]:
+    if not isinstance(value, list):
+        raise ValueError(f"{value!r} is no list")
+    return tuple(_text(item) for item in value)
+
+
+def _triple(value: Json, of: Callable[[Json], T]) -> tuple[T, T, T]:
+    if not isinstance(value, list) or len(value) != 3:
+        raise ValueError(f"{value!r} has not three members")
+    z, y, x = (of(item) for item in value)
+    return z, y, x
+
+
+def _range(value: Json) -> tuple[int, int]:
+    if not isinstance(value, list) or len(value) != 2:
+        raise ValueError(f"{value!r} is no range")
+    start, stop = _whole(value[0]), _whole(value[1])
+    if start >= stop:
+        raise ValueError(f"the range {value!r} is empty")
+    return start, stop

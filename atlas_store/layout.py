@@ -1,0 +1,42 @@
+"""Where things lie in a store.
+
+::
+
+    zarr.json                     the store: encoding, uuid, organ table, parameters
+    markers/<id>.json             one per atlas, written last: names the uuid of its data
+    atlases/<id>.<uuid>/          the data of an atlas, a Zarr group; its attributes hold the
+                                  SHA-256 of every other object in it
+        image/                    OME-Zarr image; image/labels/organs its label map
+        keypoints/                one array per variable
+
+An atlas exists if, and only if, its marker does. Data that no marker names belongs to an
+add under way, or is left of one that was interrupted. Every add has a folder of its own,
+so that replacing an atlas never mixes two, and no lock is needed.
+"""
+
+import re
+
+ROOT = "zarr.json"
+MARKERS = "markers"
+ATLASES = "atlases"
+IMAGE = "image"
+LABELS = "image/labels/organs/0"
+KEYPOINTS = "keypoints"
+
+_FOLDER = re.compile(r"(?P<id>.+)\.(?P<uuid>[0-9a-f]{32})", re.DOTALL)
+
+
+def marker_key(atlas_id: str) -> str:
+    """Key of the marker of an atlas."""
+    return f"{MARKERS}/{atlas_id}.json"
+
+
+def data_folder(atlas_id: str, uuid: str) -> str:
+    """Folder of the data of an atlas."""
+    return f"{ATLASES}/{atlas_id}.{uuid}"
+
+
+def parse_folder(name: str) -> tuple[str, str] | None:
+    """Id and uuid of a folder below `ATLASES`; None if it is no such folder."""
+    match = _FOLDER.fullmatch(name)
+    return (match["id"], match["uuid"]) if match else None

@@ -1,0 +1,274 @@
+"""A store of atlases: a plain Zarr group on a local path or an object store.
+
+Atlases are added one by one, by as many processes as like, and read lazily; see
+`atlas_store.layout` for where things lie and why no lock is needed.
+"""
+
+import json
+from collections.abc import Iterable, Iterator, Mapping
+from os import PathLike
+from typing import Self
+from uuid import uuid4
+
+from atlas_store.atlas import Atlas
+from atlas_store.draft import Draft, remove_data
+from atlas_store.errors import (
+    AtlasNotFoundError,
+    OrganTableError,
+    ParameterMismatchError,
+    StoreExistsError,
+    StoreFormatError,
+    StoreNotFoundError,
+)
+from atlas_store.info import (
+    AtlasInfo,
+    Json,
+    canonical,
+    check_encoding,
+    check_id,
+    differences,
+    is_id,
+    natural_order,
+    parse_json,
+)
+from atlas_store.layout import ATLASES, MARKERS, ROOT, marker_key
+from atlas_store.objects import Objects
+from atlas_store.organs import OrganTable
+from atlas_store.verify import Problem
+from atlas_store.verify import verify as verify_store
+
+ENCODING_TYPE = "kpt-atlas-store"
+ENCODING_VERSION = "1"
+
+
+class AtlasStore:
+    """A store of atlases; make one with `create` or `open`.
+
+    Iterating gives ids in natural order, ``store[id]`` an atlas, ``id in store`` and
+    ``len(store)`` what they say. Nothing is cached: every call sees what is there now.
+
+    Attributes
+    ----------
+    url : str
+        Where it is.
+    uuid : str
+        Which store it is, wherever it is moved.
+    organs : OrganTable
+        The organs its label maps know.
+    parameters : mapping
+        What all its atlases were made with.
+    """
+
+    def __init__(
+        self, objects: Objects, uuid: str, organs: OrganTable, parameters: Mapping[str, Json]
+    ) -> None:
+        self.objects = objects
+        self.url = objects.url
+        self.uuid = uuid
+        self.organs = organs
+        self.parameters = parameters
+
+    def __repr__(self) -> str:
+        """Name the place."""
+        return f"AtlasStore({self.url!r})"
+
+    @classmethod
+    def create(
+        cls,
+        url: str | PathLike[str],
+        organs: OrganTable,
+        parameters: Mapping[str, Json],
+    ) -> Self:
+        """Create an empty store.
+
+        Parameters
+        ----------
+        url : str or path
+            A local path that does not exist or is an empty folder, or an fsspec URL.
+        organs : OrganTable
+            The organs its label maps know.
+        parameters : mapping
+            What its atlases will be made with, in JSON types; opaque to the store.
+
+        Raises
+        ------
+        StoreExistsError
+            If something is there already.
+        ValueError, TypeError
+            If the parameters are not JSON.
+        """
+        objects = Objects.at(url)
+        attributes = {
+            "encoding-type": ENCODING_TYPE,
+            "encoding-version": ENCODING_VERSION,
+            "uuid": uuid4().hex,
+            "organs": organs.to_json(),
+            "parameters": json.loads(canonical(parameters)),
+        }
+        if not objects.is_vacant() or not objects.write_new(ROOT, _group(attributes)):
+            raise StoreExistsError(
+                f"{objects.url} exists already: use another path, or remove what is there."
+            )
+        objects.write_new(f"{ATLASES}/{ROOT}", _group({}))
+        return cls._load(objects)
+
+    @classmethod
+    def open(cls, url: str | PathLike[str]) -> Self:
+        """Open a store.
+
+        Raises
+        ------
+        StoreNotFoundError
+            If nothing is there.
+        StoreFormatError
+            If what is there is no store, is damaged, or was written by a newer version.
+        """
+        return cls._load(Objects.at(url))
+
+    @classmethod
+    def _load(cls, objects: Objects) -> Self:
+        data = objects.read(ROOT)
+        if data is None:
+            if objects.is_vacant():
+                raise StoreNotFoundError(
+                    f"{objects.url} holds no atlas store: check the path, or create one there."
+                )
+            raise StoreFormatError(
+                f"{objects.url} is no atlas store: use the path of one, or create one elsewhere."
+            )
+        attributes = parse_json(data, f"{objects.url}/{ROOT}").get("attributes")
+        if not isinstance(attributes, dict):
+            attributes = {}
+        check_encoding(attributes, ENCODING_TYPE, ENCODING_VERSION, objects.url)
+        try:
+            organs = OrganTable.from_json(attributes.get("organs"))
+        except OrganTableError as error:
+            raise StoreFormatError(
+                f"{objects.url} is damaged, {error} Restore {ROOT} from a copy."
+            ) from error
+        uuid, parameters = attributes.get("uuid"), attributes.get("parameters")
+        if not isinstance(uuid, str) or not isinstance(parameters, dict):
+            raise StoreFormatError(
+                f"{objects.url} is damaged, it lacks its uuid or parameters: "
+                f"restore {ROOT} from a copy."
+            )
+        return cls(objects, uuid, organs, parameters)
+
+    def ids(self) -> list[str]:
+        """Ids of the atlases, in natural order: pt_3 before pt_13."""
+        names = self.objects.names(MARKERS)
+        found = (name.removesuffix(".json") for name in names if name.endswith(".json"))
+        return sorted(filter(is_id, found), key=natural_order)
+
+    def __iter__(self) -> Iterator[str]:
+        """Iterate over the ids, in natural order."""
+        return iter(self.ids())
+
+    def __len__(self) -> int:
+        """Count the atlases."""
+        return len(self.ids())
+
+    def __contains__(self, atlas_id: object) -> bool:
+        """Whether there is an atlas of this id."""
+        return is_id(atlas_id) and self.objects.exists(marker_key(str(atlas_id)))
+
+    def __getitem__(self, atlas_id: str) -> Atlas:
+        """Get an atlas; `AtlasNotFoundError` if there is none of this id."""
+        return self._atlas(atlas_id, self._marker(atlas_id))
+
+    def atlases(self, ids: Iterable[str] | None = None) -> list[Atlas]:
+        """Get many atlases, quicker than one by one.
+
+        Parameters
+        ----------
+        ids : iterable of str, optional
+            Which; all, in natural order, if not given.
+
+        Raises
+        ------
+        AtlasNotFoundError
+            If an id that was asked for is not there.
+        """
+        if ids is not None:
+            return [self[atlas_id] for atlas_id in ids]
+        known = self.ids()
+        markers = self.objects.read_many(marker_key(atlas_id) for atlas_id in known)
+        # A marker that is gone by now belongs to an atlas that somebody just removed.
+        return [
+            self._atlas(atlas_id, data)
+            for atlas_id, data in zip(known, markers, strict=True)
+            if data is not None
+        ]
+
+    def draft(
+        self, atlas_id: str, parameters: Mapping[str, Json], *, replace: bool = False
+    ) -> Draft:
+        """Begin to add an atlas; use it as a context manager, fill its group and commit.
+
+        Parameters
+        ----------
+        atlas_id : str
+            Up to 128 letters, digits, dots, underscores and hyphens.
+        parameters : mapping
+            What it will be made with; must be those of the store.
+        replace : bool
+            Whether an atlas of this id may be there; it stays until the commit.
+
+        Raises
+        ------
+        AtlasIdError
+            If the id cannot be used.
+        ParameterMismatchError
+            If the parameters differ from those of the store.
+        AtlasExistsError
+            On entering or committing, if there is an atlas of this id.
+        """
+        check_id(atlas_id)
+        differing = differences(self.parameters, json.loads(canonical(parameters)))
+        if differing:
+            raise ParameterMismatchError(
+                f"{self.url} holds atlases made with other parameters ({'; '.join(differing)}): "
+                "use those of the store, or create another store."
+            )
+        return Draft(self.objects, self.organs, self.parameters, atlas_id, replace=replace)
+
+    def remove(self, atlas_id: str) -> None:
+        """Remove an atlas: first its marker, then its data.
+
+        Raises
+        ------
+        AtlasNotFoundError
+            If there is no atlas of this id.
+        """
+        marker = self._marker(atlas_id)
+        self.objects.delete(marker_key(atlas_id))
+        remove_data(self.objects, atlas_id, marker)
+
+    def verify(self, *, repair: bool = False) -> list[Problem]:
+        """Read everything again and say what is wrong; see `atlas_store.verify`."""
+        return verify_store(self.objects, self.organs, self.parameters, repair=repair)
+
+    def _marker(self, atlas_id: str) -> bytes:
+        data = self.objects.read(marker_key(atlas_id)) if is_id(atlas_id) else None
+        if data is None:
+            raise AtlasNotFoundError(
+                f"{self.url} has no atlas {atlas_id!r}: use an id that it lists."
+            )
+        return data
+
+    def _atlas(self, atlas_id: str, data: bytes) -> Atlas:
+        where = f"{self.url}/{marker_key(atlas_id)}"
+        info = AtlasInfo.load(data, atlas_id, where)
+        unknown = sorted({*info.annotated, *info.organs} - set(self.organs.names))
+        if unknown:
+            raise StoreFormatError(
+                f"{where} names the organ {unknown[0]!r}, which the store does not know: "
+                "remove the atlas and add it again."
+            )
+        return Atlas(info, self.organs, self.objects)
+
+
+def _group(attributes: Mapping[str, Json]) -> bytes:
+    """Describe a Zarr group, in one document that can be written in one go."""
+    document = {"zarr_format": 3, "node_type": "group", "attributes": attributes}
+    return json.dumps(document, indent=2, ensure_ascii=False, allow_nan=False).encode()

@@ -1,0 +1,243 @@
+"""Read a whole store again and say what is wrong with it.
+
+Safe while others add, replace and remove: what changes meanwhile is no problem.
+"""
+
+import time
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from datetime import UTC, datetime
+
+import numpy as np
+
+from atlas_store.atlas import Atlas
+from atlas_store.draft import digests_of, is_abandoned
+from atlas_store.errors import AtlasStoreError, StoreFormatError
+from atlas_store.info import (
+    AtlasInfo,
+    Json,
+    differences,
+    digest,
+    is_id,
+    natural_order,
+    parse_json,
+    table_digest,
+)
+from atlas_store.layout import ATLASES, MARKERS, ROOT, marker_key, parse_folder
+from atlas_store.objects import PARTIAL_SUFFIX, Objects
+from atlas_store.organs import OrganTable
+
+_INSTANT = 2.0
+"""Seconds in which a running add certainly gets from a folder to its first object."""
+
+_ADD_AGAIN = "remove the atlas and add it again"
+
+
+@dataclass(frozen=True)
+class Problem:
+    """Something wrong with a store.
+
+    Attributes
+    ----------
+    atlas : str or None
+        The atlas concerned.
+    what : str
+        What is wrong.
+    remedy : str
+        What to do.
+    repaired : bool
+        Whether it was removed just now.
+    """
+
+    atlas: str | None
+    what: str
+    remedy: str
+    repaired: bool = False
+
+    def __str__(self) -> str:
+        """Say it in one sentence."""
+        subject = f"atlas {self.atlas!r}: " if self.atlas is not None else ""
+        return f"{subject}{self.what}: {'removed' if self.repaired else self.remedy}."
+
+
+def verify(
+    objects: Objects, organs: OrganTable, parameters: Mapping[str, Json], *, repair: bool = False
+) -> list[Problem]:
+    """Read everything in a store again and say what is wrong.
+
+    Parameters
+    ----------
+    objects, organs, parameters
+        The store.
+    repair : bool
+        Remove what interrupted adds and removals left. Never removed is the data of an atlas,
+        nor of an add that may still run: one whose process runs on this machine, or which
+        started on another one less than `atlas_store.draft.ABANDONED_AFTER` ago.
+
+    Returns
+    -------
+    list of Problem
+        Those of the atlases in natural order, then what was left behind.
+    """
+    # Folders before markers: an add that commits meanwhile is then named by its marker.
+    folders = objects.names(ATLASES)
+    markers = objects.names(MARKERS)
+    ids = [name.removesuffix(".json") for name in markers if name.endswith(".json")]
+    problems: list[Problem] = []
+    named: set[str | None] = set()
+    for atlas_id in sorted(filter(is_id, ids), key=natural_order):
+        found, path = _verify_atlas(objects, organs, parameters, atlas_id)
+        problems += found
+        named.add(path)
+    data = {f"{ATLASES}/{name}" for name in folders if parse_folder(name)}
+    partial = {f"{MARKERS}/{name}" for name in markers if name.endswith(PARTIAL_SUFFIX)}
+    left = _abandoned(objects, (data - named) | partial)
+    problems += [_leftover(objects, path, repair) for path in left]
+    problems += [
+        Problem(None, f"{objects.url}/{MARKERS}/{name} is no marker of an atlas", "delete it")
+        for name in sorted(markers)
+        if not name.endswith((".json", PARTIAL_SUFFIX)) or not is_id(name.rpartition(".")[0])
+    ]
+    return problems
+
+
+def _verify_atlas(
+    objects: Objects,
+    organs: OrganTable,
+    parameters: Mapping[str, Json],
+    atlas_id: str,
+) -> tuple[list[Problem], str | None]:
+    """Find what is wrong with an atlas, and which folder its marker names."""
+    key = marker_key(atlas_id)
+    data = objects.read(key)
+    if data is None:
+        return [], None
+    try:
+        info = AtlasInfo.load(data, atlas_id, f"{objects.url}/{key}")
+    except StoreFormatError as error:
+        return [Problem(atlas_id, str(error).rstrip("."), _ADD_AGAIN)], None
+    atlas = Atlas(info, organs, objects)
+    found = [Problem(atlas_id, what, _ADD_AGAIN) for what in _faults(atlas, parameters)]
+    changed = objects.read(key) != data
+    return [] if changed else found, atlas.path
+
+
+def _faults(atlas: Atlas, parameters: Mapping[str, Json]) -> Iterator[str]:
+    info, organs = atlas.info, atlas.organ_table
+    if info.organ_table != table_digest(organs):
+        yield "it was made with another organ table than the store has now"
+    for name in sorted({*info.annotated, *info.organs} - set(organs.names)):
+        yield f"its marker names the organ {name!r}, which the store does not know"
+    for phrase in differences(dict(parameters), dict(info.parameters)):
+        yield f"it was made with other parameters, {phrase}"
+    try:
+        yield from _damaged_arrays(atlas)
+        _ = atlas.labels
+        labels = atlas.keypoint_arrays()["label"]
+    except AtlasStoreError as error:
+        yield str(error).rstrip(".")
+        return
+    if len(labels) != info.keypoints or any(
+        np.count_nonzero(labels == organ.value) != info.organs[organ.name].keypoints
+        for organ in organs
+        if organ.name in info.organs
+    ):
+        yield "its marker counts other keypoints than it has"
+
+
+def _damaged_arrays(atlas: Atlas) -> Iterator[str]:
+    """Compare every object of an atlas with the digest it had when it was added."""
+    where = f"{atlas.objects.url}/{atlas.path}"
+    sealed = atlas.objects.read(f"{atlas.path}/{ROOT}")
+    if sealed is None:
+        yield "its data is missing"
+        return
+    if digest(sealed) != atlas.info.digest:
+        yield f"{where}/{ROOT} is damaged"
+        return
+    try:
+        expected = dict(parse_json(sealed, f"{where}/{ROOT}")["attributes"]["digests"])
+    except (KeyError, TypeError, ValueError):
+        yield f"{where}/{ROOT} holds no digests"
+        return
+    actual = digests_of(atlas.objects, atlas.path)
+    counts: dict[tuple[str, str], int] = defaultdict(int)
+    for key in expected.keys() | actual.keys():
+        if key not in actual:
+            fault = "missing"
+        elif key not in expected:
+            fault = "not part of what was added"
+        elif actual[key] != expected[key]:
+            fault = "damaged"
+        else:
+            continue
+        counts[key.partition("/c/")[0], fault] += 1
+    for (array, fault), count in sorted(counts.items()):
+        yield f"{where}/{array} has {count} object(s) that are {fault}"
+
+
+def _abandoned(objects: Objects, paths: Iterable[str]) -> list[str]:
+    """Those of the paths that no running add is going to finish, sorted."""
+    now = datetime.now(UTC)
+    found: list[str] = []
+    unknown: list[str] = []
+    for path in sorted(paths):
+        started = _started(objects, path)
+        if started is None:
+            unknown.append(path)
+        elif is_abandoned(started, now):
+            found.append(path)
+    if unknown:
+        # A running add describes its folder, or renames its marker, within this time.
+        time.sleep(_INSTANT)
+        there = {
+            f"{folder}/{name}" for folder in (ATLASES, MARKERS) for name in objects.names(folder)
+        }
+        found += [path for path in unknown if path in there and _started(objects, path) is None]
+    # Only now, as an add may have committed and ended since the markers were listed; whoever
+    # has ended commits no more.
+    return sorted(path for path in found if not _is_named(objects, path))
+
+
+def _is_named(objects: Objects, path: str) -> bool:
+    """Whether a marker names this folder, or is damaged and may have named it."""
+    folder = parse_folder(path.removeprefix(f"{ATLASES}/"))
+    data = objects.read(marker_key(folder[0])) if folder else None
+    if folder is None or data is None:
+        return False
+    try:
+        return AtlasInfo.load(data, folder[0], path).uuid == folder[1]
+    except StoreFormatError:
+        return True
+
+
+def _started(objects: Objects, path: str) -> Mapping[str, Json] | None:
+    """Get the attributes of the group that an add is filling; None if there is none yet."""
+    data = objects.read(f"{path}/{ROOT}")
+    if data is None:
+        return None
+    try:
+        attributes = parse_json(data, path).get("attributes")
+    except StoreFormatError:
+        return {}
+    return attributes if isinstance(attributes, dict) else {}
+
+
+def _leftover(objects: Objects, path: str, repair: bool) -> Problem:
+    folder = parse_folder(path.removeprefix(f"{ATLASES}/"))
+    problem = Problem(
+        folder[0] if folder else None,
+        f"{objects.url}/{path} was left by an add or removal that was interrupted",
+        "verify with repair to remove it",
+    )
+    if not repair:
+        return problem
+    try:
+        if folder:
+            objects.delete_folder(path)
+        else:
+            objects.delete(path)
+    except OSError as error:
+        return replace(problem, remedy=f"it cannot be deleted ({error}), delete it by hand")
+    return replace(problem, repaired=True)

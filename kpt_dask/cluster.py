@@ -1,0 +1,227 @@
+"""Where the work runs: Dask for everyone, from one process to a cluster.
+
+`session` gives a client, `run` keeps its workers busy. The stations say what to compute
+and never where; nothing here knows what a scan is.
+"""
+
+import asyncio
+import json
+import logging
+import time
+import uuid
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import CancelledError, ThreadPoolExecutor
+from contextlib import contextmanager
+from itertools import islice
+from pathlib import Path
+from typing import Any, TypeVar
+
+from dask.system import CPU_COUNT
+from distributed import (
+    Client,
+    Future,
+    KilledWorker,
+    Security,
+    Worker,
+    as_completed,
+    default_client,
+)
+from distributed.comm.core import connect
+
+from kpt_dask import progress
+from kpt_dask.errors import ParameterError
+
+T = TypeVar("T")
+
+CONNECT_SECONDS = 10
+"""How long a scheduler may take to answer."""
+
+IN_FLIGHT_PER_THREAD = 4
+"""Tasks handed out at a time: enough that no thread waits, few enough to hold their results."""
+
+
+@contextmanager
+def session(client: Client | None = None, scheduler: str | None = None) -> Iterator[Client]:
+    """Give the Dask client to work with, and close it afterwards if it was made here.
+
+    Parameters
+    ----------
+    client : distributed.Client, optional
+        Used as it is and left open.
+    scheduler : str, optional
+        Address ("tcp://head:8786") or scheduler file of a running cluster.
+
+    Yields
+    ------
+    client : distributed.Client
+        The given one; else one connected to `scheduler`; else the process's current one;
+        else a new one whose worker is this process, with a thread for every core that the
+        process may use.
+
+    Raises
+    ------
+    ParameterError
+        `scheduler` does not answer, or is a file of something else.
+    """
+    if client is None and scheduler is None:
+        client = _current()
+    if client is not None:
+        yield client
+    elif scheduler is not None:
+        with _connect(scheduler) as connected:
+            yield connected
+    else:
+        # No memory limit: it would count the whole process and pause its only worker.
+        # A port of its own: the default one warns when another session has it.
+        with Client(
+            processes=False,
+            n_workers=1,
+            threads_per_worker=CPU_COUNT,
+            memory_limit=None,
+            dashboard_address="127.0.0.1:0",
+            silence_logs=logging.ERROR,
+        ) as local:
+            yield local
+
+
+def run(
+    client: Client,
+    function: Callable[..., T],
+    tasks: Sequence[tuple[Any, ...]],
+    description: str,
+) -> Iterator[tuple[int, T]]:
+    """Compute ``function(*task)`` for every task on the client's workers.
+
+    Parameters
+    ----------
+    client : distributed.Client
+        Whose workers compute.
+    function : callable
+        May run again after a worker was lost, so it must not mind having half run before.
+    tasks : sequence of tuple
+        Arguments, small (paths, regions, parameters): each tuple travels with its task.
+    description : str
+        Name of the stage in `kpt_dask.progress`.
+
+    Yields
+    ------
+    index : int
+        Which task, in the order in which they finish.
+    result
+        What it returned. Nothing else holds it any longer.
+
+    Raises
+    ------
+    ParameterError
+        Workers died again and again, or the scheduler went away.
+    Exception
+        Whatever a task raised, as it was. Once this, or a consumer that stops early, has
+        ended the iteration, tasks that had begun have ended too: what they wrote can be
+        removed safely.
+    """
+    name = f"{getattr(function, '__name__', 'task')}-{uuid.uuid4().hex}"
+    limit = _Limit(client)
+    waiting = enumerate(tasks)
+    flying: dict[Future[T], int] = {}
+    landed = as_completed(loop=client.loop, with_results=True)
+
+    def submit() -> None:
+        for index, task in islice(waiting, max(limit.now() - len(flying), 0)):
+            future = client.submit(function, *task, key=f"{name}-{index}", pure=False)
+            flying[future] = index
+            landed.add(future)
+
+    with progress.stage(description, total=len(tasks)) as advance:
+        try:
+            submit()
+            for future, result in landed:
+                if future.cancelled():
+                    raise result
+                index = flying.pop(future)
+                future.release()
+                submit()
+                advance(1)
+                yield index, result
+                del result
+        except KilledWorker as error:
+            raise ParameterError(
+                f"{description}: {error.allowed_failures + 1} workers died one after another at "
+                "the same task, most often for lack of memory: give each more memory or fewer "
+                "threads."
+            ) from error
+        except CancelledError as error:
+            raise ParameterError(
+                f"{description}: the connection to the Dask scheduler was lost; see its log, "
+                "then run the same command again."
+            ) from error
+        finally:
+            _abandon(client, name, list(flying))
+
+
+class _Limit:
+    """How many tasks may be in flight now; a cluster's workers come and go."""
+
+    def __init__(self, client: Client) -> None:
+        self._client = client
+        self._known_until = 0.0
+        self._tasks = 0
+
+    def now(self) -> int:
+        if time.monotonic() >= self._known_until:
+            threads: int = sum(self._client.nthreads().values())
+            self._tasks = IN_FLIGHT_PER_THREAD * max(threads, 1)
+            self._known_until = time.monotonic() + 1
+        return self._tasks
+
+
+def _abandon(client: Client, name: str, futures: list[Future[T]]) -> None:
+    """Cancel tasks, and wait for those that had begun: Dask cannot stop a thread."""
+    if not futures or client.status != "running":
+        return
+    client.cancel(futures)
+    # Twice, because a task may be on its way to a worker when the first look comes.
+    quiet = 0
+    while quiet < 2:
+        busy = client.run(_holds_tasks, name, on_error="ignore")
+        quiet = 0 if any(busy.values()) else quiet + 1
+        time.sleep(0.01)
+
+
+def _holds_tasks(name: str, dask_worker: Worker) -> bool:
+    return any(str(key).startswith(name) for key in dask_worker.state.tasks)
+
+
+def _current() -> Client | None:
+    try:
+        client: Client = default_client()
+    except ValueError:
+        return None
+    return client
+
+
+def _connect(scheduler: str) -> Client:
+    address = scheduler
+    if Path(scheduler).is_file():
+        try:
+            address = json.loads(Path(scheduler).read_text())["address"]
+        except (ValueError, KeyError, TypeError) as error:
+            raise ParameterError(
+                f"{scheduler} is not a scheduler file: give the file that "
+                "`dask scheduler --scheduler-file` wrote, or an address such as tcp://head:8786."
+            ) from error
+    try:
+        # Asked first, because a client that could not connect leaves threads behind; on a
+        # thread of its own, because a notebook's thread runs an event loop already.
+        with ThreadPoolExecutor(1) as executor:
+            executor.submit(asyncio.run, _greet(address)).result()
+        return Client(address, timeout=CONNECT_SECONDS)
+    except (OSError, ValueError) as error:
+        raise ParameterError(
+            f"No Dask scheduler answers at {scheduler}: check the address, and that it runs."
+        ) from error
+
+
+async def _greet(address: str) -> None:
+    security = Security().get_connection_args("client")
+    comm = await connect(address, timeout=CONNECT_SECONDS, **security)
+    await comm.close()

@@ -1,0 +1,341 @@
+"""NIfTI files: headers to grids, voxels streamed in slabs of planes, label maps written back.
+
+Knows the file format and nothing of what the voxels mean. NIfTI stores index (i, j, k) in
+Fortran order, so the bytes read in C order are (k, j, i), slowest axis first. Its world is
+RAS (x, y, z); ours is LPS (z, y, x).
+"""
+
+import gzip
+import zlib
+from collections import deque
+from collections.abc import Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from io import BufferedIOBase
+from pathlib import Path
+from typing import Any, BinaryIO, cast
+
+import isal.igzip
+import isal.isal_zlib
+import nibabel
+import numpy as np
+from numpy.typing import NDArray
+
+from kpt_dask.errors import ScanFormatError
+from kpt_dask.grid import Grid
+
+SLAB_BYTES = 4 << 20
+"""About how much is read at a time, as stored."""
+
+SLABS_AHEAD = 3
+"""How many slabs the decoding thread may be ahead of the reader."""
+
+MOST_COMPRESSED = 1032
+"""Deflate cannot shrink data more than this; less data than the header promises is no scan."""
+
+SMALLEST_SPACING = 1e-4
+LARGEST_EXTENT = 1e5
+"""Limits of what may be a scan, mm; beyond them the header is damaged."""
+
+FROM_RAS_XYZ = np.array(
+    [[0.0, 0, 1, 0], [0, -1.0, 0, 0], [-1.0, 0, 0, 0], [0, 0, 0, 1.0]],
+)
+"""Takes (x, y, z, 1) RAS to (z, y, x, 1) LPS."""
+
+FROM_IJK = np.array([[0.0, 0, 1, 0], [0, 1, 0, 0], [1, 0, 0, 0], [0, 0, 0, 1]])
+"""Takes (k, j, i, 1) to (i, j, k, 1), and back."""
+
+# Neither package is typed.
+_igzip: Any = isal.igzip
+_isal_zlib: Any = isal.isal_zlib
+_nib: Any = nibabel
+
+_DAMAGE = (OSError, ValueError, zlib.error, _isal_zlib.error)
+
+
+@dataclass(frozen=True, eq=False)
+class NiftiFile:
+    """A 3-D NIfTI file whose header has been read and found usable.
+
+    Attributes
+    ----------
+    path : Path
+        The file, ``.nii`` or ``.nii.gz``.
+    header : nibabel.Nifti1Header or nibabel.Nifti2Header
+        The header as stored; written back with label maps.
+    grid : Grid
+        Where the voxels lie; shape (k, j, i).
+    dtype : dtype
+        Of a stored voxel, with its byte order.
+    slope, intercept : float
+        Value = stored × slope + intercept.
+    """
+
+    path: Path
+    header: Any
+    grid: Grid
+    dtype: np.dtype[Any]
+    slope: float
+    intercept: float
+
+    def slabs(self) -> Iterator[NDArray[Any]]:
+        """Stream the stored voxels, in order, as arrays (n, j, i) of about 4 MB.
+
+        Decoding runs in a thread of its own, a few slabs ahead.
+
+        Raises
+        ------
+        ScanFormatError
+            If the file is truncated or damaged.
+        """
+        planes, *plane = self.grid.shape
+        step = max(1, SLAB_BYTES // (plane[0] * plane[1] * self.dtype.itemsize))
+        sizes = iter([min(step, planes - first) for first in range(0, planes, step)])
+        with open_stream(self.path) as stream, ThreadPoolExecutor(1) as decoder:
+            ahead: deque[Future[NDArray[Any]]] = deque()
+            self._skip_to_data(stream)
+            for n in sizes:
+                ahead.append(decoder.submit(self._read, stream, (n, plane[0], plane[1])))
+                if len(ahead) > SLABS_AHEAD:
+                    yield ahead.popleft().result()
+            while ahead:
+                yield ahead.popleft().result()
+            self._check_end(stream)
+
+    def _skip_to_data(self, stream: BinaryIO) -> None:
+        left = data_offset(self.path, self.header)
+        while left > 0:
+            skipped = len(_guarded(self.path, stream.read, min(left, SLAB_BYTES)))
+            if skipped == 0:
+                raise _truncated(self.path)
+            left -= skipped
+
+    def _read(self, stream: BinaryIO, shape: tuple[int, int, int]) -> NDArray[Any]:
+        slab = np.empty(shape, self.dtype)
+        view = slab.reshape(-1).view(np.uint8).data
+        done = 0
+        while done < len(view):
+            n = _guarded(self.path, cast(BufferedIOBase, stream).readinto, view[done:])
+            if n == 0:
+                raise _truncated(self.path)
+            done += n
+        return slab
+
+    def _check_end(self, stream: BinaryIO) -> None:
+        """Read on past the voxels: only at its end does gzip compare the checksum."""
+        _guarded(self.path, stream.read, 1)
+
+
+def open_nifti(path: Path) -> NiftiFile:
+    """Read a NIfTI header and check that the file can be used as a scan.
+
+    Raises
+    ------
+    ScanFormatError
+        If the file is no NIfTI, or not one 3-D volume of real numbers on a usable grid.
+    """
+    header = _read_header(path)
+    try:
+        with np.errstate(all="ignore"):
+            shape = _shape(path, header)
+            dtype = header.get_data_dtype()
+            slope, intercept = header.get_slope_inter()
+            zooms = np.asarray(header["pixdim"][1:4], np.float64)
+            affine = np.asarray(header.get_best_affine(), np.float64)
+    except ScanFormatError:
+        raise
+    except Exception as error:  # nibabel raises many kinds on hostile headers
+        raise ScanFormatError(f"{path} has a damaged NIfTI header ({error}).") from error
+    if dtype.kind not in "iuf":
+        raise ScanFormatError(
+            f"{path} holds {_kind(dtype)} voxels, not real numbers; convert it to a CT in HU."
+        )
+    if not np.isfinite(zooms).all() or (zooms <= 0).any():
+        raise ScanFormatError(
+            f"{path} has voxel spacing {_listed(zooms)} mm, which must be positive;"
+            " repair its header."
+        )
+    grid = Grid(shape, FROM_RAS_XYZ @ affine @ FROM_IJK)
+    _check_affine(path, grid)
+    if slope is None:
+        slope, intercept = 1.0, 0.0
+    file = NiftiFile(path, header, grid, dtype, float(slope), float(intercept))
+    _check_size(file)
+    return file
+
+
+def open_stream(path: Path) -> BinaryIO:
+    """Open the file for reading, decompressed if its name ends in ``.gz``."""
+    try:
+        if path.name.lower().endswith(".gz"):
+            return cast(BinaryIO, _igzip.open(path, "rb"))
+        return path.open("rb")
+    except OSError as error:
+        raise ScanFormatError(f"{path} cannot be opened ({error.strerror}).") from error
+
+
+def data_offset(path: Path, header: Any) -> int:
+    """Where in the (decompressed) file the voxels begin, bytes."""
+    offset = float(header["vox_offset"])
+    smallest = header.single_vox_offset
+    if offset == 0:
+        return int(smallest)
+    if not np.isfinite(offset) or offset < smallest:
+        raise ScanFormatError(f"{path} has a damaged NIfTI header (voxels begin at {offset}).")
+    return int(offset)
+
+
+def write_nifti(
+    path: Path, like: Any, shape: tuple[int, int, int], slabs: Iterable[NDArray[Any]]
+) -> None:
+    """Write planes of labels as NIfTI with the geometry of another file's header.
+
+    Parameters
+    ----------
+    path : Path
+        Compressed if the name ends in ``.gz``.
+    like : nibabel.Nifti1Header or nibabel.Nifti2Header
+        Its affines, their codes, spacings and units are kept bit by bit.
+    shape : tuple of int
+        (k, j, i).
+    slabs : iterable of ndarray (n, j, i), uint8 or uint16
+        All planes in order; the file has the dtype of the first.
+
+    Raises
+    ------
+    ValueError
+        If the slabs do not fill the shape, or change dtype.
+    """
+    iterator = iter(slabs)
+    first = next(iterator)
+    if first.dtype not in (np.uint8, np.uint16):
+        raise ValueError(f"labels must be uint8 or uint16, not {first.dtype}")
+    header = _label_header(like, shape, first.dtype)
+    written = 0
+    with path.open("wb") as file, _compressed(path, file) as stream:
+        stream.write(header.binaryblock)
+        stream.write(bytes(header.single_vox_offset - len(header.binaryblock)))
+        for slab in _chain(first, iterator):
+            if slab.dtype != first.dtype or slab.shape[1:] != shape[1:]:
+                raise ValueError(f"slab {slab.dtype}{slab.shape} does not fit {first.dtype}{shape}")
+            for plane in slab:
+                stream.write(np.ascontiguousarray(plane, header.get_data_dtype()).data)
+            written += len(slab)
+    if written != shape[0]:
+        raise ValueError(f"{written} planes were given for a label map of {shape[0]}")
+
+
+def _chain(first: NDArray[Any], rest: Iterator[NDArray[Any]]) -> Iterator[NDArray[Any]]:
+    yield first
+    yield from rest
+
+
+def _compressed(path: Path, file: BinaryIO) -> BinaryIO:
+    if not path.name.lower().endswith(".gz"):
+        return file
+    # Neither name nor time goes into the header: the same labels give the same bytes.
+    return cast(BinaryIO, _igzip.IGzipFile(filename="", mode="wb", fileobj=file, mtime=0))
+
+
+def _label_header(like: Any, shape: tuple[int, int, int], dtype: np.dtype[Any]) -> Any:
+    header = like.as_byteswapped("<")
+    header["dim"] = [3, shape[2], shape[1], shape[0], 1, 1, 1, 1]
+    header["pixdim"][4:] = 1
+    header.set_data_dtype(dtype)
+    header["vox_offset"] = header.single_vox_offset
+    header["scl_slope"], header["scl_inter"] = 1, 0
+    header["cal_min"] = header["cal_max"] = 0
+    header["slice_code"] = header["slice_start"] = header["slice_end"] = 0
+    header.set_intent("label")
+    header["descrip"] = b"kpt-dask label map"
+    header["aux_file"] = b""
+    return header
+
+
+def _read_header(path: Path) -> Any:
+    with open_stream(path) as stream:
+        start: bytes = _guarded(path, stream.read, _nib.Nifti2Header.sizeof_hdr)
+    for kind in (_nib.Nifti1Header, _nib.Nifti2Header):
+        block = start[: kind.sizeof_hdr]
+        sizes = {int.from_bytes(block[:4], order) for order in ("little", "big")}
+        if len(block) < kind.sizeof_hdr or kind.sizeof_hdr not in sizes:
+            continue
+        header = kind(block, check=False)
+        if header["magic"].item().rstrip(b"\0\r\n\x1a") == kind.single_magic.rstrip(b"\0\r\n\x1a"):
+            return header
+        if header["magic"].item().rstrip(b"\0\r\n\x1a") == kind.pair_magic.rstrip(b"\0\r\n\x1a"):
+            raise ScanFormatError(
+                f"{path} is half of a .hdr/.img pair; convert it to a single .nii.gz file."
+            )
+    raise ScanFormatError(f"{path} is not a NIfTI file.")
+
+
+def _shape(path: Path, header: Any) -> tuple[int, int, int]:
+    shape = [int(n) for n in header.get_data_shape()]
+    if not shape or min(shape) < 1:
+        raise ScanFormatError(f"{path} has shape {_listed(shape)}: there are no voxels in it.")
+    while len(shape) > 3 and shape[-1] == 1:
+        shape.pop()
+    if len(shape) != 3:
+        raise ScanFormatError(
+            f"{path} is {len(shape)}-dimensional ({_listed(shape)}); give one 3-D volume."
+        )
+    return shape[2], shape[1], shape[0]
+
+
+def _check_affine(path: Path, grid: Grid) -> None:
+    if not np.isfinite(grid.affine).all() or not _is_regular(grid.affine[:3, :3]):
+        raise ScanFormatError(
+            f"{path} has an affine that does not place its voxels in space (singular or not"
+            " finite); repair its header."
+        )
+    extent = grid.spacing * grid.shape
+    if extent.max() > LARGEST_EXTENT or np.abs(grid.origin).max() > LARGEST_EXTENT:
+        raise ScanFormatError(
+            f"{path} says it is {_listed(extent)} mm large at {_listed(grid.origin)} mm, which no"
+            " scan is; repair its header."
+        )
+
+
+def _is_regular(matrix: NDArray[np.float64]) -> bool:
+    """Whether no axis vanishes and no two nearly coincide, whatever their lengths."""
+    with np.errstate(all="ignore"):
+        lengths = np.sqrt((matrix**2).sum(axis=0))
+        return bool(
+            (lengths > SMALLEST_SPACING).all() and abs(np.linalg.det(matrix / lengths)) > 1e-3
+        )
+
+
+def _check_size(file: NiftiFile) -> None:
+    """Refuse early, and before memory is asked for, what cannot hold all voxels."""
+    voxels = int(np.prod([int(n) for n in file.grid.shape], dtype=object))
+    needed = data_offset(file.path, file.header) + voxels * file.dtype.itemsize
+    size = file.path.stat().st_size
+    if file.path.name.lower().endswith(".gz"):
+        size *= MOST_COMPRESSED
+    if needed > size:
+        raise _truncated(file.path)
+
+
+def _guarded(path: Path, read: Any, argument: Any) -> Any:
+    """Call a stream's method, and say what is wrong with the file where it fails."""
+    try:
+        return read(argument)
+    except EOFError as error:
+        raise _truncated(path) from error
+    except gzip.BadGzipFile as error:
+        raise ScanFormatError(f"{path} is not a gzip file, or damaged ({error}).") from error
+    except _DAMAGE as error:
+        raise ScanFormatError(f"{path} is damaged ({error}); get a new copy.") from error
+
+
+def _truncated(path: Path) -> ScanFormatError:
+    return ScanFormatError(f"{path} is truncated: it ends before its last voxel; get a new copy.")
+
+
+def _kind(dtype: np.dtype[Any]) -> str:
+    return {"c": "complex", "V": "RGB or unknown"}.get(dtype.kind, str(dtype))
+
+
+def _listed(values: Iterable[Any]) -> str:
+    return " × ".join(f"{value:g}" for value in values)

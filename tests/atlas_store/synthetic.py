@@ -1,0 +1,102 @@
+"""Small synthetic atlases, written with zarr alone.
+
+Run as a program with the path of a store, it forks a process for every line it reads
+(`ID ID …`) that adds these atlases one after the other, and prints `started PID`,
+`added ID` and `refused ID`.
+"""
+
+import os
+import signal
+import sys
+from pathlib import Path
+
+import numpy as np
+import xarray as xr
+
+from atlas_store import AtlasInfo, AtlasStore, Draft, OrganInfo, load_organs
+
+PARAMETERS = {"spacing": 2.0, "extraction": {"sigma": 1.6, "levels": 3}}
+SHAPE = (12, 10, 8)
+
+
+def keypoints(count: int = 40, seed: int = 0, label: bool = True) -> xr.Dataset:
+    rng = np.random.default_rng(seed)
+    ranks = np.tile(np.arange(64, dtype=np.uint8), (count, 1))
+    variables = {
+        "position": (("keypoint", "axis"), rng.normal(size=(count, 3)).astype(np.float32)),
+        "scale": ("keypoint", rng.uniform(3, 9, count).astype(np.float32)),
+        "sign": ("keypoint", rng.choice([-1, 1], count).astype(np.int8)),
+        "response": ("keypoint", rng.normal(size=count).astype(np.float32)),
+        "descriptor": (("keypoint", "bin"), rng.permuted(ranks, axis=1)),
+        "octave": ("keypoint", np.zeros(count, np.uint8)),
+    }
+    if label:
+        variables["label"] = ("keypoint", rng.choice([0, 0, 1, 7], count).astype(np.uint16))
+    return xr.Dataset(variables)
+
+
+def labels() -> np.ndarray:
+    values = np.zeros(SHAPE, np.uint8)
+    values[2:5, 3:6, 1:4] = 1
+    values[7:9, 0:10, 5:8] = 7
+    return values
+
+
+def extents(values: np.ndarray) -> dict[str, OrganInfo]:
+    found = {}
+    for organ in load_organs("openkbp"):
+        voxels = np.argwhere(values == organ.value)
+        if len(voxels):
+            box = tuple(zip(voxels.min(0).tolist(), (voxels.max(0) + 1).tolist(), strict=True))
+            found[organ.name] = OrganInfo(len(voxels), box, tuple((2 * voxels.mean(0)).tolist()))
+    return found
+
+
+def fill(draft: Draft, seed: int = 0) -> None:
+    image = draft.group.create_group("image")
+    rng = np.random.default_rng(seed)
+    image.create_array("0", data=rng.normal(size=SHAPE).astype(np.float32), chunks=(6, 10, 8))
+    image.create_array("labels/organs/0", data=labels(), chunks=(6, 10, 8))
+
+
+def commit(draft: Draft, seed: int = 0, count: int = 40, **changes: object) -> AtlasInfo:
+    arguments = {
+        "annotated": ["mandible", "brainstem", "larynx"],
+        "organs": extents(labels()),
+        "shape": SHAPE,
+        "spacing": (2, 2, 2),
+        "origin": (-10, 0, 4.5),
+        "source": ["/somewhere/private/pt_1_ct.nii.gz", Path("pt_1_seg.nii.gz")],
+    }
+    return draft.commit(keypoints(count, seed), **arguments | changes)
+
+
+def add(
+    store: AtlasStore, atlas_id: str, seed: int = 0, count: int = 40, replace: bool = False
+) -> AtlasInfo:
+    with store.draft(atlas_id, PARAMETERS, replace=replace) as draft:
+        fill(draft, seed)
+        return commit(draft, seed, count)
+
+
+def serve(path: str) -> None:
+    # Nobody waits for the children, and one that waits to be waited for still counts as running.
+    signal.signal(signal.SIGCHLD, signal.SIG_IGN)
+    print("ready", flush=True)
+    for line in sys.stdin:
+        if os.fork() == 0:
+            print(f"started {os.getpid()}", flush=True)
+            store = AtlasStore.open(path)
+            for atlas_id in line.split():
+                try:
+                    add(store, atlas_id, seed=os.getpid())
+                except FileExistsError:
+                    print(f"refused {atlas_id}", flush=True)
+                else:
+                    print(f"added {atlas_id}", flush=True)
+            print("done", flush=True)
+            os._exit(0)
+
+
+if __name__ == "__main__":
+    serve(sys.argv[1])

@@ -1,0 +1,266 @@
+"""What is damaged is named, what was interrupted is invisible and can be removed."""
+
+import contextlib
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+import atlas_store
+from atlas_store import AtlasStore
+from atlas_store.objects import Objects
+from atlas_store.verify import verify
+
+
+class Adders:
+    """Processes that add atlases to a store."""
+
+    def __init__(self, program: Path, store: str) -> None:
+        environment = os.environ | {"PYTHONPATH": str(Path(atlas_store.__file__).parents[1])}
+        self.server = subprocess.Popen(
+            [sys.executable, program, store],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            env=environment,
+        )
+        assert self.read() == "ready"
+
+    def read(self) -> str:
+        assert self.server.stdout is not None
+        return self.server.stdout.readline().strip()
+
+    def start(self, *ids: str) -> None:
+        assert self.server.stdin is not None
+        self.server.stdin.write(" ".join(ids) + "\n")
+        self.server.stdin.flush()
+
+
+@pytest.fixture
+def adders(store: AtlasStore, synthetic: SimpleNamespace) -> Iterator[Adders]:
+    adders = Adders(synthetic.path, store.url)
+    yield adders
+    adders.server.communicate()
+
+
+def test_four_processes_add_at_once(store: AtlasStore, adders: Adders) -> None:
+    for process in range(4):
+        adders.start(*(f"pt_{process}_{n}" for n in range(2)), "shared")
+    seen: list[str] = []
+    while seen.count("done") < 4:
+        seen.append(adders.read())
+    added = {line.removeprefix("added ") for line in seen if line.startswith("added ")}
+    assert added == {*(f"pt_{process}_{n}" for process in range(4) for n in range(2)), "shared"}
+    assert seen.count("added shared") == 1
+    assert seen.count("refused shared") == 3
+    assert set(store) == added
+    assert store.verify() == []
+
+
+def test_whoever_is_killed_while_adding_leaves_the_store_whole(
+    store: AtlasStore, adders: Adders
+) -> None:
+    rng = random.Random(0)
+    wanted = [f"pt_{n}" for n in range(16)]
+    added: set[str] = set()
+    kills = 0
+    while kills < 6 and len(added) < len(wanted):
+        adders.start(*(atlas_id for atlas_id in wanted if atlas_id not in store))
+        process = int(adders.read().removeprefix("started "))
+        time.sleep(rng.uniform(0.0, 0.5))
+        os.kill(process, signal.SIGKILL)
+        kills += 1
+        wait_for_end(process)
+        adders.start()  # its two lines come after all that the killed process wrote
+        while (line := adders.read()) != "done":
+            if line.startswith("added "):
+                added.add(line.removeprefix("added "))
+        assert added <= set(store)
+        assert {"was left by" in problem.what for problem in store.verify()} <= {True}
+    left = store.verify()
+    assert left, "no kill came in the middle of an add"
+    assert [problem.repaired for problem in store.verify(repair=True)] == [True] * len(left)
+    assert store.verify() == []
+    adders.start(*(atlas_id for atlas_id in wanted if atlas_id not in store))
+    while adders.read() != "done":
+        pass
+    assert set(store) == set(wanted)
+    assert store.verify() == []
+    assert len(os.listdir(Path(store.url, "atlases"))) == len(wanted) + 1
+
+
+def wait_for_end(process: int) -> None:
+    with contextlib.suppress(ProcessLookupError):
+        while True:
+            os.kill(process, 0)
+            time.sleep(0.01)
+
+
+def test_a_running_add_is_no_problem_and_is_never_repaired_away(
+    store: AtlasStore, synthetic: SimpleNamespace
+) -> None:
+    with store.draft("pt_1", synthetic.PARAMETERS) as draft:
+        synthetic.fill(draft)
+        assert store.verify(repair=True) == []
+        synthetic.commit(draft)
+    assert store.verify() == []
+
+
+@pytest.mark.parametrize(
+    ("attributes", "abandoned"),
+    [
+        ({"started": timedelta(hours=-23), "machine": "another", "process": 1}, False),
+        ({"started": timedelta(hours=-25), "machine": "another", "process": 1}, True),
+        ({"started": timedelta(hours=-25), "process": os.getpid()}, True),
+        ({"machine": "another"}, True),
+    ],
+)
+def test_an_add_of_another_machine_counts_as_interrupted_after_a_day(
+    store: AtlasStore, synthetic: SimpleNamespace, attributes: dict[str, object], abandoned: bool
+) -> None:
+    folder = Path(store.url, "atlases", f"pt_1.{'0' * 32}")
+    folder.mkdir()
+    if "started" in attributes:
+        attributes = attributes | {
+            "started": (datetime.now(UTC) + attributes["started"]).isoformat()
+        }
+    document = {"zarr_format": 3, "node_type": "group", "attributes": attributes}
+    (folder / "zarr.json").write_text(json.dumps(document))
+    problems = store.verify(repair=True)
+    assert [problem.repaired for problem in problems] == [True] * abandoned
+    assert folder.exists() != abandoned
+
+
+class Outdated(Objects):
+    """A place whose markers were listed just before an add committed and ended."""
+
+    def names(self, folder: str) -> list[str]:
+        return [] if folder == "markers" else super().names(folder)
+
+
+def test_an_add_that_commits_and_ends_meanwhile_is_not_repaired_away(
+    store: AtlasStore, adders: Adders
+) -> None:
+    adders.start("pt_1")
+    process = int(adders.read().removeprefix("started "))
+    while adders.read() != "done":
+        pass
+    wait_for_end(process)
+    outdated = Outdated(store.objects.store, store.url)
+    assert verify(outdated, store.organs, store.parameters, repair=True) == []
+    assert store.verify() == []
+    assert store.ids() == ["pt_1"]
+
+
+def test_what_is_left_without_a_description_is_removed(store: AtlasStore) -> None:
+    folder = Path(store.url, "atlases", f"pt_1.{'0' * 32}")
+    folder.mkdir()
+    partial = Path(store.url, "markers", "pt_1.0123.partial")
+    partial.parent.mkdir()
+    partial.write_text("{")
+    assert len(store) == 0
+    problems = store.verify(repair=True)
+    assert [problem.repaired for problem in problems] == [True, True]
+    assert not folder.exists()
+    assert not partial.exists()
+
+
+def test_a_stranger_among_the_markers_is_named_and_left_alone(store: AtlasStore) -> None:
+    stranger = Path(store.url, "markers", "notes.txt")
+    stranger.parent.mkdir()
+    stranger.write_text("do not lose this")
+    assert len(store) == 0
+    (problem,) = store.verify(repair=True)
+    assert str(problem).endswith("notes.txt is no marker of an atlas: delete it.")
+    assert stranger.exists()
+
+
+def test_a_damaged_marker_does_not_cost_the_data(
+    store: AtlasStore, synthetic: SimpleNamespace
+) -> None:
+    synthetic.add(store, "pt_1")
+    marker = Path(store.url, "markers", "pt_1.json")
+    whole = marker.read_bytes()
+    marker.write_bytes(whole.replace(b'"keypoints":40', b'"keypoints":41'))
+    (problem,) = store.verify(repair=True)
+    assert problem.atlas == "pt_1"
+    assert "its checksum does not fit" in problem.what
+    marker.write_bytes(whole)
+    assert store.verify() == []
+
+
+def test_an_organ_table_or_parameters_changed_later_are_noticed(
+    store: AtlasStore, synthetic: SimpleNamespace
+) -> None:
+    synthetic.add(store, "pt_1")
+    path = Path(store.url, "zarr.json")
+    text = path.read_text()
+    path.write_text(text.replace('"nu": 300', '"nu": 301').replace('"levels": 3', '"levels": 4'))
+    (table, parameters) = AtlasStore.open(store.url).verify()
+    assert "made with another organ table" in table.what
+    assert "extraction.levels is 4 in the store and 3 here" in parameters.what
+
+
+def test_a_changed_description_of_the_data_is_named(
+    store: AtlasStore, synthetic: SimpleNamespace
+) -> None:
+    synthetic.add(store, "pt_1")
+    path = Path(store.url, store["pt_1"].path, "zarr.json")
+    path.write_text(path.read_text().replace('"process"', '"prosess"'))
+    (problem,) = store.verify()
+    assert problem.what == f"{path} is damaged"
+
+
+def test_a_missing_or_additional_object_is_named(
+    store: AtlasStore, synthetic: SimpleNamespace
+) -> None:
+    synthetic.add(store, "pt_1")
+    data = Path(store.url, store["pt_1"].path)
+    (data / "image" / "0" / "c" / "1" / "0" / "0").unlink()
+    (data / "image" / "1").mkdir()
+    (data / "image" / "1" / "zarr.json").write_text("{}")
+    missing, additional = store.verify()
+    assert missing.what.endswith("image/0 has 1 object(s) that are missing")
+    assert additional.what.endswith("zarr.json has 1 object(s) that are not part of what was added")
+
+
+@given(data=st.data())
+@settings(
+    max_examples=30,
+    deadline=None,
+    suppress_health_check=[HealthCheck.function_scoped_fixture],
+)
+def test_any_changed_byte_is_detected(
+    store: AtlasStore, synthetic: SimpleNamespace, data: st.DataObject
+) -> None:
+    if "pt_1" not in store:
+        synthetic.add(store, "pt_1")
+    root = Path(store.url)
+    files = sorted(
+        p for p in root.rglob("*") if p.is_file() and p.parent not in (root, root / "atlases")
+    )
+    file = data.draw(st.sampled_from(files))
+    whole = file.read_bytes()
+    changed = bytearray(whole)
+    changed[data.draw(st.integers(0, len(whole) - 1))] ^= data.draw(st.integers(1, 255))
+    try:
+        file.write_bytes(changed)
+        problems = store.verify(repair=True)
+    finally:
+        file.write_bytes(whole)
+    assert {problem.atlas for problem in problems} == {"pt_1"}
+    if "image" in file.parts:
+        array = file.relative_to(root / store["pt_1"].path).as_posix().partition("/c/")[0]
+        assert any(array in problem.what for problem in problems)
+    assert store.verify() == []
