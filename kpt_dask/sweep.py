@@ -1,31 +1,180 @@
-"""One octave of a column of a volume, swept plane by plane from top to bottom.
+"""One octave of a block of a volume, swept plane by plane from its first plane to its last.
 
-A sweep keeps, of each Gaussian, only the planes that something still needs: the next
-Gaussian, the extremum test, or a descriptor. Its memory is about two hundred planes,
-whatever the length of the volume. It knows neither Dask nor Zarr.
+Of each Gaussian a sweep keeps only the planes that something still needs: the next
+Gaussian, the extremum test, or a descriptor. So it holds about two hundred planes, however
+long the block is. It knows neither Dask nor Zarr.
 """
 
+from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Annotated
+from typing import Annotated, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from kpt_dask import descriptors
-from kpt_dask.descriptors import HALF_WIDTH, PATCH, describe, sample_patch
+from kpt_dask.descriptors import BINS, PATCH, REACH, STEP, describe, sample_patch
 from kpt_dask.jit import kernel
-from kpt_dask.scalespace import FIRST_TAPS, LEVEL_TAPS, LEVELS, blur_plane, level_sigma
+from kpt_dask.scalespace import FIRST_TAPS, LEVEL_TAPS, LEVELS, SIGMA0, blur_plane
 
 Planes = Annotated[NDArray[np.float32], "z y x"]
 
-_LARGEST_SIGMA = level_sigma(LEVELS + 0.5)
-REACH = int(np.ceil(HALF_WIDTH * _LARGEST_SIGMA * (PATCH // 2 + 1) / (PATCH // 2) + 0.5)) + 1
-"""Planes that a descriptor may need on either side of its keypoint."""
+_AS_IT_IS = np.ones(1, np.float32)
+
+
+@dataclass(frozen=True)
+class Found:
+    """Keypoints of a sweep, in the order of their planes.
+
+    Attributes
+    ----------
+    index : int64 array (n, 3)
+        Voxel (z, y, x) of the octave.
+    offset : float64 array (n, 4)
+        From there to the extremum along z, y, x (voxels) and scale (levels), each ±0.5.
+    level : uint8 array (n)
+        Level of the octave, 1 … 3.
+    response : float32 array (n)
+        Difference of Gaussians at the voxel, HU.
+    descriptor : uint8 array (n, 64)
+    """
+
+    index: NDArray[np.int64]
+    offset: NDArray[np.float64]
+    level: NDArray[np.uint8]
+    response: NDArray[np.float32]
+    descriptor: NDArray[np.uint8]
+
+    @classmethod
+    def room_for(cls, n: int) -> "Found":
+        """Uninitialized arrays for `n` keypoints."""
+        return cls(
+            np.empty((n, 3), np.int64),
+            np.empty((n, 4), np.float64),
+            np.empty(n, np.uint8),
+            np.empty(n, np.float32),
+            np.empty((n, BINS), np.uint8),
+        )
+
+    @property
+    def arrays(self) -> tuple[NDArray[Any], ...]:
+        """All arrays, in the order of the fields."""
+        return self.index, self.offset, self.level, self.response, self.descriptor
+
+    def first(self, n: int) -> "Found":
+        """The first `n` keypoints."""
+        return Found(*(a[:n].copy() for a in self.arrays))
+
+    @classmethod
+    def join(cls, parts: Iterable["Found"]) -> "Found":
+        """Concatenate."""
+        all_parts = list(parts) or [cls.room_for(0)]
+        return cls(*(np.concatenate(a) for a in zip(*(p.arrays for p in all_parts), strict=True)))
+
+
+class Sweep:
+    """Finds the keypoints of one octave in a block; feed it slabs, then call `finish`.
+
+    Parameters
+    ----------
+    core : ((z0, z1), (y0, y1), (x0, x1))
+        Half-open box that owns the extrema to be found: z in planes of the volume, y and x
+        within the planes that are fed.
+    plane_shape : (int, int)
+        Of the planes that are fed. Where they end inside the volume they reach at least
+        `halo` beyond the core.
+    n_planes : int
+        Planes of the whole volume at this octave.
+    first_octave : bool
+        Whether the planes fed are level 0 of a volume and not yet blurred to σ0.
+    """
+
+    def __init__(
+        self,
+        core: tuple[tuple[int, int], tuple[int, int], tuple[int, int]],
+        plane_shape: tuple[int, int],
+        n_planes: int,
+        first_octave: bool,
+    ) -> None:
+        self._taps = (FIRST_TAPS if first_octave else _AS_IT_IS, *LEVEL_TAPS)
+        radii = [taps.size - 1 for taps in self._taps]
+        lead = np.cumsum(radii)
+        need = _planes_needed(radii)
+        (z0, z1), _, _ = core
+        first = np.maximum(z0 - need, 0)
+        self.first_plane, self.last_plane = int(first[0]), int(min(z1 + need[0], n_planes))
+        self._step = self.first_plane
+        self._final_step = z1 + int(lead[-1])
+        inside = [(max(a, 1), min(b, n - 1)) for (a, b), n in zip(core, (n_planes, *plane_shape), strict=True)]
+        self._core = np.array(inside, np.int64)
+        self._schedule = np.stack([first[1:], np.minimum(z1 + need[1:], n_planes), lead]).T.copy()
+        self._n = n_planes
+        lag = lead[-1] - lead
+        sizes = [2 * radii[0] + 1]
+        for i in range(LEVELS + 3):
+            blur = 2 * radii[i + 1] + 1 if i + 1 < len(radii) else 1
+            reach = REACH if 1 <= i <= LEVELS else 0
+            sizes.append(max(blur, int(lag[i]) + reach + 3))
+        self._rings = tuple(np.empty((m, *plane_shape), np.float32) for m in sizes)
+        self._dogs = np.empty((LEVELS + 2, 3, *plane_shape), np.float32)
+        self._found: list[Found] = []
+        self._room = Found.room_for(1024)
+
+    def feed(self, slab: Planes) -> None:
+        """Take the next planes, float32 (n, y, x), C order; the first is `first_plane`."""
+        self._run(slab, slab.shape[0])
+
+    def finish(self) -> Found:
+        """Drain what is still under way and return all keypoints."""
+        empty = np.empty((0, *self._dogs.shape[2:]), np.float32)
+        self._run(empty, self._final_step + 1 - self._step)
+        return Found.join(self._found)
+
+    def _run(self, slab: Planes, steps: int) -> None:
+        done = 0
+        while done < steps:
+            advanced, found = _advance(
+                slab[done:],
+                self._step,
+                steps - done,
+                self._n,
+                self._schedule,
+                self._core,
+                self._taps,
+                self._rings,
+                self._dogs,
+                *self._room.arrays,
+            )
+            if advanced == 0:
+                self._room = Found.room_for(2 * self._room.level.size)
+                continue
+            self._found.append(self._room.first(found))
+            done += advanced
+            self._step += advanced
+
+
+def halo(first_octave: bool) -> int:
+    """How far beyond its core a sweep must see, in voxels of the octave."""
+    taps = (FIRST_TAPS if first_octave else _AS_IT_IS, *LEVEL_TAPS)
+    return int(_planes_needed([t.size - 1 for t in taps])[0])
+
+
+def planes_held() -> int:
+    """About how many planes a sweep keeps in memory."""
+    sweep = Sweep(((0, 1), (0, 1), (0, 1)), (1, 1), 1, True)
+    return sum(ring.shape[0] for ring in sweep._rings) + 3 * (LEVELS + 2)
+
+
+def _planes_needed(radii: list[int]) -> NDArray[np.int64]:
+    """Planes needed beyond a core of the input and of each Gaussian."""
+    need = [1]
+    for i in reversed(range(len(radii))):
+        own = REACH if 1 <= i - 1 <= LEVELS else 1
+        need.insert(0, max(own, need[0] + radii[i]) if i else need[0] + radii[0])
+    return np.array(need, np.int64)
 
 
 @kernel
-def difference(upper: Planes, lower: Planes, z: int, out: Planes) -> None:
-    """Put plane `z` of a difference of Gaussians into its ring."""
+def _difference(upper: Planes, lower: Planes, z: int, out: Planes) -> None:
     a = upper[z % upper.shape[0]]
     b = lower[z % lower.shape[0]]
     o = out[z % out.shape[0]]
@@ -38,10 +187,13 @@ def difference(upper: Planes, lower: Planes, z: int, out: Planes) -> None:
 
 
 @kernel
-def flag_candidates(dogs: NDArray[np.float32], level: int, z: int, y: int, flags: NDArray[np.uint8]) -> None:
+def _flag_candidates(
+    dogs: NDArray[np.float32], level: int, z: int, y: int, flags: NDArray[np.uint8]
+) -> None:
     """Flag the voxels of a row that are strict extrema against eight of their neighbours.
 
-    Those along x, y, z and scale: cheap, vectorized, and few voxels pass.
+    Those along x, y, z and scale. Whole rows at a time, with few arrays in each loop, or the
+    loops would not vectorize; few voxels pass.
     """
     here = dogs[level, z % 3, y]
     finer = dogs[level - 1, z % 3, y]
@@ -60,82 +212,111 @@ def flag_candidates(dogs: NDArray[np.float32], level: int, z: int, y: int, flags
         v = here[x]
         above = (v > before[x]) & (v > after[x]) & (v > under[x]) & (v > over[x])
         below = (v < before[x]) & (v < after[x]) & (v < under[x]) & (v < over[x])
-        flags[x] = flags[x] & (above | below)
+        flags[x] &= above | below
 
 
 @kernel
-def is_extremum(dogs: NDArray[np.float32], level: int, z: int, y: int, x: int) -> bool:
-    """Whether a voxel is strictly above, or strictly below, all 80 neighbours in space and scale."""
+def _is_extremum(dogs: NDArray[np.float32], level: int, z: int, y: int, x: int) -> bool:
+    """Whether a voxel is strictly above, or below, all 80 neighbours in space and scale."""
     v = dogs[level, z % 3, y, x]
     sign = 1 if v > dogs[level, z % 3, y, x - 1] else -1
     for d in range(level - 1, level + 2):
         for k in range(z - 1, z + 2):
             for j in range(y - 1, y + 2):
                 for i in range(x - 1, x + 2):
-                    if d == level and k == z and j == y and i == x:
-                        continue
-                    if not sign * v > sign * dogs[d, k % 3, j, i]:
+                    itself = d == level and k == z and j == y and i == x
+                    if not itself and not sign * v > sign * dogs[d, k % 3, j, i]:
                         return False
     return True
 
 
 @kernel
-def vertex(before: float, here: float, after: float) -> float:
-    """Where a parabola through three samples around a strict extremum has its vertex, ±0.5."""
+def _vertex(before: float, here: float, after: float) -> float:
+    """Where the parabola through three samples around an extremum has its vertex, ±0.5."""
     offset = 0.5 * (before - after) / (before - 2.0 * here + after)
     return min(max(offset, -0.5), 0.5)
 
 
 @kernel
-def advance(slab, made, reach, core, source, rings, taps, dogs, half_width, edge, out):  # type: ignore[no-untyped-def]
-    n = made[-1]
-    ny, nx = slab.shape[1:]
-    plane = np.empty((ny, nx), np.float32)
-    padded = np.empty(nx + 64, np.float32)
+def _advance(
+    slab: Any,
+    start: Any,
+    steps: Any,
+    n: Any,
+    schedule: Any,
+    core: Any,
+    taps: Any,
+    rings: Any,
+    dogs: Any,
+    out_index: Any,
+    out_offset: Any,
+    out_level: Any,
+    out_response: Any,
+    out_descriptor: Any,
+) -> Any:
+    """Take `steps` steps; in each, every Gaussian gains at most one plane.
+
+    At step s the input gains plane s, and Gaussian i gains plane s − ``schedule[i, 2]``, the
+    sum of the taps' radii so far, which is the last plane its source can make. That keeps
+    all rings in lockstep, also after the input has ended.
+
+    Returns the number of steps taken and of keypoints found: fewer than asked for when the
+    output might not hold another plane's keypoints; (0, 0) if it is too small for one.
+    """
+    ny, nx = dogs.shape[2:]
+    levels = dogs.shape[0] - 2
+    gaussians = schedule.shape[0]
+    scratch = np.empty((ny, nx), np.float32)
+    padded = np.empty(nx + 2 * 32, np.float32)
     flags = np.zeros(nx, np.uint8)
     patch = np.empty((PATCH + 2, PATCH + 2, PATCH + 2), np.float32)
-    count = 0
+    ranks = np.empty(BINS, np.uint8)
     index = np.empty(3, np.int64)
     offset = np.empty(3, np.float64)
-    ranks = np.empty(64, np.uint8)
-    for p in range(slab.shape[0]):
-        source[made[0] % source.shape[0]] = slab[p]
-        made[0] += 1
-        for i in range(6):
-            before = source if i == 0 else rings[i - 1]
-            r = taps[i].size - 1
-            while made[i + 1] < reach[i] and made[i] > min(made[i + 1] + r, n - 1):
-                z = made[i + 1]
-                blur_plane(before, z, n, taps[i], plane, padded, rings[i][z % rings[i].shape[0]])
-                made[i + 1] += 1
-        while made[7] < min(made[6], n):
-            for level in range(5):
-                difference(rings[level + 1], rings[level], made[7], dogs[level])
-            made[7] += 1
-            z = made[7] - 2
-            if z < core[0, 0] or z >= core[0, 1]:
-                continue
-            for level in range(1, 4):
-                for y in range(core[1, 0], core[1, 1]):
-                    flag_candidates(dogs, level, z, y, flags)
-                    for x in range(core[2, 0], core[2, 1]):
-                        if flags[x] and is_extremum(dogs, level, z, y, x):
-                            v = dogs[level, z % 3, y, x]
-                            index[0] = z; index[1] = y; index[2] = x
-                            offset[0] = vertex(dogs[level, (z - 1) % 3, y, x], v, dogs[level, (z + 1) % 3, y, x])
-                            offset[1] = vertex(dogs[level, z % 3, y - 1, x], v, dogs[level, z % 3, y + 1, x])
-                            offset[2] = vertex(dogs[level, z % 3, y, x - 1], v, dogs[level, z % 3, y, x + 1])
-                            ds = vertex(dogs[level - 1, z % 3, y, x], v, dogs[level + 1, z % 3, y, x])
-                            sigma = 1.6 * 2 ** ((level + ds) / 3)
-                            sample_patch(rings[level], n, index, offset, sigma * half_width / 5, patch)
-                            q = describe(patch, ranks, edge)
-                            if q > 0 and count < out[0].shape[0]:
-                                out[0][count, 0] = z + offset[0]
-                                out[0][count, 1] = y + offset[1]
-                                out[0][count, 2] = x + offset[2]
-                                out[0][count, 3] = sigma
-                                out[0][count, 4] = v
-                                out[0][count, 5] = q
-                                out[1][count] = ranks
-                                count += 1
-    return count
+    count = 0
+    for taken in range(steps):
+        before_plane = count
+        step = start + taken
+        if taken < slab.shape[0]:
+            rings[0][step % rings[0].shape[0]] = slab[taken]
+        for i in range(gaussians):
+            z = step - schedule[i, 2]
+            if schedule[i, 0] <= z < schedule[i, 1]:
+                ring = rings[i + 1]
+                blur_plane(rings[i], z, n, taps[i], scratch, padded, ring[z % ring.shape[0]])
+        z = step - schedule[gaussians - 1, 2]
+        if not schedule[gaussians - 1, 0] <= z < schedule[gaussians - 1, 1]:
+            continue
+        for level in range(levels + 2):
+            _difference(rings[level + 2], rings[level + 1], z, dogs[level])
+        z -= 1
+        if not core[0, 0] <= z < core[0, 1]:
+            continue
+        for level in range(1, levels + 1):
+            for y in range(core[1, 0], core[1, 1]):
+                _flag_candidates(dogs, level, z, y, flags)
+                for x in range(core[2, 0], core[2, 1]):
+                    if not (flags[x] and _is_extremum(dogs, level, z, y, x)):
+                        continue
+                    if count == out_level.size:
+                        return taken, before_plane
+                    d = dogs[level]
+                    v = d[z % 3, y, x]
+                    index[0] = z
+                    index[1] = y
+                    index[2] = x
+                    offset[0] = _vertex(d[(z - 1) % 3, y, x], v, d[(z + 1) % 3, y, x])
+                    offset[1] = _vertex(d[z % 3, y - 1, x], v, d[z % 3, y + 1, x])
+                    offset[2] = _vertex(d[z % 3, y, x - 1], v, d[z % 3, y, x + 1])
+                    shift = _vertex(dogs[level - 1, z % 3, y, x], v, dogs[level + 1, z % 3, y, x])
+                    sigma = SIGMA0 * 2.0 ** ((level + shift) / LEVELS)
+                    sample_patch(rings[level + 1], n, index, offset, STEP * sigma, patch)
+                    if describe(patch, ranks):
+                        out_index[count] = index
+                        out_offset[count, :3] = offset
+                        out_offset[count, 3] = shift
+                        out_level[count] = level
+                        out_response[count] = v
+                        out_descriptor[count] = ranks
+                        count += 1
+    return steps, count

@@ -38,8 +38,9 @@ from kpt_dask.omezarr import (
     write_region,
 )
 from kpt_dask.output import replacing
+from kpt_dask.pyramid import fill_pyramid
 from kpt_dask.resample import resample, resample_labels
-from kpt_dask.scalespace import fill_pyramid, octave_shapes
+from kpt_dask.scalespace import octave_shapes
 from kpt_dask.scan import Scan
 
 __all__ = [
@@ -229,7 +230,7 @@ def convert_into(
         raise ParameterError(f"The spacing must be a positive number of mm, not {spacing:g}.")
     volume = create_volume(group, scan.grid.working(spacing), scan.grid, name=scan.path.name)
     write_level0(volume, scan)
-    fill_pyramid(volume, client=client)
+    fill_pyramid(volume.levels, client=client)
     return volume
 
 

@@ -23,6 +23,7 @@ def turned(axes: list[int], flipped: tuple[bool, ...], spacing: list[float]) -> 
 
 
 @given(orientations, st.lists(st.floats(0.2, 9), min_size=3, max_size=3))
+@settings(deadline=None)
 def test_axis_permutation_says_how_the_array_lies(
     orientation: tuple[list[int], tuple[bool, ...]], spacing: list[float]
 ) -> None:
@@ -35,6 +36,7 @@ def test_axis_permutation_says_how_the_array_lies(
 
 
 @given(orientations)
+@settings(deadline=None)
 def test_reorientation_keeps_every_voxel_in_its_place(
     orientation: tuple[list[int], tuple[bool, ...]],
 ) -> None:
@@ -66,7 +68,7 @@ def test_sheared_grids_have_no_axis_permutation() -> None:
     st.lists(st.floats(0.3, 6), min_size=3, max_size=3),
     st.floats(0.5, 4),
 )
-@settings(max_examples=50)
+@settings(max_examples=50, deadline=None)
 def test_working_grid_covers_the_field_of_view(
     angles: list[float], spacing: list[float], target: float
 ) -> None:
@@ -87,6 +89,7 @@ def test_working_grid_covers_the_field_of_view(
 
 
 @given(orientations)
+@settings(deadline=None)
 def test_an_isotropic_grid_is_its_own_working_grid(
     orientation: tuple[list[int], tuple[bool, ...]],
 ) -> None:
@@ -95,6 +98,7 @@ def test_an_isotropic_grid_is_its_own_working_grid(
 
 
 @given(st.lists(st.floats(-500, 500), min_size=3, max_size=3))
+@settings(deadline=None)
 def test_to_index_undoes_to_mm(index: list[float]) -> None:
     affine = np.eye(4)
     affine[:3, :3] = Rotation.from_euler("xyz", [10, 20, 30], degrees=True).as_matrix() * (1, 2, 3)

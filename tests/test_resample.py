@@ -100,6 +100,7 @@ def reference(values: np.ndarray, source: Grid, target: Grid) -> np.ndarray:
 
 
 @given(st.integers(1, 20), st.integers(1, 20), st.floats(0.1, 9), st.floats(-15, 25))
+@settings(deadline=None)
 def test_axis_tables_follow_the_definition(
     n_in: int, n_out: int, ratio: float, first: float
 ) -> None:

@@ -277,7 +277,9 @@ def test_a_plain_file_called_gz_is_refused(tmp_path: Path) -> None:
 
 HEADER = bytes(nib.Nifti1Image(VALUES.astype("i2"), AFFINE).header.binaryblock) + bytes(4)
 
-fuzz = settings(max_examples=150, suppress_health_check=[HealthCheck.function_scoped_fixture])
+fuzz = settings(
+    max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
 
 
 @given(st.lists(st.tuples(st.integers(40, 347), st.integers(0, 255)), min_size=1, max_size=12))

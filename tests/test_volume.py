@@ -364,6 +364,7 @@ def test_a_write_touches_no_unit_in_part(
 
 
 @given(st.tuples(*[st.integers(1, 9)] * 3), st.tuples(*[st.integers(1, 5)] * 3))
+@settings(deadline=None)
 def test_blocks_cover_an_array_once(shape: tuple[int, ...], block: tuple[int, ...]) -> None:
     seen = np.zeros(shape, int)
     for region in regions(shape, block):

@@ -1,0 +1,74 @@
+"""Fill the upper levels of a volume: the octaves of its scale space.
+
+Level o + 1 is level o blurred to 2·σ0 of its own voxels, every second voxel. A task makes
+whole chunks of one level and reads what they need, with a halo, from the level below.
+"""
+
+from typing import Any
+
+import numpy as np
+import zarr
+from distributed import Client
+from numpy.typing import NDArray
+
+from kpt_dask import cluster
+from kpt_dask.jit import kernel
+from kpt_dask.omezarr import CHUNKS, regions, write_region
+from kpt_dask.scalespace import blur_plane, next_octave_taps
+
+
+def fill_pyramid(levels: tuple[zarr.Array[Any], ...], *, client: Client | None = None) -> None:
+    """Fill ``levels[1:]`` from ``levels[0]``.
+
+    Parameters
+    ----------
+    levels : tuple of float32 zarr arrays (z, y, x)
+        Level o + 1 has every second voxel of level o.
+    client : distributed.Client, optional
+        Where the tasks run; see `kpt_dask.cluster.session`.
+    """
+    with cluster.session(client) as session:
+        for octave, (fine, coarse) in enumerate(zip(levels, levels[1:], strict=False)):
+            slab = (CHUNKS[0], *coarse.shape[1:])
+            tasks = [(fine, coarse, octave, region) for region in regions(coarse.shape, slab)]
+            for _ in cluster.run(session, _fill, tasks, f"Octave {octave + 1}"):
+                pass
+
+
+def _fill(
+    fine: zarr.Array[Any],
+    coarse: zarr.Array[Any],
+    octave: int,
+    region: tuple[slice, slice, slice],
+) -> None:
+    taps = next_octave_taps(octave)
+    radius = taps.size - 1
+    first = max(2 * region[0].start - radius, 0)
+    last = min(2 * (region[0].stop - 1) + radius + 1, fine.shape[0])
+    source = np.asarray(fine[first:last], np.float32)
+    out = np.empty(tuple(s.stop - s.start for s in region), np.float32)
+    _halve(source, first, fine.shape[0], taps, region[0].start, out)
+    write_region(coarse, region, out)
+
+
+@kernel
+def _halve(
+    source: NDArray[np.float32],
+    first: int,
+    n: int,
+    taps: NDArray[np.float32],
+    start: int,
+    out: NDArray[np.float32],
+) -> None:
+    """Blur, and keep every second voxel; ``source[0]`` is plane `first` of `n`."""
+    shape = source.shape[1:]
+    scratch = np.empty(shape, np.float32)
+    plane = np.empty(shape, np.float32)
+    padded = np.empty(shape[1] + 2 * taps.size, np.float32)
+    for k in range(out.shape[0]):
+        z = 2 * (start + k) - first
+        blur_plane(source, z, source.shape[0], taps, scratch, padded, plane)
+        for j in range(out.shape[1]):
+            row = plane[2 * j]
+            for i in range(out.shape[2]):
+                out[k, j, i] = row[2 * i]
