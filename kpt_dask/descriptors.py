@@ -149,9 +149,7 @@ def describe(patch: NDArray[np.float32], ranks: NDArray[np.uint8]) -> bool:
                     sums[0, 1, b, octant] += (one - upper[k]) * upper[j] * value
                     sums[0, 0, b, octant] += (one - upper[k]) * (one - upper[j]) * value
     trace = zz + yy + xx
-    det = (
-        zz * (yy * xx - yx * yx) - zy * (zy * xx - yx * zx) + zx * (zy * yx - yy * zx)
-    )
+    det = zz * (yy * xx - yx * yx) - zy * (zy * xx - yx * zx) + zx * (zy * yx - yy * zx)
     if not trace * trace * trace < ANISOTROPY * det:
         return False
     flat = sums.ravel()

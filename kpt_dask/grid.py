@@ -39,7 +39,8 @@ class Grid:
     @property
     def spacing(self) -> NDArray[np.float64]:
         """Edge lengths of a voxel along (k, j, i), mm."""
-        return np.sqrt((self.affine[:3, :3] ** 2).sum(axis=0))
+        lengths: NDArray[np.float64] = np.sqrt((self.affine[:3, :3] ** 2).sum(axis=0))
+        return lengths
 
     @property
     def origin(self) -> NDArray[np.float64]:
@@ -53,13 +54,14 @@ class Grid:
 
     def to_mm(self, index: ArrayLike) -> NDArray[np.float64]:
         """Points (…, 3) in mm of (possibly fractional) indices (…, 3)."""
-        return np.asarray(index, np.float64) @ self.affine[:3, :3].T + self.affine[:3, 3]
+        mm: NDArray[np.float64] = np.asarray(index, np.float64) @ self.affine[:3, :3].T
+        return mm + self.affine[:3, 3]
 
     def to_index(self, mm: ArrayLike) -> NDArray[np.float64]:
         """Fractional indices (…, 3) of points (…, 3) in mm."""
         offset = np.asarray(mm, np.float64) - self.affine[:3, 3]
-        inverse: NDArray[np.float64] = np.linalg.inv(self.affine[:3, :3])
-        return offset @ inverse.T
+        index: NDArray[np.float64] = offset @ np.linalg.inv(self.affine[:3, :3]).T
+        return index
 
     def same_as(self, other: "Grid", tolerance: float = 1e-2) -> bool:
         """Whether both grids have the same shape and no corner differs by `tolerance` mm."""

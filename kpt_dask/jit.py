@@ -8,7 +8,7 @@ its block begins.
 """
 
 from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import numba
 
@@ -17,7 +17,7 @@ F = TypeVar("F", bound=Callable[..., Any])
 
 def kernel(function: F) -> F:
     """Compile `function` without the GIL, cached, value-preserving but for fused multiply-adds."""
-    compiled: F = numba.njit(nogil=True, cache=True, fastmath={"contract"}, error_model="numpy")(
+    compiled: Any = numba.njit(nogil=True, cache=True, fastmath={"contract"}, error_model="numpy")(
         function
     )
-    return compiled
+    return cast(F, compiled)

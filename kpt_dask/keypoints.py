@@ -63,17 +63,14 @@ def plan_blocks(
     margin : int
         How far beyond its core a block must see.
     """
-    edges = [
-        [(a, min(a + step, n)) for a in range(0, n, step)]
+    z, y, x = (
+        [
+            ((a, min(a + step, n)), (max(a - margin, 0), min(a + step + margin, n)))
+            for a in range(0, n, step)
+        ]
         for n, step in zip(shape, block, strict=True)
-    ]
-    return [
-        Block(
-            (z, y, x),
-            tuple((max(a - margin, 0), min(b + margin, n)) for (a, b), n in zip((z, y, x), shape, strict=True)),  # type: ignore[arg-type]
-        )
-        for z, y, x in product(*edges)
-    ]
+    )
+    return [Block((k[0], j[0], i[0]), (k[1], j[1], i[1])) for k, j, i in product(z, y, x)]
 
 
 def block_shape(
@@ -116,9 +113,7 @@ def block_shape(
     return length, height, width
 
 
-def extract(
-    volume: Volume, *, memory: int = 1 << 30, client: Client | None = None
-) -> xr.Dataset:
+def extract(volume: Volume, *, memory: int = 1 << 30, client: Client | None = None) -> xr.Dataset:
     """Find the keypoints of a volume (Wachinger et al. 2015, section 2.1, eq. 1).
 
     Parameters
@@ -152,7 +147,7 @@ def extract(
         threads, per_process = sum(workers), max(workers)
         tasks = []
         for octave, level in enumerate(volume.levels):
-            shape: tuple[int, int, int] = level.shape
+            shape = (level.shape[0], level.shape[1], level.shape[2])
             margin = halo(octave == 0)
             widest = block_shape(shape, per_process, memory, margin)
             length = block_shape(shape, threads, memory * threads, margin)[0]

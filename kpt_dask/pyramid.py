@@ -4,6 +4,7 @@ Level o + 1 is level o blurred to 2·σ0 of its own voxels, every second voxel. 
 whole chunks of one level and reads what they need, with a halo, from the level below.
 """
 
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -28,7 +29,7 @@ def fill_pyramid(levels: tuple[zarr.Array[Any], ...], *, client: Client | None =
         Where the tasks run; see `kpt_dask.cluster.session`.
     """
     with cluster.session(client) as session:
-        for octave, (fine, coarse) in enumerate(zip(levels, levels[1:], strict=False)):
+        for octave, (fine, coarse) in enumerate(pairwise(levels)):
             slab = (CHUNKS[0], *coarse.shape[1:])
             tasks = [(fine, coarse, octave, region) for region in regions(coarse.shape, slab)]
             for _ in cluster.run(session, _fill, tasks, f"Octave {octave + 1}"):

@@ -37,12 +37,13 @@ def gaussian_taps(sigma: float) -> Row:
     """Half of a sampled, truncated Gaussian that sums to one: (centre, next, …, last), float32."""
     radius = math.ceil(TRUNCATE * sigma)
     weights = np.exp(-0.5 * (np.arange(radius + 1) / sigma) ** 2)
-    return (weights / (weights[0] + 2 * weights[1:].sum())).astype(np.float32)
+    taps: Row = (weights / (weights[0] + 2 * weights[1:].sum())).astype(np.float32)
+    return taps
 
 
 def level_sigma(level: float) -> float:
     """σ of a level of an octave, in voxels of that octave."""
-    return SIGMA0 * 2.0 ** (level / LEVELS)
+    return float(SIGMA0 * 2.0 ** (level / LEVELS))
 
 
 def _increment(sigma: float, from_sigma: float) -> float:

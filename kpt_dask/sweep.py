@@ -61,7 +61,7 @@ class Found:
         return self.index, self.offset, self.level, self.response, self.descriptor
 
     def first(self, n: int) -> "Found":
-        """The first `n` keypoints."""
+        """Copy the first `n` keypoints."""
         return Found(*(a[:n].copy() for a in self.arrays))
 
     @classmethod
@@ -104,7 +104,10 @@ class Sweep:
         self.first_plane, self.last_plane = int(first[0]), int(min(z1 + need[0], n_planes))
         self._step = self.first_plane
         self._final_step = z1 + int(lead[-1])
-        inside = [(max(a, 1), min(b, n - 1)) for (a, b), n in zip(core, (n_planes, *plane_shape), strict=True)]
+        inside = [
+            (max(a, 1), min(b, n - 1))
+            for (a, b), n in zip(core, (n_planes, *plane_shape), strict=True)
+        ]
         self._core = np.array(inside, np.int64)
         self._schedule = np.stack([first[1:], np.minimum(z1 + need[1:], n_planes), lead]).T.copy()
         self._n = n_planes

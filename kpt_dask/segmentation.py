@@ -1,0 +1,275 @@
+"""Segment a scan: the whole way of the data, station by station."""
+
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+import xarray as xr
+import zarr
+from distributed import Client
+
+from atlas_store import AtlasKeypoints, AtlasStore, EmptyStoreError, OrganTable, write_keypoints
+from kpt_dask import cluster
+from kpt_dask.errors import ParameterError
+from kpt_dask.interpolate import labels_onto
+from kpt_dask.keypoints import PARAMETERS, extract
+from kpt_dask.matching import match
+from kpt_dask.omezarr import open_array, write_label_image
+from kpt_dask.output import check_absent, replacing
+from kpt_dask.scan import open_scan, write_labels
+from kpt_dask.transfer import create_probability, transfer
+from kpt_dask.volume import Volume, convert_into
+from kpt_dask.voting import vote
+
+MODES = ("organ",)
+"""Ways to transfer; `organ` is the paper's."""
+
+ENCODING_TYPE = "kpt-segmentation"
+ENCODING_VERSION = "1"
+
+
+@dataclass(frozen=True, eq=False)
+class Stations:
+    """What the stations between a volume and its label map found.
+
+    Attributes
+    ----------
+    keypoints, matches, votes : xarray.Dataset
+        From `kpt_dask.extract`, `kpt_dask.match` and `kpt_dask.vote`.
+    labels : zarr.Array
+        The label map on the working grid, (z, y, x).
+    voxels : mapping of str to int
+        Voxels of each organ on the working grid.
+    """
+
+    keypoints: xr.Dataset
+    matches: xr.Dataset
+    votes: xr.Dataset
+    labels: "zarr.Array[Any]"
+    voxels: Mapping[str, int]
+
+
+@dataclass(frozen=True, eq=False)
+class Segmentation:
+    """A finished segmentation.
+
+    Attributes
+    ----------
+    path : Path
+        The OME-Zarr output: the scan, ``labels/organs``, ``probability``, ``keypoints``,
+        ``matches``, ``votes``, and its provenance as attribute ``kpt``.
+    volumes_ml : dict of str to float
+        Volume of each organ, mL.
+    votes : dict of str to int
+        Test keypoints whose matches voted for each organ.
+    atlases : tuple of str
+        The atlases that were used.
+    n_keypoints, n_matches : int
+        Of the scan, and with all atlases.
+    seconds : float
+        Wall time of the whole way.
+    """
+
+    path: Path
+    volumes_ml: dict[str, float]
+    votes: dict[str, int]
+    atlases: tuple[str, ...]
+    n_keypoints: int
+    n_matches: int
+    seconds: float
+
+    def open_probability(self) -> xr.DataArray:
+        """Open the probabilities lazily; see `open_probability`."""
+        return open_probability(self.path)
+
+
+def segment(
+    scan: str | Path,
+    store: AtlasStore | str | Path,
+    out: str | Path,
+    *,
+    mode: str = "organ",
+    exclude: Sequence[str] = (),
+    labels: str | Path | None = None,
+    overwrite: bool = False,
+    memory: int = 1 << 30,
+    client: Client | None = None,
+) -> Segmentation:
+    """Segment a scan from the annotated atlases of a store.
+
+    Parameters
+    ----------
+    scan : str or Path
+        A file that `kpt_dask.scan.open_scan` reads.
+    store : AtlasStore, str or Path
+        The atlases.
+    out : str or Path
+        Folder of the OME-Zarr output.
+    mode : str
+        One of `MODES`.
+    exclude : sequence of str
+        Ids of atlases to leave out.
+    labels : str or Path, optional
+        Where to write the label map as NIfTI, on the scan's own grid.
+    overwrite : bool
+        Whether existing outputs may be replaced; they are kept until the new ones are complete.
+    memory : int
+        Bytes that extraction may take in each process.
+    client : distributed.Client, optional
+        Where blocks are computed; threads of this process if there is no current one.
+
+    Raises
+    ------
+    KptError, AtlasStoreError
+        One sentence on what is wrong with an input or an option; nothing is left half-written.
+    """
+    start = time.perf_counter()
+    store = store if isinstance(store, AtlasStore) else AtlasStore.open(store)
+    source, target = open_scan(scan), Path(out)
+    used = choose_atlases(store, mode, exclude)
+    check_absent(target, overwrite=overwrite)
+    if labels is not None:
+        check_absent(Path(labels), overwrite=overwrite)
+    with cluster.session(client) as session, replacing(target, overwrite=overwrite) as partial:
+        group = zarr.create_group(str(partial), zarr_format=3)
+        volume = convert_into(source, group, spacing=store.parameters["spacing"], client=session)
+        found = segment_volume(volume, group, store, used, memory=memory, client=session)
+        finished = Segmentation(
+            path=target,
+            volumes_ml={n: v * volume.grid.voxel_volume / 1000 for n, v in found.voxels.items()},
+            votes=_votes(found.votes, store.organs),
+            atlases=used,
+            n_keypoints=found.keypoints.sizes["keypoint"],
+            n_matches=found.matches.sizes["match"],
+            seconds=time.perf_counter() - start,
+        )
+        _keep(group, found, finished, mode)
+        if labels is not None:
+            slabs = labels_onto(found.labels, volume.grid, source.grid)
+            write_labels(labels, source, slabs, overwrite=overwrite)
+    return finished
+
+
+def segment_volume(
+    volume: Volume,
+    group: zarr.Group,
+    store: AtlasStore,
+    atlas_ids: Sequence[str],
+    *,
+    memory: int = 1 << 30,
+    client: Client | None = None,
+) -> Stations:
+    """Go from a volume to its label map; `group` is the OME-Zarr image that receives it."""
+    atlases = AtlasKeypoints.load(store, atlas_ids)
+    keypoints = extract(volume, memory=memory, client=client)
+    matches = match(keypoints, atlases, client=client)
+    votes = vote(matches, keypoints.sizes["keypoint"], store.organs)
+    probability = create_probability(group, volume.grid, store.organs)
+    parts = transfer(volume, store, atlas_ids, matches, votes, probability, client=client)
+    labels = write_label_image(group, "organs", parts, volume.grid, store.organs)
+    voxels = np.zeros(max(store.organs.values) + 1, np.int64)
+    for _, part in parts:
+        voxels += np.bincount(part.ravel(), minlength=voxels.size)
+    return Stations(
+        keypoints,
+        matches,
+        votes,
+        open_array(labels, "0"),
+        {organ.name: int(voxels[organ.value]) for organ in store.organs},
+    )
+
+
+def choose_atlases(store: AtlasStore, mode: str, exclude: Sequence[str]) -> tuple[str, ...]:
+    """Ids of the atlases to use, in natural order, once everything that was asked is possible.
+
+    Raises
+    ------
+    ParameterError
+        If the mode or an id to exclude is unknown, or the store's keypoints were extracted
+        in another way than a scan's are now.
+    EmptyStoreError
+        If no atlas is left.
+    """
+    if mode not in MODES:
+        raise ParameterError(f"The mode {mode!r} is unknown; use {' or '.join(MODES)}.")
+    ids = store.ids()
+    unknown = sorted(set(exclude) - set(ids))
+    if unknown:
+        raise ParameterError(
+            f"{store.url} has no atlas {', '.join(unknown)} to exclude; see kpt atlas list."
+        )
+    differing = [k for k, v in PARAMETERS.items() if store.parameters.get(k) != v]
+    if differing:
+        raise ParameterError(
+            f"{store.url} holds keypoints of another {', '.join(differing)} than this version "
+            "extracts; make the store anew, or use the version that made it."
+        )
+    used = tuple(i for i in ids if i not in set(exclude))
+    if not used:
+        raise EmptyStoreError(f"{store.url} has no atlas to use; add one with kpt atlas add.")
+    return used
+
+
+def open_probability(path: str | Path) -> xr.DataArray:
+    """Open the probabilities of a segmentation, read only where they are looked at.
+
+    Returns
+    -------
+    xarray.DataArray
+        (organ, z, y, x) float32: the share of an organ's vote weight that places it at a
+        voxel and agrees with the scan's intensity there. Coordinates ``z``, ``y``, ``x`` in
+        mm, LPS, and ``organ``, the names.
+    """
+    # Imported here, since only whoever opens the volume needs dask.array.
+    import dask.array as da
+
+    from kpt_dask.volume import open_volume
+
+    volume = open_volume(path)
+    array = open_array(volume.group, "probability")
+    axes = {
+        name: (name, volume.grid.origin[a] + volume.grid.spacing[a] * np.arange(n), {"units": "mm"})
+        for a, (name, n) in enumerate(zip("zyx", volume.grid.shape, strict=True))
+    }
+    return xr.DataArray(
+        da.from_zarr(array),
+        dims=("organ", "z", "y", "x"),
+        coords={"organ": list(array.attrs["organs"]), **axes},  # type: ignore[arg-type]
+        name="probability",
+        attrs={"description": array.attrs["description"]},
+    )
+
+
+def _votes(votes: xr.Dataset, organs: OrganTable) -> dict[str, int]:
+    return {organ.name: int((votes.label.values == organ.value).sum()) for organ in organs}
+
+
+def _keep(group: zarr.Group, found: Stations, finished: Segmentation, mode: str) -> None:
+    """Write what the stations found, and where it all comes from."""
+    write_keypoints(group.create_group("keypoints"), found.keypoints)
+    for name, table in (("matches", found.matches), ("votes", found.votes)):
+        table = table.assign_attrs({"encoding-type": f"kpt-{name}", "encoding-version": "1"})
+        path = f"{group.path}/{name}" if group.path else name
+        table.to_zarr(group.store, group=path, zarr_format=3, consolidated=False)
+    libraries = ("dask", "numpy", "scipy", "numba", "zarr", "xarray")
+    group.update_attributes(
+        {
+            "kpt": {
+                **cast(dict[str, Any], group.attrs["kpt"]),
+                "segmentation": {
+                    "encoding-type": ENCODING_TYPE,
+                    "encoding-version": ENCODING_VERSION,
+                    "mode": mode,
+                    "parameters": PARAMETERS,
+                    "atlases": list(finished.atlases),
+                    "volumes_ml": finished.volumes_ml,
+                    "votes": finished.votes,
+                    "versions": {name: version(name) for name in libraries},
+                },
+            }
+        }
+    )

@@ -1,0 +1,303 @@
+"""Move whole organs of the atlases onto the scan, block by block.
+
+After Wachinger et al. 2015, eqs. 8–11. What moves where, and with which weight, is planned
+before any voxel is visited, so blocks are independent and their order of summation is the
+same however the volume is cut. A block reads only what it needs of the atlases' label maps
+and images.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import xarray as xr
+import zarr
+from distributed import Client
+from numpy.typing import NDArray
+
+from atlas_store import Atlas, AtlasStore, OrganTable
+from kpt_dask import cluster
+from kpt_dask.grid import Grid
+from kpt_dask.jit import kernel
+from kpt_dask.omezarr import COMPRESSOR, Region, regions, write_region
+from kpt_dask.volume import Volume, open_volume
+
+SMALLEST_SHARE = 0.15
+"""Voxels whose largest share is below this are background (section 2.4)."""
+
+SHARD = (128, 128, 128)
+"""Block of one task and shard of the probabilities (z, y, x)."""
+INNER = (64, 64, 64)
+"""Chunk within a shard, of one organ."""
+
+_VANISHING = 6.0
+"""Standard deviations beyond which the intensity likelihood is 0."""
+
+
+@dataclass(frozen=True)
+class Move:
+    """One organ of one atlas, moved by whole voxels.
+
+    Attributes
+    ----------
+    atlas : int
+        Index of the atlas.
+    organ : int
+        Index of the organ in the table.
+    shift : (int, int, int)
+        From atlas to scan voxels (z, y, x).
+    weight : float
+        Sum of p(L) · p(m) of the matches that propose this move.
+    box : ((int, int), (int, int), (int, int))
+        Bounding box of the organ on the scan's grid, half-open.
+    """
+
+    atlas: int
+    organ: int
+    shift: tuple[int, int, int]
+    weight: float
+    box: tuple[tuple[int, int], tuple[int, int], tuple[int, int]]
+
+
+def plan_moves(
+    matches: xr.Dataset,
+    votes: xr.Dataset,
+    atlases: Sequence[Atlas],
+    organs: OrganTable,
+    grid: Grid,
+) -> list[Move]:
+    """Decide which organs move where, and with which weight.
+
+    Every match whose atlas label equals its test keypoint's label moves the whole organ by
+    its translation, rounded to voxels, with weight p(L) · p(m) (eqs. 8–10). Matches that
+    propose the same move are one move.
+
+    Returns
+    -------
+    list of Move
+        Ordered by atlas, organ and shift: the order of summation.
+    """
+    keypoint = matches.keypoint.values
+    label = matches.label.values
+    agree = np.flatnonzero((label > 0) & (label == votes.label.values[keypoint]))
+    index_of = {organ.value: i for i, organ in enumerate(organs)}
+    organ = np.array([index_of[int(v)] for v in label[agree]], np.int64)
+    weight = votes.posterior.values[keypoint[agree], organ].astype(np.float64)
+    weight *= matches.probability.values[agree]
+    atlas = matches.atlas.values[agree].astype(np.int64)
+    origins = np.array([a.info.origin for a in atlases]).reshape(-1, 3)
+    moved = matches.translation.values[agree].astype(np.float64) + origins[atlas] - grid.origin
+    shift = np.rint(moved / grid.spacing).astype(np.int64)
+    keys, inverse = np.unique(np.column_stack([atlas, organ, shift]), axis=0, return_inverse=True)
+    weights = np.bincount(inverse.ravel(), weight, minlength=len(keys))
+    moves = []
+    names = organs.names
+    for (a, o, *by), w in zip(keys.tolist(), weights.tolist(), strict=True):
+        info = atlases[a].organs[names[o]]
+        box = tuple((s + d, e + d) for (s, e), d in zip(info.bounding_box, by, strict=True))
+        moves.append(Move(a, o, (by[0], by[1], by[2]), w, (box[0], box[1], box[2])))
+    return moves
+
+
+def create_probability(group: zarr.Group, grid: Grid, organs: OrganTable) -> zarr.Array[Any]:
+    """Make the array ``probability`` (organ, z, y, x), float32; empty shards cost nothing."""
+    inner = tuple(min(n, c) for n, c in zip(grid.shape, INNER, strict=True))
+    shard = tuple(min(-(-n // c) * c, s) for n, c, s in zip(grid.shape, inner, SHARD, strict=True))
+    return group.create_array(
+        "probability",
+        shape=(len(organs), *grid.shape),
+        dtype=np.float32,
+        chunks=(1, *inner),
+        shards=(len(organs), *shard),
+        compressors=COMPRESSOR,
+        fill_value=0,
+        dimension_names=("organ", "z", "y", "x"),
+        attributes={
+            "description": "share of each organ's vote weight that places the organ at a voxel "
+            "and agrees with the scan's intensity there",
+            "organs": list(organs.names),
+        },
+    )
+
+
+def transfer(
+    volume: Volume,
+    store: AtlasStore,
+    atlas_ids: Sequence[str],
+    matches: xr.Dataset,
+    votes: xr.Dataset,
+    probability: zarr.Array[Any],
+    *,
+    client: Client | None = None,
+) -> list[tuple[Region, NDArray[np.uint16]]]:
+    """Fill the probabilities, and decide each voxel's organ.
+
+    The share of organ l at voxel x is
+
+        Σ_m p(L) · p(m) · [S_m(x) = l] · exp(−(I(x) − I_m(x))² / 2ν_l²)  /  Σ_m p(L) · p(m)
+
+    over the matches that transfer the organ (eqs. 8–11); I_m and S_m are the atlas's image
+    and labels, moved. A voxel gets the organ with the largest share (ties go to the organ
+    that comes first in the table), or 0 where that is below `SMALLEST_SHARE`. An atlas that
+    does not annotate an organ has no match for it, so it does not count against it.
+
+    Parameters
+    ----------
+    volume : Volume
+        The scan.
+    store, atlas_ids
+        The atlases, in the order of the matches' indices.
+    matches, votes : xarray.Dataset
+        From `kpt_dask.match` and `kpt_dask.vote`.
+    probability : zarr.Array
+        From `create_probability`.
+    client : distributed.Client, optional
+        Where the blocks are computed.
+
+    Returns
+    -------
+    list of (region, labels)
+        The parts of the label map that hold anything, uint16 (z, y, x).
+    """
+    atlases = store.atlases(atlas_ids)
+    organs = store.organs
+    moves = plan_moves(matches, votes, atlases, organs, volume.grid)
+    totals = np.zeros(len(organs))
+    for move in moves:
+        totals[move.organ] += move.weight
+    shard = probability.shards or probability.chunks
+    tasks = []
+    for region in regions(volume.grid.shape, shard[1:]):
+        here = [move for move in moves if _touches(move, region)]
+        if here:
+            used = sorted({move.atlas for move in here})
+            local = {a: atlases[a] for a in used}
+            tasks.append((volume.levels[0], local, here, organs, totals, probability, region))
+    parts = []
+    with cluster.session(client) as session:
+        for _, part in cluster.run(session, transfer_block, tasks, "Transferring organs"):
+            parts.append(part)
+    for atlas in atlases:
+        atlas.ensure_present()
+    return parts
+
+
+def transfer_block(
+    image: zarr.Array[Any],
+    atlases: dict[int, Atlas],
+    moves: Sequence[Move],
+    organs: OrganTable,
+    totals: NDArray[np.float64],
+    probability: zarr.Array[Any],
+    region: tuple[slice, slice, slice],
+) -> tuple[Region, NDArray[np.uint16]]:
+    """Fill one shard of the probabilities, and return its part of the label map."""
+    here = np.asarray(image[region], np.float32)
+    shares = np.zeros((len(organs), *here.shape), np.float32)
+    tables = [intensity_table(organ.nu) for organ in organs]
+    for a, atlas in atlases.items():
+        own = [move for move in moves if move.atlas == a]
+        source = _source(own, region)
+        labels = np.asarray(atlas.labels[source])
+        other = np.asarray(open_volume(atlas.image).levels[0][source], np.float32)
+        for move in own:
+            start, stop, offset = _overlap(move, region, source)
+            accumulate(
+                shares[move.organ],
+                here,
+                labels,
+                other,
+                start,
+                stop,
+                offset,
+                organs.organs[move.organ].value,
+                float(move.weight / totals[move.organ]),
+                tables[move.organ],
+            )
+    write_region(probability, (slice(0, len(organs)), *region), shares)
+    return region, decide(shares, organs)
+
+
+def decide(shares: NDArray[np.float32], organs: OrganTable) -> NDArray[np.uint16]:
+    """Label of the largest share (organ, z, y, x), or 0 below `SMALLEST_SHARE`."""
+    values = np.array(organs.values, np.uint16)
+    labels: NDArray[np.uint16] = values[shares.argmax(axis=0)]
+    labels[shares.max(axis=0) < SMALLEST_SHARE] = 0
+    return labels
+
+
+def intensity_table(nu: float) -> NDArray[np.float32]:
+    """exp(−d² / 2ν²) for d = 0, 1, 2, … HU; scans hold whole HU, so differences are whole."""
+    d = np.arange(int(np.ceil(_VANISHING * nu)) + 1)
+    table = np.exp(-(d**2) / (2 * nu**2)).astype(np.float32)
+    table[-1] = 0
+    return table
+
+
+@kernel
+def accumulate(
+    share: NDArray[np.float32],
+    image: NDArray[np.float32],
+    labels: Any,
+    other: NDArray[np.float32],
+    start: NDArray[np.int64],
+    stop: NDArray[np.int64],
+    offset: NDArray[np.int64],
+    value: int,
+    weight: float,
+    table: NDArray[np.float32],
+) -> None:
+    """Add one moved organ to its share, within the box ``start … stop`` of the block.
+
+    Parameters
+    ----------
+    share, image : float32 arrays (z, y, x)
+        Of the block; `share` is changed.
+    labels, other : arrays (z, y, x)
+        Label map and image of the atlas; voxel v of the block is ``v + offset`` there.
+    value : int
+        The organ's label.
+    weight : float
+        Of the move, as a share of the organ's.
+    table : float32 array
+        From `intensity_table`.
+    """
+    last = table.size - 1
+    w = np.float32(weight)
+    for z in range(start[0], stop[0]):
+        for y in range(start[1], stop[1]):
+            row = share[z, y]
+            scan = image[z, y]
+            atlas_labels = labels[z + offset[0], y + offset[1]]
+            atlas_image = other[z + offset[0], y + offset[1]]
+            for x in range(start[2], stop[2]):
+                s = x + offset[2]
+                if atlas_labels[s] == value:
+                    d = min(int(abs(scan[x] - atlas_image[s])), last)
+                    row[x] += w * table[d]
+
+
+def _touches(move: Move, region: tuple[slice, slice, slice]) -> bool:
+    return all(a < s.stop and b > s.start for (a, b), s in zip(move.box, region, strict=True))
+
+
+def _source(moves: Sequence[Move], region: tuple[slice, slice, slice]) -> Region:
+    """Find the part of an atlas that its moves bring into a region."""
+    parts = []
+    for axis, s in enumerate(region):
+        lows = [max(m.box[axis][0], s.start) - m.shift[axis] for m in moves]
+        highs = [min(m.box[axis][1], s.stop) - m.shift[axis] for m in moves]
+        parts.append(slice(min(lows), max(highs)))
+    return tuple(parts)
+
+
+def _overlap(
+    move: Move, region: tuple[slice, slice, slice], source: Region
+) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]:
+    """Where a move's box lies in a region, and how to get from there to the source."""
+    base = np.array([s.start for s in region])
+    start = np.array([max(a, s.start) for (a, _), s in zip(move.box, region, strict=True)])
+    stop = np.array([min(b, s.stop) for (_, b), s in zip(move.box, region, strict=True)])
+    offset = base - np.array(move.shift) - np.array([s.start for s in source])
+    return start - base, stop - base, offset

@@ -1,0 +1,71 @@
+"""Let the matches of each test keypoint vote for its organ (Wachinger et al. 2015, eqs. 3–7)."""
+
+import numpy as np
+import xarray as xr
+from numpy.typing import NDArray
+
+from atlas_store import OrganTable
+
+
+def likelihood(squared_distance: NDArray[np.float32], tau_squared: float) -> NDArray[np.float64]:
+    """p(F | 𝓕, m), a Gaussian of the descriptors' distance (eq. 4).
+
+    Parameters
+    ----------
+    squared_distance : float32 array
+        Between the descriptors of matched keypoints.
+    tau_squared : float
+        τ², the largest squared distance of all matches.
+    """
+    if tau_squared == 0:
+        return np.ones(squared_distance.shape)
+    exponent = -squared_distance.astype(np.float64) / (2 * tau_squared)
+    density: NDArray[np.float64] = np.exp(exponent) / np.sqrt(2 * np.pi * tau_squared)
+    return density
+
+
+def vote(matches: xr.Dataset, n_keypoints: int, organs: OrganTable) -> xr.Dataset:
+    """Give each test keypoint the organ that its matches agree on.
+
+    A match votes for the organ of its atlas keypoint with p(F | 𝓕, m) · p(m). Atlas
+    keypoints in no organ do not vote.
+
+    Parameters
+    ----------
+    matches : xarray.Dataset
+        From `kpt_dask.match`.
+    n_keypoints : int
+        Number of test keypoints.
+    organs : OrganTable
+        The organs of the atlases.
+
+    Returns
+    -------
+    xarray.Dataset
+        ``posterior`` (keypoint, organ) float32: the votes, normalized over the organs; all 0
+        where there was no vote.
+        ``label`` (keypoint) uint16: the organ with the most votes (eq. 7; ties go to the
+        organ that comes first in the table), 0 where there was none.
+        Coordinate ``organ``: the names.
+    """
+    values = np.array(organs.values, np.int64)
+    label = matches.label.values.astype(np.int64)
+    order = np.argsort(values, kind="stable")
+    at = np.minimum(np.searchsorted(values[order], label), values.size - 1)
+    organ = np.where(values[order][at] == label, order[at], -1)
+    weight = likelihood(
+        matches.squared_distance.values, matches.attrs["largest_squared_distance"]
+    ) * matches.probability.values.astype(np.float64)
+    voting = organ >= 0
+    votes = np.zeros((n_keypoints, values.size))
+    np.add.at(votes, (matches.keypoint.values[voting], organ[voting]), weight[voting])
+    total = votes.sum(axis=1, keepdims=True)
+    posterior = np.divide(votes, total, out=np.zeros_like(votes), where=total > 0)
+    winner = np.where(total[:, 0] > 0, values[votes.argmax(axis=1)], 0)
+    return xr.Dataset(
+        {
+            "posterior": (("keypoint", "organ"), posterior.astype(np.float32)),
+            "label": ("keypoint", winner.astype(np.uint16)),
+        },
+        coords={"organ": list(organs.names)},
+    )
