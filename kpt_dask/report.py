@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from atlas_store.organs import Organ
 from kpt_dask.errors import GridMismatchError, ParameterError
 from kpt_dask.grid import Grid
-from kpt_dask.output import replacing
+from kpt_dask.output import check_absent, replacing
 
 WINDOW = (-160.0, 240.0)
 """Soft-tissue window: HU shown black and white."""
@@ -160,6 +160,8 @@ def overlay_png(
     organs: Iterable[Organ],
     grid: Grid,
     title: str | None = None,
+    *,
+    overwrite: bool = False,
 ) -> None:
     """Draw coronal, sagittal and axial slices with the organs over them, and their volumes.
 
@@ -177,16 +179,19 @@ def overlay_png(
         Where the voxels lie.
     title : str, optional
         Stands above the slices.
+    overwrite : bool
+        Replace a file that exists.
 
     Raises
     ------
     GridMismatchError
         If image and labels do not have the grid's shape.
     OutputExistsError
-        If the file exists.
+        If the file exists and `overwrite` is false.
     ParameterError
         If the grid is oblique.
     """
+    check_absent(path, overwrite=overwrite)
     if not tuple(image.shape) == tuple(labels.shape) == grid.shape:
         raise GridMismatchError(
             f"{path} cannot be drawn: image {tuple(image.shape)}, labels {tuple(labels.shape)} and "
@@ -203,7 +208,7 @@ def overlay_png(
     for view, panel, picture, overlay in zip(_VIEWS, panels, pictures, overlays, strict=True):
         _draw(panel, view, picture, overlay, [organ for organ, _ in found], grid)
     _legend(figure, found, title)
-    with replacing(path) as partial:
+    with replacing(path, overwrite=overwrite) as partial:
         FigureCanvasAgg(figure)
         figure.savefig(partial, format="png", dpi=150, facecolor="black")
 

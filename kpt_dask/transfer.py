@@ -2,12 +2,12 @@
 
 After Wachinger et al. 2015, eqs. 8–11. What moves where, and with which weight, is planned
 before any voxel is visited, so blocks are independent and their order of summation is the
-same however the volume is cut. A block reads only what it needs of the atlases' label maps
-and images.
+same however the volume is cut. A block reads only what it needs of the atlases' organs.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import groupby
 from typing import Any
 
 import numpy as np
@@ -21,7 +21,8 @@ from kpt_dask import cluster
 from kpt_dask.grid import Grid
 from kpt_dask.jit import kernel
 from kpt_dask.omezarr import COMPRESSOR, Region, regions, write_region
-from kpt_dask.volume import Volume, open_volume
+from kpt_dask.patches import OUTSIDE, open_patch
+from kpt_dask.volume import Volume
 
 SMALLEST_SHARE = 0.15
 """Voxels whose largest share is below this are background (section 2.4)."""
@@ -45,17 +46,14 @@ class Move:
         Index of the atlas.
     organ : int
         Index of the organ in the table.
-    shift : (int, int, int)
-        From atlas to scan voxels (z, y, x).
     weight : float
         Sum of p(L) · p(m) of the matches that propose this move.
     box : ((int, int), (int, int), (int, int))
-        Bounding box of the organ on the scan's grid, half-open.
+        Bounding box of the moved organ, in voxels of the scan, half-open.
     """
 
     atlas: int
     organ: int
-    shift: tuple[int, int, int]
     weight: float
     box: tuple[tuple[int, int], tuple[int, int], tuple[int, int]]
 
@@ -96,7 +94,7 @@ def plan_moves(
     for (a, o, *by), w in zip(keys.tolist(), weights.tolist(), strict=True):
         info = atlases[a].organs[names[o]]
         box = tuple((s + d, e + d) for (s, e), d in zip(info.bounding_box, by, strict=True))
-        moves.append(Move(a, o, (by[0], by[1], by[2]), w, (box[0], box[1], box[2])))
+        moves.append(Move(a, o, w, (box[0], box[1], box[2])))
     return moves
 
 
@@ -196,25 +194,14 @@ def transfer_block(
     here = np.asarray(image[region], np.float32)
     shares = np.zeros((len(organs), *here.shape), np.float32)
     tables = [intensity_table(organ.nu) for organ in organs]
-    for a, atlas in atlases.items():
-        own = [move for move in moves if move.atlas == a]
-        source = _source(own, region)
-        labels = np.asarray(atlas.labels[source])
-        other = np.asarray(open_volume(atlas.image).levels[0][source], np.float32)
-        for move in own:
+    for (a, o), own in groupby(moves, key=lambda move: (move.atlas, move.organ)):
+        group = list(own)
+        source = _source(group, region)
+        patch = np.asarray(open_patch(atlases[a], organs.names[o])[source])
+        for move in group:
             start, stop, offset = _overlap(move, region, source)
-            accumulate(
-                shares[move.organ],
-                here,
-                labels,
-                other,
-                start,
-                stop,
-                offset,
-                organs.organs[move.organ].value,
-                float(move.weight / totals[move.organ]),
-                tables[move.organ],
-            )
+            weight = float(move.weight / totals[o])
+            accumulate(shares[o], here, patch, start, stop, offset, weight, tables[o])
     write_region(probability, (slice(0, len(organs)), *region), shares)
     return region, decide(shares, organs)
 
@@ -239,12 +226,10 @@ def intensity_table(nu: float) -> NDArray[np.float32]:
 def accumulate(
     share: NDArray[np.float32],
     image: NDArray[np.float32],
-    labels: Any,
-    other: NDArray[np.float32],
+    patch: NDArray[np.int16],
     start: NDArray[np.int64],
     stop: NDArray[np.int64],
     offset: NDArray[np.int64],
-    value: int,
     weight: float,
     table: NDArray[np.float32],
 ) -> None:
@@ -254,10 +239,8 @@ def accumulate(
     ----------
     share, image : float32 arrays (z, y, x)
         Of the block; `share` is changed.
-    labels, other : arrays (z, y, x)
-        Label map and image of the atlas; voxel v of the block is ``v + offset`` there.
-    value : int
-        The organ's label.
+    patch : int16 array (z, y, x)
+        HU of the atlas's organ, `OUTSIDE` elsewhere; voxel v of the block is ``v + offset``.
     weight : float
         Of the move, as a share of the organ's.
     table : float32 array
@@ -269,13 +252,11 @@ def accumulate(
         for y in range(start[1], stop[1]):
             row = share[z, y]
             scan = image[z, y]
-            atlas_labels = labels[z + offset[0], y + offset[1]]
-            atlas_image = other[z + offset[0], y + offset[1]]
+            atlas = patch[z + offset[0], y + offset[1]]
             for x in range(start[2], stop[2]):
-                s = x + offset[2]
-                if atlas_labels[s] == value:
-                    d = min(int(abs(scan[x] - atlas_image[s])), last)
-                    row[x] += w * table[d]
+                hu = atlas[x + offset[2]]
+                if hu != OUTSIDE:
+                    row[x] += w * table[min(int(abs(scan[x] - hu)), last)]
 
 
 def _touches(move: Move, region: tuple[slice, slice, slice]) -> bool:
@@ -283,11 +264,11 @@ def _touches(move: Move, region: tuple[slice, slice, slice]) -> bool:
 
 
 def _source(moves: Sequence[Move], region: tuple[slice, slice, slice]) -> Region:
-    """Find the part of an atlas that its moves bring into a region."""
+    """Find the part of an organ's patch that its moves bring into a region."""
     parts = []
     for axis, s in enumerate(region):
-        lows = [max(m.box[axis][0], s.start) - m.shift[axis] for m in moves]
-        highs = [min(m.box[axis][1], s.stop) - m.shift[axis] for m in moves]
+        lows = [max(s.start - m.box[axis][0], 0) for m in moves]
+        highs = [min(m.box[axis][1], s.stop) - m.box[axis][0] for m in moves]
         parts.append(slice(min(lows), max(highs)))
     return tuple(parts)
 
@@ -299,5 +280,5 @@ def _overlap(
     base = np.array([s.start for s in region])
     start = np.array([max(a, s.start) for (a, _), s in zip(move.box, region, strict=True)])
     stop = np.array([min(b, s.stop) for (_, b), s in zip(move.box, region, strict=True)])
-    offset = base - np.array(move.shift) - np.array([s.start for s in source])
-    return start - base, stop - base, offset
+    first = np.array([a + s.start for (a, _), s in zip(move.box, source, strict=True)])
+    return start - base, stop - base, base - first

@@ -14,13 +14,22 @@ from numpy.typing import NDArray
 from scipy import ndimage
 
 from atlas_store.organs import load_organs
-from kpt_dask import phantom as module
 from kpt_dask.errors import OutputExistsError, ParameterError
 from kpt_dask.grid import Grid
-from kpt_dask.phantom import NOISE, phantom, phantom_grid, phantom_slab, write_phantom
+from kpt_dask.phantom import (
+    NOISE,
+    phantom,
+    phantom_grid,
+    phantom_slab,
+    write_phantom,
+)
+from kpt_dask.phantom.subject import Subject, make_subject
 
 ORGANS = load_organs("visceral")
-SMALL: tuple[int, int, int] = (75, 33, 40)
+WHOLE = (150, 65, 80)
+"""The whole body at 4 mm."""
+SMALL = (75, 33, 40)
+"""At 8 mm."""
 # Millilitres, generous around what adults have; the lungs are cut by the field of view.
 PLAUSIBLE = {
     "liver": (800, 2000),
@@ -35,24 +44,32 @@ PLAUSIBLE = {
     "psoas_left": (90, 350),
 }
 
-Subject = tuple[NDArray[np.int16], NDArray[np.uint8], Grid]
+Body = tuple[NDArray[np.int16], NDArray[np.uint8], Grid]
 
 
 @pytest.fixture(scope="module")
-def subject() -> Subject:
-    return phantom(3)
+def body() -> Body:
+    return phantom(3, WHOLE, 4.0)
 
 
 def centre(labels: NDArray[Any], name: str, grid: Grid) -> NDArray[np.float64]:
     return grid.to_mm(np.argwhere(labels == ORGANS.by_name(name).value).mean(axis=0))
 
 
-def test_the_default_is_a_scan_at_2_mm(subject: Subject) -> None:
-    image, labels, grid = subject
-    assert image.shape == labels.shape == grid.shape == (300, 130, 160)
+def test_the_default_is_the_whole_body_at_2_mm() -> None:
+    grid = phantom_grid()
+    assert grid.shape == (300, 130, 160)
+    np.testing.assert_allclose(grid.spacing, 2)
+    np.testing.assert_allclose(grid.to_mm((-0.5, -0.5, -0.5)), (0, -130, -160))
+    np.testing.assert_allclose(phantom_grid(WHOLE, 4.0).to_mm((-0.5,) * 3), (0, -130, -160))
+
+
+def test_a_phantom_is_hu_and_labels_on_its_grid(body: Body) -> None:
+    image, labels, grid = body
+    assert image.shape == labels.shape == grid.shape == WHOLE
     assert image.dtype == np.int16
     assert labels.dtype == np.uint8
-    np.testing.assert_allclose(grid.spacing, 2)
+    np.testing.assert_allclose(grid.affine, phantom_grid(WHOLE, 4.0).affine)
     assert image.min() >= -1024
     assert 500 < image.max() <= 3071
 
@@ -70,34 +87,33 @@ def test_any_split_gives_the_same_bytes(seed: int, cuts: list[int], nx: int) -> 
         np.testing.assert_array_equal(np.concatenate([part[n] for part in parts]), whole[n])
 
 
-def test_the_same_seed_gives_the_same_bytes_after_others(subject: Subject) -> None:
+def test_the_same_seed_gives_the_same_bytes_after_others(body: Body) -> None:
     for seed in range(10, 15):
         phantom_slab(seed, SMALL, 8.0, 0, 1)
-    again = phantom_slab(3, (300, 130, 160), 2.0, 100, 110)
-    np.testing.assert_array_equal(again[0], subject[0][100:110])
-    np.testing.assert_array_equal(again[1], subject[1][100:110])
+    again = phantom_slab(3, WHOLE, 4.0, 50, 60)
+    np.testing.assert_array_equal(again[0], body[0][50:60])
+    np.testing.assert_array_equal(again[1], body[1][50:60])
 
 
 def test_boxes_cut_nothing_off(monkeypatch: pytest.MonkeyPatch) -> None:
     parts = [(1, 12), (2, 85), (3, 125)]
-    boxed = [phantom_slab(seed, (150, 65, 80), 4.0, z, z + 2) for seed, z in parts]
-    plain = module._subject
+    boxed = [phantom_slab(seed, WHOLE, 4.0, z, z + 2) for seed, z in parts]
 
-    def unbounded(seed: int, height: float) -> Any:
-        made = plain(seed, height)
+    def unbounded(seed: int, height: float) -> Subject:
+        made = make_subject(seed, height)
         far = np.full_like(made.low, 1e6)
         return made._replace(low=-far, high=far)
 
-    monkeypatch.setattr(module, "_subject", unbounded)
+    monkeypatch.setattr("kpt_dask.phantom.make_subject", unbounded)
     for (seed, z), (image, labels) in zip(parts, boxed, strict=True):
-        whole = phantom_slab(seed, (150, 65, 80), 4.0, z, z + 2)
+        whole = phantom_slab(seed, WHOLE, 4.0, z, z + 2)
         np.testing.assert_array_equal(labels, whole[1])
         np.testing.assert_array_equal(image, whole[0])
 
 
 @pytest.mark.parametrize("seed", range(20, 25))
 def test_every_subject_has_all_organs_in_plausible_size(seed: int) -> None:
-    _, labels, grid = phantom(seed, (150, 65, 80), 4.0)
+    _, labels, grid = phantom(seed, WHOLE, 4.0)
     for name, (least, most) in PLAUSIBLE.items():
         ml = (labels == ORGANS.by_name(name).value).sum() * grid.voxel_volume / 1000
         assert least < ml < most, (name, ml)
@@ -112,8 +128,8 @@ def test_subjects_differ_in_form_and_contrast() -> None:
     assert np.std(aorta) > 20
 
 
-def test_tissues_have_their_hu(subject: Subject) -> None:
-    image, labels, _ = subject
+def test_tissues_have_their_hu(body: Body) -> None:
+    image, labels, _ = body
 
     def median(name: str) -> float:
         return float(np.median(image[labels == ORGANS.by_name(name).value]))
@@ -126,8 +142,8 @@ def test_tissues_have_their_hu(subject: Subject) -> None:
     assert median("aorta") > median("liver")
 
 
-def test_the_noise_is_as_told_and_correlated_within_a_plane(subject: Subject) -> None:
-    air = subject[0][:, :6, :12].astype(float)
+def test_the_noise_is_as_told_and_correlated_within_a_plane(body: Body) -> None:
+    air = body[0][:, :6, :12].astype(float)
     air -= air.mean()
     assert air.std() == pytest.approx(NOISE, rel=0.06)
     variance = (air**2).mean()
@@ -136,15 +152,15 @@ def test_the_noise_is_as_told_and_correlated_within_a_plane(subject: Subject) ->
     assert abs((air[1:] * air[:-1]).mean() / variance) < 0.1
 
 
-def test_each_organ_is_one_piece(subject: Subject) -> None:
+def test_each_organ_is_one_piece(body: Body) -> None:
     for organ in ORGANS:
-        pieces, n = ndimage.label(subject[1] == organ.value, np.ones((3, 3, 3)))
+        pieces, n = ndimage.label(body[1] == organ.value, np.ones((3, 3, 3)))
         sizes = ndimage.sum_labels(pieces > 0, pieces, np.arange(1, n + 1))
         assert sizes.max() > 0.97 * sizes.sum(), organ.name
 
 
-def test_organs_are_on_their_side_in_lps(subject: Subject) -> None:
-    _, labels, grid = subject
+def test_organs_are_on_their_side_in_lps(body: Body) -> None:
+    _, labels, grid = body
     at = {organ.name: centre(labels, organ.name, grid) for organ in ORGANS}
     z, y, x = range(3)
     for pair in ("lung", "kidney", "psoas"):
@@ -155,8 +171,8 @@ def test_organs_are_on_their_side_in_lps(subject: Subject) -> None:
     assert at["kidney_left"][y] > at["liver"][y]
 
 
-def test_half_the_spacing_shows_the_same_anatomy(subject: Subject) -> None:
-    _, fine, grid = subject
+def test_half_the_spacing_shows_the_same_anatomy(body: Body) -> None:
+    _, fine, grid = body
     _, coarse, coarse_grid = phantom(3, (150, 65, 80), 4.0)
     np.testing.assert_allclose(coarse_grid.to_mm((-0.5, -0.5, -0.5)), grid.to_mm((-0.5,) * 3))
     for organ in ORGANS:
