@@ -27,10 +27,10 @@ from kpt_dask.volume import Volume
 SMALLEST_SHARE = 0.15
 """Voxels whose largest share is below this are background (section 2.4)."""
 
-SHARD = (128, 128, 128)
-"""Block of one task and shard of the probabilities (z, y, x)."""
-INNER = (64, 64, 64)
-"""Chunk within a shard, of one organ."""
+BLOCK = (128, 128, 128)
+"""What one task decides at most (z, y, x): whole chunks of the probabilities and the labels."""
+CHUNKS = (64, 64, 64)
+"""Of one organ's probabilities; chunks without the organ are not stored."""
 
 _VANISHING = 6.0
 """Standard deviations beyond which the intensity likelihood is 0."""
@@ -99,15 +99,12 @@ def plan_moves(
 
 
 def create_probability(group: zarr.Group, grid: Grid, organs: OrganTable) -> zarr.Array[Any]:
-    """Make the array ``probability`` (organ, z, y, x), float32; empty shards cost nothing."""
-    inner = tuple(min(n, c) for n, c in zip(grid.shape, INNER, strict=True))
-    shard = tuple(min(-(-n // c) * c, s) for n, c, s in zip(grid.shape, inner, SHARD, strict=True))
+    """Make the array ``probability`` (organ, z, y, x) float32; chunks without organ cost nothing."""
     return group.create_array(
         "probability",
         shape=(len(organs), *grid.shape),
         dtype=np.float32,
-        chunks=(1, *inner),
-        shards=(len(organs), *shard),
+        chunks=(1, *(min(n, c) for n, c in zip(grid.shape, CHUNKS, strict=True))),
         compressors=COMPRESSOR,
         fill_value=0,
         dimension_names=("organ", "z", "y", "x"),
@@ -164,13 +161,11 @@ def transfer(
     totals = np.zeros(len(organs))
     for move in moves:
         totals[move.organ] += move.weight
-    shard = probability.shards or probability.chunks
     tasks = []
-    for region in regions(volume.grid.shape, shard[1:]):
+    for region in regions(volume.grid.shape, BLOCK):
         here = [move for move in moves if _touches(move, region)]
         if here:
-            used = sorted({move.atlas for move in here})
-            local = {a: atlases[a] for a in used}
+            local = {move.atlas: atlases[move.atlas] for move in here}
             tasks.append((volume.levels[0], local, here, organs, totals, probability, region))
     parts = []
     with cluster.session(client) as session:
@@ -188,30 +183,68 @@ def transfer_block(
     organs: OrganTable,
     totals: NDArray[np.float64],
     probability: zarr.Array[Any],
-    region: tuple[slice, slice, slice],
+    region: Region,
 ) -> tuple[Region, NDArray[np.uint16]]:
-    """Fill one shard of the probabilities, and return its part of the label map."""
-    here = np.asarray(image[region], np.float32)
-    shares = np.zeros((len(organs), *here.shape), np.float32)
-    tables = [intensity_table(organ.nu) for organ in organs]
+    """Fill one block of the probabilities, and return its part of the label map."""
+    labels = np.zeros([s.stop - s.start for s in region], np.uint16)
+    # Only the chunks that some organ reaches are worth computing and writing.
+    box = tuple(
+        slice(low // c * c, min(-(-high // c) * c, s.stop))
+        for low, high, c, s in zip(
+            *_bounds(moves, region), probability.chunks[1:], region, strict=True
+        )
+    )
+    here = np.asarray(image[box], np.float32)
+    present = sorted({move.organ for move in moves})
+    shares = np.zeros((len(present), *here.shape), np.float32)
     for (a, o), own in groupby(moves, key=lambda move: (move.atlas, move.organ)):
         group = list(own)
-        source = _source(group, region)
-        patch = np.asarray(open_patch(atlases[a], organs.names[o])[source])
+        organ = organs.organs[o]
+        source = _source(group, box)
+        patch = np.asarray(open_patch(atlases[a], organ.name)[source])
+        table = intensity_table(organ.nu)
         for move in group:
-            start, stop, offset = _overlap(move, region, source)
+            start, stop, offset = _overlap(move, box, source)
             weight = float(move.weight / totals[o])
-            accumulate(shares[o], here, patch, start, stop, offset, weight, tables[o])
-    write_region(probability, (slice(0, len(organs)), *region), shares)
-    return region, decide(shares, organs)
+            accumulate(shares[present.index(o)], here, patch, start, stop, offset, weight, table)
+    for o, share in zip(present, shares, strict=True):
+        write_region(probability, (slice(o, o + 1), *box), share[None])
+    inside = tuple(
+        slice(b.start - s.start, b.stop - s.start) for b, s in zip(box, region, strict=True)
+    )
+    values = np.array([organs.values[o] for o in present], np.uint16)
+    decide(shares, values, np.float32(SMALLEST_SHARE), labels[inside])
+    return region, labels
 
 
-def decide(shares: NDArray[np.float32], organs: OrganTable) -> NDArray[np.uint16]:
-    """Label of the largest share (organ, z, y, x), or 0 below `SMALLEST_SHARE`."""
-    values = np.array(organs.values, np.uint16)
-    labels: NDArray[np.uint16] = values[shares.argmax(axis=0)]
-    labels[shares.max(axis=0) < SMALLEST_SHARE] = 0
-    return labels
+@kernel
+def decide(
+    shares: NDArray[np.float32],
+    values: NDArray[np.uint16],
+    smallest: np.float32,
+    labels: NDArray[np.uint16],
+) -> None:
+    """Give each voxel the label of its largest share, where that is at least `smallest`.
+
+    Parameters
+    ----------
+    shares : float32 array (organ, z, y, x)
+    values : uint16 array (organ)
+        Their labels; ties go to the first.
+    smallest : float32
+    labels : uint16 array (z, y, x)
+        Changed where an organ wins.
+    """
+    for z in range(shares.shape[1]):
+        for y in range(shares.shape[2]):
+            for x in range(shares.shape[3]):
+                largest = np.float32(0)
+                for o in range(values.size):
+                    share = shares[o, z, y, x]
+                    if share > largest:
+                        largest = share
+                        if share >= smallest:
+                            labels[z, y, x] = values[o]
 
 
 def intensity_table(nu: float) -> NDArray[np.float32]:
@@ -259,11 +292,18 @@ def accumulate(
                     row[x] += w * table[min(int(abs(scan[x] - hu)), last)]
 
 
-def _touches(move: Move, region: tuple[slice, slice, slice]) -> bool:
+def _bounds(moves: Sequence[Move], region: Region) -> tuple[list[int], list[int]]:
+    """Find the lowest and highest voxels of a region that moves reach, along each axis."""
+    low = [max(min(m.box[a][0] for m in moves), s.start) for a, s in enumerate(region)]
+    high = [min(max(m.box[a][1] for m in moves), s.stop) for a, s in enumerate(region)]
+    return low, high
+
+
+def _touches(move: Move, region: Region) -> bool:
     return all(a < s.stop and b > s.start for (a, b), s in zip(move.box, region, strict=True))
 
 
-def _source(moves: Sequence[Move], region: tuple[slice, slice, slice]) -> Region:
+def _source(moves: Sequence[Move], region: Region) -> Region:
     """Find the part of an organ's patch that its moves bring into a region."""
     parts = []
     for axis, s in enumerate(region):
@@ -274,7 +314,7 @@ def _source(moves: Sequence[Move], region: tuple[slice, slice, slice]) -> Region
 
 
 def _overlap(
-    move: Move, region: tuple[slice, slice, slice], source: Region
+    move: Move, region: Region, source: Region
 ) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]:
     """Where a move's box lies in a region, and how to get from there to the source."""
     base = np.array([s.start for s in region])

@@ -1,0 +1,165 @@
+"""Keypoints the plain way: float64, the whole volume in memory, numpy and scipy only.
+
+Written from the paper and the documented constants, to be read beside neither the sweep
+nor the kernels. Besides the keypoints it keeps by how much each decision was taken, so that
+a test can tell a float32 tie from a mistake.
+"""
+
+from dataclasses import dataclass
+from itertools import product
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy import ndimage
+
+from kpt_dask import descriptors, scalespace
+
+Array = NDArray[Any]
+
+
+@dataclass(frozen=True)
+class NaiveKeypoints:
+    """Extrema of one octave, those with a flat or line-like patch included.
+
+    Attributes
+    ----------
+    voxel : int array (n, 4)
+        Level (1 … 3), z, y, x.
+    offset : float array (n, 4)
+        Along z, y, x (voxels) and scale (levels).
+    response : float array (n)
+    sign : int array (n)
+        1 for maxima, −1 for minima.
+    sums : float array (n, 64)
+        Gradient sums, (z bin, y bin, x bin, octant).
+    edge : float array (n)
+        trace³ / det of the structure tensor over the limit; refused from 1 on.
+    dogs : float array (5, z, y, x)
+    """
+
+    voxel: Array
+    offset: Array
+    response: Array
+    sign: Array
+    sums: Array
+    edge: Array
+    dogs: Array
+
+    @property
+    def accepted(self) -> Array:
+        return self.edge < 1
+
+    @property
+    def ranks(self) -> Array:
+        return ranks(self.sums)
+
+
+def blur(image: Array, sigma: float, from_sigma: float) -> Array:
+    increment = np.sqrt(sigma**2 - from_sigma**2)
+    radius = int(np.ceil(scalespace.TRUNCATE * increment))
+    for axis in range(3):
+        image = ndimage.gaussian_filter1d(
+            image, increment, axis=axis, mode="nearest", radius=radius, output=np.float64
+        )
+    return image
+
+
+def next_octave(level: Array, first_octave: bool) -> Array:
+    """Every second voxel of the Gaussian at twice σ0."""
+    already = scalespace.INPUT_SIGMA if first_octave else scalespace.SIGMA0
+    return blur(level, 2 * scalespace.SIGMA0, already)[::2, ::2, ::2]
+
+
+def gaussians(level: Array, first_octave: bool) -> list[Array]:
+    sigmas = [scalespace.SIGMA0 * 2 ** (i / scalespace.LEVELS) for i in range(6)]
+    first = level.astype(np.float64)
+    stack = [blur(first, sigmas[0], scalespace.INPUT_SIGMA) if first_octave else first]
+    for i in range(5):
+        stack.append(blur(stack[i], sigmas[i + 1], sigmas[i]))
+    return stack
+
+
+def margins(dogs: Array) -> tuple[Array, Array]:
+    """By how much D[1 … 3] exceeds, and falls below, all 80 neighbours; −inf at the border."""
+    here = dogs[1:-1, 1:-1, 1:-1, 1:-1]
+    above, below = np.full(here.shape, np.inf), np.full(here.shape, np.inf)
+    for move in product((0, 1, 2), repeat=4):
+        if move != (1, 1, 1, 1):
+            window = tuple(slice(d, d + n) for d, n in zip(move, here.shape, strict=True))
+            above = np.minimum(above, here - dogs[window])
+            below = np.minimum(below, dogs[window] - here)
+    border = ((0, 0), (1, 1), (1, 1), (1, 1))
+    return tuple(np.pad(m, border, constant_values=-np.inf) for m in (above, below))  # type: ignore[return-value]
+
+
+def vertex(before: float, here: float, after: float) -> float:
+    """Vertex of the parabola through (−1, before), (0, here), (1, after), within ±0.5."""
+    slope, curvature = (after - before) / 2, after - 2 * here + before
+    return float(np.clip(-slope / curvature, -0.5, 0.5))
+
+
+def sample(gaussian: Array, centre: Array, step: float, size: int) -> Array:
+    """A cube of size³ samples, trilinear; edges repeat."""
+    reach = (np.arange(size) - size // 2) * step
+    points = np.meshgrid(*(c + reach for c in centre), indexing="ij")
+    return ndimage.map_coordinates(gaussian, points, order=1, mode="nearest")
+
+
+def gradient_sums(patch: Array) -> tuple[Array, float]:
+    """64 gradient sums of a 13³ patch, and trace³ / det of its structure tensor over the limit."""
+    inner = slice(1, -1)
+    gz = patch[2:, inner, inner] - patch[:-2, inner, inner]
+    gy = patch[inner, 2:, inner] - patch[inner, :-2, inner]
+    gx = patch[inner, inner, 2:] - patch[inner, inner, :-2]
+    gradient = np.stack([gz, gy, gx], axis=-1).reshape(-1, 3)
+    tensor = gradient.T @ gradient
+    det = np.linalg.det(tensor)
+    limit = descriptors.ANISOTROPY * det
+    edge = np.trace(tensor) ** 3 / limit if det > 0 else np.inf
+    along = np.linspace(-1, 1, descriptors.PATCH)
+    # Two bins along each axis, centred halfway between the middle and either face.
+    weight = np.clip([0.5 - along, 0.5 + along], 0, 1)
+    octant = (gradient > 0) @ (4, 2, 1)
+    magnitude = np.linalg.norm(gradient, axis=1)
+    sums = np.zeros((2, 2, 2, 8))
+    for z, y, x in product((0, 1), repeat=3):
+        share = weight[z][:, None, None] * weight[y][:, None] * weight[x]
+        sums[z, y, x] = np.bincount(octant, share.ravel() * magnitude, minlength=8)
+    return sums.ravel(), float(edge)
+
+
+def ranks(sums: Array) -> Array:
+    order = np.argsort(sums, axis=-1, kind="stable")
+    return np.argsort(order, axis=-1, kind="stable").astype(np.uint8)
+
+
+def find(level: Array, first_octave: bool) -> NaiveKeypoints:
+    """Keypoints of the octave that begins with a level of the pyramid."""
+    stack = gaussians(level, first_octave)
+    dogs = np.diff(np.stack(stack), axis=0)
+    above, below = margins(dogs)
+    voxel = np.argwhere((above > 0) | (below > 0)) + (1, 0, 0, 0)
+    offset, sums, edge = [], [], []
+    for at in voxel:
+        shift = []
+        for axis in (1, 2, 3, 0):
+            line = [dogs[tuple(at + d * np.eye(4, dtype=int)[axis])] for d in (-1, 0, 1)]
+            shift.append(vertex(*line))
+        sigma = scalespace.SIGMA0 * 2 ** ((at[0] + shift[3]) / scalespace.LEVELS)
+        step = 2 * descriptors.HALF_WIDTH * sigma / (descriptors.PATCH - 1)
+        patch = sample(stack[at[0]], at[1:] + shift[:3], step, descriptors.PATCH + 2)
+        one_sums, one_edge = gradient_sums(patch)
+        offset.append(shift)
+        sums.append(one_sums)
+        edge.append(one_edge)
+    at = (voxel[:, 0] - 1, *voxel[:, 1:].T)
+    return NaiveKeypoints(
+        voxel,
+        np.array(offset).reshape(-1, 4),
+        dogs[tuple(voxel.T)],
+        np.where(above[at] > 0, 1, -1),
+        np.array(sums).reshape(-1, 64),
+        np.array(edge),
+        dogs,
+    )
