@@ -99,7 +99,7 @@ def plan_moves(
 
 
 def create_probability(group: zarr.Group, grid: Grid, organs: OrganTable) -> zarr.Array[Any]:
-    """Make the array ``probability`` (organ, z, y, x) float32; chunks without organ cost nothing."""
+    """Make ``probability`` (organ, z, y, x) float32; chunks without the organ cost nothing."""
     return group.create_array(
         "probability",
         shape=(len(organs), *grid.shape),
