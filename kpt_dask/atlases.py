@@ -23,14 +23,14 @@ from atlas_store import (
     ParameterMismatchError,
 )
 from kpt_dask import cluster, progress
-from kpt_dask.errors import GridMismatchError, KptError, LabelError, ParameterError
+from kpt_dask.errors import KptError, LabelError, ParameterError
 from kpt_dask.grid import Grid
 from kpt_dask.keypoints import PARAMETERS, extract
 from kpt_dask.omezarr import Region, open_array, write_label_image
-from kpt_dask.pairs import LABELS, SCANS, find_pairs
+from kpt_dask.pairs import LABELS, SCANS, find_pairs, labelled_organs, open_pair
 from kpt_dask.patches import write_patches
 from kpt_dask.report import organ_profiles
-from kpt_dask.scan import READERS, Scan, open_scan
+from kpt_dask.scan import READERS, Scan
 from kpt_dask.volume import convert_into, label_blocks
 
 
@@ -119,12 +119,7 @@ def add_atlas(
     KptError, AtlasStoreError
         If a file, an option or the store cannot be used. The store is left as it was.
     """
-    source, labelled = open_scan(scan), open_scan(labels)
-    if not source.grid.same_as(labelled.grid):
-        raise GridMismatchError(
-            f"{labels} does not lie on the grid of {scan} (shape {_stored(labelled)} against"
-            f" {_stored(source)}, or another affine); resample the labels to the scan first."
-        )
+    source, labelled = open_pair(scan, labels)
     parameters = store_parameters(store.parameters.get("spacing", 2.0))
     name = default_id(source.path) if atlas_id is None else atlas_id
     with store.draft(name, parameters, replace=replace) as draft:
@@ -296,31 +291,17 @@ def labels_at(
 def _annotated(
     labels: Scan, organs: OrganTable, annotated: Sequence[str] | None
 ) -> tuple[str, ...]:
-    """Look through the label map before the long work; name the annotated organs."""
-    occurs = np.zeros(1 << 16, bool)
-    with progress.stage("Checking labels", total=labels.grid.shape[0]) as advance:
-        for slab in labels.label_slabs():
-            occurs[slab] = True
-            advance(len(slab))
-    values = set(np.flatnonzero(occurs).tolist()) - {0}
-    if not values:
-        raise LabelError(f"{labels.path} holds no label; give the label map of the scan.")
-    unknown = sorted(values - set(organs.values))
-    if unknown:
-        known = ", ".join(f"{organ.value} {organ.name}" for organ in organs)
-        raise LabelError(
-            f"{labels.path} holds labels that the organ table does not know:"
-            f" {', '.join(map(str, unknown))}; the store knows {known}."
-        )
+    """Name the annotated organs, in the order of the table."""
+    shown = labelled_organs(labels, organs)
     if annotated is None:
-        return tuple(organ.name for organ in organs if organ.value in values)
-    wanted = {organs.by_name(name).value for name in annotated}
-    if not wanted & values:
+        return shown
+    wanted = {organs.by_name(name).name for name in annotated}
+    if not wanted.intersection(shown):
         raise LabelError(
             f"{labels.path} shows none of the organs that are said to be annotated; it shows"
-            f" {', '.join(organ.name for organ in organs if organ.value in values)}."
+            f" {', '.join(shown)}."
         )
-    return tuple(organ.name for organ in organs if organ.value in wanted)
+    return tuple(name for name in organs.names if name in wanted)
 
 
 def _only(
@@ -334,8 +315,3 @@ def _only(
         kept[organs.by_name(name).value] = organs.by_name(name).value
     for region, part in blocks:
         yield region, kept[part]
-
-
-def _stored(scan: Scan) -> str:
-    """Shape as the file's own header gives it, fastest axis first."""
-    return " × ".join(map(str, scan.grid.shape[::-1]))

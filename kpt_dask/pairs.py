@@ -1,11 +1,16 @@
-"""Scans of a folder and the label maps that belong to them, found by their names."""
+"""Scans and the label maps that belong to them: found by name, checked before the long work."""
 
 import re
 from dataclasses import dataclass
 from pathlib import Path, PurePath
 
+import numpy as np
+
+from atlas_store import OrganTable
 from atlas_store.info import natural_order
-from kpt_dask.errors import ParameterError, ScanNotFoundError
+from kpt_dask import progress
+from kpt_dask.errors import GridMismatchError, LabelError, ParameterError, ScanNotFoundError
+from kpt_dask.scan import Scan, open_scan
 
 SCANS = "{id}_ct.nii.gz"
 LABELS = "{id}_seg.nii.gz"
@@ -81,6 +86,58 @@ def find_pairs(
             f"{folder} holds no scan named {scan_pattern}; check the folder and the pattern."
         )
     return sorted(found, key=lambda pair: natural_order(pair.id))
+
+
+def open_pair(scan: str | Path, labels: str | Path) -> tuple[Scan, Scan]:
+    """Open a scan and its label map.
+
+    Raises
+    ------
+    GridMismatchError
+        If they do not lie on the same grid.
+    ScanNotFoundError, ScanFormatError
+        If one of them cannot be opened.
+    """
+    source, labelled = open_scan(scan), open_scan(labels)
+    if not source.grid.same_as(labelled.grid):
+        raise GridMismatchError(
+            f"{labels} does not lie on the grid of {scan} (shape {_stored_shape(labelled)}"
+            f" against {_stored_shape(source)}, or another affine); resample it to the scan first."
+        )
+    return source, labelled
+
+
+def labelled_organs(labels: Scan, organs: OrganTable) -> tuple[str, ...]:
+    """Name the organs that a label map shows, in the order of the table.
+
+    Raises
+    ------
+    LabelError
+        If there is no label, or one that the table does not know.
+    ScanFormatError
+        If the file is damaged or holds anything but labels.
+    """
+    occurs = np.zeros(1 << 16, bool)
+    with progress.stage("Checking labels", total=labels.grid.shape[0]) as advance:
+        for slab in labels.label_slabs():
+            occurs[slab] = True
+            advance(len(slab))
+    values = set(np.flatnonzero(occurs).tolist()) - {0}
+    if not values:
+        raise LabelError(f"{labels.path} holds no label; give the label map of the scan.")
+    unknown = sorted(values - set(organs.values))
+    if unknown:
+        known = ", ".join(f"{organ.value} {organ.name}" for organ in organs)
+        raise LabelError(
+            f"{labels.path} holds labels that the organ table does not know:"
+            f" {', '.join(map(str, unknown))}; the store knows {known}."
+        )
+    return tuple(organ.name for organ in organs if organ.value in values)
+
+
+def _stored_shape(scan: Scan) -> str:
+    """Shape as the file's own header gives it, fastest axis first."""
+    return " × ".join(map(str, scan.grid.shape[::-1]))
 
 
 def _matching(folder: Path, pattern: str) -> dict[str, Path]:

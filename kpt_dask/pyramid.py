@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from kpt_dask import cluster
 from kpt_dask.jit import kernel
 from kpt_dask.omezarr import CHUNKS, regions, write_region
-from kpt_dask.scalespace import blur_plane, next_octave_taps
+from kpt_dask.scalespace import blur_planes, next_octave_taps
 
 
 def fill_pyramid(levels: tuple[zarr.Array[Any], ...], *, client: Client | None = None) -> None:
@@ -48,7 +48,7 @@ def _fill(
     last = min(2 * (region[0].stop - 1) + radius + 1, fine.shape[0])
     source = np.asarray(fine[first:last], np.float32)
     out = np.empty(tuple(s.stop - s.start for s in region), np.float32)
-    _halve(source, first, fine.shape[0], taps, region[0].start, out)
+    _halve(source, first, taps, region[0].start, out)
     write_region(coarse, region, out)
 
 
@@ -56,20 +56,19 @@ def _fill(
 def _halve(
     source: NDArray[np.float32],
     first: int,
-    n: int,
     taps: NDArray[np.float32],
     start: int,
     out: NDArray[np.float32],
 ) -> None:
-    """Blur, and keep every second voxel; ``source[0]`` is plane `first` of `n`."""
+    """Blur, and keep every second voxel; ``source[0]`` is plane `first`."""
     shape = source.shape[1:]
-    scratch = np.empty(shape, np.float32)
-    plane = np.empty(shape, np.float32)
+    scratch = np.empty((1, *shape), np.float32)
+    plane = np.empty((1, *shape), np.float32)
     padded = np.empty(shape[1] + 2 * taps.size, np.float32)
     for k in range(out.shape[0]):
         z = 2 * (start + k) - first
-        blur_plane(source, z, source.shape[0], taps, scratch, padded, plane)
+        blur_planes(source, z, source.shape[0], taps, scratch, padded, plane)
         for j in range(out.shape[1]):
-            row = plane[2 * j]
+            row = plane[0, 2 * j]
             for i in range(out.shape[2]):
                 out[k, j, i] = row[2 * i]

@@ -75,61 +75,69 @@ def octave_shapes(shape: Sequence[int]) -> list[tuple[int, int, int]]:
 
 
 @kernel
-def blur_plane(
-    ring: Planes, z: int, n: int, taps: Row, plane: Plane, padded: Row, out: Plane
+def blur_planes(
+    ring: Planes, first: int, n: int, taps: Row, scratch: Planes, padded: Row, out: Planes
 ) -> None:
-    """Blur plane `z` of a volume in all three directions; edges repeat.
+    """Blur planes of a volume in all three directions; edges repeat.
 
     The taps are added one pair at a time along whole rows: such loops vectorize for any
     number of taps, and every voxel goes through the same operations in the same order.
+    Along z, a row is blurred for all planes before the next row, so that the rows it needs
+    are read once and stay in the fastest cache.
 
     Parameters
     ----------
     ring : float32 array (m, y, x)
-        Planes ``z − r … z + r`` of the volume (those inside it); plane p is ``ring[p % m]``.
-    z, n : int
-        Plane to make, and the number of planes of the volume.
+        Planes of the volume, as far as the taps reach from those to make; plane p is
+        ``ring[p % m]``.
+    first, n : int
+        First plane to make, and the number of planes of the volume.
     taps : float32 array (r + 1)
         From `gaussian_taps`.
-    plane : float32 array (y, x)
-        Scratch.
+    scratch : float32 array (number of planes to make, y, x)
     padded : float32 array (at least x + 2·r)
         Scratch.
-    out : float32 array (y, x)
+    out : float32 array (k, y, x)
+        A ring that receives plane p as ``out[p % k]``.
     """
     m = ring.shape[0]
     r = taps.size - 1
-    ny, nx = out.shape
+    count, ny, nx = scratch.shape
     for y in range(ny):
-        row = plane[y]
-        centre = ring[z % m, y]
-        for x in range(nx):
-            row[x] = taps[0] * centre[x]
-        for k in range(1, r + 1):
-            w = taps[k]
-            before = ring[max(z - k, 0) % m, y]
-            after = ring[min(z + k, n - 1) % m, y]
+        for j in range(count):
+            z = first + j
+            row = scratch[j, y]
+            centre = ring[z % m, y]
             for x in range(nx):
-                row[x] += w * (before[x] + after[x])
-    for y in range(ny):
-        middle = padded[r : r + nx]
-        centre = plane[y]
-        for x in range(nx):
-            middle[x] = taps[0] * centre[x]
-        for k in range(1, r + 1):
-            w = taps[k]
-            before = plane[max(y - k, 0)]
-            after = plane[min(y + k, ny - 1)]
+                row[x] = taps[0] * centre[x]
+            for k in range(1, r + 1):
+                w = taps[k]
+                before = ring[max(z - k, 0) % m, y]
+                after = ring[min(z + k, n - 1) % m, y]
+                for x in range(nx):
+                    row[x] += w * (before[x] + after[x])
+    for j in range(count):
+        plane = scratch[j]
+        made = out[(first + j) % out.shape[0]]
+        for y in range(ny):
+            middle = padded[r : r + nx]
+            centre = plane[y]
             for x in range(nx):
-                middle[x] += w * (before[x] + after[x])
-        padded[:r] = padded[r]
-        padded[r + nx : nx + 2 * r] = padded[r + nx - 1]
-        row = out[y]
-        for x in range(nx):
-            row[x] = taps[0] * middle[x]
-        for k in range(1, r + 1):
-            w = taps[k]
-            before = padded[r - k : r - k + nx]
-            after = padded[r + k : r + k + nx]
+                middle[x] = taps[0] * centre[x]
+            for k in range(1, r + 1):
+                w = taps[k]
+                before = plane[max(y - k, 0)]
+                after = plane[min(y + k, ny - 1)]
+                for x in range(nx):
+                    middle[x] += w * (before[x] + after[x])
+            padded[:r] = padded[r]
+            padded[r + nx : nx + 2 * r] = padded[r + nx - 1]
+            row = made[y]
             for x in range(nx):
-                row[x] += w * (before[x] + after[x])
+                row[x] = taps[0] * middle[x]
+            for k in range(1, r + 1):
+                w = taps[k]
+                before = padded[r - k : r - k + nx]
+                after = padded[r + k : r + k + nx]
+                for x in range(nx):
+                    row[x] += w * (before[x] + after[x])

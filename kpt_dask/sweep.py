@@ -14,11 +14,14 @@ from numpy.typing import NDArray
 
 from kpt_dask.descriptors import BINS, PATCH, REACH, STEP, describe, sample_patch
 from kpt_dask.jit import kernel
-from kpt_dask.scalespace import FIRST_TAPS, LEVEL_TAPS, LEVELS, SIGMA0, blur_plane
+from kpt_dask.scalespace import FIRST_TAPS, LEVEL_TAPS, LEVELS, SIGMA0, blur_planes
 
 Planes = Annotated[NDArray[np.float32], "z y x"]
 
 _AS_IT_IS = np.ones(1, np.float32)
+
+BATCH = 8
+"""Planes that each Gaussian gains at a time: see `kpt_dask.scalespace.blur_planes`."""
 
 
 @dataclass(frozen=True)
@@ -112,11 +115,11 @@ class Sweep:
         self._schedule = np.stack([first[1:], np.minimum(z1 + need[1:], n_planes), lead]).T.copy()
         self._n = n_planes
         lag = lead[-1] - lead
-        sizes = [2 * radii[0] + 1]
+        sizes = [2 * radii[0] + 1 + BATCH]
         for i in range(LEVELS + 3):
             blur = 2 * radii[i + 1] + 1 if i + 1 < len(radii) else 1
             reach = REACH if 1 <= i <= LEVELS else 0
-            sizes.append(max(blur, int(lag[i]) + reach + 3))
+            sizes.append(max(blur, int(lag[i]) + reach + 3) + BATCH)
         self._rings = tuple(np.empty((m, *plane_shape), np.float32) for m in sizes)
         self._dogs = np.empty((LEVELS + 2, 3, *plane_shape), np.float32)
         self._found: list[Found] = []
@@ -259,17 +262,18 @@ def _advance(
 ) -> Any:
     """Take `steps` steps; in each, every Gaussian gains at most one plane.
 
-    At step s the input gains plane s, and Gaussian i gains plane s − ``schedule[i, 2]``, the
+    By step s the input has gained plane s, and Gaussian i plane s − ``schedule[i, 2]``, the
     sum of the taps' radii so far, which is the last plane its source can make. That keeps
     all rings in lockstep, also after the input has ended.
 
     Returns the number of steps taken and of keypoints found: fewer than asked for when the
-    output might not hold another plane's keypoints; (0, 0) if it is too small for one.
+    output might not hold another batch's keypoints; (0, 0) if it is too small for one.
     """
     ny, nx = dogs.shape[2:]
     levels = dogs.shape[0] - 2
     gaussians = schedule.shape[0]
-    scratch = np.empty((ny, nx), np.float32)
+    lead = schedule[gaussians - 1, 2]
+    scratch = np.empty((BATCH, ny, nx), np.float32)
     padded = np.empty(nx + 2 * 32, np.float32)
     flags = np.zeros(nx, np.uint8)
     patch = np.empty((PATCH + 2, PATCH + 2, PATCH + 2), np.float32)
@@ -277,49 +281,54 @@ def _advance(
     index = np.empty(3, np.int64)
     offset = np.empty(3, np.float64)
     count = 0
-    for taken in range(steps):
-        before_plane = count
+    for taken in range(0, steps, BATCH):
+        before_batch = count
         step = start + taken
-        if taken < slab.shape[0]:
-            rings[0][step % rings[0].shape[0]] = slab[taken]
+        after = start + min(taken + BATCH, steps)
+        for s in range(taken, min(after - start, slab.shape[0])):
+            rings[0][(start + s) % rings[0].shape[0]] = slab[s]
         for i in range(gaussians):
-            z = step - schedule[i, 2]
-            if schedule[i, 0] <= z < schedule[i, 1]:
-                ring = rings[i + 1]
-                blur_plane(rings[i], z, n, taps[i], scratch, padded, ring[z % ring.shape[0]])
-        z = step - schedule[gaussians - 1, 2]
-        if not schedule[gaussians - 1, 0] <= z < schedule[gaussians - 1, 1]:
-            continue
-        for level in range(levels + 2):
-            _difference(rings[level + 2], rings[level + 1], z, dogs[level])
-        z -= 1
-        if not core[0, 0] <= z < core[0, 1]:
-            continue
-        for level in range(1, levels + 1):
-            for y in range(core[1, 0], core[1, 1]):
-                _flag_candidates(dogs, level, z, y, flags)
-                for x in range(core[2, 0], core[2, 1]):
-                    if not (flags[x] and _is_extremum(dogs, level, z, y, x)):
-                        continue
-                    if count == out_level.size:
-                        return taken, before_plane
-                    d = dogs[level]
-                    v = d[z % 3, y, x]
-                    index[0] = z
-                    index[1] = y
-                    index[2] = x
-                    offset[0] = _vertex(d[(z - 1) % 3, y, x], v, d[(z + 1) % 3, y, x])
-                    offset[1] = _vertex(d[z % 3, y - 1, x], v, d[z % 3, y + 1, x])
-                    offset[2] = _vertex(d[z % 3, y, x - 1], v, d[z % 3, y, x + 1])
-                    shift = _vertex(dogs[level - 1, z % 3, y, x], v, dogs[level + 1, z % 3, y, x])
-                    sigma = SIGMA0 * 2.0 ** ((level + shift) / LEVELS)
-                    sample_patch(rings[level + 1], n, index, offset, STEP * sigma, patch)
-                    if describe(patch, ranks):
-                        out_index[count] = index
-                        out_offset[count, :3] = offset
-                        out_offset[count, 3] = shift
-                        out_level[count] = level
-                        out_response[count] = v
-                        out_descriptor[count] = ranks
-                        count += 1
+            a = max(step - schedule[i, 2], schedule[i, 0])
+            b = min(after - schedule[i, 2], schedule[i, 1])
+            if a < b:
+                blur_planes(rings[i], a, n, taps[i], scratch[: b - a], padded, rings[i + 1])
+        first = max(step - lead, schedule[gaussians - 1, 0])
+        last = min(after - lead, schedule[gaussians - 1, 1])
+        # A batch that is run again finds the differences of its two planes before gone.
+        again = 0 if taken else min(2, first - schedule[gaussians - 1, 0])
+        for plane in range(first - again, last):
+            for level in range(levels + 2):
+                _difference(rings[level + 2], rings[level + 1], plane, dogs[level])
+            z = plane - 1
+            if plane < first or not core[0, 0] <= z < core[0, 1]:
+                continue
+            for level in range(1, levels + 1):
+                for y in range(core[1, 0], core[1, 1]):
+                    _flag_candidates(dogs, level, z, y, flags)
+                    for x in range(core[2, 0], core[2, 1]):
+                        if not (flags[x] and _is_extremum(dogs, level, z, y, x)):
+                            continue
+                        if count == out_level.size:
+                            return taken, before_batch
+                        d = dogs[level]
+                        v = d[z % 3, y, x]
+                        index[0] = z
+                        index[1] = y
+                        index[2] = x
+                        offset[0] = _vertex(d[(z - 1) % 3, y, x], v, d[(z + 1) % 3, y, x])
+                        offset[1] = _vertex(d[z % 3, y - 1, x], v, d[z % 3, y + 1, x])
+                        offset[2] = _vertex(d[z % 3, y, x - 1], v, d[z % 3, y, x + 1])
+                        shift = _vertex(
+                            dogs[level - 1, z % 3, y, x], v, dogs[level + 1, z % 3, y, x]
+                        )
+                        sigma = SIGMA0 * 2.0 ** ((level + shift) / LEVELS)
+                        sample_patch(rings[level + 1], n, index, offset, STEP * sigma, patch)
+                        if describe(patch, ranks):
+                            out_index[count] = index
+                            out_offset[count, :3] = offset
+                            out_offset[count, 3] = shift
+                            out_level[count] = level
+                            out_response[count] = v
+                            out_descriptor[count] = ranks
+                            count += 1
     return steps, count

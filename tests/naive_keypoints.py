@@ -102,8 +102,15 @@ def vertex(before: float, here: float, after: float) -> float:
 def sample(gaussian: Array, centre: Array, step: float, size: int) -> Array:
     """A cube of size³ samples, trilinear; edges repeat."""
     reach = (np.arange(size) - size // 2) * step
-    points = np.meshgrid(*(c + reach for c in centre), indexing="ij")
-    return ndimage.map_coordinates(gaussian, points, order=1, mode="nearest")
+    for axis in range(3):
+        # Clipped before it is split, so that samples beyond an edge are equal, not nearly so.
+        at = np.clip(centre[axis] + reach, 0, gaussian.shape[axis] - 1)
+        low = np.floor(at).astype(int)
+        high = np.minimum(low + 1, gaussian.shape[axis] - 1)
+        part = np.moveaxis(np.expand_dims(at - low, (1, 2)), 0, axis)
+        below, above = np.take(gaussian, low, axis), np.take(gaussian, high, axis)
+        gaussian = below + part * (above - below)
+    return gaussian
 
 
 def gradient_sums(patch: Array) -> tuple[Array, float]:
@@ -139,7 +146,7 @@ def find(level: Array, first_octave: bool) -> NaiveKeypoints:
     stack = gaussians(level, first_octave)
     dogs = np.diff(np.stack(stack), axis=0)
     above, below = margins(dogs)
-    voxel = np.argwhere((above > 0) | (below > 0)) + (1, 0, 0, 0)
+    voxel = np.argwhere((above > 0) | (below > 0)) + np.array([1, 0, 0, 0])
     offset, sums, edge = [], [], []
     for at in voxel:
         shift = []

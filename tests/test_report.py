@@ -47,10 +47,10 @@ def test_a_marker_at_the_left_front_top_lands_where_a_radiologist_looks(
     plain = np.zeros(SHAPE, np.int16)
     plain[-1, 0, -1] = 1
     array, grid = stored(plain, axes, flips)
-    index = tuple(int(n) for n in np.argwhere(array)[0])
-    np.testing.assert_allclose(grid.to_mm(index), (-50 + 2 * 11, 20, 7 + 4 * 6))
+    k, j, i = (int(n) for n in np.argwhere(array)[0])
+    np.testing.assert_allclose(grid.to_mm((k, j, i)), (-50 + 2 * 11, 20, 7 + 4 * 6))
 
-    views = report.slices_for_display(array, grid, index)
+    views = report.slices_for_display(array, grid, (k, j, i))
 
     assert views.coronal.shape == (12, 7)
     assert np.argwhere(views.coronal).tolist() == [[0, 6]]
@@ -67,14 +67,13 @@ def test_an_oblique_grid_is_refused() -> None:
         report.slices_for_display(np.zeros(SHAPE), Grid(SHAPE, affine), (0, 0, 0))
 
 
-@pytest.mark.parametrize("sharded", [False, True])
+@pytest.mark.parametrize("shards", [None, (8, 8, 8)])
 def test_profiles_of_a_zarr_array_are_the_counted_ones(
-    sharded: bool, monkeypatch: pytest.MonkeyPatch
+    shards: tuple[int, int, int] | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(report, "SLAB_VOXELS", 500)
     labels = np.random.default_rng(0).integers(0, 6, (23, 11, 13)).astype(np.uint16)
-    shards = {"shards": (8, 8, 8)} if sharded else {}
-    array = zarr.create_array({}, data=labels, chunks=(4, 4, 4), **shards)
+    array = zarr.create_array({}, data=labels, chunks=(4, 4, 4), shards=shards)
 
     profiles = report.organ_profiles(array, [5, 2, 9])
 
@@ -95,8 +94,10 @@ class Reads:
     """Count the voxels that are read of an array."""
 
     def __init__(self, array: Any) -> None:
-        self.array, self.shape, self.reads = array, array.shape, []
-        self.chunks = getattr(array, "chunks", (1,))
+        self.array = array
+        self.shape: tuple[int, ...] = array.shape
+        self.chunks: tuple[int, ...] = array.chunks
+        self.reads: list[int] = []
 
     def __getitem__(self, region: Any) -> Any:
         part = self.array[region]
@@ -122,8 +123,8 @@ def test_a_picture_is_drawn_from_three_slices(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(report, "SLAB_VOXELS", 16 * 40 * 50)
-    image, labels, grid = subject()
-    image, labels = Reads(image), Reads(labels)
+    stored_image, stored_labels, grid = subject()
+    image, labels = Reads(stored_image), Reads(stored_labels)
     path = tmp_path / "picture.png"
 
     report.overlay_png(path, image, labels, ORGANS, grid, title="a subject")
@@ -151,7 +152,7 @@ def test_a_picture_without_organs_or_of_one_plane_is_drawn_without_a_warning(
     assert len(list(tmp_path.iterdir())) == 3
 
 
-def test_what_does_not_fit_is_refused_and_leaves_nothing(tmp_path: Path) -> None:
+def test_what_does_not_fit_or_exists_is_refused_and_leaves_nothing(tmp_path: Path) -> None:
     image, labels, grid = subject()
     path = tmp_path / "picture.png"
     with pytest.raises(GridMismatchError, match=r"picture\.png"):
@@ -161,4 +162,6 @@ def test_what_does_not_fit_is_refused_and_leaves_nothing(tmp_path: Path) -> None
     with pytest.raises(OutputExistsError, match=r"picture\.png"):
         report.overlay_png(path, image, labels, ORGANS, grid)
     assert path.read_text() == "mine"
+    report.overlay_png(path, image, labels, ORGANS, grid, overwrite=True)
+    assert path.read_bytes().startswith(b"\x89PNG")
     assert len(list(tmp_path.iterdir())) == 1

@@ -4,7 +4,6 @@ Right is x < 0, the front y < 0.
 """
 
 from collections.abc import Sequence
-from functools import lru_cache
 from itertools import pairwise
 
 import numpy as np
@@ -16,7 +15,6 @@ from kpt_dask.phantom.skeleton import add_bones
 from kpt_dask.phantom.vessels import grow_tree
 
 
-@lru_cache(maxsize=1)
 def template() -> Shapes:
     """Make the anatomy that all subjects share."""
     rng = np.random.default_rng(20150628)

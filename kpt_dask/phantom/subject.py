@@ -1,7 +1,7 @@
 """What a seed chooses: a motion, tissues, and clutter among the template's shapes."""
 
 from functools import lru_cache
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -66,11 +66,11 @@ def make_subject(seed: int, height: float) -> Subject:
     top = motion.to_template(np.array([[0.0, 0, 0], [height, 0, 0]]))[:, 0]
     tiles = range(int(top[0] // PERIOD) - 1, int(top[1] // PERIOD) + 2)
     # The template goes to every tile, clutter to its own; within a tile the order is kept.
-    layout = [(template(), tile) for tile in tiles]
-    layout += [(_clutter(np.random.default_rng((seed, tile + 9))), tile) for tile in tiles]
-    shift = np.concatenate([np.full(len(shapes), tile * PERIOD) for shapes, tile in layout])
-    columns = zip(*(shape for shapes, _ in layout for shape in shapes), strict=True)
-    kinds, params, boxes, materials, regions, insides = (np.array(column) for column in columns)
+    parts = [_template_columns() for _ in tiles]
+    parts += [_columns(_clutter(np.random.default_rng((seed, tile + 9)))) for tile in tiles]
+    columns = (np.concatenate(column) for column in zip(*parts, strict=True))
+    kinds, params, boxes, materials, regions, insides = columns
+    shift = np.repeat([*tiles, *tiles], [len(part[0]) for part in parts]) * PERIOD
     params[:, 0] += shift
     params[kinds == CAPSULE, 3] += shift[kinds == CAPSULE]
     boxes[:, :, 0] += shift[:, None]
@@ -89,6 +89,16 @@ def make_subject(seed: int, height: float) -> Subject:
         low=low,
         high=high,
     )
+
+
+@lru_cache(maxsize=1)
+def _template_columns() -> list[NDArray[Any]]:
+    return _columns(template())
+
+
+def _columns(shapes: Shapes) -> list[NDArray[Any]]:
+    """Turn shapes into one array for each field of a `Shape`."""
+    return [np.array(column) for column in zip(*shapes, strict=True)]
 
 
 def _clutter(rng: np.random.Generator) -> Shapes:

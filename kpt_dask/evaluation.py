@@ -1,0 +1,325 @@
+"""How well scans with known labels are segmented: Dice, the paper's Table 1, seconds."""
+
+import tempfile
+import time
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import zarr
+from distributed import Client
+from numpy.typing import NDArray
+
+from atlas_store import AtlasStore, OrganTable
+from kpt_dask import cluster, progress
+from kpt_dask.atlases import labels_at
+from kpt_dask.errors import ParameterError
+from kpt_dask.interpolate import labels_onto
+from kpt_dask.omezarr import open_array, write_label_image
+from kpt_dask.pairs import Pair, labelled_organs, open_pair
+from kpt_dask.segmentation import Stations, choose_atlases, segment_volume
+from kpt_dask.volume import convert_into, label_blocks, open_volume
+
+LIBRARIES = ("kpt-dask", "dask", "numba", "numpy", "scipy", "xarray", "zarr")
+"""Whose versions are kept with the results."""
+
+Planes = Iterator[NDArray[Any]]
+
+
+@dataclass(frozen=True, eq=False)
+class ScanResult:
+    """How well one scan was segmented.
+
+    Attributes
+    ----------
+    dice : dict of str to float
+        By organ, of those that the reference annotates.
+    keypoints : dict of str to (int, int, int)
+        By organ: keypoints in it, those that got a vote, those whose vote is right.
+    seconds : dict of str to float
+        By station.
+    total : float
+        Seconds from the scan or its volume to the label map.
+    """
+
+    dice: Mapping[str, float]
+    keypoints: Mapping[str, tuple[int, int, int]]
+    seconds: Mapping[str, float]
+    total: float
+
+
+def evaluate(
+    store: AtlasStore,
+    scans: Sequence[Pair] | None = None,
+    *,
+    mode: str = "organ",
+    atlases: int | None = None,
+    limit: int | None = None,
+    memory: int = 1 << 30,
+    client: Client | None = None,
+) -> dict[str, Any]:
+    """Segment scans whose labels are known, and compare.
+
+    Without `scans`, each atlas is segmented by the others, from its stored volume, and
+    compared with its stored label map, both on the working grid. Otherwise each scan is
+    converted, and compared with its label map on its own grid. An atlas that has the id of
+    the scan is never used for it. Nothing is written to the store; temporary files go to the
+    system's temporary folder (``TMPDIR``), which the workers of `client` must see.
+
+    Parameters
+    ----------
+    store : AtlasStore
+        The atlases.
+    scans : sequence of Pair, optional
+        From `kpt_dask.pairs.find_pairs`.
+    mode : str
+        As for `kpt_dask.segment`.
+    atlases : int, optional
+        Use only so many atlases, the first in natural order other than the scan itself.
+    limit : int, optional
+        Evaluate only so many scans, the first.
+    memory, client
+        As for `kpt_dask.segment`.
+
+    Returns
+    -------
+    dict
+        In JSON types:
+        ``mean_dice``, over all pairs of a scan and an organ that its reference annotates;
+        ``dice_by_organ``, its mean over the scans;
+        ``dice``, by scan and organ;
+        ``keypoints`` (the paper's Table 1), by organ: ``mean``, the number of a scan's
+        keypoints in the organ, ``labelled``, how many per cent of them got a vote, and
+        ``correct``, how many per cent of these are right, both None where there is none;
+        ``seconds``, mean of a scan by station, ``total`` from scan to label map;
+        ``scans`` and ``atlases``, how many, atlases for each scan;
+        ``mode``, ``store``, ``versions``.
+
+    Raises
+    ------
+    ParameterError
+        If a number is not positive or larger than there are atlases, or the mode is unknown.
+    EmptyStoreError
+        If no atlas is left for a scan.
+    KptError, AtlasStoreError
+        If a scan, a reference or the store cannot be used.
+    """
+    _check_positive("atlases", atlases)
+    _check_positive("scans", limit)
+    names = [pair.id for pair in scans] if scans is not None else list(store.ids())
+    names = names[:limit]
+    # The mode, and that there are atlases, before anything is opened.
+    used = [_others(store, mode, name, atlases) for name in names] or [
+        choose_atlases(store, mode, ())
+    ]
+    pairs = {pair.id: pair for pair in (scans or [])[:limit]}
+    for pair in pairs.values():
+        open_pair(pair.scan, pair.labels)
+    results: dict[str, ScanResult] = {}
+    with (
+        cluster.session(client) as session,
+        progress.stage("Evaluating scans", total=len(names)) as advance,
+    ):
+        for name, others in zip(names, used, strict=True):
+            with tempfile.TemporaryDirectory(prefix="kpt-evaluate-") as folder:
+                group = zarr.create_group(str(Path(folder) / "scan.zarr"), zarr_format=3)
+                if name in pairs:
+                    result = _evaluate_pair(pairs[name], group, store, others, memory, session)
+                else:
+                    result = _evaluate_atlas(name, group, store, others, memory, session)
+            results[name] = result
+            advance(1)
+    return _summary(results, store, mode, max(map(len, used)))
+
+
+def dice(
+    reference: Iterable[NDArray[Any]],
+    found: Iterable[NDArray[Any]],
+    annotated: Iterable[str],
+    organs: OrganTable,
+) -> dict[str, float]:
+    """Dice of each annotated organ: twice the overlap over the sum of both.
+
+    Parameters
+    ----------
+    reference, found : iterable of ndarray
+        Two label maps as the same sequence of parts.
+    annotated : iterable of str
+        The organs that the reference annotates.
+    organs : OrganTable
+        Label values by name.
+
+    Returns
+    -------
+    dict of str to float
+        By organ, in the order of the table. An annotated organ that neither shows is
+        right: 1.
+    """
+    size = max(organs.values) + 1
+    both, total = np.zeros(size, np.int64), np.zeros(size, np.int64)
+    for expected, actual in zip(reference, found, strict=True):
+        total += np.bincount(expected.ravel(), minlength=size)
+        total += np.bincount(actual.ravel(), minlength=size)
+        both += np.bincount(expected[expected == actual], minlength=size)
+    wanted = set(annotated)
+    return {
+        organ.name: float(2 * both[organ.value] / total[organ.value]) if total[organ.value] else 1.0
+        for organ in organs
+        if organ.name in wanted
+    }
+
+
+def keypoint_votes(
+    inside: NDArray[np.uint16],
+    voted: NDArray[np.uint16],
+    annotated: Iterable[str],
+    organs: OrganTable,
+) -> dict[str, tuple[int, int, int]]:
+    """Count, for each annotated organ, its keypoints, those with a vote, and the right votes.
+
+    Parameters
+    ----------
+    inside : ndarray (keypoint), uint16
+        Label of the reference where each keypoint lies.
+    voted : ndarray (keypoint), uint16
+        Label that its matches voted for, 0 for none.
+    """
+    counts = {}
+    for name in annotated:
+        value = organs.by_name(name).value
+        votes = voted[inside == value]
+        counts[name] = (
+            int(votes.size),
+            int(np.count_nonzero(votes)),
+            int(np.count_nonzero(votes == value)),
+        )
+    return counts
+
+
+def _evaluate_atlas(
+    name: str,
+    group: zarr.Group,
+    store: AtlasStore,
+    others: Sequence[str],
+    memory: int,
+    client: Client,
+) -> ScanResult:
+    atlas = store[name]
+    volume = open_volume(atlas.image)
+    group.update_attributes({"ome": atlas.image.attrs["ome"]})
+    start = time.perf_counter()
+    with progress.recorded() as seconds:
+        found = segment_volume(volume, group, store, others, memory=memory, client=client)
+    total = time.perf_counter() - start
+    labels, organs = atlas.labels, store.organs
+    inside = labels_at(found.keypoints.position.values, labels, volume.grid)
+    scores = dice(_planes(labels), _planes(found.labels), atlas.annotated, organs)
+    atlas.ensure_present()
+    return _result(scores, inside, found, atlas.annotated, organs, seconds, total)
+
+
+def _evaluate_pair(
+    pair: Pair,
+    group: zarr.Group,
+    store: AtlasStore,
+    others: Sequence[str],
+    memory: int,
+    client: Client,
+) -> ScanResult:
+    scan, labels = open_pair(pair.scan, pair.labels)
+    organs = store.organs
+    annotated = labelled_organs(labels, organs)
+    start = time.perf_counter()
+    with progress.recorded() as seconds:
+        volume = convert_into(scan, group, spacing=store.parameters["spacing"], client=client)
+        found = segment_volume(volume, group, store, others, memory=memory, client=client)
+    total = time.perf_counter() - start
+    blocks = label_blocks(labels, volume)
+    reference = write_label_image(group, "reference", blocks, volume.grid, organs)
+    inside = labels_at(found.keypoints.position.values, open_array(reference, "0"), volume.grid)
+    actual = labels_onto(found.labels, volume.grid, scan.grid)
+    scores = dice(_each_plane(labels.label_slabs()), _each_plane(actual), annotated, organs)
+    return _result(scores, inside, found, annotated, organs, seconds, total)
+
+
+def _result(
+    scores: dict[str, float],
+    inside: NDArray[np.uint16],
+    found: Stations,
+    annotated: Sequence[str],
+    organs: OrganTable,
+    seconds: dict[str, float],
+    total: float,
+) -> ScanResult:
+    votes = keypoint_votes(inside, found.votes.label.values, annotated, organs)
+    return ScanResult(scores, votes, dict(seconds), total)
+
+
+def _summary(
+    results: Mapping[str, ScanResult], store: AtlasStore, mode: str, atlases: int
+) -> dict[str, Any]:
+    by_organ = {
+        name: [result.dice[name] for result in results.values() if name in result.dice]
+        for name in store.organs.names
+    }
+    stations = dict.fromkeys(name for result in results.values() for name in result.seconds)
+    seconds = {
+        name: float(np.mean([result.seconds.get(name, 0.0) for result in results.values()]))
+        for name in stations
+    }
+    return {
+        "mean_dice": float(np.mean([value for values in by_organ.values() for value in values])),
+        "dice_by_organ": {n: float(np.mean(values)) for n, values in by_organ.items() if values},
+        "dice": {name: dict(result.dice) for name, result in results.items()},
+        "keypoints": _table1(results, store.organs),
+        "seconds": seconds | {"total": float(np.mean([r.total for r in results.values()]))},
+        "scans": len(results),
+        "atlases": atlases,
+        "mode": mode,
+        "store": {"url": store.url, "uuid": store.uuid, "parameters": dict(store.parameters)},
+        "versions": {name: version(name) for name in LIBRARIES},
+    }
+
+
+def _table1(results: Mapping[str, ScanResult], organs: OrganTable) -> dict[str, Any]:
+    """Average the keypoint statistics as the paper's Table 1 does."""
+    table = {}
+    for name in organs.names:
+        counts = np.array([r.keypoints[name] for r in results.values() if name in r.keypoints])
+        if counts.size:
+            inside, labelled, correct = counts.sum(axis=0).tolist()
+            table[name] = {
+                "mean": inside / len(counts),
+                "labelled": 100 * labelled / inside if inside else None,
+                "correct": 100 * correct / labelled if labelled else None,
+            }
+    return table
+
+
+def _others(store: AtlasStore, mode: str, name: str, atlases: int | None) -> tuple[str, ...]:
+    """Choose the atlases for a scan: never itself."""
+    used = choose_atlases(store, mode, [name] if name in store else [])
+    if atlases is not None and atlases > len(used):
+        raise ParameterError(
+            f"{store.url} has {len(used)} atlases for {name}, not {atlases}; ask for fewer."
+        )
+    return used[:atlases]
+
+
+def _planes(array: "zarr.Array[Any]") -> Planes:
+    """Read a label map plane by plane, chunk by chunk."""
+    depth = (array.shards or array.chunks)[0]
+    return _each_plane(array[z : z + depth] for z in range(0, array.shape[0], depth))
+
+
+def _each_plane(slabs: Iterable[Any]) -> Planes:
+    for slab in slabs:
+        yield from np.asarray(slab)
+
+
+def _check_positive(what: str, number: int | None) -> None:
+    if number is not None and number < 1:
+        raise ParameterError(f"The number of {what} must be at least 1, not {number}.")
