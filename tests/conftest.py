@@ -1,9 +1,16 @@
-"""Shared fixtures: where the real data is."""
+"""Shared fixtures: where the real data is, and who computes."""
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from distributed import Client, LocalCluster
+
+from atlas_store import AtlasStore, load_organs
+from kpt_dask import cluster
+from kpt_dask.atlases import add_folder, store_parameters
+from kpt_dask.phantom import write_phantom
 
 DATA = Path(os.environ.get("KPT_DATA", Path(__file__).parents[2] / "shared" / "data"))
 
@@ -14,3 +21,42 @@ def openkbp() -> Path:
     if not folder.is_dir():
         pytest.skip(f"real CT is missing: {folder} does not exist (set KPT_DATA)")
     return folder
+
+
+@pytest.fixture(scope="session")
+def one_process() -> Iterator[Client]:
+    """A client whose workers are this process's threads."""
+    with cluster.session() as client:
+        yield client
+
+
+@pytest.fixture(scope="session")
+def two_processes() -> Iterator[Client]:
+    """A client of two processes with one thread each; leave them alive."""
+    with (
+        LocalCluster(n_workers=2, threads_per_worker=1, dashboard_address="127.0.0.1:0") as two,
+        Client(two, set_as_default=False) as client,
+    ):
+        yield client
+
+
+@pytest.fixture(scope="session")
+def bodies(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder of four phantoms at 4 mm, body_1_ct.nii.gz with body_1_seg.nii.gz and so on."""
+    folder = tmp_path_factory.mktemp("bodies")
+    for seed in range(1, 5):
+        files = (folder / f"body_{seed}_{what}.nii.gz" for what in ("ct", "seg"))
+        write_phantom(*files, seed, (110, 65, 80), 4.0)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def body_store(
+    bodies: Path, tmp_path_factory: pytest.TempPathFactory, one_process: Client
+) -> AtlasStore:
+    """A store of the phantoms body_1, body_2 and body_3; leave it as it is."""
+    url = tmp_path_factory.mktemp("stores") / "bodies"
+    store = AtlasStore.create(url, load_organs("visceral"), store_parameters(4.0))
+    outcomes = add_folder(store, bodies, scan_pattern="body_{id}_ct.nii.gz", labels_pattern="body_{id}_seg.nii.gz", client=one_process)
+    assert [outcome.problem for outcome in outcomes] == [None] * 4
+    return store

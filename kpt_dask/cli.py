@@ -1,0 +1,311 @@
+"""The command line: ``kpt``."""
+
+import signal
+import sys
+from pathlib import Path
+from typing import Any
+
+import click
+
+from kpt_dask.cli_atlas import atlas
+from kpt_dask.cli_base import (
+    Commands,
+    console,
+    json_option,
+    memory_option,
+    mode_option,
+    overwrite_option,
+    print_json,
+    scheduler_option,
+    size,
+    table,
+    working,
+)
+
+TERMINATED = 143
+"""Exit code after SIGTERM, as shells have it."""
+
+
+def main() -> None:
+    """Run the command line."""
+    # So that what is half-written is removed, as after Ctrl-C.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(TERMINATED))
+    kpt()
+
+
+@click.group(cls=Commands, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(package_name="kpt-dask", message="kpt-dask %(version)s")
+def kpt() -> None:
+    r"""Segment organs in CT scans from annotated examples, by keypoint transfer.
+
+    \b
+    To begin:
+      kpt demo                                            see it work on a phantom
+      kpt atlas create atlases                            make a store for the examples
+      kpt atlas add atlases SCAN.nii.gz LABELS.nii.gz     add an annotated scan
+      kpt segment SCAN.nii.gz atlases OUT.zarr            segment another scan
+    """
+
+
+kpt.add_command(atlas)
+
+
+@kpt.command()
+@click.argument("scan", type=click.Path())
+@click.argument("out", metavar="OUT.zarr", type=click.Path())
+@click.option(
+    "--spacing", type=float, default=2.0, show_default=True, help="Of the isotropic grid, mm."
+)
+@overwrite_option
+@scheduler_option
+@json_option
+def convert(
+    scan: str, out: str, spacing: float, overwrite: bool, scheduler: str | None, as_json: bool
+) -> None:
+    r"""Convert SCAN (.nii, .nii.gz) to an OME-Zarr image on an isotropic grid.
+
+    \b
+    Example:
+      kpt convert scan.nii.gz scan.zarr --spacing 1.5
+    """
+    from kpt_dask.scan import open_scan
+    from kpt_dask.volume import convert as convert_scan
+
+    with working(scheduler) as client:
+        volume = convert_scan(
+            open_scan(scan), out, spacing=spacing, overwrite=overwrite, client=client
+        )
+    grid = volume.grid
+    if as_json:
+        print_json(
+            {
+                "path": out,
+                "shape": list(grid.shape),
+                "spacing": grid.spacing.tolist(),
+                "origin": grid.origin.tolist(),
+                "levels": [list(level.shape) for level in volume.levels],
+            }
+        )
+    else:
+        click.echo(f"{out}: {size(grid.shape, grid.spacing[0])}, {len(volume.levels)} levels.")
+
+
+@kpt.command()
+@click.argument("scan", type=click.Path())
+@click.argument("store", metavar="STORE")
+@click.argument("out", metavar="OUT.zarr", type=click.Path())
+@mode_option
+@click.option("--exclude", multiple=True, metavar="ID", help="Leave an atlas out; may be repeated.")
+@click.option(
+    "--labels",
+    type=click.Path(),
+    metavar="OUT.nii.gz",
+    help="Write the label map as NIfTI as well, on the scan's own grid.",
+)
+@overwrite_option
+@memory_option
+@scheduler_option
+@json_option
+def segment(
+    scan: str,
+    store: str,
+    out: str,
+    mode: str,
+    exclude: tuple[str, ...],
+    labels: str | None,
+    overwrite: bool,
+    memory: int,
+    scheduler: str | None,
+    as_json: bool,
+) -> None:
+    r"""Segment SCAN from the atlases of STORE.
+
+    OUT.zarr is an OME-Zarr image of the scan with the label map labels/organs; it also holds
+    the probability of each organ, keypoints, matches and votes.
+
+    \b
+    Example:
+      kpt segment scan.nii.gz atlases scan.zarr --labels organs.nii.gz
+    """
+    from kpt_dask.segmentation import segment as segment_scan
+
+    with working(scheduler) as client:
+        found = segment_scan(
+            scan,
+            store,
+            out,
+            mode=mode,
+            exclude=exclude,
+            labels=labels,
+            overwrite=overwrite,
+            memory=memory,
+            client=client,
+        )
+    if as_json:
+        print_json(
+            {
+                "path": str(found.path),
+                "labels": labels,
+                "mode": mode,
+                "volumes_ml": found.volumes_ml,
+                "votes": found.votes,
+                "atlases": list(found.atlases),
+                "keypoints": found.n_keypoints,
+                "matches": found.n_matches,
+                "seconds": found.seconds,
+            }
+        )
+        return
+    organs = table("organ", "volume (mL)", "votes")
+    for name, volume in found.volumes_ml.items():
+        organs.add_row(name, f"{volume:.1f}" if volume else "not found", str(found.votes[name]))
+    console().print(organs)
+    click.echo(
+        f"{found.n_keypoints} keypoints, {found.n_matches} matches with {len(found.atlases)}"
+        f" atlases, {found.seconds:.1f} s."
+    )
+    click.echo(f"Written: {', '.join(filter(None, (str(found.path), labels)))}.")
+
+
+@kpt.command()
+@click.argument("store", metavar="STORE")
+@click.option(
+    "--scans",
+    type=click.Path(),
+    metavar="DIR",
+    help="Evaluate the scans of a folder. Without it, each atlas by means of the others.",
+)
+@click.option(
+    "--scan",
+    "scan_pattern",
+    default="{id}_ct.nii.gz",
+    show_default=True,
+    metavar="PATTERN",
+    help="How scans are named in DIR.",
+)
+@click.option(
+    "--labels",
+    "labels_pattern",
+    default="{id}_seg.nii.gz",
+    show_default=True,
+    metavar="PATTERN",
+    help="How their label maps are named.",
+)
+@mode_option
+@click.option(
+    "--atlases", type=int, metavar="N", help="Use only the first N atlases other than the scan."
+)
+@click.option("--limit", type=int, metavar="N", help="Evaluate only the first N scans.")
+@memory_option
+@scheduler_option
+@click.option(
+    "--json",
+    "json_file",
+    type=click.Path(),
+    metavar="FILE",
+    help="Write the results as JSON too, replacing FILE; - for standard output alone.",
+)
+def evaluate(
+    store: str,
+    scans: str | None,
+    scan_pattern: str,
+    labels_pattern: str,
+    mode: str,
+    atlases: int | None,
+    limit: int | None,
+    memory: int,
+    scheduler: str | None,
+    json_file: str | None,
+) -> None:
+    r"""Measure how well scans with known labels are segmented.
+
+    Each atlas of STORE is segmented by the others (leave one out), or each scan of DIR by
+    all of STORE. A scan is never segmented by the atlas of its own id. Temporary files go to
+    $TMPDIR, which all workers of a cluster must share.
+
+    \b
+    Examples:
+      kpt evaluate atlases --limit 20 --atlases 19 --json results.json
+      kpt evaluate atlases --scans test --labels '{id}_organs.nii.gz'
+    """
+    import json
+
+    from atlas_store import AtlasStore
+    from kpt_dask.evaluation import evaluate as evaluate_store
+    from kpt_dask.output import replacing
+    from kpt_dask.pairs import find_pairs
+
+    opened = AtlasStore.open(store)
+    pairs = None if scans is None else find_pairs(scans, scan_pattern, labels_pattern)
+    with working(scheduler) as client:
+        results = evaluate_store(
+            opened, pairs, mode=mode, atlases=atlases, limit=limit, memory=memory, client=client
+        )
+    if json_file == "-":
+        print_json(results)
+        return
+    if json_file is not None:
+        with replacing(Path(json_file), overwrite=True) as partial:
+            partial.write_text(json.dumps(results, indent=2, ensure_ascii=False) + "\n", "utf-8")
+    _print_results(results)
+
+
+def _print_results(results: dict[str, Any]) -> None:
+    organs = table("organ", "Dice", "keypoints", "% labelled", "% correct")
+    for name, dice in results["dice_by_organ"].items():
+        counts = results["keypoints"][name]
+        labelled, correct = (
+            "–" if counts[share] is None else f"{counts[share]:.0f}"
+            for share in ("labelled", "correct")
+        )
+        organs.add_row(name, f"{dice:.3f}", f"{counts['mean']:.1f}", labelled, correct)
+    organs.add_section()
+    organs.add_row("mean", f"{results['mean_dice']:.3f}", "", "", "")
+    stations = table("station", "seconds per scan")
+    for name, seconds in results["seconds"].items():
+        if name == "total":
+            stations.add_section()
+        stations.add_row(name, f"{seconds:.2f}")
+    answer = console()
+    answer.print(organs)
+    answer.print()
+    answer.print(stations)
+    click.echo(
+        f"Mode {results['mode']}: mean Dice {results['mean_dice']:.3f} over"
+        f" {results['scans']} scans, {results['atlases']} atlases for each."
+    )
+
+
+@kpt.command()
+@click.option(
+    "--out",
+    type=click.Path(path_type=Path),
+    default=Path("demo"),
+    show_default=True,
+    metavar="DIR",
+    help="Folder for everything that is made.",
+)
+@memory_option
+@scheduler_option
+def demo(out: Path, memory: int, scheduler: str | None) -> None:
+    r"""Make whole-body phantoms, and segment one from eight others.
+
+    A second run reuses the store of the first.
+
+    \b
+    Example:
+      kpt demo --out somewhere
+    """
+    from kpt_dask import demo as demonstration
+
+    with working(scheduler) as client:
+        shown = demonstration.demo(out, memory=memory, client=client)
+    organs = table("organ", "Dice", "volume (mL)")
+    for name, score in shown.dice.items():
+        organs.add_row(name, f"{score:.3f}", f"{shown.segmentation.volumes_ml[name]:.0f}")
+    organs.add_section()
+    organs.add_row("mean", f"{sum(shown.dice.values()) / len(shown.dice):.3f}", "")
+    console().print(organs)
+    click.echo(f"Segmented in {shown.segmentation.seconds:.1f} s. Open the result:")
+    for line in demonstration.how_to_open(out):
+        click.echo(line)

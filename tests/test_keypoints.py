@@ -1,0 +1,453 @@
+"""Keypoints: those of the plain reference, the same however a volume is cut, and where they belong.
+
+How many float32 ties a comparison met is recorded as a property of its test.
+"""
+
+import tracemalloc
+from collections.abc import Callable, Iterator
+from itertools import product
+from pathlib import Path
+
+import numpy as np
+import pytest
+import zarr
+from distributed import Client, LocalCluster
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
+from scipy import ndimage
+
+from kpt_dask import cluster
+from kpt_dask.descriptors import BINS, STEP
+from kpt_dask.errors import ParameterError
+from kpt_dask.grid import Grid
+from kpt_dask.keypoints import block_shape, extract, extract_block, plan_blocks
+from kpt_dask.pyramid import fill_pyramid
+from kpt_dask.scalespace import level_sigma, octave_shapes
+from kpt_dask.scan import open_scan
+from kpt_dask.sweep import Found, halo
+from kpt_dask.volume import Volume, convert_into, create_volume
+from tests import naive_keypoints
+
+Shape = tuple[int, int, int]
+Record = Callable[[str, object], None]
+
+AIR = -1000.0
+
+
+@pytest.fixture(scope="module")
+def client() -> Iterator[Client]:
+    with cluster.session() as one:
+        yield one
+
+
+@pytest.fixture(scope="module")
+def head(openkbp: Path, tmp_path_factory: pytest.TempPathFactory, client: Client) -> Volume:
+    """A real scan at 3 mm."""
+    group = zarr.create_group(str(tmp_path_factory.mktemp("head") / "v.zarr"), zarr_format=3)
+    return convert_into(open_scan(openkbp / "pt_100_ct.nii.gz"), group, spacing=3.0, client=client)
+
+
+@pytest.fixture(scope="module")
+def crop(head: Volume) -> np.ndarray:
+    """The middle of the body, odd along each axis so that flips map every second voxel to such."""
+    values = np.asarray(head.levels[0][:])
+    middle = np.argwhere(values > 0).mean(axis=0).astype(int)
+    window = tuple(
+        slice(max(c - 40, 0), max(c - 40, 0) + 81)
+        for c in np.minimum(middle, np.array(values.shape) - 41)
+    )
+    return np.ascontiguousarray(values[window])
+
+
+def stored(values: np.ndarray) -> "zarr.Array":
+    array = zarr.create_array(
+        zarr.storage.MemoryStore(),
+        shape=values.shape,
+        chunks=tuple(min(n, 32) for n in values.shape),
+        dtype=np.float32,
+    )
+    array[:] = values
+    return array
+
+
+def canonical(found: Found) -> Found:
+    """Ordered by level and voxel."""
+    order = np.lexsort((*found.index.T[::-1], found.level))
+    return Found(*(a[order] for a in found.arrays))
+
+
+def found_in(values: np.ndarray, octave: int = 0, block: Shape | None = None) -> Found:
+    array = stored(values)
+    blocks = plan_blocks(array.shape, block or array.shape, halo(octave == 0))
+    return canonical(Found.join(extract_block(array, octave, one) for one in blocks))
+
+
+def assert_same_bytes(one: Found, other: Found) -> None:
+    for a, b in zip(one.arrays, other.arrays, strict=True):
+        np.testing.assert_array_equal(a, b)
+        assert a.tobytes() == b.tobytes()
+
+
+def noise(shape: Shape, seed: int) -> np.ndarray:
+    return np.random.default_rng(seed).integers(-1000, 1500, shape).astype(np.float32)
+
+
+def texture(shape: Shape, seed: int) -> np.ndarray:
+    """As much of a keypoint's size as possible: white noise has no extremum over scale."""
+    smooth = ndimage.gaussian_filter(noise(shape, seed), 2.5, mode="wrap")
+    return (20 * smooth).astype(np.float32)
+
+
+def with_structures(shape: Shape, block: Shape, seed: int) -> np.ndarray:
+    """Bright and dark cubes across faces, edges and corners of the blocks, little noise around."""
+    rng = np.random.default_rng(seed)
+    values = rng.integers(-40, 40, shape).astype(np.float32)
+    for corner in product(*(range(0, n + 1, step) for n, step in zip(shape, block, strict=True))):
+        for _ in range(3):
+            at = np.where(rng.random(3) < 0.6, corner, rng.integers(0, shape))
+            half = rng.integers(2, 7)
+            box = tuple(slice(max(c - half, 0), c + half) for c in at.tolist())
+            values[box] = rng.choice((-1000, 300, 1500))
+    return values
+
+
+def permutation(axes: tuple[int, int, int], flipped: tuple[int, ...]) -> np.ndarray:
+    """Where the ranks of a volume's descriptors come from, once transposed and then flipped."""
+    bins = np.arange(BINS).reshape(6 * (2,)).transpose(*axes, *(a + 3 for a in axes))
+    return np.flip(bins, [a + d for a in flipped for d in (0, 3)]).ravel()
+
+
+def inside(found: Found, shape: Shape) -> np.ndarray:
+    """Whether the patch lies in the volume, where no edge has to repeat."""
+    sigma = level_sigma(0) * 2 ** ((found.level + found.offset[:, 3]) / 3)
+    reach = 6 * STEP * sigma[:, None] + 1
+    centre = found.index + found.offset[:, :3]
+    return ((centre > reach) & (centre < np.array(shape) - 1 - reach)).all(axis=1)
+
+
+# The plain reference
+
+
+def test_real_keypoints_are_those_of_the_reference(
+    crop: np.ndarray, record_property: Record
+) -> None:
+    """All octaves of a real scan; a keypoint may differ, or its ranks, only by a float32 tie."""
+    level, ties, total, swaps = crop, 0, 0, 0
+    for octave in range(len(octave_shapes(crop.shape))):
+        found, naive = found_in(level, octave), naive_keypoints.find(level, octave == 0)
+        index = {tuple(v): i for i, v in enumerate(naive.voxel.tolist())}
+        for n, (k, voxel) in enumerate(zip(found.level, found.index, strict=True)):
+            key = (int(k), *voxel.tolist())
+            i = index.get(key)
+            if i is None:
+                above, below = naive_keypoints.margins(naive.dogs)
+                at = (key[0] - 1, *key[1:])
+                assert max(above[at], below[at]) > -1e-3
+                ties += 1
+                continue
+            assert naive.edge[i] < 1.001
+            assert np.sign(found.response[n]) == naive.sign[i]
+            assert found.response[n] == pytest.approx(naive.response[i], abs=2e-3)
+            np.testing.assert_allclose(found.offset[n], naive.offset[i], atol=2e-3)
+            sums = naive.sums[i][np.argsort(found.descriptor[n])]
+            # A sum in which not even float32 sees anything may rank anywhere below.
+            assert np.diff(sums).min() > -1e-4 * sums.max()
+            swaps += bool((found.descriptor[n] != naive.ranks[i]).any())
+        own = {(int(k), *v) for k, v in zip(found.level, found.index.tolist(), strict=True)}
+        for i in np.flatnonzero(naive.accepted):
+            if tuple(naive.voxel[i].tolist()) not in own:
+                above, below = naive_keypoints.margins(naive.dogs)
+                at = (naive.voxel[i, 0] - 1, *naive.voxel[i, 1:])
+                assert naive.edge[i] > 0.999 or max(above[at], below[at]) < 1e-3
+                ties += 1
+        total += found.level.size
+        level = naive_keypoints.next_octave(level, octave == 0).astype(np.float32)
+    record_property("keypoints", total)
+    record_property("keypoints that differ by a tie", ties)
+    record_property("descriptors that differ by ties", swaps)
+    assert total > 100
+    assert ties <= 0.01 * total
+    assert swaps <= 0.1 * total
+
+
+@pytest.mark.parametrize("octave", [0, 1])
+def test_texture_is_that_of_the_reference(octave: int) -> None:
+    values = texture((40, 90, 100), 5)
+    found, naive = found_in(values, octave), naive_keypoints.find(values, octave == 0)
+    own = {(int(k), *v) for k, v in zip(found.level, found.index.tolist(), strict=True)}
+    assert len(own) == found.level.size > 150
+    clear = np.abs(naive.edge - 1) > 1e-3
+    reference = {tuple(v) for v in naive.voxel[naive.accepted].tolist()}
+    unclear = {tuple(v) for v in naive.voxel[~clear].tolist()}
+    assert len((own ^ reference) - unclear) <= 1
+
+
+# However it is cut
+
+
+@given(st.data(), st.sampled_from([0, 1]), st.booleans(), st.integers(0, 99))
+@settings(max_examples=20, deadline=None)
+def test_any_chunking_gives_the_same_bytes(
+    data: st.DataObject, octave: int, busy: bool, seed: int
+) -> None:
+    long = data.draw(st.sampled_from([0, 1, 2]))
+    sizes = [data.draw(st.integers(3, 26)) for _ in range(3)]
+    sizes[long] = data.draw(st.integers(50, 130))
+    shape = sizes[0], sizes[1], sizes[2]
+    z, y, x = (data.draw(st.integers(max(2, n // 3), n)) for n in shape)
+    assume((z, y, x) != shape)
+    values = texture(shape, seed) if busy else with_structures(shape, (z, y, x), seed)
+    assert_same_bytes(found_in(values, octave, (z, y, x)), found_in(values, octave))
+
+
+def test_how_many_keypoints_a_block_holds_changes_none() -> None:
+    """More than a sweep makes room for at first, while it drains."""
+    values = texture((44, 220, 220), 5)
+    whole = found_in(values, 1)
+    assert whole.level.size > 1500
+    for block in ((44, 110, 110), (15, 220, 220)):
+        assert_same_bytes(found_in(values, 1, block), whole)
+
+
+@given(
+    st.tuples(*3 * [st.integers(1, 300)]), st.tuples(*3 * [st.integers(1, 300)]), st.integers(1, 50)
+)
+def test_cores_own_every_voxel_once_and_see_far_enough(
+    shape: Shape, block: Shape, margin: int
+) -> None:
+    assume(np.prod([-(-n // b) for n, b in zip(shape, block, strict=True)]) < 500)
+    blocks = plan_blocks(shape, block, margin)
+    assert sum(int(np.prod([b - a for a, b in one.core])) for one in blocks) == np.prod(shape)
+    assert len({one.core for one in blocks}) == len(blocks)
+    for one in blocks:
+        for (a, b), (c, d), n in zip(one.core, one.read, shape, strict=True):
+            assert 0 <= c <= a < b <= d <= n
+            assert c in (0, a - margin)
+            assert d in (n, b + margin)
+
+
+@given(st.integers(0, 9), st.sampled_from([1, 2, 4]), st.integers(4, 40))
+@settings(max_examples=8, deadline=None)
+def test_a_sweep_stays_within_its_memory(seed: int, threads: int, mib: int) -> None:
+    shape, memory, margin = (150, 110, 120), mib << 20, halo(True)
+    try:
+        length, height, width = block_shape(shape, threads, memory, margin)
+    except ParameterError:
+        assume(False)
+    array = stored(noise(shape, seed))
+    # A middle block has a halo on all sides that it may have.
+    blocks = plan_blocks(shape, (length, height, width), margin)
+    block = max(blocks, key=lambda one: np.prod([b - a for a, b in one.read[1:]]))
+    extract_block(array, 0, block)
+    tracemalloc.start()
+    try:
+        extract_block(array, 0, block)
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert peak <= memory / threads
+
+
+@given(st.tuples(*3 * [st.integers(1, 4000)]), st.integers(1, 64), st.integers(16, 4096))
+def test_what_is_planned_fits_or_is_refused(shape: Shape, threads: int, mib: int) -> None:
+    margin = halo(True)
+    try:
+        length, height, width = block_shape(shape, threads, mib << 20, margin)
+    except ParameterError:
+        assert mib / threads < 200
+        return
+    assert 1 <= length <= shape[0]
+    assert length * threads >= shape[0] or length >= 32
+    assert 1 <= height <= shape[1]
+    assert 1 <= width <= shape[2]
+
+
+def test_memory_and_workers_change_nothing(head: Volume, client: Client) -> None:
+    whole = extract(head, client=client)
+    assert whole.sizes["keypoint"] > 150
+    assert whole.identical(extract(head, memory=40 << 20, client=client))
+    with (
+        LocalCluster(n_workers=2, threads_per_worker=1, dashboard_address="127.0.0.1:0") as two,
+        Client(two, set_as_default=False) as processes,
+    ):
+        distributed = extract(head, memory=70 << 20, client=processes)
+    assert whole.identical(distributed)
+    for name in whole:
+        assert whole[name].values.tobytes() == distributed[name].values.tobytes()
+
+
+def test_too_little_memory_is_refused(head: Volume, client: Client) -> None:
+    with pytest.raises(ParameterError, match="--memory"):
+        extract(head, memory=1 << 20, client=client)
+
+
+# Where they belong
+
+
+def test_dataset_says_where_and_how_large(crop: np.ndarray, tmp_path: Path, client: Client) -> None:
+    grid = Grid.isotropic(crop.shape, 2.5, (-100, 20, 33))
+    volume = create_volume(tmp_path / "v.zarr", grid, grid, name="crop")
+    rng = np.random.default_rng(0)
+    for level in volume.levels:
+        level[:] = rng.integers(-1000, 1000, level.shape)
+    keypoints = extract(volume, client=client)
+    assert {k: (v.dims, v.dtype.str) for k, v in keypoints.data_vars.items()} == {
+        "position": (("keypoint", "axis"), "<f4"),
+        "scale": (("keypoint",), "<f4"),
+        "sign": (("keypoint",), "|i1"),
+        "response": (("keypoint",), "<f4"),
+        "octave": (("keypoint",), "|u1"),
+        "descriptor": (("keypoint", "bin"), "|u1"),
+    }
+    np.testing.assert_array_equal(np.abs(keypoints.sign), 1)
+    for octave, level in enumerate(volume.levels):
+        own = keypoints.isel(keypoint=keypoints.octave.values == octave)
+        found = found_in(np.asarray(level[:]), octave)
+        voxels = (found.index + found.offset[:, :3]) * 2**octave
+        np.testing.assert_allclose(own.position, voxels * 2.5 + (-100, 20, 33), atol=1e-4)
+        sigma = 1.6 * 2 ** (octave + (found.level + found.offset[:, 3]) / 3)
+        np.testing.assert_allclose(own.scale, 2.5 * sigma, rtol=1e-6)
+        np.testing.assert_array_equal(own.response, found.response)
+        np.testing.assert_array_equal(own.descriptor, found.descriptor)
+
+
+@pytest.mark.parametrize("spread", [3.0, 4.5, 6.0, 8.5, 12.0])
+@pytest.mark.parametrize("sign", [-1, 1])
+def test_isolated_blob_is_found_at_its_centre_and_scale(
+    spread: float, sign: int, tmp_path: Path, client: Client
+) -> None:
+    """Over two octaves; the difference of Gaussians of a 3-D Gaussian peaks at 0.727 spreads."""
+    n = 97
+    centre = np.array([48.3, 47.8, 48.0])
+    squared = ((np.indices((n, n, n)).T - centre) ** 2).sum(axis=-1).T
+    grid = Grid.isotropic((n, n, n), 1.0, (0, 0, 0))
+    volume = create_volume(tmp_path / "v.zarr", grid, grid, name="blob")
+    volume.levels[0][:] = -500 + sign * 400 * np.exp(-squared / (2 * spread**2))
+    fill_pyramid(volume.levels, client=client)
+    keypoints = extract(volume, client=client)
+    strongest = keypoints.isel(keypoint=int(np.argmax(np.abs(keypoints.response.values))))
+    np.testing.assert_allclose(strongest.position, centre, atol=0.1 * 2 ** int(strongest.octave))
+    # A blob is a minimum of G(κσ) − G(σ) where it is bright.
+    assert int(strongest.sign) == -sign
+    assert float(strongest.scale) == pytest.approx(0.727 * np.sqrt(spread**2 - 0.25), rel=0.05)
+
+
+@pytest.mark.parametrize("octave", [0, 1])
+@pytest.mark.parametrize("shift", [(1, 0, 0), (3, -2, 5)])
+def test_integer_translation_is_exact(octave: int, shift: Shape) -> None:
+    """Structures far from the border, so that nothing but air repeats there."""
+    values = np.full((120, 120, 120), AIR, np.float32)
+    values[45:77, 44:75, 47:71] = texture((32, 31, 24), 8)
+    here, there = found_in(values, octave), found_in(np.roll(values, shift, (0, 1, 2)), octave)
+    assert here.level.size > 10
+    np.testing.assert_array_equal(there.index, here.index + shift)
+    for a, b in zip(here.arrays[1:], there.arrays[1:], strict=True):
+        assert a.tobytes() == b.tobytes()
+
+
+MOVES = [((0, 1, 2), (a,)) for a in range(3)] + [
+    ((0, 2, 1), (1,)),
+    ((2, 1, 0), (0,)),
+    ((1, 0, 2), (1,)),
+    ((1, 2, 0), ()),
+]
+"""Axes that a volume is transposed to, and which are flipped then: flips and rotations."""
+
+
+@pytest.mark.parametrize(("axes", "flipped"), MOVES)
+@pytest.mark.parametrize("real", [True, False])
+def test_flips_and_right_angles(
+    crop: np.ndarray,
+    axes: tuple[int, int, int],
+    flipped: tuple[int, ...],
+    real: bool,
+    record_property: Record,
+) -> None:
+    """Flips are exact; transposing changes the order of the blur's axes, so its rounding."""
+    values = crop if real else texture((70, 80, 90), 3)
+    here = found_in(values)
+    moved = np.ascontiguousarray(np.flip(values.transpose(axes), flipped))
+    there = found_in(moved)
+    index, offset = here.index[:, axes], here.offset[:, [*axes, 3]]
+    for axis in flipped:
+        index[:, axis] = moved.shape[axis] - 1 - index[:, axis]
+        offset[:, axis] *= -1
+    expected = canonical(
+        Found(
+            index,
+            offset,
+            here.level,
+            here.response,
+            here.descriptor[:, permutation(axes, flipped)],
+        )
+    )
+    np.testing.assert_array_equal(there.index, expected.index)
+    np.testing.assert_array_equal(there.level, expected.level)
+    exact = axes == (0, 1, 2)
+    np.testing.assert_allclose(there.offset, expected.offset, atol=1e-12 if exact else 2e-3)
+    np.testing.assert_allclose(there.response, expected.response, atol=0 if exact else 2e-3)
+    np.testing.assert_array_equal(np.sign(there.response), np.sign(expected.response))
+    whole = inside(there, moved.shape)
+    assert whole.sum() > 10
+    differ = (there.descriptor[whole] != expected.descriptor[whole]).any(axis=1)
+    record_property("descriptors", int(whole.sum()))
+    record_property("descriptors that differ by ties", int(differ.sum()))
+    assert differ.mean() < 0.1
+
+
+@pytest.mark.parametrize("factor", [0.25, 2.0, 1024.0])
+def test_power_of_two_is_exact(crop: np.ndarray, factor: float) -> None:
+    here, there = found_in(crop), found_in(factor * crop)
+    for name in ("index", "offset", "level", "descriptor"):
+        np.testing.assert_array_equal(getattr(there, name), getattr(here, name))
+    np.testing.assert_array_equal(there.response, factor * here.response)
+
+
+@pytest.mark.parametrize(("factor", "plus"), [(2.0, 700.0), (0.7, -300.0)])
+def test_linear_intensity_changes_only_ties(
+    crop: np.ndarray, factor: float, plus: float, record_property: Record
+) -> None:
+    here, there = found_in(crop), found_in((factor * crop + plus).astype(np.float32))
+    keys = [
+        {(int(k), *v): i for i, (k, v) in enumerate(zip(f.level, f.index.tolist(), strict=True))}
+        for f in (here, there)
+    ]
+    both = sorted(keys[0].keys() & keys[1].keys())
+    lost = len(keys[0].keys() ^ keys[1].keys())
+    a, b = (
+        f.descriptor[[k[key] for key in both]] for f, k in zip((here, there), keys, strict=True)
+    )
+    differ = (a != b).any(axis=1)
+    record_property("keypoints that differ by ties", lost)
+    record_property("descriptors that differ by ties", int(differ.sum()))
+    assert lost <= 0.01 * len(both)
+    assert differ.mean() < 0.1
+
+
+@pytest.mark.parametrize("value", [0.0, AIR, 3071.0])
+def test_constant_volume_has_no_keypoints(value: float) -> None:
+    for octave in (0, 1):
+        assert found_in(np.full((50, 44, 61), value), octave).level.size == 0
+
+
+def test_padding_makes_no_keypoints() -> None:
+    """Air around the middle of a body: what is found lies within the blur's reach of the body."""
+    values = np.full((130, 60, 60), AIR, np.float32)
+    values[:20] = texture((20, 60, 60), 3)
+    found = found_in(values)
+    assert found.level.size > 0
+    assert found.index[:, 0].max() < 20 + halo(True)
+    assert np.abs(found.response).min() > 1e-2
+
+
+@given(
+    st.sampled_from([(1, 1, 1), (1, 40, 40), (40, 1, 40), (40, 40, 1), (2, 3, 50), (3, 3, 3)]),
+    st.integers(0, 9),
+)
+@settings(max_examples=20, deadline=None)
+def test_thin_volumes_do_not_crash(shape: Shape, seed: int) -> None:
+    found = found_in(noise(shape, seed))
+    assert (found.index > 0).all()
+    assert (found.index < np.array(shape) - 1).all()
+    if min(shape) < 3:
+        assert found.level.size == 0
