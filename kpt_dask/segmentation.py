@@ -251,7 +251,9 @@ def _votes(votes: xr.Dataset, organs: OrganTable) -> dict[str, int]:
 def _keep(group: zarr.Group, found: Stations, finished: Segmentation, mode: str) -> None:
     """Write what the stations found, and where it all comes from."""
     write_keypoints(group.create_group("keypoints"), found.keypoints)
-    for name, table in (("matches", found.matches), ("votes", found.votes)):
+    # Names as an attribute: Zarr has no settled way to store an array of strings.
+    votes = found.votes.drop_vars("organ").assign_attrs(organs=found.votes.organ.values.tolist())
+    for name, table in (("matches", found.matches), ("votes", votes)):
         table = table.assign_attrs({"encoding-type": f"kpt-{name}", "encoding-version": "1"})
         path = f"{group.path}/{name}" if group.path else name
         table.to_zarr(group.store, group=path, zarr_format=3, consolidated=False)
