@@ -1,14 +1,17 @@
 """The command line: ``kpt``."""
 
+import logging
+import os
 import signal
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import click
 
 from kpt_dask.cli_atlas import atlas
 from kpt_dask.cli_base import (
+    INTERRUPTED,
     Commands,
     console,
     json_option,
@@ -25,12 +28,46 @@ from kpt_dask.cli_base import (
 TERMINATED = 143
 """Exit code after SIGTERM, as shells have it."""
 
+AGAIN_AFTER = 0.01
+"""Seconds until an interruption that got lost is repeated."""
+
 
 def main() -> None:
     """Run the command line."""
-    # So that what is half-written is removed, as after Ctrl-C.
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(TERMINATED))
-    kpt()
+    signal.signal(signal.SIGINT, _interrupt)
+    signal.signal(signal.SIGTERM, _interrupt)
+    sys.unraisablehook = _repeat_interruption
+    try:
+        kpt()
+    except SystemExit as end:
+        if end.code not in (INTERRUPTED, TERMINATED):
+            raise
+        # Everything is closed and removed; what libraries' threads are in the middle of could
+        # still crash the interpreter when it winds itself up.
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(int(end.code))
+
+
+def _interrupt(signum: int, _: object) -> NoReturn:
+    """Unwind, so that what is half-written is removed."""
+    # What libraries log about being interrupted helps nobody.
+    logging.disable()
+    raise KeyboardInterrupt if signum == signal.SIGINT else SystemExit(TERMINATED)
+
+
+def _repeat_interruption(lost: "sys.UnraisableHookArgs") -> None:
+    """Interrupt again: Python drops what is raised while it collects garbage."""
+    error = lost.exc_value
+    if not isinstance(error, KeyboardInterrupt | SystemExit):
+        sys.__unraisablehook__(lost)
+        return
+
+    def interrupt(*_: object) -> None:
+        raise error
+
+    signal.signal(signal.SIGALRM, interrupt)
+    signal.setitimer(signal.ITIMER_REAL, AGAIN_AFTER)
 
 
 @click.group(cls=Commands, context_settings={"help_option_names": ["-h", "--help"]})

@@ -22,8 +22,19 @@ if TYPE_CHECKING:
     from atlas_store import AtlasInfo, AtlasStore
     from kpt_dask.atlases import Outcome
 
+
+def _names(ctx: click.Context, param: click.Parameter, value: str | None) -> list[str] | None:
+    if value is None:
+        return None
+    names = [name.strip() for name in value.split(",")]
+    if not all(names):
+        raise click.BadParameter(f"{value!r}: write the names of organs, separated by commas.")
+    return names
+
+
 annotated_option = click.option(
     "--annotated",
+    callback=_names,
     metavar="NAME,…",
     help="The organs that whoever annotated the scan looked for. Labels of others are left "
     "out. Unless given, the organs whose labels occur.",
@@ -84,7 +95,7 @@ def add(
     scan: str,
     labels: str,
     atlas_id: str | None,
-    annotated: str | None,
+    annotated: list[str] | None,
     overwrite: bool,
     memory: int,
     scheduler: str | None,
@@ -106,7 +117,7 @@ def add(
             scan,
             labels,
             atlas_id=atlas_id,
-            annotated=_names(annotated),
+            annotated=annotated,
             replace=overwrite,
             memory=memory,
             client=client,
@@ -146,7 +157,7 @@ def add_folder(
     folder: str,
     scan_pattern: str,
     labels_pattern: str,
-    annotated: str | None,
+    annotated: list[str] | None,
     overwrite: bool,
     memory: int,
     scheduler: str | None,
@@ -173,7 +184,7 @@ def add_folder(
             folder,
             scan_pattern=scan_pattern,
             labels_pattern=labels_pattern,
-            annotated=_names(annotated),
+            annotated=annotated,
             replace=overwrite,
             memory=memory,
             client=client,
@@ -294,15 +305,6 @@ def verify(store: str, repair: bool, as_json: bool) -> None:
     left = sum(not problem.repaired for problem in problems)
     if left:
         raise Failure(f"{opened.url} has {_count(left, 'problem', 'problems')}.")
-
-
-def _names(annotated: str | None) -> list[str] | None:
-    if annotated is None:
-        return None
-    names = [name.strip() for name in annotated.split(",")]
-    if not all(names):
-        raise click.UsageError("--annotated needs the names of organs, separated by commas.")
-    return names
 
 
 def _describe(info: "AtlasInfo") -> dict[str, Any]:

@@ -2,8 +2,9 @@
 
 import tempfile
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ import zarr
 from distributed import Client
 from numpy.typing import NDArray
 
-from atlas_store import AtlasStore, OrganTable
+from atlas_store import Atlas, AtlasStore, OrganTable
 from kpt_dask import cluster, progress
 from kpt_dask.atlases import labels_at
 from kpt_dask.errors import ParameterError
@@ -21,12 +22,14 @@ from kpt_dask.interpolate import labels_onto
 from kpt_dask.omezarr import open_array, write_label_image
 from kpt_dask.pairs import Pair, labelled_organs, open_pair
 from kpt_dask.segmentation import Stations, choose_atlases, segment_volume
-from kpt_dask.volume import convert_into, label_blocks, open_volume
+from kpt_dask.volume import Volume, convert_into, label_blocks, open_volume
 
 LIBRARIES = ("kpt-dask", "dask", "numba", "numpy", "scipy", "xarray", "zarr")
 """Whose versions are kept with the results."""
 
 Planes = Iterator[NDArray[Any]]
+Way = Callable[[Volume, zarr.Group], Stations]
+"""From a volume to its label map, which goes into the group."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -126,11 +129,18 @@ def evaluate(
         for name, others in zip(names, used, strict=True):
             with tempfile.TemporaryDirectory(prefix="kpt-evaluate-") as folder:
                 group = zarr.create_group(str(Path(folder) / "scan.zarr"), zarr_format=3)
+                way = partial(
+                    segment_volume,
+                    store=store,
+                    atlas_ids=others,
+                    mode=mode,
+                    memory=memory,
+                    client=session,
+                )
                 if name in pairs:
-                    result = _evaluate_pair(pairs[name], group, store, others, memory, session)
+                    results[name] = _evaluate_pair(pairs[name], group, store, way, session)
                 else:
-                    result = _evaluate_atlas(name, group, store, others, memory, session)
-            results[name] = result
+                    results[name] = _evaluate_atlas(store[name], group, way)
             advance(1)
     return _summary(results, store, mode, max(map(len, used)))
 
@@ -199,22 +209,14 @@ def keypoint_votes(
     return counts
 
 
-def _evaluate_atlas(
-    name: str,
-    group: zarr.Group,
-    store: AtlasStore,
-    others: Sequence[str],
-    memory: int,
-    client: Client,
-) -> ScanResult:
-    atlas = store[name]
+def _evaluate_atlas(atlas: Atlas, group: zarr.Group, way: Way) -> ScanResult:
     volume = open_volume(atlas.image)
     group.update_attributes({"ome": atlas.image.attrs["ome"]})
     start = time.perf_counter()
     with progress.recorded() as seconds:
-        found = segment_volume(volume, group, store, others, memory=memory, client=client)
+        found = way(volume, group)
     total = time.perf_counter() - start
-    labels, organs = atlas.labels, store.organs
+    labels, organs = atlas.labels, atlas.organ_table
     inside = labels_at(found.keypoints.position.values, labels, volume.grid)
     scores = dice(_planes(labels), _planes(found.labels), atlas.annotated, organs)
     atlas.ensure_present()
@@ -222,12 +224,7 @@ def _evaluate_atlas(
 
 
 def _evaluate_pair(
-    pair: Pair,
-    group: zarr.Group,
-    store: AtlasStore,
-    others: Sequence[str],
-    memory: int,
-    client: Client,
+    pair: Pair, group: zarr.Group, store: AtlasStore, way: Way, client: Client
 ) -> ScanResult:
     scan, labels = open_pair(pair.scan, pair.labels)
     organs = store.organs
@@ -235,7 +232,7 @@ def _evaluate_pair(
     start = time.perf_counter()
     with progress.recorded() as seconds:
         volume = convert_into(scan, group, spacing=store.parameters["spacing"], client=client)
-        found = segment_volume(volume, group, store, others, memory=memory, client=client)
+        found = way(volume, group)
     total = time.perf_counter() - start
     blocks = label_blocks(labels, volume)
     reference = write_label_image(group, "reference", blocks, volume.grid, organs)

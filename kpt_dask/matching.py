@@ -5,6 +5,7 @@ translations, matching again near that alignment, and the density of each match'
 translation (Wachinger et al. 2015, sections 2.2 and 2.3).
 """
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -62,7 +63,8 @@ def match(
     fields = ("position", "scale", "sign", "descriptor")
     test = tuple(keypoints[name].values for name in fields)
     with cluster.session(client) as session:
-        [scattered] = session.scatter([test], broadcast=True)
+        # Without a hash of its own: releasing an equal one from an earlier call would race.
+        [scattered] = session.scatter([test], broadcast=True, hash=False)
         tasks = []
         for i in range(len(atlases)):
             own = atlases.slice_of(i)
@@ -241,15 +243,17 @@ def closest_pairs_radius(
     Exact, in bounded memory: a histogram finds the millimetre, and only the pairs of that
     millimetre are sorted.
     """
-    rank = max(int(np.ceil(share * test.shape[0] * atlas.shape[0])), 1)
+    pairs = share * test.shape[0] * atlas.shape[0]
+    rank = max(math.ceil(round(pairs, 6)), 1)
     counts = _count_millimetres(test, atlas)
     below = np.cumsum(counts)
     millimetre = int(np.searchsorted(below, rank))
     inside = _pairs_of_millimetre(test, atlas, millimetre, int(counts[millimetre]))
     inside.sort()
     before = int(below[millimetre - 1]) if millimetre else 0
-    # The next float up, because pairs are kept that are strictly closer.
-    return float(np.nextafter(inside[rank - before - 1], np.float32(np.inf)))
+    # The next float up, because pairs are kept that are strictly closer; and far enough
+    # from 0 that its square is not 0.
+    return max(float(np.nextafter(inside[rank - before - 1], np.float32(np.inf))), 1e-6)
 
 
 @kernel

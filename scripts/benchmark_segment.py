@@ -1,0 +1,188 @@
+#!/usr/bin/env python
+"""How long each station takes, and in how much memory: one real patient, and one phantom.
+
+Each scan is segmented in a fresh process of its own: cold with an empty numba cache, warm
+with the one that the cold run has filled. Memory is the peak while the station runs, above
+that of the process once everything is imported.
+"""
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import zarr
+
+from atlas_store import AtlasKeypoints, AtlasStore, load_organs, write_keypoints
+from kpt_dask import cluster, demo
+from kpt_dask.atlases import add_atlas, store_parameters
+from kpt_dask.interpolate import labels_onto
+from kpt_dask.keypoints import extract
+from kpt_dask.matching import match
+from kpt_dask.omezarr import open_array, write_label_image
+from kpt_dask.phantom import write_phantom
+from kpt_dask.scan import open_scan, write_labels
+from kpt_dask.transfer import create_probability, transfer
+from kpt_dask.volume import convert_into
+from kpt_dask.voting import vote
+
+DATA = Path(__file__).parents[2] / "shared" / "data" / "openkbp"
+STATIONS = ("start", "convert", "extract", "match", "vote", "transfer", "write", "all")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--json", type=Path, metavar="FILE", help="also write the figures here")
+    parser.add_argument("--data", type=Path, default=DATA, help="folder of the openkbp patients")
+    parser.add_argument("--atlases", type=int, default=8, help="atlases to segment from")
+    parser.add_argument("--quick", action="store_true", help="two atlases, a small phantom")
+    parser.add_argument(
+        "--child", nargs=3, metavar=("SCAN", "STORE", "OUT"), help=argparse.SUPPRESS
+    )
+    options = parser.parse_args()
+    if options.child:
+        print(json.dumps(stations(*map(Path, options.child))))
+        return
+    count = 2 if options.quick else options.atlases
+    figures: dict[str, Any] = {}
+    with tempfile.TemporaryDirectory() as folder:
+        makers = {"phantom": lambda path: phantoms(path, count, options.quick)}
+        if options.data.is_dir():
+            makers["openkbp"] = lambda path: patients(path, count, options.data)
+        else:
+            print(f"{options.data} does not exist: only the phantom is measured.", file=sys.stderr)
+        for name, make in makers.items():
+            own = Path(folder) / name
+            own.mkdir()
+            print(f"Making the atlases of {name} …", file=sys.stderr)
+            scan = make(own)
+            for state in ("cold", "warm"):
+                figures[f"{name}_{state}"] = child(scan, own, state, Path(folder) / "numba")
+            for left in (Path(folder) / "numba").rglob("*.nb*"):
+                left.unlink()
+    report(figures)
+    if options.json:
+        options.json.write_text(json.dumps(figures, indent=2) + "\n")
+
+
+def phantoms(folder: Path, count: int, quick: bool) -> Path:
+    """Make a store of phantoms and a scan of another."""
+    shape = (100, 80, 96) if quick else demo.SHAPE
+    store = AtlasStore.create(
+        folder / "atlases", load_organs(demo.ORGANS), store_parameters(demo.SPACING)
+    )
+    scan, labels = folder / "scan.nii.gz", folder / "labels.nii.gz"
+    for seed in range(1, count + 1):
+        write_phantom(scan, labels, seed, shape, demo.SPACING, overwrite=True)
+        add_atlas(store, scan, labels, atlas_id=f"phantom_{seed}")
+    write_phantom(scan, labels, count + 1, shape, demo.SPACING, overwrite=True)
+    return scan
+
+
+def patients(folder: Path, count: int, data: Path) -> Path:
+    """Make a store of patients; the next one is the scan."""
+    store = AtlasStore.create(folder / "atlases", load_organs("openkbp"), store_parameters())
+    scans = sorted(data.glob("*_ct.nii.gz"))
+    for scan in scans[:count]:
+        add_atlas(store, scan, Path(str(scan).replace("_ct.nii.gz", "_seg.nii.gz")))
+    return scans[count]
+
+
+def child(scan: Path, folder: Path, state: str, cache: Path) -> dict[str, Any]:
+    start = time.perf_counter()
+    done = subprocess.run(
+        [
+            *(sys.executable, __file__, "--child"),
+            *(str(scan), str(folder / "atlases"), str(folder / f"{state}.zarr")),
+        ],
+        env=os.environ | {"NUMBA_CACHE_DIR": str(cache)},
+        stdout=subprocess.PIPE,
+        check=True,
+        text=True,
+    )
+    wall = time.perf_counter() - start
+    figures: dict[str, Any] = json.loads(done.stdout)
+    measured = sum(one["seconds"] for one in figures.values())
+    figures["start"] = {"seconds": wall - measured, "peak_mib": 0.0}
+    figures["all"] = {
+        "seconds": wall,
+        "peak_mib": max(one["peak_mib"] for one in figures.values()),
+    }
+    return figures
+
+
+def stations(scan: Path, store_path: Path, out: Path) -> dict[str, dict[str, float]]:
+    """Go through the stations as `kpt_dask.segment` does, watching each."""
+    figures: dict[str, dict[str, float]] = {}
+    base = resident_mib()
+    with cluster.session() as client:
+        store = AtlasStore.open(store_path)
+        used = store.ids()
+        group = zarr.create_group(str(out), zarr_format=3)
+        with watched(figures, "convert", base):
+            source = open_scan(scan)
+            volume = convert_into(source, group, spacing=store.parameters["spacing"], client=client)
+        with watched(figures, "extract", base):
+            keypoints = extract(volume, client=client)
+        with watched(figures, "match", base):
+            matches = match(keypoints, AtlasKeypoints.load(store, used), client=client)
+        with watched(figures, "vote", base):
+            votes = vote(matches, keypoints.sizes["keypoint"], store.organs)
+        with watched(figures, "transfer", base):
+            probability = create_probability(group, volume.grid, store.organs)
+            parts = transfer(volume, store, used, matches, votes, probability, client=client)
+        with watched(figures, "write", base):
+            image = write_label_image(group, "organs", parts, volume.grid, store.organs)
+            write_keypoints(group.create_group("keypoints"), keypoints)
+            for name, table in (("matches", matches), ("votes", votes.drop_vars("organ"))):
+                table.to_zarr(group.store, group=name, zarr_format=3, consolidated=False)
+            slabs = labels_onto(open_array(image, "0"), volume.grid, source.grid)
+            write_labels(out.with_suffix(".nii.gz"), source, slabs)
+    return figures
+
+
+@contextmanager
+def watched(figures: dict[str, dict[str, float]], name: str, base: float) -> Iterator[None]:
+    """Take the time, and look at the memory every few milliseconds."""
+    peak, over = [resident_mib()], threading.Event()
+
+    def look() -> None:
+        while not over.wait(0.005):
+            peak[0] = max(peak[0], resident_mib())
+
+    watcher = threading.Thread(target=look)
+    watcher.start()
+    start = time.perf_counter()
+    try:
+        yield
+    finally:
+        seconds = time.perf_counter() - start
+        over.set()
+        watcher.join()
+    figures[name] = {"seconds": seconds, "peak_mib": max(*peak, resident_mib()) - base}
+
+
+def resident_mib() -> float:
+    pages = int(Path("/proc/self/statm").read_text().split()[1])
+    return pages * os.sysconf("SC_PAGE_SIZE") / 2**20
+
+
+def report(figures: dict[str, dict[str, dict[str, float]]]) -> None:
+    columns: Sequence[str] = list(figures)
+    print(f"{'s / MiB':10}" + "".join(f"{name:>18}" for name in columns))
+    for station in STATIONS:
+        cells = (figures[name][station] for name in columns)
+        shown = (f"{one['seconds']:.2f} / {one['peak_mib']:.0f}" for one in cells)
+        print(f"{station:10}" + "".join(f"{cell:>18}" for cell in shown))
+
+
+if __name__ == "__main__":
+    main()

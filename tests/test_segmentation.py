@@ -1,0 +1,432 @@
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import dask.array
+import nibabel as nib
+import numpy as np
+import pytest
+import zarr
+from distributed import Client
+from numpy.typing import NDArray
+from ome_zarr_models.v05.image import Image
+from ome_zarr_models.v05.image_label import ImageLabel
+
+from atlas_store import AtlasStore, AtlasStoreError, EmptyStoreError, load_organs, read_keypoints
+from kpt_dask.atlases import store_parameters
+from kpt_dask.errors import OutputExistsError, ParameterError, ScanFormatError, ScanNotFoundError
+from kpt_dask.phantom import phantom
+from kpt_dask.scan import open_scan
+from kpt_dask.segmentation import Segmentation, open_probability, segment
+
+Array = NDArray[Any]
+
+SPACING = 4.0
+SHAPE = (110, 65, 80)
+ORGANS = load_organs("visceral")
+SEED = 4
+"""Of the scan; those of the atlases come before it."""
+ATLASES = ("body_1", "body_2", "body_3")
+
+
+def affine_of(spacing: Any) -> Array:
+    """RAS affine of (x, y, z) whose voxel corner lies where the phantoms' does."""
+    x, y, z = np.broadcast_to(spacing, 3)
+    corner = np.array([160.0, 130.0, 0.0])
+    affine = np.diag([-x, -y, z, 1.0])
+    affine[:3, 3] = corner + np.array([-x, -y, z]) / 2
+    return affine
+
+
+def save(path: Path, values: Array, affine: Array) -> Path:
+    """Write (z, y, x) values."""
+    nib.save(nib.Nifti1Image(values.T, affine), path)
+    return path
+
+
+def load(path: Path) -> Array:
+    """(z, y, x) values of a file as it is stored."""
+    return np.asarray(nib.load(path).dataobj).T
+
+
+def dice(a: Array, b: Array) -> float:
+    return float(2 * (a & b).sum() / max(a.sum() + b.sum(), 1))
+
+
+def files(folder: Path) -> dict[str, bytes]:
+    return {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+
+
+def label_map(out: Path) -> Array:
+    array = zarr.open_group(str(out), mode="r")["labels/organs/0"]
+    assert isinstance(array, zarr.Array)
+    return np.asarray(array[...])
+
+
+@pytest.fixture(scope="module")
+def store(body_store: AtlasStore) -> AtlasStore:
+    return body_store
+
+
+@pytest.fixture(scope="module")
+def ct(bodies: Path) -> Path:
+    return bodies / f"body_{SEED}_ct.nii.gz"
+
+
+@pytest.fixture(scope="module")
+def truth(bodies: Path) -> Array:
+    return load(bodies / f"body_{SEED}_seg.nii.gz")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("segmentation")
+
+
+@pytest.fixture(scope="module")
+def plain(folder: Path, ct: Path, store: AtlasStore, one_process: Client) -> Segmentation:
+    out, labels = folder / "plain.zarr", folder / "plain.nii.gz"
+    return segment(ct, store, out, labels=labels, client=one_process)
+
+
+def test_organs_are_found(plain: Segmentation, truth: Array) -> None:
+    labels = label_map(plain.path)
+    for name in ("lung_left", "lung_right", "liver"):
+        value = ORGANS.by_name(name).value
+        assert dice(labels == value, truth == value) > 0.8, name
+
+
+def test_what_is_told_is_what_is_there(plain: Segmentation) -> None:
+    labels = label_map(plain.path)
+    assert plain.atlases == ATLASES
+    assert list(plain.volumes_ml) == list(ORGANS.names)
+    for organ in ORGANS:
+        expected = (labels == organ.value).sum() * SPACING**3 / 1000
+        assert plain.volumes_ml[organ.name] == pytest.approx(expected)
+    group = zarr.open_group(str(plain.path), mode="r")
+    keypoints = read_keypoints(group["keypoints"])  # type: ignore[arg-type]
+    assert keypoints.sizes["keypoint"] == plain.n_keypoints > 20
+    assert group["matches/keypoint"].shape == (plain.n_matches,)  # type: ignore[union-attr]
+    votes = np.asarray(group["votes/label"][...])  # type: ignore[index]
+    assert plain.votes == {o.name: int((votes == o.value).sum()) for o in ORGANS}
+    assert plain.seconds > 0
+
+
+def test_the_labels_lie_on_the_grid_of_the_scan(
+    folder: Path, ct: Path, plain: Segmentation
+) -> None:
+    image: Any = nib.load(folder / "plain.nii.gz")
+    scan: Any = nib.load(ct)
+    assert image.shape == scan.shape
+    np.testing.assert_allclose(image.affine, scan.affine)
+    # The scan's grid is the working grid, so nothing was resampled.
+    np.testing.assert_array_equal(load(folder / "plain.nii.gz"), label_map(plain.path))
+
+
+def test_the_output_is_valid_ome_zarr(plain: Segmentation) -> None:
+    group = zarr.open_group(str(plain.path), mode="r")
+    image = Image.from_zarr(group)
+    assert image.labels is not None
+    assert image.labels.attributes.ome.labels == ["organs"]
+    label = ImageLabel.from_zarr(group["labels/organs"])  # type: ignore[arg-type]
+    properties = label.ome_attributes.image_label.properties
+    assert properties is not None
+    assert [p.label_value for p in properties] == list(ORGANS.values)
+    assert len(label.ome_attributes.multiscales[0].datasets) == len(
+        image.ome_attributes.multiscales[0].datasets
+    )
+    assert {"probability", "keypoints", "matches", "votes"} <= set(group)
+
+
+def test_provenance(plain: Segmentation) -> None:
+    group = zarr.open_group(str(plain.path), mode="r")
+    kpt: Any = group.attrs["kpt"]
+    assert kpt["source"]["file"] == f"body_{SEED}_ct.nii.gz"
+    assert kpt["spacing"] == SPACING
+    said = kpt["segmentation"]
+    assert (said["encoding-type"], said["encoding-version"]) == ("kpt-segmentation", "1")
+    assert said["mode"] == "organ"
+    assert said["atlases"] == list(ATLASES)
+    assert said["volumes_ml"] == plain.volumes_ml
+    assert said["votes"] == plain.votes
+    assert said["parameters"]["sigma0"] == 1.6
+    assert {"dask", "numba", "numpy", "zarr"} <= set(said["versions"])
+    for name in ("keypoints", "matches", "votes"):
+        attributes = dict(group[name].attrs)
+        assert attributes["encoding-type"] == f"kpt-{name}"
+        assert attributes["encoding-version"] == "1"
+    assert group["votes"].attrs["organs"] == list(ORGANS.names)
+    # Neither where the files lay nor who ran it is anybody else's business.
+    assert str(plain.path.parent) not in json.dumps(kpt)
+
+
+def test_probabilities_are_read_only_where_they_are_looked_at(
+    ct: Path, plain: Segmentation
+) -> None:
+    probability = plain.open_probability()
+    assert isinstance(probability.data, dask.array.Array)
+    assert probability.dims == ("organ", "z", "y", "x")
+    assert probability.shape == (len(ORGANS), *SHAPE)
+    assert probability.dtype == np.float32
+    assert probability.organ.values.tolist() == list(ORGANS.names)
+    grid = open_scan(ct).grid
+    corner = [float(probability[axis][0]) for axis in "zyx"]
+    opposite = [float(probability[axis][-1]) for axis in "zyx"]
+    np.testing.assert_allclose(corner, grid.to_mm((0, 0, 0)))
+    np.testing.assert_allclose(opposite, grid.to_mm(np.array(SHAPE) - 1))
+    values = probability.values
+    assert values.min() >= 0
+    assert values.max() <= 1 + 1e-5
+    decided = np.array(ORGANS.values)[values.argmax(axis=0)]
+    decided[values.max(axis=0) < np.float32(0.15)] = 0
+    np.testing.assert_array_equal(decided, label_map(plain.path))
+    # In millimetres: the middle of the liver's labels is likely liver.
+    z, y, x = np.argwhere(label_map(plain.path) == ORGANS.by_name("liver").value).mean(axis=0)
+    at = grid.to_mm((z, y, x))
+    near = (
+        open_probability(plain.path)
+        .sel(organ="liver")
+        .sel(z=at[0], y=at[1], x=at[2], method="nearest")
+    )
+    assert float(near) > 0.15
+
+
+@pytest.mark.parametrize(
+    ("axes", "flips"), [((0, 1, 2), (0, 1, 2)), ((2, 0, 1), (1,)), ((1, 2, 0), ())]
+)
+def test_any_order_of_the_axes_gives_the_same_labels(
+    tmp_path: Path,
+    ct: Path,
+    plain: Segmentation,
+    store: AtlasStore,
+    one_process: Client,
+    axes: tuple[int, ...],
+    flips: tuple[int, ...],
+) -> None:
+    turns = np.array([(axis, -1 if a in flips else 1) for a, axis in enumerate(axes)])
+    image: Any = nib.load(ct)
+    nib.save(image.as_reoriented(turns), tmp_path / "ct.nii.gz")
+    labels = tmp_path / "labels.nii.gz"
+    found = segment(
+        tmp_path / "ct.nii.gz", store, tmp_path / "o.zarr", labels=labels, client=one_process
+    )
+    np.testing.assert_array_equal(label_map(found.path), label_map(plain.path))
+    expected: Any = nib.load(plain.path.parent / "plain.nii.gz")
+    turned: Any = nib.load(labels)
+    np.testing.assert_array_equal(
+        np.asarray(turned.dataobj), np.asarray(expected.as_reoriented(turns).dataobj)
+    )
+    np.testing.assert_allclose(turned.affine, expected.as_reoriented(turns).affine, atol=1e-4)
+
+
+@pytest.mark.parametrize("fine", [0, 2])
+def test_anisotropic_voxels_give_the_same_labels_up_to_resampling(
+    tmp_path: Path, plain: Segmentation, store: AtlasStore, one_process: Client, fine: int
+) -> None:
+    image, _, _ = phantom(SEED, (220, 130, 160), SPACING / 2)
+    # Fine along one axis only: average pairs along the others.
+    for axis in {0, 1, 2} - {fine}:
+        even, odd = (np.take(image, range(k, image.shape[axis], 2), axis) for k in (0, 1))
+        image = ((even.astype(np.float32) + odd) / 2).round().astype(np.int16)
+    spacing = [SPACING / 2 if a == fine else SPACING for a in (2, 1, 0)]
+    path = save(tmp_path / "ct.nii.gz", image, affine_of(spacing))
+    labels = tmp_path / "labels.nii.gz"
+    found = segment(path, store, tmp_path / "o.zarr", labels=labels, client=one_process)
+    expected = label_map(plain.path)
+    assert label_map(found.path).shape == expected.shape
+    own = load(labels)
+    assert own.shape == image.shape
+    np.testing.assert_allclose(nib.load(labels).affine, affine_of(spacing))  # type: ignore[attr-defined]
+    for name in ("lung_left", "lung_right", "liver"):
+        value = ORGANS.by_name(name).value
+        assert dice(label_map(found.path) == value, expected == value) > 0.9, name
+        assert dice(own == value, np.repeat(expected, 2, axis=fine) == value) > 0.9, name
+
+
+def test_a_third_of_the_scan_shows_its_organs(
+    tmp_path: Path,
+    ct: Path,
+    truth: Array,
+    plain: Segmentation,
+    store: AtlasStore,
+    one_process: Client,
+) -> None:
+    first = 48
+    part = slice(first, first + SHAPE[0] // 3)
+    affine = affine_of(SPACING)
+    affine[2, 3] += first * SPACING
+    path = save(tmp_path / "ct.nii.gz", load(ct)[part], affine)
+    found = segment(path, store, tmp_path / "o.zarr", client=one_process)
+    labels = label_map(found.path)
+    assert labels.shape == truth[part].shape
+    whole = []
+    for organ in ORGANS:
+        planes = np.flatnonzero((truth == organ.value).any(axis=(1, 2)))
+        if planes.size and part.start < planes[0] and planes[-1] < part.stop - 1:
+            whole.append(organ.name)
+            reached = dice(labels == organ.value, truth[part] == organ.value)
+            # At 4 mm phantoms have few keypoints: what counts is what the whole scan reaches.
+            before = dice(label_map(plain.path) == organ.value, truth == organ.value)
+            assert reached > max(0.75 * before, 0.25), organ.name
+    assert set(whole) >= {"kidney_left", "kidney_right"}
+
+
+def test_processes_and_a_second_run_give_the_same_bytes(
+    tmp_path: Path, ct: Path, plain: Segmentation, store: AtlasStore, two_processes: Client
+) -> None:
+    labels = tmp_path / "labels.nii.gz"
+    found = segment(ct, store, tmp_path / "o.zarr", labels=labels, client=two_processes)
+    expected, actual = files(plain.path), files(found.path)
+    assert sorted(actual) == sorted(expected)
+    assert [name for name in expected if actual[name] != expected[name]] == []
+    assert labels.read_bytes() == (plain.path.parent / "plain.nii.gz").read_bytes()
+
+
+def test_a_second_run_on_threads_gives_the_same_bytes(
+    tmp_path: Path, ct: Path, plain: Segmentation, store: AtlasStore, one_process: Client
+) -> None:
+    # Little memory: other blocks.
+    found = segment(ct, store, tmp_path / "o.zarr", memory=1 << 25, client=one_process)
+    assert files(found.path) == files(plain.path)
+
+
+def test_atlases_can_be_left_out(
+    tmp_path: Path, ct: Path, store: AtlasStore, one_process: Client
+) -> None:
+    found = segment(
+        ct, store, tmp_path / "o.zarr", exclude=["body_1", "body_3"], client=one_process
+    )
+    assert found.atlases == ("body_2",)
+
+
+@pytest.fixture
+def old(tmp_path: Path) -> dict[str, bytes]:
+    """Content of outputs that are there already."""
+    (tmp_path / "o.zarr").mkdir()
+    (tmp_path / "o.zarr" / "old").write_text("precious")
+    (tmp_path / "o.nii.gz").write_text("precious")
+    return files(tmp_path)
+
+
+def test_overwriting_replaces_the_old(
+    tmp_path: Path, ct: Path, store: AtlasStore, one_process: Client, old: dict[str, bytes]
+) -> None:
+    segment(
+        ct,
+        store,
+        tmp_path / "o.zarr",
+        labels=tmp_path / "o.nii.gz",
+        overwrite=True,
+        client=one_process,
+    )
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["o.nii.gz", "o.zarr"]
+    assert not (tmp_path / "o.zarr" / "old").exists()
+    assert open_probability(tmp_path / "o.zarr").shape == (len(ORGANS), *SHAPE)
+    np.testing.assert_array_equal(load(tmp_path / "o.nii.gz"), label_map(tmp_path / "o.zarr"))
+
+
+def broken_patches(store: AtlasStore, folder: Path) -> AtlasStore:
+    """A copy of the store in which organs cannot be read."""
+    shutil.copytree(store.url, folder / "broken")
+    for chunk in (folder / "broken").glob("atlases/*/patches/*/c/*/*/*"):
+        chunk.write_bytes(b"no chunk")
+    return AtlasStore.open(folder / "broken")
+
+
+def test_a_scan_that_ends_early_leaves_the_old(
+    tmp_path: Path,
+    ct: Path,
+    store: AtlasStore,
+    one_process: Client,
+    old: dict[str, bytes],
+    tmp_path_factory: pytest.TempPathFactory,
+) -> None:
+    path = tmp_path_factory.mktemp("truncated") / "ct.nii.gz"
+    data = ct.read_bytes()
+    path.write_bytes(data[: 2 * len(data) // 3])
+    with pytest.raises(ScanFormatError):
+        segment(
+            path,
+            store,
+            tmp_path / "o.zarr",
+            labels=tmp_path / "o.nii.gz",
+            overwrite=True,
+            client=one_process,
+        )
+    assert files(tmp_path) == old
+
+
+def test_an_atlas_that_cannot_be_read_leaves_the_old(
+    folder: Path,
+    tmp_path: Path,
+    ct: Path,
+    store: AtlasStore,
+    one_process: Client,
+    old: dict[str, bytes],
+) -> None:
+    with pytest.raises((AtlasStoreError, RuntimeError)):
+        segment(
+            ct,
+            broken_patches(store, folder),
+            tmp_path / "o.zarr",
+            labels=tmp_path / "o.nii.gz",
+            overwrite=True,
+            client=one_process,
+        )
+    assert files(tmp_path) == old
+
+
+@pytest.mark.parametrize("there", ["o.zarr", "o.nii.gz"])
+def test_an_output_that_exists_is_refused_before_the_work(
+    tmp_path: Path, ct: Path, store: AtlasStore, one_process: Client, there: str
+) -> None:
+    (tmp_path / there).write_text("precious")
+    with pytest.raises(OutputExistsError, match=there):
+        segment(ct, store, tmp_path / "o.zarr", labels=tmp_path / "o.nii.gz", client=one_process)
+    assert files(tmp_path) == {there: b"precious"}
+
+
+def refusals(
+    folder: Path, ct: Path, store: AtlasStore
+) -> dict[str, tuple[Callable[[Path], Any], type[Exception], str]]:
+    empty = folder / "empty"
+    if not empty.exists():
+        AtlasStore.create(empty, ORGANS, store_parameters(SPACING))
+        AtlasStore.create(folder / "other", ORGANS, store_parameters(SPACING) | {"sigma0": 9})
+    return {
+        "mode": (lambda out: segment(ct, store, out, mode="magic"), ParameterError, "'magic'"),
+        "exclude": (lambda out: segment(ct, store, out, exclude=["x"]), ParameterError, "x"),
+        "all": (
+            lambda out: segment(ct, store, out, exclude=list(ATLASES)),
+            EmptyStoreError,
+            "no atlas",
+        ),
+        "empty": (lambda out: segment(ct, empty, out), EmptyStoreError, "no atlas"),
+        "other": (lambda out: segment(ct, folder / "other", out), ParameterError, "sigma0"),
+        "scan": (lambda out: segment(folder / "x.nii", store, out), ScanNotFoundError, "x.nii"),
+    }
+
+
+@pytest.mark.parametrize("what", ["mode", "exclude", "all", "empty", "other", "scan"])
+def test_what_cannot_be_done_is_refused_in_one_sentence(
+    folder: Path, tmp_path: Path, ct: Path, store: AtlasStore, what: str
+) -> None:
+    call, kind, message = refusals(folder, ct, store)[what]
+    with pytest.raises(kind, match=message) as caught:
+        call(tmp_path / "o.zarr")
+    assert "\n" not in str(caught.value)
+    assert str(caught.value).endswith(".")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_scan_without_any_keypoint_is_background(
+    tmp_path: Path, store: AtlasStore, one_process: Client
+) -> None:
+    path = save(tmp_path / "ct.nii.gz", np.full((20, 18, 16), -1000, np.int16), affine_of(SPACING))
+    found = segment(path, store, tmp_path / "o.zarr", client=one_process)
+    assert (found.n_keypoints, found.n_matches) == (0, 0)
+    assert not label_map(found.path).any()
+    assert not found.open_probability().values.any()
+    assert set(found.volumes_ml.values()) == {0}
