@@ -73,7 +73,7 @@ def _repeat_interruption(lost: "sys.UnraisableHookArgs") -> None:
 @click.group(cls=Commands, context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(package_name="kpt-dask", message="kpt-dask %(version)s")
 def kpt() -> None:
-    r"""Segment organs in CT scans from annotated examples, by keypoint transfer.
+    """Segment organs in CT scans from annotated examples, by keypoint transfer.
 
     \b
     To begin:
@@ -99,7 +99,7 @@ kpt.add_command(atlas)
 def convert(
     scan: str, out: str, spacing: float, overwrite: bool, scheduler: str | None, as_json: bool
 ) -> None:
-    r"""Convert SCAN (.nii, .nii.gz) to an OME-Zarr image on an isotropic grid.
+    """Convert SCAN (.nii, .nii.gz) to an OME-Zarr image on an isotropic grid.
 
     \b
     Example:
@@ -155,7 +155,7 @@ def segment(
     scheduler: str | None,
     as_json: bool,
 ) -> None:
-    r"""Segment SCAN from the atlases of STORE.
+    """Segment SCAN from the atlases of STORE.
 
     OUT.zarr is an OME-Zarr image of the scan with the label map labels/organs; it also holds
     the probability of each organ, keypoints, matches and votes.
@@ -254,7 +254,7 @@ def evaluate(
     scheduler: str | None,
     json_file: str | None,
 ) -> None:
-    r"""Measure how well scans with known labels are segmented.
+    """Measure how well scans with known labels are segmented.
 
     Each atlas of STORE is segmented by the others (leave one out), or each scan of DIR by
     all of STORE. A scan is never segmented by the atlas of its own id. Temporary files go to
@@ -325,7 +325,7 @@ def _print_results(results: dict[str, Any]) -> None:
 @memory_option
 @scheduler_option
 def demo(out: Path, memory: int, scheduler: str | None) -> None:
-    r"""Make whole-body phantoms, and segment one from eight others.
+    """Make whole-body phantoms, and segment one from eight others.
 
     A second run reuses the store of the first.
 

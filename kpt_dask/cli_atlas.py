@@ -67,7 +67,7 @@ def atlas() -> None:
     help="Of the grid that all atlases are brought to, mm.",
 )
 def create(store: str, organs: str, spacing: float) -> None:
-    r"""Create an empty store.
+    """Create an empty store.
 
     \b
     Example:
@@ -101,7 +101,7 @@ def add(
     scheduler: str | None,
     as_json: bool,
 ) -> None:
-    r"""Add the scan SCAN with the label map LABELS, which lies on the same grid.
+    """Add the scan SCAN with the label map LABELS, which lies on the same grid.
 
     \b
     Example:
@@ -163,7 +163,7 @@ def add_folder(
     scheduler: str | None,
     as_json: bool,
 ) -> None:
-    r"""Add all annotated scans of a folder; those that are there already are skipped.
+    """Add all annotated scans of a folder; those that are there already are skipped.
 
     A scan that cannot be added does not stop the others. Run it again after an interruption.
 
@@ -205,7 +205,7 @@ def add_folder(
 @store_argument
 @json_option
 def list_atlases(store: str, as_json: bool) -> None:
-    r"""List the atlases of a store.
+    """List the atlases of a store.
 
     \b
     Example:
@@ -239,7 +239,7 @@ def list_atlases(store: str, as_json: bool) -> None:
 @click.argument("atlas_id", metavar="[ID]", required=False)
 @json_option
 def info(store: str, atlas_id: str | None, as_json: bool) -> None:
-    r"""Say what a store is made for, or what an atlas of it holds.
+    """Say what a store is made for, or what an atlas of it holds.
 
     \b
     Examples:
@@ -259,7 +259,7 @@ def info(store: str, atlas_id: str | None, as_json: bool) -> None:
 @store_argument
 @click.argument("atlas_ids", metavar="ID…", nargs=-1, required=True)
 def remove(store: str, atlas_ids: tuple[str, ...]) -> None:
-    r"""Remove atlases from a store.
+    """Remove atlases from a store.
 
     \b
     Example:
@@ -281,7 +281,7 @@ def remove(store: str, atlas_ids: tuple[str, ...]) -> None:
 @click.option("--repair", is_flag=True, help="Remove what interrupted adds and removals left.")
 @json_option
 def verify(store: str, repair: bool, as_json: bool) -> None:
-    r"""Read all of a store again, and say what is wrong with it.
+    """Read all of a store again, and say what is wrong with it.
 
     \b
     Example:
