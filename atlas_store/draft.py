@@ -29,7 +29,7 @@ from atlas_store.info import (
 )
 from atlas_store.keypoints import check_keypoints, write_keypoints
 from atlas_store.layout import KEYPOINTS, LABELS, data_folder, marker_key
-from atlas_store.objects import Objects
+from atlas_store.objects import Objects, finish_writes
 from atlas_store.organs import OrganTable
 
 ABANDONED_AFTER = timedelta(hours=24)
@@ -105,6 +105,7 @@ class Draft:
         # Interrupted while publishing, nobody knows whether the marker is there; data
         # without a marker is harmless, a marker without data is not.
         if self._state in (_State.OPEN, _State.LOST):
+            finish_writes()
             self._objects.delete_folder(self._folder)
 
     def commit(

@@ -143,3 +143,17 @@ def _buffer(data: bytes) -> Buffer:
 
 async def _collect(names: AsyncIterator[str]) -> list[str]:
     return [name async for name in names]
+
+
+def finish_writes() -> None:
+    """Wait for what Zarr still writes on its own threads.
+
+    Whoever interrupts the main thread while Zarr writes does not interrupt the writing: it
+    would bring back a part of a folder that is removed meanwhile.
+    """
+
+    async def finish() -> None:
+        others = asyncio.all_tasks() - {asyncio.current_task()}
+        await asyncio.gather(*others, return_exceptions=True)
+
+    sync(finish())

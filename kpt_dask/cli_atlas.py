@@ -226,12 +226,13 @@ def list_atlases(store: str, as_json: bool) -> None:
             _organs(info.annotated, opened.organs.names),
             str(info.keypoints),
             str(sum(organ.keypoints for organ in info.organs.values())),
-            size(info.shape, info.spacing[0]),
+            " × ".join(map(str, info.shape)),
             info.added.replace("T", " ")[:16],
         )
     if infos:
         console().print(listed)
-    click.echo(f"{opened.url}: {_count(len(infos), 'atlas', 'atlases')}.")
+    number = _count(len(infos), "atlas", "atlases")
+    click.echo(f"{opened.url}: {number} at {opened.parameters['spacing']:g} mm.")
 
 
 @atlas.command()

@@ -131,6 +131,7 @@ def run(
             flying[future] = index
             landed.add(future)
 
+    complete = False
     with progress.stage(description, total=len(tasks)) as advance:
         try:
             submit()
@@ -143,6 +144,7 @@ def run(
                 advance(1)
                 yield index, result
                 del result
+            complete = True
         except KilledWorker as error:
             raise ParameterError(
                 f"{description}: {error.allowed_failures + 1} workers died one after another at "
@@ -155,7 +157,9 @@ def run(
                 "then run the same command again."
             ) from error
         finally:
-            _abandon(client, name, list(flying))
+            # Also if none is known to fly: an interruption may have come while one was submitted.
+            if not complete:
+                _abandon(client, name, list(flying))
 
 
 class _Limit:
@@ -176,7 +180,7 @@ class _Limit:
 
 def _abandon(client: Client, name: str, futures: list[Future[T]]) -> None:
     """Cancel tasks, and wait for those that had begun: Dask cannot stop a thread."""
-    if not futures or client.status != "running":
+    if client.status != "running":
         return
     client.cancel(futures)
     # Twice, because a task may be on its way to a worker when the first look comes.

@@ -7,7 +7,10 @@ operation for every voxel, while reassociation would make a voxel's value depend
 its block begins.
 """
 
+import hashlib
 from collections.abc import Callable
+from functools import cache
+from pathlib import Path
 from typing import Any, TypeVar, cast
 
 import numba
@@ -20,4 +23,16 @@ def kernel(function: F) -> F:
     compiled: Any = numba.njit(nogil=True, cache=True, fastmath={"contract"}, error_model="numpy")(
         function
     )
+    # Numba looks for changes only in the file of the kernel itself, and would go on running
+    # old code of kernels and constants that it takes from other files.
+    compiled._cache._cache_file._source_stamp = _sources()
     return cast(F, compiled)
+
+
+@cache
+def _sources() -> str:
+    """Digest of all modules beside this one, which is all that kernels are made of."""
+    digest = hashlib.sha256()
+    for path in sorted(Path(__file__).parent.rglob("*.py")):
+        digest.update(path.read_bytes())
+    return digest.hexdigest()

@@ -16,7 +16,7 @@ import zarr
 from distributed import Client
 from numpy.typing import NDArray
 
-from atlas_store import Atlas, AtlasStore, OrganTable
+from atlas_store import Atlas, AtlasStore, OrganTable, StoreFormatError
 from kpt_dask import cluster
 from kpt_dask.fields import regress
 from kpt_dask.grid import Grid
@@ -27,7 +27,7 @@ from kpt_dask.volume import Volume
 
 SMALLEST_SHARE = 0.4
 """Voxels whose largest share is below this are background."""
-NU = 150.0
+NU = 200.0
 """ν of the intensity likelihood, HU, at least; an organ's own counts where it is larger."""
 NODE = 10.0
 """Distance between the nodes of the fields' lattice, mm."""
@@ -38,6 +38,13 @@ LEAST_SUPPORT = 0.01
 
 BLOCK = (64, 256, 256)
 """What one task decides at most (z, y, x): whole chunks of the probabilities and the labels."""
+
+DESCRIPTION = (
+    "share of the votes for the organ at a voxel, among the atlases that annotate the organ; a "
+    "vote counts as much as matches support its atlas's displacement there and as its intensity "
+    "agrees with the scan's"
+)
+"""What the probabilities are."""
 
 Box = tuple[tuple[int, int], tuple[int, int], tuple[int, int]]
 """(start, stop) along z, y, x, half-open."""
@@ -130,7 +137,7 @@ def transfer(
     store, atlas_ids
         The atlases, in the order of the matches' indices.
     keypoints, matches : xarray.Dataset
-        From `kpt_dask.extract` and `kpt_dask.match`.
+        From `kpt_dask.extract`, and from `kpt_dask.match` or `kpt_dask.rematching.rematch`.
     probability : zarr.Array
         From `kpt_dask.transfer.create_probability`.
     client : distributed.Client, optional
@@ -145,6 +152,7 @@ def transfer(
     organs = store.organs
     grid = volume.grid
     step = NODE / float(grid.spacing[0])
+    probability.update_attributes({"description": DESCRIPTION})
     matched = _by_atlas(keypoints, matches, len(atlases))
     parts = []
     with cluster.session(client) as session:
@@ -264,8 +272,7 @@ def transfer_block(
         source = field.part(box, step).source(box, atlas.info.shape) if box else None
         if source is None:
             continue
-        hu = np.asarray(open_array(atlas.group, "image/0")[_slices(source)], np.float32)
-        labels = np.asarray(atlas.labels[_slices(source)]).astype(np.uint16)
+        hu, labels = _read(atlas, source)
         bounds = np.array([[low, n] for (low, _), n in zip(source, atlas.info.shape, strict=True)])
         for o, own in wanted:
             corner = np.array([start for start, _ in own])
@@ -372,6 +379,20 @@ def accumulate(
                 totals[z, y, x] += w
                 if labels[k, j, i] == value:
                     votes[z, y, x] += w
+
+
+def _read(atlas: Atlas, box: Box) -> tuple[NDArray[np.float32], NDArray[np.uint16]]:
+    """Read a box of an atlas's image and label map."""
+    try:
+        image = open_array(atlas.group, "image/0")
+        hu = np.asarray(image[_slices(box)], np.float32)
+        return hu, np.asarray(atlas.labels[_slices(box)]).astype(np.uint16)
+    except (KeyError, ValueError, RuntimeError) as error:
+        atlas.ensure_present()
+        raise StoreFormatError(
+            f"{atlas.objects.url}: the image or labels of the atlas {atlas.id!r} cannot be read"
+            f" ({error}); remove the atlas and add it again."
+        ) from error
 
 
 def _write_share(

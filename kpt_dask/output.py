@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from atlas_store.objects import finish_writes
 from kpt_dask.errors import OutputExistsError
 
 
@@ -40,6 +41,9 @@ def replacing(target: Path, *, overwrite: bool = False) -> Iterator[Path]:
         yield partial
         check_absent(target, overwrite=overwrite)
         _swap(partial, target)
+    except BaseException:
+        finish_writes()
+        raise
     finally:
         _remove(partial)
 

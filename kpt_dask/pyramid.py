@@ -11,8 +11,10 @@ import numpy as np
 import zarr
 from distributed import Client
 from numpy.typing import NDArray
+from zarr.storage import MemoryStore
 
 from kpt_dask import cluster
+from kpt_dask.errors import ParameterError
 from kpt_dask.jit import kernel
 from kpt_dask.omezarr import CHUNKS, regions, write_region
 from kpt_dask.scalespace import blur_planes, next_octave_taps
@@ -27,7 +29,14 @@ def fill_pyramid(levels: tuple[zarr.Array[Any], ...], *, client: Client | None =
         Level o + 1 has every second voxel of level o.
     client : distributed.Client, optional
         Where the tasks run; see `kpt_dask.cluster.session`.
+
+    Raises
+    ------
+    ParameterError
+        If the levels lie in this process's memory: tasks would fill copies of them.
     """
+    if isinstance(levels[0].store, MemoryStore):
+        raise ParameterError("A volume cannot lie in a MemoryStore: give a folder or a URL.")
     with cluster.session(client) as session:
         for octave, (fine, coarse) in enumerate(pairwise(levels)):
             slab = (CHUNKS[0], *coarse.shape[1:])

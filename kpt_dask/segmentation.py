@@ -20,6 +20,7 @@ from kpt_dask.keypoints import PARAMETERS, extract
 from kpt_dask.matching import match
 from kpt_dask.omezarr import open_array, write_label_image
 from kpt_dask.output import check_absent, replacing
+from kpt_dask.rematching import rematch
 from kpt_dask.scan import open_scan, write_labels
 from kpt_dask.transfer import create_probability, transfer
 from kpt_dask.volume import Volume, convert_into
@@ -164,15 +165,19 @@ def segment_volume(
     memory: int = 1 << 30,
     client: Client | None = None,
 ) -> Stations:
-    """Go from a volume to its label map; `group` is the OME-Zarr image that receives it."""
+    """Go from a volume to its label map; `group` is the OME-Zarr image that receives it.
+
+    The other parameters are those of `segment`; `mode` must be one of `MODES`.
+    """
     atlases = AtlasKeypoints.load(store, atlas_ids)
     keypoints = extract(volume, memory=memory, client=client)
     matches = match(keypoints, atlases, client=client)
     votes = vote(matches, keypoints.sizes["keypoint"], store.organs)
     probability = create_probability(group, volume.grid, store.organs)
     if mode == "local":
+        nearer = rematch(keypoints, atlases, matches, client=client)
         parts = local.transfer(
-            volume, store, atlas_ids, keypoints, matches, probability, client=client
+            volume, store, atlas_ids, keypoints, nearer, probability, client=client
         )
     else:
         parts = transfer(volume, store, atlas_ids, matches, votes, probability, client=client)
@@ -227,9 +232,9 @@ def open_probability(path: str | Path) -> xr.DataArray:
     Returns
     -------
     xarray.DataArray
-        (organ, z, y, x) float32: the share of an organ's vote weight that places it at a
-        voxel and agrees with the scan's intensity there. Coordinates ``z``, ``y``, ``x`` in
-        mm, LPS, and ``organ``, the names.
+        (organ, z, y, x) float32: an organ's share of the votes at a voxel; the attribute
+        ``description`` says of which votes, which depends on the mode. Coordinates ``z``,
+        ``y``, ``x`` in mm, LPS, and ``organ``, the names.
     """
     # Imported here, since only whoever opens the volume needs dask.array.
     import dask.array as da

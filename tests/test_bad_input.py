@@ -20,9 +20,9 @@ SHAPE = (20, 18, 16)
 
 
 def listing(folder: Path) -> dict[str, bytes]:
-    """Give the content of all files: the name, the bytes, nothing of when."""
-    files = (path for path in sorted(folder.rglob("*")) if path.is_file())
-    return {str(path): path.read_bytes() for path in files}
+    """Give the names of all folders and files, and the content of the files."""
+    paths = sorted(folder.rglob("*"))
+    return {str(path): path.read_bytes() if path.is_file() else b"" for path in paths}
 
 
 def refused(folder: Path, *arguments: object) -> str:
@@ -141,7 +141,7 @@ def test_convert_refuses_a_bad_scan(
 ) -> None:
     bad = tmp_path / "scan.nii.gz"
     spoil(bad)
-    sentence = refused(tmp_path, "convert", bad, tmp_path / "out" / "scan.zarr")
+    sentence = refused(tmp_path, "convert", bad, tmp_path / "scan.zarr")
     assert str(bad) in sentence
     assert matches(sentence, message)
 

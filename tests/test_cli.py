@@ -86,7 +86,7 @@ def test_a_store_is_made_filled_listed_and_emptied(bodies: Path, tmp_path: Path)
     listed = words(run("atlas", "list", store))
     ids = ["anna", "body_1", "body_2", "body_3", "body_4"]
     assert [row[0] for row in listed[2:7]] == ids
-    assert listed[-1][-2:] == ["5", "atlases."]
+    assert listed[-1][-5:] == ["5", "atlases", "at", "8", "mm."]
     assert [atlas["id"] for atlas in answer("atlas", "list", store)] == ids
     info = run("atlas", "info", store, "body_2").stdout
     assert "body_2_ct.nii.gz and body_2_seg.nii.gz" in info

@@ -1,0 +1,122 @@
+"""Match a scan's keypoints with each atlas's again, where a first field says they should be.
+
+Near its displaced position a keypoint has few rivals, so a match needs no ratio test; that
+both keypoints choose each other is enough.
+"""
+
+import numpy as np
+import xarray as xr
+from distributed import Client
+from numpy.typing import NDArray
+
+from atlas_store import AtlasKeypoints
+from kpt_dask import cluster
+from kpt_dask.fields import regress
+from kpt_dask.matching import Arrays, two_nearest
+
+RADIUS = 15.0
+"""How far from where the field expects it a keypoint's match may lie, mm."""
+
+
+def rematch(
+    keypoints: xr.Dataset,
+    atlases: AtlasKeypoints,
+    matches: xr.Dataset,
+    *,
+    client: Client | None = None,
+) -> xr.Dataset:
+    """Match again near the displacement that the matches of each atlas amount to.
+
+    Parameters
+    ----------
+    keypoints : xarray.Dataset
+        From `kpt_dask.extract`.
+    atlases : AtlasKeypoints
+        Keypoints of the atlases.
+    matches : xarray.Dataset
+        From `kpt_dask.match`.
+    client : distributed.Client, optional
+        Where atlases are matched side by side.
+
+    Returns
+    -------
+    xarray.Dataset
+        Dimensions ``match`` and ``axis`` (z, y, x), ordered by atlas and test keypoint:
+        ``keypoint``, ``atlas`` and ``atlas_keypoint`` (match) int32; ``translation``
+        (match, axis) float32, mm, from the atlas to the scan. One to one in each atlas.
+    """
+    fields = ("position", "scale", "sign", "descriptor")
+    test = tuple(keypoints[name].values for name in fields)
+    ends = np.searchsorted(matches.atlas.values, np.arange(len(atlases) + 1))
+    with cluster.session(client) as session:
+        [scattered] = session.scatter([test], broadcast=True, hash=False)
+        tasks = []
+        for i in range(len(atlases)):
+            first = slice(ends[i], ends[i + 1])
+            found = matches.keypoint.values[first], matches.translation.values[first]
+            atlas = tuple(getattr(atlases, name)[atlases.slice_of(i)] for name in fields)
+            tasks.append((scattered, atlas, *found))
+        parts = dict(cluster.run(session, rematch_atlas, tasks, "Matching again"))
+    pairs = [parts[i] for i in range(len(atlases))]
+    keypoint = np.concatenate([i for i, _ in pairs])
+    atlas_keypoint = np.concatenate([j for _, j in pairs])
+    atlas = np.repeat(np.arange(len(pairs)), [i.size for i, _ in pairs])
+    moved = test[0][keypoint] - atlases.position[atlases.offsets[atlas] + atlas_keypoint]
+    return xr.Dataset(
+        {
+            "keypoint": ("match", keypoint.astype(np.int32)),
+            "atlas": ("match", atlas.astype(np.int32)),
+            "atlas_keypoint": ("match", atlas_keypoint.astype(np.int32)),
+            "translation": (("match", "axis"), moved.astype(np.float32)),
+        }
+    )
+
+
+def rematch_atlas(
+    test: Arrays,
+    atlas: Arrays,
+    keypoint: NDArray[np.int32],
+    translation: NDArray[np.float32],
+) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Match with one atlas.
+
+    Parameters
+    ----------
+    test, atlas : tuple of ndarray
+        Position (n, 3) mm, scale (n) mm, sign (n) and descriptor (n, 64) of keypoints.
+    keypoint, translation : ndarray
+        Test keypoints (m) of the first matches, and translations (m, 3) to the scan, mm.
+
+    Returns
+    -------
+    keypoint, atlas_keypoint : int64 arrays (n)
+        Pairs that are each other's nearest in descriptor, of those within `RADIUS` whose
+        scales and signs agree; in order of test keypoint.
+    """
+    position, scale, sign, descriptor = (np.ascontiguousarray(a, np.float32) for a in test)
+    other = tuple(np.ascontiguousarray(a, np.float32) for a in atlas)
+    field = regress(position, position[keypoint], translation)
+    seen = np.flatnonzero(field[:, 3] > 0)
+    here = position[seen] - field[seen, :3], scale[seen], sign[seen]
+    there = other[0], other[1], other[2]
+    # Ranks are small integers, so float32 holds these sums exactly, in any order.
+    distances = -2 * (descriptor[seen] @ other[3].T)
+    distances += (other[3] ** 2).sum(axis=1)
+    distances += (descriptor[seen] ** 2).sum(axis=1)[:, None]
+    forth = _nearest(distances, here, there)
+    back = _nearest(np.ascontiguousarray(distances.T), there, here)
+    mutual = np.flatnonzero(forth >= 0)
+    mutual = mutual[back[forth[mutual]] == mutual]
+    return seen[mutual], forth[mutual]
+
+
+def _nearest(
+    distances: NDArray[np.float32],
+    here: tuple[NDArray[np.float32], ...],
+    there: tuple[NDArray[np.float32], ...],
+) -> NDArray[np.int64]:
+    n = distances.shape[0]
+    nearest = np.empty(n, np.int64)
+    ignored = np.empty(n, np.float32), np.empty(n, np.float32)
+    two_nearest(distances, here, there, np.float32(RADIUS), nearest, *ignored)
+    return nearest
