@@ -29,7 +29,7 @@ from kpt_dask.keypoints import PARAMETERS, extract
 from kpt_dask.omezarr import Region, open_array, write_label_image
 from kpt_dask.pairs import LABELS, SCANS, find_pairs, labelled_organs, open_pair
 from kpt_dask.patches import write_patches
-from kpt_dask.report import organ_profiles
+from kpt_dask.profiles import organ_profiles
 from kpt_dask.scan import READERS, Scan
 from kpt_dask.volume import convert_into, label_blocks
 

@@ -6,7 +6,7 @@ count voxels. Knows nothing of how the labels came about.
 
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -19,6 +19,7 @@ from atlas_store.organs import Organ
 from kpt_dask.errors import GridMismatchError, ParameterError
 from kpt_dask.grid import Grid
 from kpt_dask.output import check_absent, replacing
+from kpt_dask.profiles import Voxels, organ_profiles
 
 WINDOW = (-160.0, 240.0)
 """Soft-tissue window: HU shown black and white."""
@@ -26,24 +27,9 @@ FILL = 0.35
 """Opacity of an organ."""
 SHOWN = 0.2
 """Share of its largest area from which an organ counts as shown."""
-SLAB_VOXELS = 1 << 24
-"""About how many labels are read at a time."""
 
 INCHES_PER_MM = 7.0 / 400
 MOST_INCHES = 14.0
-
-
-class Voxels(Protocol):
-    """What NumPy and Zarr arrays have in common here."""
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """Voxels along each axis."""
-        ...
-
-    def __getitem__(self, region: Any) -> Any:
-        """Read a region."""
-        ...
 
 
 class Views(NamedTuple):
@@ -103,36 +89,6 @@ def slices_for_display(array: Voxels, grid: Grid, index: tuple[int, int, int]) -
         picture = picture[::-1] if upside_down else picture
         pictures.append(picture[:, ::-1] if flipped[view.columns] else picture)
     return Views(*pictures)
-
-
-def organ_profiles(labels: Voxels, values: Iterable[int]) -> tuple[NDArray[np.int64], ...]:
-    """Count each organ's voxels in every plane across each axis, in one streamed pass.
-
-    Parameters
-    ----------
-    labels : array-like of unsigned integers, shape (k, j, i)
-        NumPy or Zarr.
-    values : iterable of int
-        The organs' label values; others are not counted.
-
-    Returns
-    -------
-    tuple of three ndarray of int64, shapes (organ, k), (organ, j), (organ, i)
-    """
-    values = list(values)
-    number_of = np.full(1 << 16, len(values))
-    number_of[values] = np.arange(len(values))
-    profiles = tuple(np.zeros((len(values) + 1, n), np.int64) for n in labels.shape)
-    tall = _planes_per_read(labels)
-    for k in range(0, labels.shape[0], tall):
-        slab = np.asarray(labels[k : k + tall])
-        where = np.nonzero(slab)
-        organ = number_of[slab[where]]
-        for axis, profile in enumerate(profiles):
-            position = where[axis] + (k if axis == 0 else 0)
-            flat = np.bincount(organ * profile.shape[1] + position, minlength=profile.size)
-            profile += flat.reshape(profile.shape)
-    return tuple(profile[:-1] for profile in profiles)
 
 
 def best_plane(profile: NDArray[np.int64]) -> int:
@@ -220,13 +176,6 @@ def _orientation(grid: Grid) -> tuple[tuple[int, int, int], tuple[bool, bool, bo
             "an oblique grid has no coronal, sagittal and axial slices; resample it first."
         )
     return orientation
-
-
-def _planes_per_read(labels: Voxels) -> int:
-    """Whole chunks (or shards) of a Zarr array, as many as fit."""
-    unit = getattr(labels, "shards", None) or getattr(labels, "chunks", None) or (1,)
-    fit = SLAB_VOXELS // (labels.shape[1] * labels.shape[2] * unit[0])
-    return int(unit[0] * max(fit, 1))
 
 
 def _layout(grid: Grid) -> tuple[Figure, list[Axes]]:

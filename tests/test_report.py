@@ -67,22 +67,6 @@ def test_an_oblique_grid_is_refused() -> None:
         report.slices_for_display(np.zeros(SHAPE), Grid(SHAPE, affine), (0, 0, 0))
 
 
-@pytest.mark.parametrize("shards", [None, (8, 8, 8)])
-def test_profiles_of_a_zarr_array_are_the_counted_ones(
-    shards: tuple[int, int, int] | None, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(report, "SLAB_VOXELS", 500)
-    labels = np.random.default_rng(0).integers(0, 6, (23, 11, 13)).astype(np.uint16)
-    array = zarr.create_array({}, data=labels, chunks=(4, 4, 4), shards=shards)
-
-    profiles = report.organ_profiles(array, [5, 2, 9])
-
-    for axis, profile in enumerate(profiles):
-        others = tuple(a for a in range(3) if a != axis)
-        expected = [(labels == value).sum(axis=others) for value in (5, 2, 9)]
-        np.testing.assert_array_equal(profile, expected)
-
-
 def test_the_plane_that_shows_most_organs_is_chosen() -> None:
     profile = np.array([[0, 100, 40, 0, 0], [0, 0, 3, 10, 4], [0, 0, 0, 0, 0]])
     assert report.best_plane(profile) == 2
