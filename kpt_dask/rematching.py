@@ -54,8 +54,8 @@ def rematch(
         for i in range(len(atlases)):
             first = slice(ends[i], ends[i + 1])
             found = matches.keypoint.values[first], matches.translation.values[first]
-            atlas = tuple(getattr(atlases, name)[atlases.slice_of(i)] for name in fields)
-            tasks.append((scattered, atlas, *found))
+            own = tuple(getattr(atlases, name)[atlases.slice_of(i)] for name in fields)
+            tasks.append((scattered, own, *found))
         parts = dict(cluster.run(session, rematch_atlas, tasks, "Matching again"))
     pairs = [parts[i] for i in range(len(atlases))]
     keypoint = np.concatenate([i for i, _ in pairs])

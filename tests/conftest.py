@@ -10,6 +10,7 @@ from distributed import Client, LocalCluster
 from atlas_store import AtlasStore, load_organs
 from kpt_dask import cluster
 from kpt_dask.atlases import add_atlas, store_parameters
+from kpt_dask.pairs import find_pairs
 from kpt_dask.phantom import write_phantom
 
 DATA = Path(os.environ.get("KPT_DATA", Path(__file__).parents[2] / "shared" / "data"))
@@ -64,4 +65,16 @@ def body_store(
     for name in ("body_1", "body_2", "body_3"):
         scan, labels = (bodies / f"{name}_{what}.nii.gz" for what in ("ct", "seg"))
         add_atlas(store, scan, labels, atlas_id=name, client=one_process)
+    return store
+
+
+@pytest.fixture(scope="session")
+def patients(
+    openkbp: Path, tmp_path_factory: pytest.TempPathFactory, one_process: Client
+) -> AtlasStore:
+    """A store of six real patients at 2 mm; leave it as it is."""
+    url = tmp_path_factory.mktemp("stores") / "patients"
+    store = AtlasStore.create(url, load_organs("openkbp"), store_parameters())
+    for pair in find_pairs(openkbp)[:6]:
+        add_atlas(store, pair.scan, pair.labels, atlas_id=pair.id, client=one_process)
     return store

@@ -221,10 +221,10 @@ def test_left_and_right_never_swap(tmp_path: Path, one_process: Client) -> None:
 
 
 def middle(path: Path, folder: Path) -> Path:
-    """Write what a scan shows of the 72 voxels in the middle across the body."""
+    """Write what a scan shows of the 56 voxels in the middle across the body."""
     image: Any = nib.load(path)
     across = image.header.get_zooms() > np.min(image.header.get_zooms())
-    window = tuple(slice(28, 100) if wide else slice(None) for wide in across)
+    window = tuple(slice(36, 92) if wide else slice(None) for wide in across)
     nib.save(image.slicer[window], folder / path.name)
     return folder / path.name
 
@@ -242,11 +242,14 @@ def test_real_heads_are_segmented(openkbp: Path, tmp_path: Path, one_process: Cl
     )
     reference = np.asarray(made["pt_3"].labels[...])
     found = np.asarray(zarr.open_group(str(out), mode="r")["labels/organs/0"][...])  # type: ignore[index]
+    dice = []
     for name in made["pt_3"].annotated:
         value = made.organs.by_name(name).value
         both = ((found == value) & (reference == value)).sum()
         total = (found == value).sum() + (reference == value).sum()
-        print(name, 2 * both / total)
+        dice.append(2 * both / total)
+    assert np.mean(dice) > 0.5
+    assert min(dice) > 0.3
     assert "among the atlases" in result.open_probability().attrs["description"]
     group = zarr.open_group(str(out), mode="r")
     assert group.attrs["kpt"]["segmentation"]["mode"] == "local"  # type: ignore[index, call-overload]

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from atlas_store.organs import load_organs
-from kpt_dask import report
+from kpt_dask import profiles, report
 from kpt_dask.errors import GridMismatchError, OutputExistsError, ParameterError
 from kpt_dask.grid import Grid
 
@@ -106,7 +106,7 @@ def subject() -> tuple[zarr.Array[Any], zarr.Array[Any], Grid]:
 def test_a_picture_is_drawn_from_three_slices(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(report, "SLAB_VOXELS", 16 * 40 * 50)
+    monkeypatch.setattr(profiles, "SLAB_VOXELS", 16 * 40 * 50)
     stored_image, stored_labels, grid = subject()
     image, labels = Reads(stored_image), Reads(stored_labels)
     path = tmp_path / "picture.png"
