@@ -113,7 +113,8 @@ mode_option = click.option(
     default="organ",
     show_default=True,
     metavar="MODE",
-    help="How organs are transferred; organ is the paper's way.",
+    help="How organs are transferred: organ moves them whole, as the paper does; local warps each "
+    "atlas by its matches, slower and more accurate.",
 )
 
 
