@@ -15,7 +15,7 @@ import xarray as xr
 import zarr
 from distributed import Client
 
-from kpt_dask import cluster
+from kpt_dask import cluster, progress
 from kpt_dask.descriptors import ANISOTROPY, HALF_WIDTH, PATCH
 from kpt_dask.errors import ParameterError
 from kpt_dask.scalespace import INPUT_SIGMA, LEVELS, SIGMA0, TRUNCATE, level_sigma
@@ -143,6 +143,8 @@ def extract(volume: Volume, *, memory: int = 1 << 30, client: Client | None = No
         If `memory` is too little.
     """
     with cluster.session(client) as session:
+        if str(getattr(session.scheduler, "address", "")).startswith("inproc:"):
+            _prepare()
         workers = session.nthreads().values()
         threads, per_process = sum(workers), max(workers)
         tasks = []
@@ -157,6 +159,17 @@ def extract(volume: Volume, *, memory: int = 1 << 30, client: Client | None = No
         for index, part in cluster.run(session, extract_block, tasks, "Extracting keypoints"):
             found[tasks[index][1]].append(part)
     return _dataset(volume, [Found.join(parts) for parts in found.values()])
+
+
+def _prepare() -> None:
+    """Compile the kernels under a name of its own, so that nobody wonders what takes so long.
+
+    With a warm cache it is over at once; workers elsewhere compile when they begin.
+    """
+    with progress.stage("Compiling kernels, once on this machine"):
+        sweep = Sweep(((0, 4), (0, 4), (0, 4)), (4, 4), 4, first_octave=True)
+        sweep.feed(np.zeros((4, 4, 4), np.float32))
+        sweep.finish()
 
 
 def extract_block(level: "zarr.Array[Any]", octave: int, block: Block) -> Found:

@@ -16,7 +16,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from scipy import ndimage
 
-from kpt_dask import cluster
+from kpt_dask import cluster, progress
 from kpt_dask.descriptors import BINS, STEP
 from kpt_dask.errors import ParameterError
 from kpt_dask.grid import Grid
@@ -454,3 +454,9 @@ def test_thin_volumes_do_not_crash(shape: Shape, seed: int) -> None:
     assert (found.index < np.array(shape) - 1).all()
     if min(shape) < 3:
         assert found.level.size == 0
+
+
+def test_compiling_has_a_name_of_its_own(client: Client, head: Volume) -> None:
+    with progress.recorded() as seconds:
+        extract(head, client=client)
+    assert "Compiling kernels, once on this machine" in seconds
