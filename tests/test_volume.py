@@ -193,10 +193,16 @@ def test_a_volume_opens_as_it_was_made(tmp_path: Path) -> None:
 
 def test_a_scan_converts_into_a_group_of_a_store(tmp_path: Path) -> None:
     scan = open_scan(save(tmp_path / "ct.nii", ct((10, 11, 12))))
-    store = zarr.create_group(zarr.storage.MemoryStore())
+    store = zarr.create_group(str(tmp_path / "store"), zarr_format=3)
     convert_into(scan, store.create_group("atlases/a/image"), spacing=2.0)
     volume = open_volume(store["atlases/a/image"])  # type: ignore[arg-type]
     np.testing.assert_array_equal(volume.levels[0][:], ct((10, 11, 12)))
+
+
+def test_memory_that_tasks_cannot_share_is_refused(tmp_path: Path) -> None:
+    scan = open_scan(save(tmp_path / "ct.nii", ct((10, 11, 12))))
+    with pytest.raises(ParameterError, match="MemoryStore"):
+        convert_into(scan, zarr.create_group(zarr.storage.MemoryStore()), spacing=2.0)
 
 
 def test_an_existing_output_is_kept_until_the_new_one_is_complete(tmp_path: Path) -> None:
@@ -290,7 +296,7 @@ def test_oblique_labels_come_onto_the_volume(tmp_path: Path) -> None:
     for name in ("ct.nii", "seg.nii"):
         nib.save(nib.Nifti1Image(image, oblique()), tmp_path / name)
     scan = open_scan(tmp_path / "ct.nii")
-    group = zarr.create_group(zarr.storage.MemoryStore())
+    group = zarr.create_group(str(tmp_path / "volume"), zarr_format=3)
     volume = convert_into(scan, group, spacing=1.0)
     blocks = label_blocks(open_scan(tmp_path / "seg.nii"), volume)
     labels = write_label_image(group, "organs", blocks, volume.grid, ORGANS)["0"][:]  # type: ignore[index]
