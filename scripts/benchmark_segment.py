@@ -1,20 +1,24 @@
 #!/usr/bin/env python
 """How long each station takes, and in how much memory: one real patient, and one phantom.
 
-Each scan is segmented in a fresh process of its own: cold with an empty numba cache, warm
-with the one that the cold run has filled. Memory is the peak while the station runs, above
-that of the process once everything is imported.
+Each scan is segmented in fresh processes: cold with an empty numba cache, warm with the one
+that the cold run has filled. Times are also given as ratios to that of Python's gzip reading
+the scan's file in the same process. Memory is the peak while the station runs, above that of
+the process once everything is imported.
 """
 
 import argparse
+import gzip
 import json
 import os
+import shutil
+import statistics
 import subprocess
 import sys
 import tempfile
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -35,7 +39,7 @@ from kpt_dask.volume import convert_into
 from kpt_dask.voting import vote
 
 DATA = Path(__file__).parents[2] / "shared" / "data" / "openkbp"
-STATIONS = ("start", "convert", "extract", "match", "vote", "transfer", "write", "all")
+STATIONS = ("gunzip", "start", "convert", "extract", "match", "vote", "transfer", "write", "all")
 
 
 def main() -> None:
@@ -43,6 +47,8 @@ def main() -> None:
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write the figures here")
     parser.add_argument("--data", type=Path, default=DATA, help="folder of the openkbp patients")
     parser.add_argument("--atlases", type=int, default=8, help="atlases to segment from")
+    parser.add_argument("--repeats", type=int, default=5, help="warm runs")
+    parser.add_argument("--cold-repeats", type=int, default=1, help="cold runs; a minute each")
     parser.add_argument("--quick", action="store_true", help="two atlases, a small phantom")
     parser.add_argument(
         "--child", nargs=3, metavar=("SCAN", "STORE", "OUT"), help=argparse.SUPPRESS
@@ -52,7 +58,9 @@ def main() -> None:
         print(json.dumps(stations(*map(Path, options.child))))
         return
     count = 2 if options.quick else options.atlases
-    figures: dict[str, Any] = {}
+    cold = 1 if options.quick else options.cold_repeats
+    warm = 1 if options.quick else options.repeats
+    runs: dict[str, list[dict[str, Any]]] = {}
     with tempfile.TemporaryDirectory() as folder:
         makers = {"phantom": lambda path: phantoms(path, count, options.quick)}
         if options.data.is_dir():
@@ -64,13 +72,40 @@ def main() -> None:
             own.mkdir()
             print(f"Making the atlases of {name} …", file=sys.stderr)
             scan = make(own)
-            for state in ("cold", "warm"):
-                figures[f"{name}_{state}"] = child(scan, own, state, Path(folder) / "numba")
-            for left in (Path(folder) / "numba").rglob("*.nb*"):
-                left.unlink()
+            cache = Path(folder) / "numba"
+            for state in ["cold"] * cold + ["warm"] * warm:
+                if state == "cold":
+                    shutil.rmtree(cache, ignore_errors=True)
+                runs.setdefault(f"{name}_{state}", []).append(child(scan, own, cache))
+    figures = {
+        f"{run}_{station}": summary([figures[station] for figures in several], several)
+        for run, several in runs.items()
+        for station in STATIONS
+    }
     report(figures)
     if options.json:
-        options.json.write_text(json.dumps(figures, indent=2) + "\n")
+        flat = {
+            f"{name}_{what}": value for name, row in figures.items() for what, value in row.items()
+        }
+        options.json.write_text(json.dumps(flat, indent=2) + "\n")
+
+
+def summary(
+    station: list[dict[str, float]], runs: list[dict[str, dict[str, float]]]
+) -> dict[str, float]:
+    """Medians of a station over several runs, and the spread of its seconds."""
+    seconds = [one["seconds"] for one in station]
+    ratios = [
+        one["seconds"] / run["gunzip"]["seconds"] for one, run in zip(station, runs, strict=True)
+    ]
+    return {
+        "over_gunzip": statistics.median(ratios),
+        "seconds": statistics.median(seconds),
+        "seconds_min": min(seconds),
+        "seconds_max": max(seconds),
+        "peak_mib": statistics.median(one["peak_mib"] for one in station),
+        "runs": len(station),
+    }
 
 
 def phantoms(folder: Path, count: int, quick: bool) -> Path:
@@ -96,12 +131,13 @@ def patients(folder: Path, count: int, data: Path) -> Path:
     return scans[count]
 
 
-def child(scan: Path, folder: Path, state: str, cache: Path) -> dict[str, Any]:
+def child(scan: Path, folder: Path, cache: Path) -> dict[str, Any]:
+    out = Path(tempfile.mkdtemp(dir=folder)) / "scan.zarr"
     start = time.perf_counter()
     done = subprocess.run(
         [
             *(sys.executable, __file__, "--child"),
-            *(str(scan), str(folder / "atlases"), str(folder / f"{state}.zarr")),
+            *(str(scan), str(folder / "atlases"), str(out)),
         ],
         env=os.environ | {"NUMBA_CACHE_DIR": str(cache)},
         stdout=subprocess.PIPE,
@@ -110,7 +146,10 @@ def child(scan: Path, folder: Path, state: str, cache: Path) -> dict[str, Any]:
     )
     wall = time.perf_counter() - start
     figures: dict[str, Any] = json.loads(done.stdout)
+    shutil.rmtree(out.parent)
     measured = sum(one["seconds"] for one in figures.values())
+    wall -= figures["gunzip"]["seconds"]
+    measured -= figures["gunzip"]["seconds"]
     figures["start"] = {"seconds": wall - measured, "peak_mib": 0.0}
     figures["all"] = {
         "seconds": wall,
@@ -123,6 +162,9 @@ def stations(scan: Path, store_path: Path, out: Path) -> dict[str, dict[str, flo
     """Go through the stations as `kpt_dask.segment` does, watching each."""
     figures: dict[str, dict[str, float]] = {}
     base = resident_mib()
+    with watched(figures, "gunzip", base), gzip.open(scan) as file:
+        while file.read(1 << 20):
+            pass
     with cluster.session() as client:
         store = AtlasStore.open(store_path)
         used = store.ids()
@@ -175,13 +217,14 @@ def resident_mib() -> float:
     return pages * os.sysconf("SC_PAGE_SIZE") / 2**20
 
 
-def report(figures: dict[str, dict[str, dict[str, float]]]) -> None:
-    columns: Sequence[str] = list(figures)
-    print(f"{'s / MiB':10}" + "".join(f"{name:>18}" for name in columns))
-    for station in STATIONS:
-        cells = (figures[name][station] for name in columns)
-        shown = (f"{one['seconds']:.2f} / {one['peak_mib']:.0f}" for one in cells)
-        print(f"{station:10}" + "".join(f"{cell:>18}" for cell in shown))
+def report(figures: dict[str, dict[str, float]]) -> None:
+    print(f"{'':26}{'× gunzip':>10}{'median s':>10}   {'(min – max)':18}{'peak MiB':>9}{'runs':>6}")
+    for name, row in figures.items():
+        spread = f"({row['seconds_min']:.2f} – {row['seconds_max']:.2f})"
+        print(
+            f"{name:26}{row['over_gunzip']:10.2f}{row['seconds']:10.2f}   {spread:18}"
+            f"{row['peak_mib']:9.0f}{row['runs']:6.0f}"
+        )
 
 
 if __name__ == "__main__":
