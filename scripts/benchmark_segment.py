@@ -48,7 +48,7 @@ def main() -> None:
     parser.add_argument("--data", type=Path, default=DATA, help="folder of the openkbp patients")
     parser.add_argument("--atlases", type=int, default=8, help="atlases to segment from")
     parser.add_argument("--repeats", type=int, default=5, help="warm runs")
-    parser.add_argument("--cold-repeats", type=int, default=1, help="cold runs; a minute each")
+    parser.add_argument("--cold-repeats", type=int, default=3, help="cold runs; half a minute each")
     parser.add_argument("--quick", action="store_true", help="two atlases, a small phantom")
     parser.add_argument(
         "--child", nargs=3, metavar=("SCAN", "STORE", "OUT"), help=argparse.SUPPRESS
