@@ -129,16 +129,10 @@ def _pass(
     nearest = np.empty(n, np.int64)
     first = np.empty(n, np.float32)
     second = np.empty(n, np.float32)
-    norms = (atlas[3] ** 2).sum(axis=1)
     for a in range(0, n, _ROWS):
         rows = slice(a, a + _ROWS)
-        # Ranks are small integers, so float32 holds these sums exactly, in any order.
-        distances = descriptor[rows] @ atlas[3].T
-        distances *= -2
-        distances += norms
-        distances += (descriptor[rows] ** 2).sum(axis=1)[:, None]
         two_nearest(
-            distances,
+            squared_distances(descriptor[rows], atlas[3]),
             (position[rows] - centre, scale[rows], sign[rows]),
             atlas[:3],
             np.float32(radius),
@@ -149,6 +143,18 @@ def _pass(
     # Squared distances against the squared ratio; a missing second nearest is infinitely far.
     keep = np.flatnonzero((nearest >= 0) & (first <= np.float32(DISTANCE_RATIO**2) * second))
     return keep, nearest[keep], first[keep]
+
+
+def squared_distances(test: NDArray[np.float32], atlas: NDArray[np.float32]) -> NDArray[np.float32]:
+    """Squared distances (n, m) between descriptors (n, 64) and (m, 64), all float32.
+
+    Ranks are small integers, so float32 holds every sum exactly, in whatever order BLAS adds.
+    """
+    distances = test @ atlas.T
+    distances *= -2
+    distances += (atlas**2).sum(axis=1)
+    distances += (test**2).sum(axis=1)[:, None]
+    return distances
 
 
 @kernel

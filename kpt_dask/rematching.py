@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from atlas_store import AtlasKeypoints
 from kpt_dask import cluster
 from kpt_dask.fields import regress
-from kpt_dask.matching import Arrays, two_nearest
+from kpt_dask.matching import Arrays, squared_distances, two_nearest
 
 RADIUS = 15.0
 """How far from where the field expects it a keypoint's match may lie, mm."""
@@ -99,10 +99,7 @@ def rematch_atlas(
     seen = np.flatnonzero(field[:, 3] > 0)
     here = position[seen] - field[seen, :3], scale[seen], sign[seen]
     there = other[0], other[1], other[2]
-    # Ranks are small integers, so float32 holds these sums exactly, in any order.
-    distances = -2 * (descriptor[seen] @ other[3].T)
-    distances += (other[3] ** 2).sum(axis=1)
-    distances += (descriptor[seen] ** 2).sum(axis=1)[:, None]
+    distances = squared_distances(descriptor[seen], other[3])
     forth = _nearest(distances, here, there)
     back = _nearest(np.ascontiguousarray(distances.T), there, here)
     mutual = np.flatnonzero(forth >= 0)

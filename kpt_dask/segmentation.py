@@ -23,7 +23,7 @@ from kpt_dask.output import check_absent, replacing
 from kpt_dask.rematching import rematch
 from kpt_dask.scan import open_scan, write_labels
 from kpt_dask.transfer import create_probability, transfer
-from kpt_dask.volume import Volume, convert_into
+from kpt_dask.volume import Volume, convert_into, open_volume
 from kpt_dask.voting import vote
 
 MODES = ("organ", "local")
@@ -238,8 +238,6 @@ def open_probability(path: str | Path) -> xr.DataArray:
     """
     # Imported here, since only whoever opens the volume needs dask.array.
     import dask.array as da
-
-    from kpt_dask.volume import open_volume
 
     volume = open_volume(path)
     array = open_array(volume.group, "probability")
