@@ -30,7 +30,7 @@ from kpt_dask.omezarr import Region, open_array, write_label_image
 from kpt_dask.pairs import LABELS, SCANS, find_pairs, labelled_organs, open_pair
 from kpt_dask.patches import write_patches
 from kpt_dask.profiles import organ_profiles
-from kpt_dask.scan import READERS, Scan
+from kpt_dask.scan import Scan, scan_name
 from kpt_dask.volume import convert_into, label_blocks
 
 
@@ -121,7 +121,7 @@ def add_atlas(
     """
     source, labelled = open_pair(scan, labels)
     parameters = store_parameters(store.parameters.get("spacing", 2.0))
-    name = default_id(source.path) if atlas_id is None else atlas_id
+    name = scan_name(source.path) if atlas_id is None else atlas_id
     with store.draft(name, parameters, replace=replace) as draft:
         wanted = _annotated(labelled, store.organs, annotated)
         image = draft.group.create_group("image")
@@ -221,15 +221,6 @@ def add_folder(
                 told(outcome)
             advance(1)
     return outcomes
-
-
-def default_id(scan: Path) -> str:
-    """Name an atlas after its scan: the file name without its ending."""
-    name = scan.name
-    for ending in sorted(READERS, key=len, reverse=True):
-        if name.lower().endswith(ending):
-            return name[: -len(ending)]
-    return name
 
 
 def survey(labels: "zarr.Array[Any]", grid: Grid, organs: OrganTable) -> dict[str, OrganInfo]:

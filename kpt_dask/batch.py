@@ -13,11 +13,9 @@ from distributed import Client
 
 from atlas_store.errors import AtlasStoreError
 from kpt_dask.errors import KptError, ParameterError
+from kpt_dask.scan import scan_name
 
 log = logging.getLogger(__name__)
-
-ENDINGS = (".nii.gz", ".nii")
-"""What is no part of a scan's name."""
 
 
 class Output(NamedTuple):
@@ -50,9 +48,7 @@ def outputs(scans: Iterable[Path], out_dir: Path) -> Mapping[Path, Output]:
     """
     by_name: dict[str, Path] = {}
     for scan in scans:
-        name = scan.name
-        for ending in ENDINGS:
-            name = name.removesuffix(ending)
+        name = scan_name(scan)
         if name in by_name:
             raise ParameterError(
                 f"{by_name[name]} and {scan} would both become {out_dir / name}.zarr: "

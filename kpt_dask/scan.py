@@ -95,6 +95,15 @@ class Scan:
         return values
 
 
+def scan_name(path: Path) -> str:
+    """Name a scan after its file, without the ending that a reader knows."""
+    name = path.name
+    for ending in sorted(READERS, key=len, reverse=True):
+        if name.lower().endswith(ending):
+            return name[: -len(ending)]
+    return name
+
+
 def open_scan(path: str | Path) -> Scan:
     """Read the header of a scan or label map; ``.nii`` and ``.nii.gz`` are known.
 

@@ -25,7 +25,6 @@ from kpt_dask.atlases import (
     Outcome,
     add_atlas,
     add_folder,
-    default_id,
     labels_at,
     store_parameters,
     survey,
@@ -33,6 +32,7 @@ from kpt_dask.atlases import (
 from kpt_dask.errors import GridMismatchError, LabelError, ParameterError, ScanFormatError
 from kpt_dask.grid import Grid
 from kpt_dask.phantom import phantom, write_phantom
+from kpt_dask.scan import scan_name
 from kpt_dask.volume import open_volume
 from tests.conftest import BODY, BODY_SPACING
 
@@ -221,7 +221,7 @@ def test_a_store_needs_a_spacing(spacing: float) -> None:
 
 def test_an_atlas_is_named_after_its_scan() -> None:
     names = {"pt_3.nii.gz": "pt_3", "a.b.NII": "a.b", "x.nii.nii.gz": "x.nii", "y.mha": "y.mha"}
-    assert {name: default_id(Path("folder") / name) for name in names} == names
+    assert {name: scan_name(Path("folder") / name) for name in names} == names
 
 
 def test_a_folder_is_added_as_far_as_possible(
