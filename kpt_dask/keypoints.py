@@ -6,6 +6,7 @@ volume was cut, and nothing is deduplicated afterwards.
 """
 
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import product
 from typing import Any
@@ -14,6 +15,7 @@ import numpy as np
 import xarray as xr
 import zarr
 from distributed import Client
+from numpy.typing import NDArray
 
 from kpt_dask import cluster, progress
 from kpt_dask.descriptors import ANISOTROPY, HALF_WIDTH, PATCH
@@ -97,7 +99,7 @@ def block_shape(
     ParameterError
         If not even a small core fits.
     """
-    voxels = memory / threads / 4 / (planes_held() + 2 * SLAB)
+    voxels = memory / threads / 4 / (planes_held() + 3 * SLAB)
     height, width = shape[1:]
     while (min(height + 2 * margin, shape[1])) * (min(width + 2 * margin, shape[2])) > voxels:
         if max(height, width) <= margin // 2:
@@ -178,8 +180,19 @@ def extract_block(level: "zarr.Array[Any]", octave: int, block: Block) -> Found:
     z, y, x = block.core
     core = z, (y[0] - y0, y[1] - y0), (x[0] - x0, x[1] - x0)
     sweep = Sweep(core, (y1 - y0, x1 - x0), level.shape[0], octave == 0)
-    for first, last in _slabs(sweep.first_plane, sweep.last_plane):
-        sweep.feed(np.ascontiguousarray(level[first:last, y0:y1, x0:x1], np.float32))
+
+    def read(slab: tuple[int, int]) -> NDArray[np.float32]:
+        planes = level[slab[0] : slab[1], y0:y1, x0:x1]
+        return np.ascontiguousarray(planes, np.float32)
+
+    # The next slab is read while the last one is swept.
+    with ThreadPoolExecutor(1) as reader:
+        slabs = list(_slabs(sweep.first_plane, sweep.last_plane))
+        ahead = reader.submit(read, slabs[0])
+        for following in slabs[1:]:
+            slab, ahead = ahead.result(), reader.submit(read, following)
+            sweep.feed(slab)
+        sweep.feed(ahead.result())
     found = sweep.finish()
     found.index[:, 1:] += (y0, x0)
     return found
