@@ -130,7 +130,7 @@ def labels_onto(labels: Any, grid: Grid, target: Grid) -> Iterator[NDArray[Any]]
 
 
 @kernel
-def _cell(position: Any, n: Any, origin: Any) -> Any:
+def cell(position: Any, n: Any, origin: Any) -> Any:
     """Find the two samples around a position on an axis of n samples.
 
     Returns their indices from `origin` on, the fraction of the way between them, and how
@@ -152,9 +152,9 @@ def _trilinear(part: Any, origin: Any, start: Any, shape: Any, affine: Any, out:
                 at[a] = affine[a, 3] + affine[a, 0] * (start[0] + z) + affine[a, 1] * (start[1] + y)
             for x in range(out.shape[2]):
                 i = start[2] + x
-                z0, z1, dz, _ = _cell(at[0] + affine[0, 2] * i, shape[0], origin[0])
-                y0, y1, dy, _ = _cell(at[1] + affine[1, 2] * i, shape[1], origin[1])
-                x0, x1, dx, _ = _cell(at[2] + affine[2, 2] * i, shape[2], origin[2])
+                z0, z1, dz, _ = cell(at[0] + affine[0, 2] * i, shape[0], origin[0])
+                y0, y1, dy, _ = cell(at[1] + affine[1, 2] * i, shape[1], origin[1])
+                x0, x1, dx, _ = cell(at[2] + affine[2, 2] * i, shape[2], origin[2])
                 v00 = (one - dx) * part[z0, y0, x0] + dx * part[z0, y0, x1]
                 v01 = (one - dx) * part[z0, y1, x0] + dx * part[z0, y1, x1]
                 v10 = (one - dx) * part[z1, y0, x0] + dx * part[z1, y0, x1]
@@ -196,9 +196,9 @@ def _trilinear_labels(
                 at[a] = affine[a, 3] + affine[a, 0] * (start[0] + z) + affine[a, 1] * (start[1] + y)
             for x in range(out.shape[2]):
                 i = start[2] + x
-                z0, z1, dz, far_z = _cell(at[0] + affine[0, 2] * i, shape[0], origin[0])
-                y0, y1, dy, far_y = _cell(at[1] + affine[1, 2] * i, shape[1], origin[1])
-                x0, x1, dx, far_x = _cell(at[2] + affine[2, 2] * i, shape[2], origin[2])
+                z0, z1, dz, far_z = cell(at[0] + affine[0, 2] * i, shape[0], origin[0])
+                y0, y1, dy, far_y = cell(at[1] + affine[1, 2] * i, shape[1], origin[1])
+                x0, x1, dx, far_x = cell(at[2] + affine[2, 2] * i, shape[2], origin[2])
                 if max(far_z, far_y, far_x) > 1:
                     continue
                 first = part[z0, y0, x0]
