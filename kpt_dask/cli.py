@@ -16,14 +16,15 @@ from kpt_dask.cli_base import (
     console,
     json_option,
     memory_option,
-    mode_option,
     overwrite_option,
     print_json,
     scheduler_option,
     size,
     table,
+    transfer_options,
     working,
 )
+from kpt_dask.options import TransferOptions
 
 TERMINATED = 143
 """Exit code after SIGTERM, as shells have it."""
@@ -131,7 +132,7 @@ def convert(
 @click.argument("scan", type=click.Path())
 @click.argument("store", metavar="STORE")
 @click.argument("out", metavar="OUT.zarr", type=click.Path())
-@mode_option
+@transfer_options
 @click.option("--exclude", multiple=True, metavar="ID", help="Leave an atlas out; may be repeated.")
 @click.option(
     "--labels",
@@ -148,6 +149,7 @@ def segment(
     store: str,
     out: str,
     mode: str,
+    options: TransferOptions,
     exclude: tuple[str, ...],
     labels: str | None,
     overwrite: bool,
@@ -172,6 +174,7 @@ def segment(
             store,
             out,
             mode=mode,
+            options=options,
             exclude=exclude,
             labels=labels,
             overwrite=overwrite,
@@ -228,7 +231,7 @@ def segment(
     metavar="PATTERN",
     help="How their label maps are named.",
 )
-@mode_option
+@transfer_options
 @click.option(
     "--atlases", type=int, metavar="N", help="Use only the first N atlases other than the scan."
 )
@@ -248,6 +251,7 @@ def evaluate(
     scan_pattern: str,
     labels_pattern: str,
     mode: str,
+    options: TransferOptions,
     atlases: int | None,
     limit: int | None,
     memory: int,
@@ -276,7 +280,14 @@ def evaluate(
     pairs = None if scans is None else find_pairs(scans, scan_pattern, labels_pattern)
     with working(scheduler) as client:
         results = evaluate_store(
-            opened, pairs, mode=mode, atlases=atlases, limit=limit, memory=memory, client=client
+            opened,
+            pairs,
+            mode=mode,
+            options=options,
+            atlases=atlases,
+            limit=limit,
+            memory=memory,
+            client=client,
         )
     if json_file == "-":
         print_json(results)

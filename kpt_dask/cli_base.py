@@ -8,16 +8,21 @@ import errno
 import json
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import IO, TYPE_CHECKING, Any, NoReturn
+from functools import wraps
+from typing import IO, TYPE_CHECKING, Any, NoReturn, TypeVar, cast
 
 import click
+
+from kpt_dask.options import MODES, RHO, SIGMA_T, SIGMA_X, TransferOptions, parse_across, parse_nu
 
 if TYPE_CHECKING:
     from distributed import Client
     from rich.console import Console
     from rich.table import Table
+
+F = TypeVar("F", bound=Callable[..., Any])
 
 INTERRUPTED = 130
 """Exit code after Ctrl-C, as shells have it."""
@@ -108,13 +113,98 @@ overwrite_option = click.option(
 json_option = click.option(
     "--json", "as_json", is_flag=True, help="Print the answer as JSON, for a program to read."
 )
-mode_option = click.option(
-    "--mode",
-    default="organ",
-    show_default=True,
-    metavar="MODE",
-    help="How organs are transferred: organ moves them whole, as the paper does; local warps each "
-    "atlas by its matches, slower and more accurate.",
+
+
+def transfer_options(command: F) -> F:
+    """Add the options of the transfer; the command gets ``mode`` and ``options``."""
+
+    @wraps(command)
+    def with_options(
+        *,
+        threshold: float | None,
+        nu: str,
+        across: tuple[str, ...],
+        rho: float,
+        sigma_x: float,
+        sigma_t: float,
+        **others: Any,
+    ) -> Any:
+        options = TransferOptions(
+            threshold, parse_nu(nu), rho, sigma_x, sigma_t, parse_across(across)
+        )
+        return command(options=options, **others)
+
+    adapted: Any = with_options
+    for option in reversed(_TRANSFER):
+        adapted = option(adapted)
+    return cast(F, adapted)
+
+
+_TRANSFER = (
+    click.option(
+        "--mode",
+        default=next(iter(MODES)),
+        show_default=True,
+        metavar="MODE",
+        help="How organs are transferred, the most accurate first: "
+        + "; ".join(f"{name} {mode.does}" for name, mode in MODES.items())
+        + ".",
+    ),
+    click.option(
+        "--threshold",
+        type=float,
+        metavar="SHARE",
+        help="A voxel is background where no organ's share of the votes reaches this; lower finds"
+        " more, and more that is wrong.  [default: "
+        + ", ".join(f"{mode.threshold:g} in mode {name}" for name, mode in MODES.items())
+        + "]",
+    ),
+    click.option(
+        "--nu",
+        default="1",
+        show_default=True,
+        metavar="NU",
+        help="How much intensities of scan and atlas may differ: a factor for every organ, or HU"
+        " by organ, as in mandible=300,larynx=80. An organ's own nu is in the store's table; "
+        + " and ".join(
+            f"{name} takes at least {mode.least_nu:g}"
+            for name, mode in MODES.items()
+            if mode.least_nu
+        )
+        + ".",
+    ),
+    click.option(
+        "--across",
+        multiple=True,
+        metavar="ORGAN=ORGANS",
+        help="Let matches in other organs move an organ, as in spleen=spleen,lung_left,liver; may"
+        " be repeated. Not in mode local.",
+    ),
+    click.option(
+        "--rho",
+        type=float,
+        default=RHO,
+        show_default=True,
+        metavar="MM",
+        help="Mode across: a match d mm from an organ counts exp(-d²/2ρ²).",
+    ),
+    click.option(
+        "--sigma-x",
+        type=float,
+        default=SIGMA_X,
+        show_default=True,
+        metavar="MM",
+        help="Mode local: matches d mm away count exp(-d²/2σ_x²) for an atlas's displacement.",
+    ),
+    click.option(
+        "--sigma-t",
+        type=float,
+        default=SIGMA_T,
+        show_default=True,
+        metavar="MM",
+        help="Mode local: matches whose translation is t mm from what the others agree on count"
+        " exp(-t²/2σ_t²).",
+    ),
 )
 
 

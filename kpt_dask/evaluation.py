@@ -20,6 +20,7 @@ from kpt_dask.atlases import labels_at
 from kpt_dask.errors import ParameterError
 from kpt_dask.interpolate import labels_onto
 from kpt_dask.omezarr import open_array, write_label_image
+from kpt_dask.options import DEFAULTS, TransferOptions
 from kpt_dask.pairs import Pair, labelled_organs, open_pair
 from kpt_dask.segmentation import Stations, choose_atlases, segment_volume
 from kpt_dask.volume import Volume, convert_into, label_blocks, open_volume
@@ -58,7 +59,8 @@ def evaluate(
     store: AtlasStore,
     scans: Sequence[Pair] | None = None,
     *,
-    mode: str = "organ",
+    mode: str = "local",
+    options: TransferOptions = DEFAULTS,
     atlases: int | None = None,
     limit: int | None = None,
     memory: int = 1 << 30,
@@ -78,7 +80,7 @@ def evaluate(
         The atlases.
     scans : sequence of Pair, optional
         From `kpt_dask.pairs.find_pairs`.
-    mode : str
+    mode, options
         As for `kpt_dask.segment`.
     atlases : int, optional
         Use only so many atlases, the first in natural order other than the scan itself.
@@ -99,7 +101,7 @@ def evaluate(
         ``correct``, how many per cent of these are right, both None where there is none;
         ``seconds``, mean of a scan by station, ``total`` from scan to label map;
         ``scans`` and ``atlases``, how many, atlases for each scan;
-        ``mode``, ``store``, ``versions``.
+        ``mode``, ``transfer`` (its options), ``store``, ``versions``.
 
     Raises
     ------
@@ -114,10 +116,9 @@ def evaluate(
     _check_positive("scans", limit)
     names = [pair.id for pair in scans] if scans is not None else list(store.ids())
     names = names[:limit]
-    # The mode, and that there are atlases, before anything is opened.
-    used = [_others(store, mode, name, atlases) for name in names] or [
-        choose_atlases(store, mode, ())
-    ]
+    # What is asked for, and that there are atlases, before anything is opened.
+    options.check(mode, store.organs)
+    used = [_others(store, name, atlases) for name in names] or [choose_atlases(store, ())]
     pairs = {pair.id: pair for pair in (scans or [])[:limit]}
     for pair in pairs.values():
         open_pair(pair.scan, pair.labels)
@@ -134,6 +135,7 @@ def evaluate(
                     store=store,
                     atlas_ids=others,
                     mode=mode,
+                    options=options,
                     memory=memory,
                     client=session,
                 )
@@ -142,7 +144,7 @@ def evaluate(
                 else:
                     results[name] = _evaluate_atlas(store[name], group, way)
             advance(1)
-    return _summary(results, store, mode, max(map(len, used)))
+    return _summary(results, store, mode, options, max(map(len, used)))
 
 
 def dice(
@@ -256,7 +258,11 @@ def _result(
 
 
 def _summary(
-    results: Mapping[str, ScanResult], store: AtlasStore, mode: str, atlases: int
+    results: Mapping[str, ScanResult],
+    store: AtlasStore,
+    mode: str,
+    options: TransferOptions,
+    atlases: int,
 ) -> dict[str, Any]:
     by_organ = {
         name: [result.dice[name] for result in results.values() if name in result.dice]
@@ -276,6 +282,7 @@ def _summary(
         "scans": len(results),
         "atlases": atlases,
         "mode": mode,
+        "transfer": options.to_json(mode, store.organs),
         "store": {"url": store.url, "uuid": store.uuid, "parameters": dict(store.parameters)},
         "versions": {name: version(name) for name in LIBRARIES},
     }
@@ -296,9 +303,9 @@ def _table1(results: Mapping[str, ScanResult], organs: OrganTable) -> dict[str, 
     return table
 
 
-def _others(store: AtlasStore, mode: str, name: str, atlases: int | None) -> tuple[str, ...]:
+def _others(store: AtlasStore, name: str, atlases: int | None) -> tuple[str, ...]:
     """Choose the atlases for a scan: never itself."""
-    used = choose_atlases(store, mode, [name] if name in store else [])
+    used = choose_atlases(store, [name] if name in store else [])
     if atlases is not None and atlases > len(used):
         raise ParameterError(
             f"{store.url} has {len(used)} atlases for {name}, not {atlases}; ask for fewer."

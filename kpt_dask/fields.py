@@ -10,11 +10,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kpt_dask.jit import kernel
+from kpt_dask.options import SIGMA_T, SIGMA_X
 
-SPACE = 25.0
-"""Standard deviation of the kernel in space, mm."""
-AGREEMENT = 10.0
-"""Standard deviation of the kernel in translation, mm: matches that differ by more count little."""
+Widths = tuple[float, float]
+"""σ_x and σ_t: standard deviations of the kernels in space and in translation, mm."""
+
 ROUNDS = 3
 """Of reweighting by agreement."""
 REACH = 3.0
@@ -22,14 +22,17 @@ REACH = 3.0
 
 
 def regress(
-    points: NDArray[Any], position: NDArray[np.float32], translation: NDArray[np.float32]
+    points: NDArray[Any],
+    position: NDArray[np.float32],
+    translation: NDArray[np.float32],
+    widths: Widths = (SIGMA_X, SIGMA_T),
 ) -> NDArray[np.float32]:
     """Estimate the displacement at points, and how many matches support it.
 
-    With w_m = exp(−‖x − x_m‖² / 2s²) for the matches nearer than `REACH` · s, s = `SPACE`, the
+    With w_m = exp(−‖x − x_m‖² / 2σ_x²) for the matches nearer than `REACH` · σ_x, the
     displacement u is first Σ w_m t_m / Σ w_m; then, `ROUNDS` times, the same mean with the
-    weights w_m · exp(−‖t_m − u‖² / 2r²), r = `AGREEMENT`. The support is the sum of the last
-    weights: the effective number of matches at x that agree.
+    weights w_m · exp(−‖t_m − u‖² / 2σ_t²). The support is the sum of the last weights: the
+    effective number of matches at x that agree.
 
     Parameters
     ----------
@@ -37,6 +40,8 @@ def regress(
         x, mm.
     position, translation : float32 arrays (m, 3)
         x_m and t_m of the matches, mm.
+    widths : (float, float)
+        σ_x and σ_t, mm.
 
     Returns
     -------
@@ -49,6 +54,7 @@ def regress(
         np.ascontiguousarray(points, np.float64),
         np.ascontiguousarray(position[order], np.float64),
         np.ascontiguousarray(translation[order], np.float64),
+        (float(widths[0]), float(widths[1])),
         out,
     )
     return out
@@ -59,12 +65,14 @@ def _regress(
     points: NDArray[np.float64],
     position: NDArray[np.float64],
     translation: NDArray[np.float64],
+    widths: Widths,
     out: NDArray[np.float32],
 ) -> None:
     """Fill `out` as `regress` says; `position` is sorted along its first axis."""
-    reach = REACH * SPACE
-    in_space = -0.5 / (SPACE * SPACE)
-    in_translation = -0.5 / (AGREEMENT * AGREEMENT)
+    sigma_x, sigma_t = widths
+    reach = REACH * sigma_x
+    in_space = -0.5 / (sigma_x * sigma_x)
+    in_translation = -0.5 / (sigma_t * sigma_t)
     near = np.empty(position.shape[0], np.int64)
     weight = np.empty(position.shape[0], np.float64)
     for i in range(points.shape[0]):

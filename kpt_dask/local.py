@@ -6,8 +6,6 @@ how the volume was cut, and a block reads only the part of an atlas that its fie
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from itertools import pairwise, product
 from typing import Any
 
 import numpy as np
@@ -16,25 +14,16 @@ import zarr
 from distributed import Client
 from numpy.typing import NDArray
 
-from atlas_store import Atlas, AtlasStore, OrganTable, StoreFormatError
+from atlas_store import Atlas, AtlasStore, OrganTable
 from kpt_dask import cluster
-from kpt_dask.fields import regress
-from kpt_dask.grid import Grid
+from kpt_dask.boxes import Box, box_of, enclosing, overlap, shape_of, slices, within
 from kpt_dask.jit import kernel
-from kpt_dask.omezarr import Region, open_array, regions, write_region
-from kpt_dask.transfer import intensity_table
+from kpt_dask.omezarr import Region, open_array, regions
+from kpt_dask.options import DEFAULTS, TransferOptions
+from kpt_dask.patches import reading
+from kpt_dask.shares import Part, finish_block, intensity_table, run_blocks
 from kpt_dask.volume import Volume
-
-SMALLEST_SHARE = 0.4
-"""Voxels whose largest share is below this are background."""
-NU = 200.0
-"""ν of the intensity likelihood, HU, at least; an organ's own counts where it is larger."""
-NODE = 10.0
-"""Distance between the nodes of the fields' lattice, mm."""
-MARGIN = 15.0
-"""How far beyond where the corners of its box land an organ may reach, mm."""
-LEAST_SUPPORT = 0.01
-"""Matches that must agree on where an organ lands for its atlas to have a say in where to look."""
+from kpt_dask.warps import NODE, Field, by_atlas, fit, join, landing_boxes
 
 BLOCK = (64, 256, 256)
 """What one task decides at most (z, y, x): whole chunks of the probabilities and the labels."""
@@ -46,64 +35,6 @@ DESCRIPTION = (
 )
 """What the probabilities are."""
 
-Box = tuple[tuple[int, int], tuple[int, int], tuple[int, int]]
-"""(start, stop) along z, y, x, half-open."""
-
-
-@dataclass(frozen=True)
-class Matched:
-    """What a field is made of: matches of one atlas.
-
-    Attributes
-    ----------
-    position, translation : float32 arrays (m, 3)
-        Of the test keypoints, and from the atlas to the scan, mm.
-    """
-
-    position: NDArray[np.float32]
-    translation: NDArray[np.float32]
-
-
-@dataclass(frozen=True)
-class Field:
-    """One atlas's displacement field on a box of the lattice.
-
-    Attributes
-    ----------
-    first : tuple of int
-        Lattice index of the first node (z, y, x).
-    nodes : float32 array (z, y, x, 4)
-        What to add to a voxel index of the scan to get the atlas's, (z, y, x), and the support.
-    """
-
-    first: tuple[int, int, int]
-    nodes: NDArray[np.float32]
-
-    def part(self, box: Box, step: float) -> "Field":
-        """Cut out the nodes that the voxels of `box` lie between, `step` voxels apart."""
-        low, high = lattice(box, step)
-        cut = tuple(slice(a - f, b - f) for a, b, f in zip(low, high, self.first, strict=True))
-        return Field(low, self.nodes[cut])
-
-    def source(self, box: Box, shape: tuple[int, int, int]) -> Box | None:
-        """Find the atlas's voxels, of `shape`, that the field can bring to `box`, if any."""
-        ends = []
-        for axis, (start, stop) in enumerate(box):
-            shift = self.nodes[..., axis]
-            low = max(int(np.floor(start + shift.min() - 1)), 0)
-            high = min(int(np.ceil(stop + shift.max() + 1)), shape[axis])
-            if low >= high:
-                return None
-            ends.append((low, high))
-        return ends[0], ends[1], ends[2]
-
-
-def lattice(box: Box, step: float) -> tuple[tuple[int, int, int], tuple[int, int, int]]:
-    """First node, and the one past the last, that the voxels of `box` lie between."""
-    # The quotient, not the floor division: it is what the kernel computes.
-    z, y, x = ((int(start / step), int((stop - 1) / step) + 2) for start, stop in box)
-    return (z[0], y[0], x[0]), (z[1], y[1], x[1])
-
 
 def transfer(
     volume: Volume,
@@ -113,8 +44,9 @@ def transfer(
     matches: xr.Dataset,
     probability: zarr.Array[Any],
     *,
+    options: TransferOptions = DEFAULTS,
     client: Client | None = None,
-) -> list[tuple[Region, NDArray[np.uint16]]]:
+) -> list[Part]:
     """Fill the probabilities, and decide each voxel's organ.
 
     The share of organ l at voxel x is
@@ -126,7 +58,7 @@ def transfer(
     and label map at the voxel nearest to y, and g_l(d) = exp(−d² / 2ν_l²). All matches carry
     the field, those outside of organs too. A voxel gets the organ with the largest share
     (ties go to the organ that comes first in the table), or 0 where that is below
-    `SMALLEST_SHARE`. An atlas that does not annotate an organ votes neither for nor against
+    the threshold. An atlas that does not annotate an organ votes neither for nor against
     it. Shares are 0 where no atlas's box of the organ, moved by its field, comes within
     `MARGIN`.
 
@@ -139,7 +71,9 @@ def transfer(
     keypoints, matches : xarray.Dataset
         From `kpt_dask.extract`, and from `kpt_dask.match` or `kpt_dask.rematching.rematch`.
     probability : zarr.Array
-        From `kpt_dask.transfer.create_probability`.
+        From `kpt_dask.shares.create_probability`.
+    options : TransferOptions
+        The threshold, ν, σ_x and σ_t.
     client : distributed.Client, optional
         Where fields and blocks are computed.
 
@@ -153,92 +87,25 @@ def transfer(
     grid = volume.grid
     step = NODE / float(grid.spacing[0])
     probability.update_attributes({"description": DESCRIPTION})
-    matched = _by_atlas(keypoints, matches, len(atlases))
-    parts = []
+    widths = options.sigma_x, options.sigma_t
+    smallest, nus = options.smallest_share("local"), options.nus("local", organs)
+    own = list(zip(atlases, by_atlas(keypoints, matches, len(atlases)), strict=True))
     with cluster.session(client) as session:
-        landing = [(atlas, own, organs, grid) for atlas, own in zip(atlases, matched, strict=True)]
+        landing = [(*one, organs, grid, widths) for one in own]
         landed = dict(cluster.run(session, landing_boxes, landing, "Finding organs"))
         domains = join([landed[a] for a in range(len(atlases))])
         whole = enclosing([box for box in domains if box is not None])
-        fitting = [(atlas, own, grid, whole) for atlas, own in zip(atlases, matched, strict=True)]
-        fields = dict(cluster.run(session, fit, fitting if whole else [], "Fitting fields"))
+        fitting = [(*one, grid, whole, widths) for one in own] if whole else []
+        fields = dict(cluster.run(session, fit, fitting, "Fitting fields"))
         tasks = []
         for region in regions(grid.shape, BLOCK):
-            here = [_overlap(box, region) for box in domains]
+            here = [overlap(box, box_of(region)) for box in domains]
             box = enclosing([box for box in here if box is not None])
             if box is not None:
                 local = [(a, fields[i].part(box, step)) for i, a in enumerate(atlases)]
-                tasks.append((volume.levels[0], local, here, organs, step, probability, region))
-        for _, part in cluster.run(session, transfer_block, tasks, "Transferring organs"):
-            parts.append(part)
-    for atlas in atlases:
-        atlas.ensure_present()
-    return parts
-
-
-def _by_atlas(keypoints: xr.Dataset, matches: xr.Dataset, n: int) -> list[Matched]:
-    position = keypoints.position.values[matches.keypoint.values]
-    translation = matches.translation.values
-    ends = np.searchsorted(matches.atlas.values, np.arange(n + 1))
-    return [Matched(position[a:b], translation[a:b]) for a, b in pairwise(ends)]
-
-
-def landing_boxes(
-    atlas: Atlas, matched: Matched, organs: OrganTable, grid: Grid
-) -> list[Box | None]:
-    """Find where each organ of an atlas lands in the scan, in voxels, with a margin.
-
-    The same regression with the roles exchanged says where the corners and the centre of the
-    organ's box go, as far as matches support that.
-    """
-    boxes: list[Box | None] = []
-    source = Grid.isotropic(atlas.info.shape, float(grid.spacing[0]), atlas.info.origin)
-    for organ in organs:
-        if organ.name not in atlas.organs:
-            boxes.append(None)
-            continue
-        ends = np.array(atlas.organs[organ.name].bounding_box, np.float64) - (0, 1)
-        along = [(low, (low + high) / 2, high) for low, high in ends]
-        points = source.to_mm(list(product(*along)))
-        moved = regress(points, matched.position - matched.translation, matched.translation)
-        sure = moved[:, 3] >= LEAST_SUPPORT
-        if not sure.any():
-            boxes.append(None)
-            continue
-        at = grid.to_index((points + moved[:, :3])[sure])
-        margin = MARGIN / grid.spacing
-        low = np.maximum(np.floor(at.min(axis=0) - margin), 0).astype(int).tolist()
-        high = np.minimum(np.ceil(at.max(axis=0) + margin) + 1, grid.shape).astype(int).tolist()
-        empty = any(a >= b for a, b in zip(low, high, strict=True))
-        boxes.append(None if empty else ((low[0], high[0]), (low[1], high[1]), (low[2], high[2])))
-    return boxes
-
-
-def join(landed: Sequence[Sequence[Box | None]]) -> list[Box | None]:
-    """Enclose what each atlas says of each organ."""
-    return [enclosing([b for b in boxes if b is not None]) for boxes in zip(*landed, strict=True)]
-
-
-def enclosing(boxes: Sequence[Box]) -> Box | None:
-    """Smallest box around boxes, None around none."""
-    if not boxes:
-        return None
-    z, y, x = (
-        (min(box[axis][0] for box in boxes), max(box[axis][1] for box in boxes))
-        for axis in range(3)
-    )
-    return z, y, x
-
-
-def fit(atlas: Atlas, matched: Matched, grid: Grid, box: Box) -> Field:
-    """Regress an atlas's field at the nodes around a box of the scan's voxels."""
-    spacing = float(grid.spacing[0])
-    first, stop = lattice(box, NODE / spacing)
-    axes = [grid.origin[a] + NODE * np.arange(first[a], stop[a]) for a in range(3)]
-    points = np.stack(np.meshgrid(*axes, indexing="ij"), axis=-1).reshape(-1, 3)
-    nodes = regress(points, matched.position, matched.translation)
-    nodes[:, :3] = (grid.origin - np.array(atlas.info.origin) - nodes[:, :3]) / spacing
-    return Field(first, nodes.reshape(*(b - a for a, b in zip(first, stop, strict=True)), 4))
+                image = volume.levels[0]
+                tasks.append((image, local, here, organs, nus, step, smallest, probability, region))
+        return run_blocks(transfer_block, tasks, atlases, session)
 
 
 def transfer_block(
@@ -246,26 +113,32 @@ def transfer_block(
     atlases: Sequence[tuple[Atlas, Field]],
     domains: Sequence[Box | None],
     organs: OrganTable,
+    nus: Sequence[float],
     step: float,
+    smallest: float,
     probability: zarr.Array[Any],
     region: Region,
-) -> tuple[Region, NDArray[np.uint16]]:
+) -> Part:
     """Fill one block of the probabilities, and return its part of the label map.
 
     Parameters
     ----------
     domains
         Of each organ, where in the region it is looked for.
+    nus
+        Of each organ, HU.
     step : float
         Voxels between nodes.
+    smallest : float
+        Share below which a voxel is background.
     """
     present = [(o, box) for o, box in enumerate(domains) if box is not None]
     whole = enclosing([box for _, box in present])
     assert whole is not None
-    scan = np.asarray(image[_slices(whole)], np.float32)
-    votes = {o: np.zeros([b - a for a, b in box], np.float32) for o, box in present}
+    scan = np.asarray(image[slices(whole)], np.float32)
+    votes = {o: np.zeros(shape_of(box), np.float32) for o, box in present}
     totals = {o: np.zeros_like(votes[o]) for o in votes}
-    tables = {o: intensity_table(max(organs.organs[o].nu, NU)) for o in votes}
+    tables = {o: intensity_table(nus[o]) for o in votes}
     for atlas, field in atlases:
         wanted = [(o, box) for o, box in present if organs.names[o] in atlas.annotated]
         box = enclosing([box for _, box in wanted])
@@ -276,29 +149,21 @@ def transfer_block(
         bounds = np.array([[low, n] for (low, _), n in zip(source, atlas.info.shape, strict=True)])
         for o, own in wanted:
             corner = np.array([start for start, _ in own])
-            part = tuple(slice(a - c, b - c) for (a, b), (c, _) in zip(own, whole, strict=True))
             accumulate(
                 votes[o],
                 totals[o],
-                scan[part],
+                scan[within(own, whole)],
                 corner,
                 (field.nodes, np.array(field.first), step),
                 (hu, labels, bounds),
                 organs.values[o],
                 tables[o],
             )
-    labels = np.zeros([s.stop - s.start for s in region], np.uint16)
-    best = np.full(labels.shape, np.nextafter(np.float32(SMALLEST_SHARE), np.float32(0)))
+    shares = []
     for o, box in present:
         share = np.divide(votes[o], totals[o], out=votes[o], where=totals[o] > 0)
-        _write_share(probability, o, box, share, region)
-        inside = tuple(
-            slice(a - s.start, b - s.start) for (a, b), s in zip(box, region, strict=True)
-        )
-        wins = share > best[inside]
-        best[inside][wins] = share[wins]
-        labels[inside][wins] = organs.values[o]
-    return region, labels
+        shares.append((o, box, share))
+    return finish_block(probability, shares, organs, smallest, region)
 
 
 @kernel
@@ -330,7 +195,7 @@ def accumulate(
     value : int
         Label of the organ.
     table : float32 array
-        From `kpt_dask.transfer.intensity_table`.
+        From `kpt_dask.shares.intensity_table`.
     """
     nodes, first, step = field
     hu, labels, bounds = atlas
@@ -383,39 +248,7 @@ def accumulate(
 
 def _read(atlas: Atlas, box: Box) -> tuple[NDArray[np.float32], NDArray[np.uint16]]:
     """Read a box of an atlas's image and label map."""
-    try:
+    with reading(atlas, "image or labels"):
         image = open_array(atlas.group, "image/0")
-        hu = np.asarray(image[_slices(box)], np.float32)
-        return hu, np.asarray(atlas.labels[_slices(box)]).astype(np.uint16)
-    except (KeyError, ValueError, RuntimeError) as error:
-        atlas.ensure_present()
-        raise StoreFormatError(
-            f"{atlas.objects.url}: the image or labels of the atlas {atlas.id!r} cannot be read"
-            f" ({error}); remove the atlas and add it again."
-        ) from error
-
-
-def _write_share(
-    probability: zarr.Array[Any], organ: int, box: Box, share: NDArray[np.float32], region: Region
-) -> None:
-    """Write the whole chunks that the box of an organ touches."""
-    chunks = probability.chunks[1:]
-    aligned = tuple(
-        slice(a // c * c, min(-(-b // c) * c, s.stop))
-        for (a, b), c, s in zip(box, chunks, region, strict=True)
-    )
-    whole = np.zeros([s.stop - s.start for s in aligned], np.float32)
-    inside = tuple(slice(a - s.start, b - s.start) for (a, b), s in zip(box, aligned, strict=True))
-    whole[inside] = share
-    write_region(probability, (slice(organ, organ + 1), *aligned), whole[None])
-
-
-def _overlap(box: Box | None, region: Region) -> Box | None:
-    if box is None:
-        return None
-    z, y, x = ((max(a, s.start), min(b, s.stop)) for (a, b), s in zip(box, region, strict=True))
-    return (z, y, x) if z[0] < z[1] and y[0] < y[1] and x[0] < x[1] else None
-
-
-def _slices(box: Box) -> tuple[slice, ...]:
-    return tuple(slice(a, b) for a, b in box)
+        hu = np.asarray(image[slices(box)], np.float32)
+        return hu, np.asarray(atlas.labels[slices(box)]).astype(np.uint16)

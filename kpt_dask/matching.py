@@ -60,17 +60,27 @@ def match(
         matches of its atlas, between 0 and 1.
         Attribute ``largest_squared_distance``, τ² of eq. 4.
     """
-    fields = ("position", "scale", "sign", "descriptor")
-    test = tuple(keypoints[name].values for name in fields)
+    test, sides = describe(keypoints, atlases)
     with cluster.session(client) as session:
         # Without a hash of its own: releasing an equal one from an earlier call would race.
         [scattered] = session.scatter([test], broadcast=True, hash=False)
-        tasks = []
-        for i in range(len(atlases)):
-            own = atlases.slice_of(i)
-            tasks.append((scattered, tuple(getattr(atlases, name)[own] for name in fields)))
+        tasks = [(scattered, own) for own in sides]
         parts = dict(cluster.run(session, match_atlas, tasks, "Matching"))
     return _dataset(atlases, [parts[i] for i in range(len(tasks))])
+
+
+def describe(keypoints: xr.Dataset, atlases: AtlasKeypoints) -> tuple[Arrays, list[Arrays]]:
+    """Take what matching looks at, of a scan's keypoints and of those of each atlas.
+
+    Returns
+    -------
+    tuple of ndarray, list of tuple of ndarray
+        Position (n, 3) mm, scale (n) mm, sign (n) and descriptor (n, 64) of keypoints.
+    """
+    p, s, g, d = (keypoints[name].values for name in ("position", "scale", "sign", "descriptor"))
+    own = (atlases.slice_of(i) for i in range(len(atlases)))
+    a = atlases
+    return (p, s, g, d), [(a.position[i], a.scale[i], a.sign[i], a.descriptor[i]) for i in own]
 
 
 @dataclass(frozen=True)

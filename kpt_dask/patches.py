@@ -5,7 +5,8 @@ one read, of no more than the organ's own box. Derived from the atlas's image an
 when it is added.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -71,11 +72,26 @@ def read_patch(atlas: Atlas, organ: str, region: Region) -> NDArray[np.int16]:
     StoreFormatError
         If it is not there or damaged.
     """
-    try:
+    with reading(atlas, organ):
         return np.asarray(open_array(atlas.group, f"patches/{organ}")[region], np.int16)
+
+
+@contextmanager
+def reading(atlas: Atlas, what: str) -> Iterator[None]:
+    """Say of an atlas's voxels that cannot be read what to do about it.
+
+    Raises
+    ------
+    AtlasNotFoundError
+        If the atlas was removed.
+    StoreFormatError
+        If what is read in the context is not there or damaged.
+    """
+    try:
+        yield
     except (KeyError, ValueError, RuntimeError) as error:
         atlas.ensure_present()
         raise StoreFormatError(
-            f"{atlas.objects.url}: the {organ} of the atlas {atlas.id!r} cannot be read"
+            f"{atlas.objects.url}: the {what} of the atlas {atlas.id!r} cannot be read"
             f" ({error}); remove the atlas and add it again."
         ) from error

@@ -11,8 +11,9 @@ from numpy.typing import NDArray
 
 from atlas_store import AtlasKeypoints
 from kpt_dask import cluster
-from kpt_dask.fields import regress
-from kpt_dask.matching import Arrays, squared_distances, two_nearest
+from kpt_dask.fields import Widths, regress
+from kpt_dask.matching import Arrays, describe, squared_distances, two_nearest
+from kpt_dask.options import SIGMA_T, SIGMA_X
 
 RADIUS = 15.0
 """How far from where the field expects it a keypoint's match may lie, mm."""
@@ -23,6 +24,7 @@ def rematch(
     atlases: AtlasKeypoints,
     matches: xr.Dataset,
     *,
+    widths: Widths = (SIGMA_X, SIGMA_T),
     client: Client | None = None,
 ) -> xr.Dataset:
     """Match again near the displacement that the matches of each atlas amount to.
@@ -35,6 +37,8 @@ def rematch(
         Keypoints of the atlases.
     matches : xarray.Dataset
         From `kpt_dask.match`.
+    widths : (float, float)
+        σ_x and σ_t of the field, mm.
     client : distributed.Client, optional
         Where atlases are matched side by side.
 
@@ -45,8 +49,7 @@ def rematch(
         ``keypoint``, ``atlas`` and ``atlas_keypoint`` (match) int32; ``translation``
         (match, axis) float32, mm, from the atlas to the scan. One to one in each atlas.
     """
-    fields = ("position", "scale", "sign", "descriptor")
-    test = tuple(keypoints[name].values for name in fields)
+    test, sides = describe(keypoints, atlases)
     ends = np.searchsorted(matches.atlas.values, np.arange(len(atlases) + 1))
     with cluster.session(client) as session:
         [scattered] = session.scatter([test], broadcast=True, hash=False)
@@ -54,8 +57,7 @@ def rematch(
         for i in range(len(atlases)):
             first = slice(ends[i], ends[i + 1])
             found = matches.keypoint.values[first], matches.translation.values[first]
-            own = tuple(getattr(atlases, name)[atlases.slice_of(i)] for name in fields)
-            tasks.append((scattered, own, *found))
+            tasks.append((scattered, sides[i], *found, widths))
         parts = dict(cluster.run(session, rematch_atlas, tasks, "Matching again"))
     pairs = [parts[i] for i in range(len(atlases))]
     keypoint = np.concatenate([i for i, _ in pairs])
@@ -77,6 +79,7 @@ def rematch_atlas(
     atlas: Arrays,
     keypoint: NDArray[np.int32],
     translation: NDArray[np.float32],
+    widths: Widths = (SIGMA_X, SIGMA_T),
 ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
     """Match with one atlas.
 
@@ -95,7 +98,7 @@ def rematch_atlas(
     """
     position, scale, sign, descriptor = (np.ascontiguousarray(a, np.float32) for a in test)
     other = tuple(np.ascontiguousarray(a, np.float32) for a in atlas)
-    field = regress(position, position[keypoint], translation)
+    field = regress(position, position[keypoint], translation, widths)
     seen = np.flatnonzero(field[:, 3] > 0)
     here = position[seen] - field[seen, :3], scale[seen], sign[seen]
     there = other[0], other[1], other[2]

@@ -19,15 +19,14 @@ from kpt_dask.interpolate import labels_onto
 from kpt_dask.keypoints import PARAMETERS, extract
 from kpt_dask.matching import match
 from kpt_dask.omezarr import open_array, write_label_image
+from kpt_dask.options import DEFAULTS, TransferOptions
 from kpt_dask.output import check_absent, replacing
 from kpt_dask.rematching import rematch
 from kpt_dask.scan import open_scan, write_labels
-from kpt_dask.transfer import create_probability, transfer
+from kpt_dask.shares import create_probability
+from kpt_dask.transfer import transfer
 from kpt_dask.volume import Volume, convert_into, open_volume
 from kpt_dask.voting import vote
-
-MODES = ("organ", "local")
-"""Ways to transfer: `organ` is the paper's, `local` warps each atlas by its matches."""
 
 ENCODING_TYPE = "kpt-segmentation"
 ENCODING_VERSION = "1"
@@ -93,7 +92,8 @@ def segment(
     store: AtlasStore | str | Path,
     out: str | Path,
     *,
-    mode: str = "organ",
+    mode: str = "local",
+    options: TransferOptions = DEFAULTS,
     exclude: Sequence[str] = (),
     labels: str | Path | None = None,
     overwrite: bool = False,
@@ -111,7 +111,9 @@ def segment(
     out : str or Path
         Folder of the OME-Zarr output.
     mode : str
-        One of `MODES`.
+        One of `kpt_dask.options.MODES`.
+    options : TransferOptions
+        Threshold, ν, widths of kernels.
     exclude : sequence of str
         Ids of atlases to leave out.
     labels : str or Path, optional
@@ -131,14 +133,17 @@ def segment(
     start = time.perf_counter()
     store = store if isinstance(store, AtlasStore) else AtlasStore.open(store)
     source, target = open_scan(scan), Path(out)
-    used = choose_atlases(store, mode, exclude)
+    options.check(mode, store.organs)
+    used = choose_atlases(store, exclude)
     check_absent(target, overwrite=overwrite)
     if labels is not None:
         check_absent(Path(labels), overwrite=overwrite)
     with cluster.session(client) as session, replacing(target, overwrite=overwrite) as partial:
         group = zarr.create_group(str(partial), zarr_format=3)
         volume = convert_into(source, group, spacing=store.parameters["spacing"], client=session)
-        found = segment_volume(volume, group, store, used, mode=mode, memory=memory, client=session)
+        found = segment_volume(
+            volume, group, store, used, mode=mode, options=options, memory=memory, client=session
+        )
         finished = Segmentation(
             path=target,
             volumes_ml={n: v * volume.grid.voxel_volume / 1000 for n, v in found.voxels.items()},
@@ -148,7 +153,7 @@ def segment(
             n_matches=found.matches.sizes["match"],
             seconds=time.perf_counter() - start,
         )
-        _keep(group, found, finished, mode)
+        _keep(group, found, finished, mode, options.to_json(mode, store.organs))
         if labels is not None:
             slabs = labels_onto(found.labels, volume.grid, source.grid)
             write_labels(labels, source, slabs, overwrite=overwrite)
@@ -161,13 +166,14 @@ def segment_volume(
     store: AtlasStore,
     atlas_ids: Sequence[str],
     *,
-    mode: str = "organ",
+    mode: str = "local",
+    options: TransferOptions = DEFAULTS,
     memory: int = 1 << 30,
     client: Client | None = None,
 ) -> Stations:
     """Go from a volume to its label map; `group` is the OME-Zarr image that receives it.
 
-    The other parameters are those of `segment`; `mode` must be one of `MODES`.
+    The other parameters are those of `segment`; `options` must fit the mode and the store.
     """
     atlases = AtlasKeypoints.load(store, atlas_ids)
     keypoints = extract(volume, memory=memory, client=client)
@@ -175,12 +181,31 @@ def segment_volume(
     votes = vote(matches, keypoints.sizes["keypoint"], store.organs)
     probability = create_probability(group, volume.grid, store.organs)
     if mode == "local":
-        nearer = rematch(keypoints, atlases, matches, client=client)
+        widths = options.sigma_x, options.sigma_t
+        nearer = rematch(keypoints, atlases, matches, widths=widths, client=client)
         parts = local.transfer(
-            volume, store, atlas_ids, keypoints, nearer, probability, client=client
+            volume,
+            store,
+            atlas_ids,
+            keypoints,
+            nearer,
+            probability,
+            options=options,
+            client=client,
         )
     else:
-        parts = transfer(volume, store, atlas_ids, matches, votes, probability, client=client)
+        parts = transfer(
+            volume,
+            store,
+            atlas_ids,
+            keypoints,
+            matches,
+            votes,
+            probability,
+            mode=mode,
+            options=options,
+            client=client,
+        )
     labels = write_label_image(group, "organs", parts, volume.grid, store.organs)
     voxels = np.zeros(max(store.organs.values) + 1, np.int64)
     for _, part in parts:
@@ -194,19 +219,17 @@ def segment_volume(
     )
 
 
-def choose_atlases(store: AtlasStore, mode: str, exclude: Sequence[str]) -> tuple[str, ...]:
+def choose_atlases(store: AtlasStore, exclude: Sequence[str]) -> tuple[str, ...]:
     """Ids of the atlases to use, in natural order, once everything that was asked is possible.
 
     Raises
     ------
     ParameterError
-        If the mode or an id to exclude is unknown, or the store's keypoints were extracted
+        If an id to exclude is unknown, or the store's keypoints were extracted
         in another way than a scan's are now.
     EmptyStoreError
         If no atlas is left.
     """
-    if mode not in MODES:
-        raise ParameterError(f"The mode {mode!r} is unknown; use {' or '.join(MODES)}.")
     exclude = (exclude,) if isinstance(exclude, str) else exclude
     ids = store.ids()
     unknown = sorted(set(exclude) - set(ids))
@@ -258,7 +281,13 @@ def _votes(votes: xr.Dataset, organs: OrganTable) -> dict[str, int]:
     return {organ.name: int((votes.label.values == organ.value).sum()) for organ in organs}
 
 
-def _keep(group: zarr.Group, found: Stations, finished: Segmentation, mode: str) -> None:
+def _keep(
+    group: zarr.Group,
+    found: Stations,
+    finished: Segmentation,
+    mode: str,
+    transfer: dict[str, Any],
+) -> None:
     """Write what the stations found, and where it all comes from."""
     write_keypoints(group.create_group("keypoints"), found.keypoints)
     # Names as an attribute: Zarr has no settled way to store an array of strings.
@@ -276,6 +305,7 @@ def _keep(group: zarr.Group, found: Stations, finished: Segmentation, mode: str)
                     "encoding-type": ENCODING_TYPE,
                     "encoding-version": ENCODING_VERSION,
                     "mode": mode,
+                    "transfer": transfer,
                     "parameters": PARAMETERS,
                     "atlases": list(finished.atlases),
                     "volumes_ml": finished.volumes_ml,

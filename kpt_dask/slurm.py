@@ -226,7 +226,7 @@ def _memory(context: click.Context, option: click.Parameter, value: str) -> str:
 @click.option("--walltime", default="04:00:00", show_default=True, help="Time limit of every job.")
 @click.option("--partition", "--queue", help="SLURM partition.  [default: the site's]")
 @click.option("--account", help="SLURM account.  [default: yours]")
-@click.option("--mode", default="organ", show_default=True, help="As of kpt segment.")
+@click.option("--mode", default="local", show_default=True, help="As of kpt segment.")
 @click.option("--dry-run", is_flag=True, help="Print the job script and submit nothing.")
 @click.option("--inside", is_flag=True, hidden=True)
 def main(

@@ -34,7 +34,8 @@ from kpt_dask.matching import match
 from kpt_dask.omezarr import open_array, write_label_image
 from kpt_dask.phantom import write_phantom
 from kpt_dask.scan import open_scan, write_labels
-from kpt_dask.transfer import create_probability, transfer
+from kpt_dask.shares import create_probability
+from kpt_dask.transfer import transfer
 from kpt_dask.volume import convert_into
 from kpt_dask.voting import vote
 
@@ -180,7 +181,9 @@ def stations(scan: Path, store_path: Path, out: Path) -> dict[str, dict[str, flo
             votes = vote(matches, keypoints.sizes["keypoint"], store.organs)
         with watched(figures, "transfer", base):
             probability = create_probability(group, volume.grid, store.organs)
-            parts = transfer(volume, store, used, matches, votes, probability, client=client)
+            parts = transfer(
+                volume, store, used, keypoints, matches, votes, probability, client=client
+            )
         with watched(figures, "write", base):
             image = write_label_image(group, "organs", parts, volume.grid, store.organs)
             write_keypoints(group.create_group("keypoints"), keypoints)

@@ -242,7 +242,7 @@ def test_a_mode_must_be_known(
     arguments = [scan, body_store.url, tmp_path / "out.zarr"]
     arguments = arguments if command == "segment" else [body_store.url]
     sentence = refused(tmp_path, command, *arguments, "--mode", "magic")
-    assert "mode 'magic' is unknown; use organ" in sentence
+    assert "mode 'magic' is unknown; use local" in sentence
 
 
 def test_an_output_is_not_overwritten_unasked(

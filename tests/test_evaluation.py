@@ -90,7 +90,7 @@ def test_leaving_one_out_equals_segmenting_without_it(
         assert result["dice"] == {"body_1": pytest.approx(expected)}
         assert result["dice_by_organ"] == pytest.approx(expected)
         assert result["mean_dice"] == pytest.approx(np.mean(list(expected.values())))
-        assert (result["scans"], result["atlases"], result["mode"]) == (1, 2, "organ")
+        assert (result["scans"], result["atlases"], result["mode"]) == (1, 2, "local")
         inside = {name: counts["mean"] for name, counts in result["keypoints"].items()}
         stored = body_store["body_1"].organs
         assert inside == {name: stored[name].keypoints for name in expected}

@@ -12,12 +12,12 @@ from numpy.typing import NDArray
 
 from atlas_store import AtlasStore, load_organs
 from kpt_dask import local as module
-from kpt_dask import transfer as organ_mode
+from kpt_dask import shares as share_module
 from kpt_dask.atlases import add_atlas, store_parameters
 from kpt_dask.local import transfer
 from kpt_dask.omezarr import write_label_image
 from kpt_dask.segmentation import segment
-from kpt_dask.transfer import create_probability
+from kpt_dask.shares import create_probability
 from kpt_dask.volume import Volume
 from tests import naive_local
 from tests.naive import AnnotatedImage
@@ -126,7 +126,7 @@ def test_shares_are_what_the_equations_say(whole: tuple[Array, Array]) -> None:
         {ORGANS.by_name(n).value: info.bounding_box for n, info in extents(a.labels).items()}
         for a in ATLASES
     ]
-    nus = [max(organ.nu, module.NU) for organ in ORGANS]
+    nus = [max(organ.nu, 200) for organ in ORGANS]
     expected, clear = naive_local.shares(SCAN, ATLASES, boxes, MATCHES, ORGANS.values, nus, SPACING)
     found, labels = whole
     assert clear.mean() > 0.9
@@ -158,7 +158,7 @@ def test_blocks_give_what_the_whole_gives(
     chunks: tuple[int, ...],
 ) -> None:
     monkeypatch.setattr(module, "BLOCK", block)
-    monkeypatch.setattr(organ_mode, "CHUNKS", chunks)
+    monkeypatch.setattr(share_module, "CHUNKS", chunks)
     found, labels = run(volume, store, MATCHES, tmp_path / "blocks", one_process)
     np.testing.assert_array_equal(found.view(np.uint32), whole[0].view(np.uint32))
     np.testing.assert_array_equal(labels, whole[1])

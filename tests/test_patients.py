@@ -4,20 +4,47 @@ from pathlib import Path
 
 import nibabel as nib
 import numpy as np
+import pytest
+import zarr
 from distributed import Client
 
 from atlas_store import AtlasStore
 from kpt_dask.evaluation import dice, evaluate
-from kpt_dask.segmentation import segment
+from kpt_dask.options import MODES
+from kpt_dask.segmentation import segment, segment_volume
+from kpt_dask.volume import open_volume
 
 
 def test_mode_organ(patients: AtlasStore, one_process: Client) -> None:
-    results = evaluate(patients, client=one_process)
+    results = evaluate(patients, mode="organ", client=one_process)
     assert (results["scans"], results["atlases"]) == (6, 5)
     annotated = {name: set(patients[name].annotated) for name in patients}
     assert {name: set(scores) for name, scores in results["dice"].items()} == annotated
     # With five atlases only; with nineteen it is above 0.45, with a hundred higher still.
     assert results["mean_dice"] > 0.3
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_left_and_right_never_swap(
+    patients: AtlasStore, one_process: Client, tmp_path: Path, mode: str
+) -> None:
+    """No voxel labelled as one parotid lies nearer to the centroid of the other."""
+    sides = ("parotid_right", "parotid_left")
+    names = [name for name in patients if set(sides) <= set(patients[name].organs)][:2]
+    for name in names:
+        centroids = [np.array(patients[name].organs[side].centroid) for side in sides]
+        group = zarr.create_group(str(tmp_path / name))
+        volume = open_volume(patients[name].image)
+        group.update_attributes({"ome": patients[name].image.attrs["ome"]})
+        others = [other for other in patients if other != name]
+        found = segment_volume(volume, group, patients, others, mode=mode, client=one_process)
+        labels = np.asarray(found.labels[...])
+        for side, own, other in zip(sides, centroids, reversed(centroids), strict=True):
+            voxels = np.argwhere(labels == patients.organs.by_name(side).value)
+            at = volume.grid.to_mm(voxels)
+            assert len(at) > 100
+            nearer = np.linalg.norm(at - own, axis=1) < np.linalg.norm(at - other, axis=1)
+            assert nearer.all()
 
 
 def test_a_third_of_a_scan_still_shows_its_organs(
@@ -45,6 +72,7 @@ def test_a_third_of_a_scan_still_shows_its_organs(
             path,
             patients,
             tmp_path / f"{field}.zarr",
+            mode="organ",
             exclude=[name],
             labels=out,
             client=one_process,

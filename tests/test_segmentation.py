@@ -17,6 +17,7 @@ from ome_zarr_models.v05.image_label import ImageLabel
 from atlas_store import AtlasStore, AtlasStoreError, EmptyStoreError, load_organs, read_keypoints
 from kpt_dask.atlases import store_parameters
 from kpt_dask.errors import OutputExistsError, ParameterError, ScanFormatError, ScanNotFoundError
+from kpt_dask.options import MODES
 from kpt_dask.phantom import phantom
 from kpt_dask.scan import open_scan
 from kpt_dask.segmentation import Segmentation, open_probability, segment
@@ -147,7 +148,9 @@ def test_provenance(plain: Segmentation) -> None:
     assert kpt["spacing"] == SPACING
     said = kpt["segmentation"]
     assert (said["encoding-type"], said["encoding-version"]) == ("kpt-segmentation", "1")
-    assert said["mode"] == "organ"
+    assert said["mode"] == "local"
+    assert said["transfer"]["threshold"] == MODES["local"].threshold
+    assert set(said["transfer"]["nu"]) == set(ORGANS.names)
     assert said["atlases"] == list(ATLASES)
     assert said["volumes_ml"] == plain.volumes_ml
     assert said["votes"] == plain.votes

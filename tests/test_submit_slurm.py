@@ -75,7 +75,7 @@ def segmentation(monkeypatch: pytest.MonkeyPatch) -> list[Path]:
         store: str,
         out: Path,
         *,
-        mode: str = "organ",
+        mode: str,
         labels: Path,
         overwrite: bool,
         client: Client,

@@ -1,0 +1,141 @@
+"""Shares of the votes: what the probabilities hold, how a block is finished, what decides.
+
+What all modes have in common, once a mode has summed the votes of a block.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+import zarr
+from distributed import Client
+from numpy.typing import NDArray
+
+from atlas_store import Atlas, OrganTable
+from kpt_dask import cluster
+from kpt_dask.boxes import Box, box_of, shape_of, within
+from kpt_dask.grid import Grid
+from kpt_dask.omezarr import COMPRESSOR, Region, write_region
+
+CHUNKS = (64, 64, 64)
+"""Of one organ's probabilities; chunks without the organ are not stored."""
+
+VANISHING = 6.0
+"""Standard deviations from which on the intensity likelihood is 0."""
+
+Part = tuple[Region, NDArray[np.uint16]]
+"""A region of the label map and its labels, (z, y, x)."""
+
+Share = tuple[int, Box, NDArray[np.float32]]
+"""Index of an organ, where it may be, and its share there, (z, y, x)."""
+
+
+def create_probability(group: zarr.Group, grid: Grid, organs: OrganTable) -> zarr.Array[Any]:
+    """Make ``probability`` (organ, z, y, x) float32; chunks without the organ cost nothing."""
+    return group.create_array(
+        "probability",
+        shape=(len(organs), *grid.shape),
+        dtype=np.float32,
+        chunks=(1, *(min(n, c) for n, c in zip(grid.shape, CHUNKS, strict=True))),
+        compressors=COMPRESSOR,
+        fill_value=0,
+        dimension_names=("organ", "z", "y", "x"),
+        attributes={"organs": list(organs.names)},
+    )
+
+
+def run_blocks(
+    function: Callable[..., Part],
+    tasks: Sequence[tuple[Any, ...]],
+    atlases: Sequence[Atlas],
+    client: Client,
+) -> list[Part]:
+    """Compute blocks of the transfer, and gather the parts of the label map.
+
+    Raises
+    ------
+    AtlasNotFoundError
+        If an atlas was removed meanwhile.
+    """
+    parts = [part for _, part in cluster.run(client, function, tasks, "Transferring organs")]
+    for atlas in atlases:
+        atlas.ensure_present()
+    return parts
+
+
+def finish_block(
+    probability: zarr.Array[Any],
+    shares: Sequence[Share],
+    organs: OrganTable,
+    smallest: float,
+    region: Region,
+) -> Part:
+    """Write the shares of a block, and decide its labels.
+
+    Parameters
+    ----------
+    probability : zarr.Array
+        From `create_probability`.
+    shares
+        At most one for each organ, in the order of the table, inside the region.
+    organs : OrganTable
+    smallest : float
+        As for `decide`.
+    region : tuple of slice
+        The block: whole chunks of `probability`.
+    """
+    for organ, box, share in shares:
+        _write(probability, organ, box, share, region)
+    return region, decide(shares, organs.values, smallest, region)
+
+
+def decide(
+    shares: Sequence[Share], values: Sequence[int], smallest: float, region: Region
+) -> NDArray[np.uint16]:
+    """Give each voxel of a region the organ with the largest share.
+
+    Parameters
+    ----------
+    shares
+        In the order of the organ table: ties go to the first.
+    values : sequence of int
+        Labels of all organs.
+    smallest : float
+        Voxels whose largest share is below this are 0.
+
+    Returns
+    -------
+    ndarray (z, y, x), uint16
+    """
+    block = box_of(region)
+    labels = np.zeros(shape_of(block), np.uint16)
+    largest = np.full(labels.shape, np.nextafter(np.float32(smallest), np.float32(0)))
+    for organ, box, share in shares:
+        inside = within(box, block)
+        wins = share > largest[inside]
+        largest[inside][wins] = share[wins]
+        labels[inside][wins] = values[organ]
+    return labels
+
+
+def intensity_table(nu: float) -> NDArray[np.float32]:
+    """exp(−d² / 2ν²) for d = 0, 1, 2, … HU; scans hold whole HU, so differences are whole."""
+    d = np.arange(int(np.ceil(VANISHING * nu)) + 1)
+    table = np.exp(-(d**2) / (2 * nu**2)).astype(np.float32)
+    table[-1] = 0
+    return table
+
+
+def _write(
+    probability: zarr.Array[Any], organ: int, box: Box, share: NDArray[np.float32], region: Region
+) -> None:
+    """Write the whole chunks that the box of an organ touches."""
+    chunks = probability.chunks[1:]
+    z, y, x = (
+        (a // c * c, min(-(-b // c) * c, s.stop))
+        for (a, b), c, s in zip(box, chunks, region, strict=True)
+    )
+    whole = np.zeros(shape_of((z, y, x)), np.float32)
+    whole[within(box, (z, y, x))] = share
+    aligned = tuple(slice(*ends) for ends in (z, y, x))
+    write_region(probability, (slice(organ, organ + 1), *aligned), whole[None])
