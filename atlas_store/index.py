@@ -37,6 +37,9 @@ class AtlasKeypoints:
         HU.
     descriptor : ndarray, shape (N, 64), uint8
         Ranks 0 to 63.
+    frame : ndarray, shape (N, 3, 3), float32
+        The axes of the descriptor, (z, y, x), as rows; a keypoint comes once in each of its
+        frames, one after the other.
     octave : ndarray, shape (N,), uint8
         Octave of the scale space.
     label : ndarray, shape (N,), uint16
@@ -50,6 +53,7 @@ class AtlasKeypoints:
     sign: NDArray[np.int8]
     response: NDArray[np.float32]
     descriptor: NDArray[np.uint8]
+    frame: NDArray[np.float32]
     octave: NDArray[np.uint8]
     label: NDArray[np.uint16]
 

@@ -23,7 +23,7 @@ from atlas_store.errors import KeypointsFormatError
 from atlas_store.objects import Objects
 
 ENCODING_TYPE = "kpt-keypoints"
-ENCODING_VERSION = "1"
+ENCODING_VERSION = "2"
 
 MAX_KEYPOINTS = 4_000_000
 """More than this is no scan: a whole body at 1 mm has a tenth of it."""
@@ -31,7 +31,7 @@ MAX_KEYPOINTS = 4_000_000
 DESCRIPTOR_BINS = 64
 """Length of a descriptor, a permutation of the ranks 0 to 63."""
 
-SIZES = {"axis": 3, "bin": DESCRIPTOR_BINS}
+SIZES = {"axis": 3, "bin": DESCRIPTOR_BINS, "direction": 3}
 """Sizes of the dimensions other than ``keypoint``; ``axis`` is (z, y, x)."""
 
 
@@ -58,6 +58,7 @@ VARIABLES: Mapping[str, Variable] = {
     "sign": _variable("keypoint", np.int8, "1"),
     "response": _variable("keypoint", np.float32, "HU"),
     "descriptor": _variable("keypoint bin", np.uint8, "1"),
+    "frame": _variable("keypoint direction axis", np.float32, "1"),
     "octave": _variable("keypoint", np.uint8, "1"),
     "label": _variable("keypoint", np.uint16, "1"),
 }
@@ -290,6 +291,11 @@ def _check_values(
         raise _damaged(where, "'sign' has values other than -1 and 1")
     if (arrays["descriptor"] >= DESCRIPTOR_BINS).any():
         raise _damaged(where, f"'descriptor' has ranks of {DESCRIPTOR_BINS} or more")
+    if (
+        np.abs(arrays["frame"] @ arrays["frame"].transpose(0, 2, 1) - np.eye(3)).max(initial=0)
+        > 1e-3
+    ):
+        raise _damaged(where, "'frame' has values that are no rotations")
     if labels is not None:
         if "label" not in arrays:
             raise _damaged(where, "they lack the variable 'label'")

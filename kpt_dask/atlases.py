@@ -25,7 +25,7 @@ from atlas_store import (
 from kpt_dask import cluster, progress
 from kpt_dask.errors import KptError, LabelError, ParameterError
 from kpt_dask.grid import Grid
-from kpt_dask.keypoints import PARAMETERS, extract
+from kpt_dask.keypoints import extract, parameters
 from kpt_dask.omezarr import Region, open_array, write_label_image
 from kpt_dask.pairs import LABELS, SCANS, find_pairs, labelled_organs, open_pair
 from kpt_dask.patches import write_patches
@@ -53,22 +53,26 @@ class Outcome:
     problem: str | None = None
 
 
-def store_parameters(spacing: float = 2.0) -> dict[str, Any]:
+def store_parameters(
+    spacing: float = 2.0, *, descriptor: str = "upright", finer: bool = False
+) -> dict[str, Any]:
     """Say what all atlases of a store are made with, for `AtlasStore.create`.
 
     Parameters
     ----------
     spacing : float
         Of the working grid, mm.
+    descriptor, finer
+        As for `kpt_dask.extract`.
 
     Raises
     ------
     ParameterError
-        If the spacing is not positive.
+        If the spacing is not positive, or the descriptor is unknown.
     """
     if not (np.isfinite(spacing) and spacing > 0):
         raise ParameterError(f"The spacing must be a positive number of mm, not {spacing:g}.")
-    return {"spacing": float(spacing), **PARAMETERS}
+    return {"spacing": float(spacing), **parameters(descriptor, finer)}
 
 
 def add_atlas(
@@ -120,21 +124,31 @@ def add_atlas(
         If a file, an option or the store cannot be used. The store is left as it was.
     """
     source, labelled = open_pair(scan, labels)
-    parameters = store_parameters(store.parameters.get("spacing", 2.0))
+    made_with = store_parameters(
+        store.parameters.get("spacing", 2.0),
+        descriptor=store.parameters.get("descriptor", "upright"),
+        finer=store.parameters.get("finer", False),
+    )
     name = scan_name(source.path) if atlas_id is None else atlas_id
-    with store.draft(name, parameters, replace=replace) as draft:
+    with store.draft(name, made_with, replace=replace) as draft:
         wanted = _annotated(labelled, store.organs, annotated)
         image = draft.group.create_group("image")
         with cluster.session(client) as session:
-            volume = convert_into(source, image, spacing=parameters["spacing"], client=session)
+            volume = convert_into(source, image, spacing=made_with["spacing"], client=session)
             blocks = _only(label_blocks(labelled, volume), store.organs, wanted)
             write_label_image(image, "organs", blocks, volume.grid, store.organs)
-            keypoints = extract(volume, memory=memory, client=session)
+            keypoints = extract(
+                volume,
+                descriptor=made_with["descriptor"],
+                finer=made_with["finer"],
+                memory=memory,
+                client=session,
+            )
         voxels = open_array(image, "labels/organs/0")
         organs = survey(voxels, volume.grid, store.organs)
         if not organs:
             raise LabelError(
-                f"{labels} shows no organ that is left at {parameters['spacing']:g} mm; use a"
+                f"{labels} shows no organ that is left at {made_with['spacing']:g} mm; use a"
                 " store of a smaller spacing."
             )
         write_patches(draft.group, volume.levels[0], voxels, organs, store.organs)

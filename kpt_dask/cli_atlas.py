@@ -66,8 +66,20 @@ def atlas() -> None:
     show_default=True,
     help="Of the grid that all atlases are brought to, mm.",
 )
-def create(store: str, organs: str, spacing: float) -> None:
+@click.option(
+    "--descriptor",
+    type=click.Choice(["upright", "invariant"]),
+    default="upright",
+    show_default=True,
+    help="What keypoints are compared by: invariant ones also match in turned patients.",
+)
+@click.option(
+    "--finer", is_flag=True, help="Find smaller keypoints too, from half the voxel size on."
+)
+def create(store: str, organs: str, spacing: float, descriptor: str, finer: bool) -> None:
     """Create an empty store.
+
+    Scans that are segmented from it are treated as its atlases are.
 
     \b
     Example:
@@ -76,7 +88,8 @@ def create(store: str, organs: str, spacing: float) -> None:
     from atlas_store import AtlasStore, load_organs
     from kpt_dask.atlases import store_parameters
 
-    made = AtlasStore.create(store, load_organs(organs), store_parameters(spacing))
+    parameters = store_parameters(spacing, descriptor=descriptor, finer=finer)
+    made = AtlasStore.create(store, load_organs(organs), parameters)
     click.echo(f"{made.url}: an empty store for {', '.join(made.organs.names)}.")
 
 

@@ -19,6 +19,7 @@ from kpt_dask import cluster, progress
 from kpt_dask.atlases import labels_at
 from kpt_dask.errors import ParameterError
 from kpt_dask.interpolate import labels_onto
+from kpt_dask.keypoints import first_frames
 from kpt_dask.omezarr import open_array, write_label_image
 from kpt_dask.options import DEFAULTS, TransferOptions
 from kpt_dask.pairs import Pair, labelled_organs, open_pair
@@ -253,7 +254,8 @@ def _result(
     seconds: dict[str, float],
     total: float,
 ) -> ScanResult:
-    votes = keypoint_votes(inside, found.votes.label.values, annotated, organs)
+    own = first_frames(found.keypoints.position.values, found.keypoints.scale.values)
+    votes = keypoint_votes(inside[own], found.votes.label.values[own], annotated, organs)
     return ScanResult(scores, votes, dict(seconds), total)
 
 

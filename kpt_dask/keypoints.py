@@ -30,12 +30,17 @@ PARAMETERS: dict[str, Any] = {
     "input_sigma": INPUT_SIGMA,
     "levels": LEVELS,
     "truncate": TRUNCATE,
-    "descriptor": "upright",
     "patch": PATCH,
     "half_width": HALF_WIDTH,
     "anisotropy": ANISOTROPY,
 }
 """What keypoints depend on: those of a scan and of its atlases must agree in it."""
+
+CHOICES: dict[str, tuple[Any, ...]] = {
+    "descriptor": ("upright", "invariant"),
+    "finer": (False, True),
+}
+"""Further parameters, and what each may be, the default first."""
 
 SLAB = 64
 """Planes read at a time: one chunk's depth."""
@@ -51,6 +56,91 @@ class Block:
 
     core: Box
     read: Box
+
+
+@dataclass(frozen=True, eq=False)
+class Octave:
+    """Where an octave's voxels come from.
+
+    Attributes
+    ----------
+    level : zarr.Array (z, y, x), float32
+        Of a volume's pyramid.
+    first : bool
+        Whether it is level 0, not yet blurred to σ0.
+    finer : bool
+        Whether the octave has half its spacing: values halfway are means of neighbours.
+    """
+
+    level: "zarr.Array[Any]"
+    first: bool
+    finer: bool
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """Voxels of the octave along z, y, x."""
+        z, y, x = (2 * n - 1 if self.finer else n for n in self.level.shape)
+        return z, y, x
+
+    def read(self, box: Box) -> NDArray[np.float32]:
+        """Read a box of the octave's voxels, C order."""
+        if not self.finer:
+            return np.ascontiguousarray(self.level[tuple(slice(*ends) for ends in box)], np.float32)
+        source = tuple(slice(start // 2, stop // 2 + 1) for start, stop in box)
+        values = np.asarray(self.level[source], np.float32)
+        for axis, (start, stop) in enumerate(box):
+            values = _halfway(values, axis)
+            kept = slice(start % 2, start % 2 + stop - start)
+            values = values[tuple(kept if a == axis else slice(None) for a in range(3))]
+        return np.ascontiguousarray(values)
+
+
+def _halfway(values: NDArray[np.float32], axis: int) -> NDArray[np.float32]:
+    """Put the mean between any two neighbours; exact for whole numbers, so also in any order."""
+    n = values.shape[axis]
+    out = np.empty([2 * m - 1 if a == axis else m for a, m in enumerate(values.shape)], np.float32)
+    moved, spread = np.moveaxis(values, axis, 0), np.moveaxis(out, axis, 0)
+    spread[::2] = moved
+    if n > 1:
+        np.add(moved[1:], moved[:-1], out=spread[1::2])
+        spread[1::2] *= 0.5
+    return out
+
+
+def parameters(descriptor: str = "upright", finer: bool = False) -> dict[str, Any]:
+    """All that keypoints depend on.
+
+    Parameters
+    ----------
+    descriptor, finer
+        As for `extract`.
+
+    Raises
+    ------
+    ParameterError
+        If the descriptor is unknown.
+    """
+    known = CHOICES["descriptor"]
+    if descriptor not in known:
+        raise ParameterError(f"The descriptor {descriptor!r} is unknown; use {' or '.join(known)}.")
+    return {**PARAMETERS, "descriptor": descriptor, "finer": bool(finer)}
+
+
+def first_frames(position: NDArray[np.float32], scale: NDArray[np.float32]) -> NDArray[np.int64]:
+    """Where keypoints begin: in several frames, they are neighbours that agree in all else.
+
+    Parameters
+    ----------
+    position, scale : float32 arrays (n, 3) and (n)
+        Of keypoints as `extract` gives them.
+
+    Returns
+    -------
+    int64 array (m)
+        Indices of each keypoint's first frame, rising.
+    """
+    same = (position[1:] == position[:-1]).all(axis=1) & (scale[1:] == scale[:-1])
+    return np.flatnonzero(np.concatenate([[True], ~same])[: len(scale)])
 
 
 def plan_blocks(
@@ -115,13 +205,25 @@ def block_shape(
     return length, height, width
 
 
-def extract(volume: Volume, *, memory: int = 1 << 30, client: Client | None = None) -> xr.Dataset:
+def extract(
+    volume: Volume,
+    *,
+    descriptor: str = "upright",
+    finer: bool = False,
+    memory: int = 1 << 30,
+    client: Client | None = None,
+) -> xr.Dataset:
     """Find the keypoints of a volume (Wachinger et al. 2015, section 2.1, eq. 1).
 
     Parameters
     ----------
     volume : Volume
         From `kpt_dask.convert` or `kpt_dask.volume.open_volume`.
+    descriptor : str
+        ``upright``: along the axes of the grid. ``invariant``: in the local frames of the
+        gradients, unchanged by rotations.
+    finer : bool
+        Whether to begin one octave earlier, at half the voxel size, linearly interpolated.
     memory : int
         Bytes that all sweeps of a process may take together.
     client : distributed.Client, optional
@@ -130,37 +232,43 @@ def extract(volume: Volume, *, memory: int = 1 << 30, client: Client | None = No
     Returns
     -------
     xarray.Dataset
-        Dimensions ``keypoint``, ``axis`` (z, y, x) and ``bin`` (64), ordered by octave,
-        level and voxel:
+        Dimensions ``keypoint``, ``axis`` (z, y, x), ``bin`` (64) and ``direction`` (3),
+        ordered by octave, level and voxel. A keypoint with several frames comes as often,
+        in a row; see `first_frames`.
         ``position`` (keypoint, axis) float32, mm, LPS;
         ``scale`` (keypoint) float32, mm, the σ of the extremum;
         ``sign`` (keypoint) int8, that of the extremum, −1 or 1;
         ``response`` (keypoint) float32, the difference of Gaussians there, HU;
-        ``octave`` (keypoint) uint8;
-        ``descriptor`` (keypoint, bin) uint8, ranks 0 … 63.
+        ``octave`` (keypoint) uint8, 0 for the finest;
+        ``descriptor`` (keypoint, bin) uint8, ranks 0 … 63;
+        ``frame`` (keypoint, direction, axis) float32, the rotation whose rows are the axes
+        that the descriptor was taken along; the identity if upright.
 
     Raises
     ------
     ParameterError
-        If `memory` is too little.
+        If `memory` is too little, or the descriptor is unknown.
     """
+    invariant = parameters(descriptor, finer)["descriptor"] == "invariant"
+    octaves = [Octave(level, o == 0, False) for o, level in enumerate(volume.levels)]
+    if finer:
+        octaves.insert(0, Octave(volume.levels[0], True, True))
     with cluster.session(client) as session:
         if str(getattr(session.scheduler, "address", "")).startswith("inproc:"):
             _prepare()
         workers = session.nthreads().values()
         threads, per_process = sum(workers), max(workers)
         tasks = []
-        for octave, level in enumerate(volume.levels):
-            shape = (level.shape[0], level.shape[1], level.shape[2])
-            margin = halo(octave == 0)
+        for octave in octaves:
+            shape, margin = octave.shape, halo(octave.first, octave.finer)
             widest = block_shape(shape, per_process, memory, margin)
             length = block_shape(shape, threads, memory * threads, margin)[0]
             blocks = plan_blocks(shape, (length, *widest[1:]), margin)
-            tasks += [(level, octave, block) for block in blocks]
-        found: dict[int, list[Found]] = {o: [] for o in range(len(volume.levels))}
+            tasks += [(octave, block, invariant) for block in blocks]
+        found: list[list[Found]] = [[] for _ in octaves]
         for index, part in cluster.run(session, extract_block, tasks, "Extracting keypoints"):
-            found[tasks[index][1]].append(part)
-    return _dataset(volume, [Found.join(parts) for parts in found.values()])
+            found[octaves.index(tasks[index][0])].append(part)
+    return _dataset(volume, [Found.join(parts) for parts in found], finer)
 
 
 def _prepare() -> None:
@@ -174,23 +282,27 @@ def _prepare() -> None:
         sweep.finish()
 
 
-def extract_block(level: "zarr.Array[Any]", octave: int, block: Block) -> Found:
+def extract_block(octave: Octave, block: Block, invariant: bool = False) -> Found:
     """Find the keypoints whose voxels lie in a block's core; indices are of the octave."""
     (y0, y1), (x0, x1) = block.read[1:]
     z, y, x = block.core
     core = z, (y[0] - y0, y[1] - y0), (x[0] - x0, x[1] - x0)
-    sweep = Sweep(core, (y1 - y0, x1 - x0), level.shape[0], octave == 0)
-
-    def read(slab: tuple[int, int]) -> NDArray[np.float32]:
-        planes = level[slab[0] : slab[1], y0:y1, x0:x1]
-        return np.ascontiguousarray(planes, np.float32)
-
+    sweep = Sweep(
+        core,
+        (y1 - y0, x1 - x0),
+        octave.shape[0],
+        octave.first,
+        finer=octave.finer,
+        invariant=invariant,
+    )
     # The next slab is read while the last one is swept.
     with ThreadPoolExecutor(1) as reader:
-        slabs = list(_slabs(sweep.first_plane, sweep.last_plane))
-        ahead = reader.submit(read, slabs[0])
+        slabs = [
+            (planes, (y0, y1), (x0, x1)) for planes in _slabs(sweep.first_plane, sweep.last_plane)
+        ]
+        ahead = reader.submit(octave.read, slabs[0])
         for following in slabs[1:]:
-            slab, ahead = ahead.result(), reader.submit(read, following)
+            slab, ahead = ahead.result(), reader.submit(octave.read, following)
             sweep.feed(slab)
         sweep.feed(ahead.result())
     found = sweep.finish()
@@ -206,12 +318,12 @@ def _slabs(first: int, last: int) -> Iterator[tuple[int, int]]:
         first = stop
 
 
-def _dataset(volume: Volume, octaves: list[Found]) -> xr.Dataset:
+def _dataset(volume: Volume, octaves: list[Found], finer: bool) -> xr.Dataset:
     """Order the keypoints of all octaves, and put them in the world."""
-    position, scale, sign, response, octave, descriptor = [], [], [], [], [], []
+    position, scale, sign, response, octave, descriptor, frame = [], [], [], [], [], [], []
     for o, found in enumerate(octaves):
         order = np.lexsort((*found.index.T[::-1], found.level))
-        step = 2.0**o
+        step = 2.0 ** (o - finer)
         voxel = (found.index[order] + found.offset[order, :3]) * step
         position.append(volume.grid.to_mm(voxel).astype(np.float32))
         levels = found.level[order] + found.offset[order, 3]
@@ -221,6 +333,7 @@ def _dataset(volume: Volume, octaves: list[Found]) -> xr.Dataset:
         sign.append(np.sign(found.response[order]).astype(np.int8))
         octave.append(np.full(order.size, o, np.uint8))
         descriptor.append(found.descriptor[order])
+        frame.append(found.frame[order])
     return xr.Dataset(
         {
             "position": (("keypoint", "axis"), np.concatenate(position)),
@@ -229,5 +342,6 @@ def _dataset(volume: Volume, octaves: list[Found]) -> xr.Dataset:
             "response": ("keypoint", np.concatenate(response)),
             "octave": ("keypoint", np.concatenate(octave)),
             "descriptor": (("keypoint", "bin"), np.concatenate(descriptor)),
+            "frame": (("keypoint", "direction", "axis"), np.concatenate(frame)),
         }
     )

@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from atlas_store import AtlasKeypoints
 from kpt_dask import cluster
 from kpt_dask.jit import kernel
+from kpt_dask.keypoints import first_frames
 
 SCALE_RATIO = 2.0
 """ε_σ: matched keypoints' scales differ by at most this factor."""
@@ -38,6 +39,10 @@ def match(
 ) -> xr.Dataset:
     """Match a scan's keypoints with those of every atlas.
 
+    Eq. 2 asks for one match of a keypoint with an atlas. Where keypoints have several frames,
+    the distance of two of them is that of their closest frames; the second nearest of the
+    ratio test is thus another keypoint, never the nearest one in another frame.
+
     Parameters
     ----------
     keypoints : xarray.Dataset
@@ -52,7 +57,7 @@ def match(
     xarray.Dataset
         Dimensions ``match`` and ``axis`` (z, y, x), ordered by atlas and test keypoint:
         ``keypoint``, ``atlas``, ``atlas_keypoint`` (match) int32, indices into the scan's
-        keypoints, the atlases, and the keypoints of that atlas;
+        keypoints, the atlases, and the keypoints of that atlas, each in its first frame;
         ``label`` (match) uint16, the atlas keypoint's organ, 0 for none;
         ``squared_distance`` (match) float32, between the descriptors;
         ``translation`` (match, axis) float32, mm, from the atlas to the scan;
@@ -105,6 +110,39 @@ class AtlasMatches:
     probability: NDArray[np.float32]
 
 
+@dataclass(frozen=True, eq=False)
+class Keypoints:
+    """Keypoints of one scan, ready to be compared.
+
+    Attributes
+    ----------
+    first : int64 array (n)
+        Where their frames begin.
+    position, scale, sign : float32 arrays (n, 3), (n), (n)
+        mm.
+    descriptor : float32 array (frames, 64)
+        Of all frames, those of a keypoint one after the other.
+    """
+
+    first: NDArray[np.int64]
+    position: NDArray[np.float32]
+    scale: NDArray[np.float32]
+    sign: NDArray[np.float32]
+    descriptor: NDArray[np.float32]
+
+    @classmethod
+    def of(cls, arrays: Arrays) -> "Keypoints":
+        """From position, scale, sign and descriptor, one for each frame."""
+        position, scale, sign, descriptor = (np.ascontiguousarray(a, np.float32) for a in arrays)
+        first = first_frames(position, scale)
+        return cls(first, position[first], scale[first], sign[first], descriptor)
+
+    @property
+    def where(self) -> tuple[NDArray[np.float32], ...]:
+        """Position, scale and sign."""
+        return self.position, self.scale, self.sign
+
+
 def match_atlas(test: Arrays, atlas: Arrays) -> AtlasMatches:
     """Match with one atlas.
 
@@ -113,38 +151,32 @@ def match_atlas(test: Arrays, atlas: Arrays) -> AtlasMatches:
     test, atlas : tuple of ndarray
         Position (n, 3) mm, scale (n) mm, sign (n) and descriptor (n, 64) of keypoints.
     """
-    position, scale, sign, descriptor = (np.ascontiguousarray(a, np.float32) for a in test)
-    other = tuple(np.ascontiguousarray(a, np.float32) for a in atlas)
-    i, j, d = _pass(position, scale, sign, descriptor, other, np.zeros(3, np.float32), np.inf)
+    here, there = Keypoints.of(test), Keypoints.of(atlas)
+    i, j, d = _pass(here, there, np.zeros(3, np.float32), np.inf)
     if i.size:
-        proposed = position[i] - other[0][j]
+        proposed = here.position[i] - there.position[j]
         centre = proposed[np.argmax(density(proposed, proposed, BANDWIDTH))]
-        radius = closest_pairs_radius(position - centre, other[0], CLOSEST_PAIRS)
-        i, j, d = _pass(position, scale, sign, descriptor, other, centre, radius)
-    translation = position[i] - other[0][j]
-    return AtlasMatches(i, j, d, translation, density(translation, translation, BANDWIDTH))
+        radius = closest_pairs_radius(here.position - centre, there.position, CLOSEST_PAIRS)
+        i, j, d = _pass(here, there, centre, radius)
+    translation = here.position[i] - there.position[j]
+    p = density(translation, translation, BANDWIDTH)
+    return AtlasMatches(here.first[i], there.first[j], d, translation, p)
 
 
 def _pass(
-    position: NDArray[np.float32],
-    scale: NDArray[np.float32],
-    sign: NDArray[np.float32],
-    descriptor: NDArray[np.float32],
-    atlas: tuple[NDArray[np.float32], ...],
-    centre: NDArray[np.float32],
-    radius: float,
+    here: Keypoints, there: Keypoints, centre: NDArray[np.float32], radius: float
 ) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.float32]]:
     """Find matches that pass the ratio test, `radius` mm apart at most once moved by `centre`."""
-    n = position.shape[0]
+    n = here.first.size
     nearest = np.empty(n, np.int64)
     first = np.empty(n, np.float32)
     second = np.empty(n, np.float32)
     for a in range(0, n, _ROWS):
         rows = slice(a, a + _ROWS)
         two_nearest(
-            squared_distances(descriptor[rows], atlas[3]),
-            (position[rows] - centre, scale[rows], sign[rows]),
-            atlas[:3],
+            distances(here, there, rows),
+            (here.position[rows] - centre, here.scale[rows], here.sign[rows]),
+            there.where,
             np.float32(radius),
             nearest[rows],
             first[rows],
@@ -153,6 +185,27 @@ def _pass(
     # Squared distances against the squared ratio; a missing second nearest is infinitely far.
     keep = np.flatnonzero((nearest >= 0) & (first <= np.float32(DISTANCE_RATIO**2) * second))
     return keep, nearest[keep], first[keep]
+
+
+def distances(here: Keypoints, there: Keypoints, rows: slice | None = None) -> NDArray[np.float32]:
+    """Squared distances (n, m) of keypoints: those of their closest frames.
+
+    Parameters
+    ----------
+    here, there : Keypoints
+        n, or `rows` of them, and m.
+    """
+    first = here.first[rows or slice(None)]
+    stop = here.descriptor.shape[0]
+    if rows is not None and rows.stop < here.first.size:
+        stop = int(here.first[rows.stop])
+    begin = int(first[0]) if first.size else stop
+    found = squared_distances(here.descriptor[begin:stop], there.descriptor)
+    if found.shape[1] > there.first.size:
+        found = np.minimum.reduceat(found, there.first, axis=1)
+    if found.shape[0] > first.size:
+        found = np.minimum.reduceat(found, first - begin, axis=0)
+    return found
 
 
 def squared_distances(test: NDArray[np.float32], atlas: NDArray[np.float32]) -> NDArray[np.float32]:

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from atlas_store import AtlasKeypoints
 from kpt_dask import cluster
 from kpt_dask.fields import Widths, regress
-from kpt_dask.matching import Arrays, describe, squared_distances, two_nearest
+from kpt_dask.matching import Arrays, Keypoints, distances, two_nearest
 from kpt_dask.options import SIGMA_T, SIGMA_X
 
 RADIUS = 15.0
@@ -93,21 +93,19 @@ def rematch_atlas(
     Returns
     -------
     keypoint, atlas_keypoint : int64 arrays (n)
-        Pairs that are each other's nearest in descriptor, of those within `RADIUS` whose
-        scales and signs agree; in order of test keypoint.
+        Pairs, each in its first frame, that are each other's nearest in descriptor, of those
+        within `RADIUS` whose scales and signs agree; in order of test keypoint.
     """
-    position, scale, sign, descriptor = (np.ascontiguousarray(a, np.float32) for a in test)
-    other = tuple(np.ascontiguousarray(a, np.float32) for a in atlas)
-    field = regress(position, position[keypoint], translation, widths)
+    here, there = Keypoints.of(test), Keypoints.of(atlas)
+    field = regress(here.position, np.asarray(test[0], np.float32)[keypoint], translation, widths)
     seen = np.flatnonzero(field[:, 3] > 0)
-    here = position[seen] - field[seen, :3], scale[seen], sign[seen]
-    there = other[0], other[1], other[2]
-    distances = squared_distances(descriptor[seen], other[3])
-    forth = _nearest(distances, here, there)
-    back = _nearest(np.ascontiguousarray(distances.T), there, here)
+    moved = here.position[seen] - field[seen, :3], here.scale[seen], here.sign[seen]
+    squared = distances(here, there)[seen]
+    forth = _nearest(squared, moved, there.where)
+    back = _nearest(np.ascontiguousarray(squared.T), there.where, moved)
     mutual = np.flatnonzero(forth >= 0)
     mutual = mutual[back[forth[mutual]] == mutual]
-    return seen[mutual], forth[mutual]
+    return here.first[seen[mutual]], there.first[forth[mutual]]
 
 
 def _nearest(

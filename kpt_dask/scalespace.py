@@ -52,6 +52,8 @@ def _increment(sigma: float, from_sigma: float) -> float:
 
 FIRST_TAPS = gaussian_taps(_increment(SIGMA0, INPUT_SIGMA))
 """From level 0 of a volume to G[0] of octave 0."""
+FINER_TAPS = gaussian_taps(_increment(SIGMA0, 2 * INPUT_SIGMA))
+"""From level 0 at half its spacing to G[0] of the octave before octave 0."""
 LEVEL_TAPS = tuple(
     gaussian_taps(_increment(level_sigma(i + 1), level_sigma(i))) for i in range(LEVELS + 2)
 )

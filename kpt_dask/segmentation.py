@@ -16,7 +16,7 @@ from atlas_store import AtlasKeypoints, AtlasStore, EmptyStoreError, OrganTable,
 from kpt_dask import cluster, local
 from kpt_dask.errors import ParameterError
 from kpt_dask.interpolate import labels_onto
-from kpt_dask.keypoints import PARAMETERS, extract
+from kpt_dask.keypoints import CHOICES, PARAMETERS, extract, first_frames
 from kpt_dask.matching import match
 from kpt_dask.omezarr import open_array, write_label_image
 from kpt_dask.options import DEFAULTS, TransferOptions
@@ -149,11 +149,13 @@ def segment(
             volumes_ml={n: v * volume.grid.voxel_volume / 1000 for n, v in found.voxels.items()},
             votes=_votes(found.votes, store.organs),
             atlases=used,
-            n_keypoints=found.keypoints.sizes["keypoint"],
+            n_keypoints=first_frames(
+                found.keypoints.position.values, found.keypoints.scale.values
+            ).size,
             n_matches=found.matches.sizes["match"],
             seconds=time.perf_counter() - start,
         )
-        _keep(group, found, finished, mode, options.to_json(mode, store.organs))
+        _keep(group, found, finished, mode, options, store)
         if labels is not None:
             slabs = labels_onto(found.labels, volume.grid, source.grid)
             write_labels(labels, source, slabs, overwrite=overwrite)
@@ -176,7 +178,13 @@ def segment_volume(
     The other parameters are those of `segment`; `options` must fit the mode and the store.
     """
     atlases = AtlasKeypoints.load(store, atlas_ids)
-    keypoints = extract(volume, memory=memory, client=client)
+    keypoints = extract(
+        volume,
+        descriptor=store.parameters["descriptor"],
+        finer=store.parameters["finer"],
+        memory=memory,
+        client=client,
+    )
     matches = match(keypoints, atlases, client=client)
     votes = vote(matches, keypoints.sizes["keypoint"], store.organs)
     probability = create_probability(group, volume.grid, store.organs)
@@ -238,6 +246,7 @@ def choose_atlases(store: AtlasStore, exclude: Sequence[str]) -> tuple[str, ...]
             f"{store.url} has no atlas {', '.join(unknown)} to exclude; see kpt atlas list."
         )
     differing = [k for k, v in PARAMETERS.items() if store.parameters.get(k) != v]
+    differing += [k for k, known in CHOICES.items() if store.parameters.get(k) not in known]
     if differing:
         raise ParameterError(
             f"{store.url} holds keypoints of another {', '.join(differing)} than this version "
@@ -286,7 +295,8 @@ def _keep(
     found: Stations,
     finished: Segmentation,
     mode: str,
-    transfer: dict[str, Any],
+    options: TransferOptions,
+    store: AtlasStore,
 ) -> None:
     """Write what the stations found, and where it all comes from."""
     write_keypoints(group.create_group("keypoints"), found.keypoints)
@@ -305,8 +315,8 @@ def _keep(
                     "encoding-type": ENCODING_TYPE,
                     "encoding-version": ENCODING_VERSION,
                     "mode": mode,
-                    "transfer": transfer,
-                    "parameters": PARAMETERS,
+                    "transfer": options.to_json(mode, store.organs),
+                    "parameters": dict(store.parameters),
                     "atlases": list(finished.atlases),
                     "volumes_ml": finished.volumes_ml,
                     "votes": finished.votes,

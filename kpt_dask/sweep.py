@@ -13,8 +13,16 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kpt_dask.descriptors import BINS, PATCH, REACH, STEP, describe, sample_patch
+from kpt_dask.frames import MAX_FRAMES, describe_in_frames
 from kpt_dask.jit import kernel
-from kpt_dask.scalespace import FIRST_TAPS, LEVEL_TAPS, LEVELS, SIGMA0, blur_planes
+from kpt_dask.scalespace import (
+    FINER_TAPS,
+    FIRST_TAPS,
+    LEVEL_TAPS,
+    LEVELS,
+    SIGMA0,
+    blur_planes,
+)
 
 Planes = Annotated[NDArray[np.float32], "z y x"]
 
@@ -26,7 +34,7 @@ BATCH = 8
 
 @dataclass(frozen=True)
 class Found:
-    """Keypoints of a sweep, in the order of their planes.
+    """Keypoints of a sweep, in the order of their planes; one with several frames, repeatedly.
 
     Attributes
     ----------
@@ -39,6 +47,9 @@ class Found:
     response : float32 array (n)
         Difference of Gaussians at the voxel, HU.
     descriptor : uint8 array (n, 64)
+        In the frame.
+    frame : float32 array (n, 3, 3)
+        Row i is the i-th axis of the frame, (z, y, x).
     """
 
     index: NDArray[np.int64]
@@ -46,6 +57,7 @@ class Found:
     level: NDArray[np.uint8]
     response: NDArray[np.float32]
     descriptor: NDArray[np.uint8]
+    frame: NDArray[np.float32]
 
     @classmethod
     def room_for(cls, n: int) -> "Found":
@@ -56,12 +68,14 @@ class Found:
             np.empty(n, np.uint8),
             np.empty(n, np.float32),
             np.empty((n, BINS), np.uint8),
+            np.empty((n, 3, 3), np.float32),
         )
 
     @property
     def arrays(self) -> tuple[NDArray[Any], ...]:
         """All arrays, in the order of the fields."""
-        return self.index, self.offset, self.level, self.response, self.descriptor
+        own = self.index, self.offset, self.level, self.response, self.descriptor, self.frame
+        return own
 
     def first(self, n: int) -> "Found":
         """Copy the first `n` keypoints."""
@@ -89,6 +103,10 @@ class Sweep:
         Planes of the whole volume at this octave.
     first_octave : bool
         Whether the planes fed are level 0 of a volume and not yet blurred to σ0.
+    finer : bool
+        Whether they are level 0 at half its spacing.
+    invariant : bool
+        Whether descriptors are taken in local frames, not upright.
     """
 
     def __init__(
@@ -97,8 +115,12 @@ class Sweep:
         plane_shape: tuple[int, int],
         n_planes: int,
         first_octave: bool,
+        *,
+        finer: bool = False,
+        invariant: bool = False,
     ) -> None:
-        self._taps = (FIRST_TAPS if first_octave else _AS_IT_IS, *LEVEL_TAPS)
+        self._taps = _taps(first_octave, finer)
+        self._invariant = invariant
         radii = [taps.size - 1 for taps in self._taps]
         lead = np.cumsum(radii)
         need = _planes_needed(radii)
@@ -148,6 +170,7 @@ class Sweep:
                 self._taps,
                 self._rings,
                 self._dogs,
+                self._invariant,
                 *self._room.arrays,
             )
             if advanced == 0:
@@ -158,10 +181,15 @@ class Sweep:
             self._step += advanced
 
 
-def halo(first_octave: bool) -> int:
+def halo(first_octave: bool, finer: bool = False) -> int:
     """How far beyond its core a sweep must see, in voxels of the octave."""
-    taps = (FIRST_TAPS if first_octave else _AS_IT_IS, *LEVEL_TAPS)
-    return int(_planes_needed([t.size - 1 for t in taps])[0])
+    return int(_planes_needed([t.size - 1 for t in _taps(first_octave, finer)])[0])
+
+
+def _taps(first_octave: bool, finer: bool) -> tuple[NDArray[np.float32], ...]:
+    if finer:
+        return FINER_TAPS, *LEVEL_TAPS
+    return FIRST_TAPS if first_octave else _AS_IT_IS, *LEVEL_TAPS
 
 
 def planes_held() -> int:
@@ -254,11 +282,13 @@ def _advance(
     taps: Any,
     rings: Any,
     dogs: Any,
+    invariant: Any,
     out_index: Any,
     out_offset: Any,
     out_level: Any,
     out_response: Any,
     out_descriptor: Any,
+    out_frame: Any,
 ) -> Any:
     """Take `steps` steps; in each, every Gaussian gains at most one plane.
 
@@ -277,7 +307,10 @@ def _advance(
     padded = np.empty(nx + 2 * 32, np.float32)
     flags = np.zeros(nx, np.uint8)
     patch = np.empty((PATCH + 2, PATCH + 2, PATCH + 2), np.float32)
-    ranks = np.empty(BINS, np.uint8)
+    ranks = np.empty((MAX_FRAMES, BINS), np.uint8)
+    frames = np.zeros((MAX_FRAMES, 3, 3), np.float32)
+    frames[0] = np.eye(3)
+    most = MAX_FRAMES if invariant else 1
     index = np.empty(3, np.int64)
     offset = np.empty(3, np.float64)
     count = 0
@@ -308,7 +341,7 @@ def _advance(
                     for x in range(core[2, 0], core[2, 1]):
                         if not (flags[x] and _is_extremum(dogs, level, z, y, x)):
                             continue
-                        if count == out_level.size:
+                        if count + most > out_level.size:
                             return taken, before_batch
                         d = dogs[level]
                         v = d[z % 3, y, x]
@@ -323,12 +356,17 @@ def _advance(
                         )
                         sigma = SIGMA0 * 2.0 ** ((level + shift) / LEVELS)
                         sample_patch(rings[level + 1], n, index, offset, STEP * sigma, patch)
-                        if describe(patch, ranks):
+                        if not describe(patch, ranks[0]):
+                            continue
+                        for i in range(
+                            describe_in_frames(patch, frames, ranks) if invariant else 1
+                        ):
                             out_index[count] = index
                             out_offset[count, :3] = offset
                             out_offset[count, 3] = shift
                             out_level[count] = level
                             out_response[count] = v
-                            out_descriptor[count] = ranks
+                            out_descriptor[count] = ranks[i]
+                            out_frame[count] = frames[i]
                             count += 1
     return steps, count

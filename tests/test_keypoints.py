@@ -20,7 +20,7 @@ from kpt_dask import cluster, progress
 from kpt_dask.descriptors import BINS, STEP
 from kpt_dask.errors import ParameterError
 from kpt_dask.grid import Grid
-from kpt_dask.keypoints import block_shape, extract, extract_block, plan_blocks
+from kpt_dask.keypoints import Octave, block_shape, extract, extract_block, plan_blocks
 from kpt_dask.pyramid import fill_pyramid
 from kpt_dask.scalespace import level_sigma, octave_shapes
 from kpt_dask.scan import open_scan
@@ -75,10 +75,17 @@ def canonical(found: Found) -> Found:
     return Found(*(a[order] for a in found.arrays))
 
 
-def found_in(values: np.ndarray, octave: int = 0, block: Shape | None = None) -> Found:
-    array = stored(values)
-    blocks = plan_blocks(array.shape, block or array.shape, halo(octave == 0))
-    return canonical(Found.join(extract_block(array, octave, one) for one in blocks))
+def found_in(
+    values: np.ndarray,
+    octave: int = 0,
+    block: Shape | None = None,
+    *,
+    finer: bool = False,
+    invariant: bool = False,
+) -> Found:
+    source = Octave(stored(values), octave == 0, finer)
+    blocks = plan_blocks(source.shape, block or source.shape, halo(octave == 0, finer))
+    return canonical(Found.join(extract_block(source, one, invariant) for one in blocks))
 
 
 def assert_same_bytes(one: Found, other: Found) -> None:
@@ -180,10 +187,10 @@ def test_texture_is_that_of_the_reference(octave: int) -> None:
 # However it is cut
 
 
-@given(st.data(), st.sampled_from([0, 1]), st.booleans(), st.integers(0, 99))
+@given(st.data(), st.sampled_from([-1, 0, 1]), st.booleans(), st.booleans(), st.integers(0, 99))
 @settings(max_examples=20, deadline=None)
 def test_any_chunking_gives_the_same_bytes(
-    data: st.DataObject, octave: int, busy: bool, seed: int
+    data: st.DataObject, octave: int, busy: bool, invariant: bool, seed: int
 ) -> None:
     long = data.draw(st.sampled_from([0, 1, 2]))
     sizes = [data.draw(st.integers(3, 26)) for _ in range(3)]
@@ -192,7 +199,11 @@ def test_any_chunking_gives_the_same_bytes(
     z, y, x = (data.draw(st.integers(max(2, n // 3), n)) for n in shape)
     assume((z, y, x) != shape)
     values = texture(shape, seed) if busy else with_structures(shape, (z, y, x), seed)
-    assert_same_bytes(found_in(values, octave, (z, y, x)), found_in(values, octave))
+    finer = octave < 0
+    block = (2 * z - finer, 2 * y, 2 * x - finer) if finer else (z, y, x)
+    kind = {"finer": finer, "invariant": invariant}
+    octave = max(octave, 0)
+    assert_same_bytes(found_in(values, octave, block, **kind), found_in(values, octave, **kind))
 
 
 def test_how_many_keypoints_a_block_holds_changes_none() -> None:
@@ -229,14 +240,14 @@ def test_a_sweep_stays_within_its_memory(seed: int, threads: int, mib: int) -> N
         length, height, width = block_shape(shape, threads, memory, margin)
     except ParameterError:
         assume(False)
-    array = stored(noise(shape, seed))
+    octave = Octave(stored(noise(shape, seed)), True, False)
     # A middle block has a halo on all sides that it may have.
     blocks = plan_blocks(shape, (length, height, width), margin)
     block = max(blocks, key=lambda one: np.prod([b - a for a, b in one.read[1:]]))
-    extract_block(array, 0, block)
+    extract_block(octave, block)
     tracemalloc.start()
     try:
-        extract_block(array, 0, block)
+        extract_block(octave, block)
         _, peak = tracemalloc.get_traced_memory()
     finally:
         tracemalloc.stop()
@@ -293,6 +304,7 @@ def test_dataset_says_where_and_how_large(crop: np.ndarray, tmp_path: Path, clie
         "response": (("keypoint",), "<f4"),
         "octave": (("keypoint",), "|u1"),
         "descriptor": (("keypoint", "bin"), "|u1"),
+        "frame": (("keypoint", "direction", "axis"), "<f4"),
     }
     np.testing.assert_array_equal(np.abs(keypoints.sign), 1)
     for octave, level in enumerate(volume.levels):

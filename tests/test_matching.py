@@ -73,6 +73,7 @@ def stacked(atlases: Sequence[Points]) -> AtlasKeypoints:
         offsets=np.concatenate([[0], np.cumsum(counts)]).astype(np.int64),
         response=np.zeros(n, np.float32),
         octave=np.zeros(n, np.uint8),
+        frame=np.zeros((n, 3, 3), np.float32),
         **{name: np.concatenate([getattr(atlas, name) for atlas in atlases]) for name in fields},
     )
 
@@ -218,7 +219,7 @@ def test_the_same_scan_can_be_matched_again_and_again(one_process: Client) -> No
 )
 def test_the_constraints_are_inside_the_argmin(scale: float, sign: int, expected: int) -> None:
     test = points([((0, 0, 0), 4, 1, descriptor())])
-    atlas = points([((0, 0, 0), scale, sign, descriptor(1)), ((0, 0, 0), 4, 1, descriptor(8))])
+    atlas = points([((0, 0, 0), scale, sign, descriptor(1)), ((0, 0, 0), 5, 1, descriptor(8))])
     found = match_atlas(arrays(test), arrays(atlas))
     assert found.atlas_keypoint.tolist() == [expected]
 
@@ -231,7 +232,7 @@ def test_the_ratio_is_of_distances_not_of_their_squares(
     first: int, second: int, kept: bool
 ) -> None:
     test = points([((0, 0, 0), 4, 1, descriptor())])
-    atlas = points([((0, 0, 0), 4, 1, descriptor(d)) for d in (second, first)])
+    atlas = points([((0, 0, 0), s, 1, descriptor(d)) for s, d in ((4, second), (5, first))])
     found = match_atlas(arrays(test), arrays(atlas))
     assert found.keypoint.size == kept
 
@@ -241,7 +242,7 @@ def test_a_ratio_of_exactly_nine_tenths_is_kept() -> None:
     near, far = np.arange(64), np.arange(64)
     near[[0, 9]], far[[0, 10]] = near[[9, 0]], far[[10, 0]]
     test = points([((0, 0, 0), 4, 1, descriptor())])
-    atlas = points([((0, 0, 0), 4, 1, near), ((0, 0, 0), 4, 1, far)])
+    atlas = points([((0, 0, 0), 4, 1, near), ((0, 0, 0), 5, 1, far)])
     found = match_atlas(arrays(test), arrays(atlas))
     assert found.squared_distance.tolist() == [162]
 

@@ -72,6 +72,7 @@ def test_every_atlas_is_matched_with_its_own_first_matches(one_process: Client) 
         response=scale,
         descriptor=descriptor,
         octave=np.zeros(len(scale), np.uint8),
+        frame=np.zeros((len(scale), 3, 3), np.float32),
         label=np.zeros(len(scale), np.uint16),
     )
     scan = xr.Dataset(

@@ -77,6 +77,7 @@ def no_keypoints() -> xr.Dataset:
             "sign": ("keypoint", np.zeros(0, np.int8)),
             "response": ("keypoint", np.zeros(0, np.float32)),
             "descriptor": (("keypoint", "bin"), np.zeros((0, 64), np.uint8)),
+            "frame": (("keypoint", "direction", "axis"), np.zeros((0, 3, 3), np.float32)),
             "octave": ("keypoint", np.zeros(0, np.uint8)),
             "label": ("keypoint", np.zeros(0, np.uint16)),
         }

@@ -28,6 +28,10 @@ def keypoints(count: int = 40, seed: int = 0, label: bool = True) -> xr.Dataset:
         "sign": ("keypoint", rng.choice([-1, 1], count).astype(np.int8)),
         "response": ("keypoint", rng.normal(size=count).astype(np.float32)),
         "descriptor": (("keypoint", "bin"), rng.permuted(ranks, axis=1)),
+        "frame": (
+            ("keypoint", "direction", "axis"),
+            np.linalg.qr(rng.normal(size=(count, 3, 3)))[0].astype(np.float32),
+        ),
         "octave": ("keypoint", np.zeros(count, np.uint8)),
     }
     if label:

@@ -60,6 +60,7 @@ def test_keypoints_come_back_as_they_were(
         (lambda k: k.assign(scale=k.scale * 0), "not positive"),
         (lambda k: k.assign(sign=k.sign * 0), "other than -1 and 1"),
         (lambda k: k.assign(descriptor=k.descriptor + np.uint8(1)), "ranks of 64 or more"),
+        (lambda k: k.assign(frame=k.frame * np.float32(1.1)), "no rotations"),
     ],
 )
 def test_what_is_no_keypoints_is_not_written(
@@ -86,7 +87,7 @@ def edit(path: Path, change: Callable[[dict[str, Any]], object]) -> None:
     ("array", "change", "complaint"),
     [
         (".", lambda d: d["attributes"].update({"encoding-type": "kpt-volume"}), "no kpt-keyp"),
-        (".", lambda d: d["attributes"].update({"encoding-version": "2"}), "update the program"),
+        (".", lambda d: d["attributes"].update({"encoding-version": "3"}), "update the program"),
         (".", lambda d: d["attributes"].update(variables=["position"]), "lack the variable"),
         (".", lambda d: d["attributes"].update(variables=["../../x"]), "announce the variables"),
         (".", lambda d: d["attributes"].update(variables=7), "announce the variables 7"),
