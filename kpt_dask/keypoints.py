@@ -324,8 +324,12 @@ def _dataset(volume: Volume, octaves: list[Found], finer: bool) -> xr.Dataset:
     for o, found in enumerate(octaves):
         order = np.lexsort((*found.index.T[::-1], found.level))
         step = 2.0 ** (o - finer)
-        voxel = (found.index[order] + found.offset[order, :3]) * step
-        position.append(volume.grid.to_mm(voxel).astype(np.float32))
+        mm = volume.grid.to_mm((found.index[order] + found.offset[order, :3]) * step)
+        # Around an oblique scan its outermost voxels are repeated: nothing there was seen.
+        at = volume.source_grid.to_index(mm)
+        seen = ((at >= -0.5) & (at <= np.array(volume.source_grid.shape) - 0.5)).all(axis=1)
+        order, mm = order[seen], mm[seen]
+        position.append(mm.astype(np.float32))
         levels = found.level[order] + found.offset[order, 3]
         sigma = level_sigma(0) * 2.0 ** (levels / LEVELS) * step * volume.grid.spacing[0]
         scale.append(sigma.astype(np.float32))

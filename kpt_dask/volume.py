@@ -60,8 +60,11 @@ T = TypeVar("T", bound=np.generic)
 ENCODING_TYPE = "kpt-volume"
 ENCODING_VERSION = "1"
 
+AIR_HU = -1000.0
+"""Values below are clipped: noise of air, or padding outside the field of view, whose edge to
+real air would look like anatomy."""
 LARGEST_HU = 32000.0
-"""Values beyond ± this are clipped: neither tissue nor metal is, and float32 stays exact."""
+"""Values above are clipped: not even metal is, and float32 stays exact."""
 
 BLOCK = (64, 256, 256)
 """Blocks of an oblique scan's second interpolation; multiples of the chunks."""
@@ -235,10 +238,10 @@ def convert_into(
 
 
 def write_level0(volume: Volume, scan: Scan) -> None:
-    """Resample a scan to level 0, rounded to whole HU."""
+    """Resample a scan to level 0, rounded to whole HU, nothing below air."""
     level, target = volume.levels[0], volume.grid
     with progress.stage("Reading scan", total=scan.grid.shape[0]) as advance:
-        slabs = (np.clip(slab, -LARGEST_HU, LARGEST_HU) for slab in _told(scan.slabs(), advance))
+        slabs = (np.clip(slab, AIR_HU, LARGEST_HU) for slab in _told(scan.slabs(), advance))
         if scan.grid.axis_permutation() is not None:
             for region, values in resample(slabs, scan.grid, target, CHUNKS):
                 write_region(level, region, _whole(values))

@@ -43,7 +43,12 @@ def distance(a: Any, b: Any) -> float:
 
 
 def squared_distance(a: Any, b: Any) -> int:
-    return sum((int(p) - int(q)) ** 2 for p, q in zip(a, b, strict=True))
+    """Of the closest frames, where keypoints have several."""
+    return min(
+        sum((p - q) ** 2 for p, q in zip(one, other, strict=True))
+        for one in np.atleast_2d(a).tolist()
+        for other in np.atleast_2d(b).tolist()
+    )
 
 
 def nearest(

@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy import ndimage
 
-from kpt_dask import descriptors, scalespace
+from kpt_dask import descriptors, frames, scalespace
 
 Array = NDArray[Any]
 
@@ -33,6 +33,8 @@ class NaiveKeypoints:
         1 for maxima, −1 for minima.
     sums : float array (n, 64)
         Gradient sums, (z bin, y bin, x bin, octant).
+    patch : float array (n, 13, 13, 13)
+        What the sums are taken from.
     edge : float array (n)
         trace³ / det of the structure tensor over the limit; refused from 1 on.
     dogs : float array (5, z, y, x)
@@ -43,6 +45,7 @@ class NaiveKeypoints:
     response: Array
     sign: Array
     sums: Array
+    patch: Array
     edge: Array
     dogs: Array
 
@@ -71,10 +74,17 @@ def next_octave(level: Array, first_octave: bool) -> Array:
     return blur(level, 2 * scalespace.SIGMA0, already)[::2, ::2, ::2]
 
 
-def gaussians(level: Array, first_octave: bool) -> list[Array]:
+def halfway(level: Array) -> Array:
+    """Half the spacing, linear in between."""
+    at = np.meshgrid(*(np.arange(2 * n - 1) / 2 for n in level.shape), indexing="ij")
+    doubled: Array = ndimage.map_coordinates(level.astype(np.float64), at, order=1)
+    return doubled
+
+
+def gaussians(level: Array, first_octave: bool, already: float) -> list[Array]:
     sigmas = [scalespace.SIGMA0 * 2 ** (i / scalespace.LEVELS) for i in range(6)]
     first = level.astype(np.float64)
-    stack = [blur(first, sigmas[0], scalespace.INPUT_SIGMA) if first_octave else first]
+    stack = [blur(first, sigmas[0], already) if first_octave else first]
     for i in range(5):
         stack.append(blur(stack[i], sigmas[i + 1], sigmas[i]))
     return stack
@@ -136,18 +146,89 @@ def gradient_sums(patch: Array) -> tuple[Array, float]:
     return sums.ravel(), float(edge)
 
 
+@dataclass(frozen=True)
+class NaiveFrame:
+    """A local frame, by rows, and the 64 gradient sums along it."""
+
+    axes: Array
+    sums: Array
+
+
+def frames_of(patch: Array) -> list[NaiveFrame]:
+    """All local frames of a 13³ patch, the highest peaks first."""
+    along = np.linspace(-1, 1, descriptors.PATCH)
+    place = np.stack(np.meshgrid(along, along, along, indexing="ij"), -1).reshape(-1, 3)
+    inner = (slice(1, -1),) * 3
+    gradient = np.stack([2 * g[inner].ravel() for g in np.gradient(patch)], axis=-1)
+    kept = ((place**2).sum(axis=1) <= 1 + 1e-9) & gradient.any(axis=1)
+    place, gradient = place[kept], gradient[kept]
+    weight = np.exp(-(place**2).sum(axis=1) / (2 * frames.WINDOW**2))
+    found = []
+    for first in peaks(directions(gradient, weight), frames.PRIMARY):
+        across = gradient - np.outer(gradient @ first, first)
+        for second in peaks(directions(across, weight), frames.SECONDARY):
+            second = second - (second @ first) * first
+            second /= np.linalg.norm(second)
+            axes = np.stack([first, second, np.cross(first, second)])
+            there, turned = place @ axes.T, gradient @ axes.T
+            share = np.stack([np.clip(0.5 - there, 0, 1), np.clip(0.5 + there, 0, 1)])
+            octant = (turned > 0) @ (4, 2, 1)
+            sums = np.zeros((2, 2, 2, 8))
+            for z, y, x in product((0, 1), repeat=3):
+                own = share[z, :, 0] * share[y, :, 1] * share[x, :, 2]
+                own = own * np.linalg.norm(gradient, axis=1)
+                sums[z, y, x] = np.bincount(octant, own, minlength=8)
+            found.append(NaiveFrame(axes, sums.ravel()))
+    return found[: frames.MAX_FRAMES]
+
+
+def directions(vectors: Array, weight: Array) -> Array:
+    """Smoothed histogram of directions on a cubic lattice, by the vectors' weighted lengths."""
+    middle = frames.SIZE // 2
+    length = np.linalg.norm(vectors, axis=1)
+    at = middle + frames.RADIUS * vectors / length[:, None]
+    low = np.floor(at).astype(int)
+    histogram = np.zeros(3 * (frames.SIZE,))
+    for corner in product((0, 1), repeat=3):
+        share = np.where(corner, at - low, 1 - (at - low)).prod(axis=1)
+        np.add.at(histogram, tuple((low + corner).T), share * weight * length)
+    for axis in range(3):
+        histogram = ndimage.correlate1d(histogram, np.array([1, 4, 6, 4, 1]) / 16, axis)
+    return histogram
+
+
+def peaks(histogram: Array, share: float) -> list[Array]:
+    """Directions of the peaks, the highest first."""
+    around = np.ones((3, 3, 3), bool)
+    around[1, 1, 1] = False
+    rivals = ndimage.maximum_filter(histogram, footprint=around)
+    tops = np.argwhere((histogram > rivals) & (histogram >= share * histogram.max()))
+    found = []
+    for top in sorted(tops, key=lambda t: -histogram[tuple(t)]):
+        direction = top - frames.SIZE // 2.0
+        for axis in range(3):
+            before, after = (
+                histogram[tuple(top + d * np.eye(3, dtype=int)[axis])] for d in (-1, 1)
+            )
+            direction[axis] += vertex(before, histogram[tuple(top)], after)
+        found.append(direction / np.linalg.norm(direction))
+    return found
+
+
 def ranks(sums: Array) -> Array:
     order = np.argsort(sums, axis=-1, kind="stable")
     return np.argsort(order, axis=-1, kind="stable").astype(np.uint8)
 
 
-def find(level: Array, first_octave: bool) -> NaiveKeypoints:
-    """Keypoints of the octave that begins with a level of the pyramid."""
-    stack = gaussians(level, first_octave)
+def find(
+    level: Array, first_octave: bool, already: float = scalespace.INPUT_SIGMA
+) -> NaiveKeypoints:
+    """Keypoints of the octave that begins with a level of the pyramid, blurred `already`."""
+    stack = gaussians(level, first_octave, already)
     dogs = np.diff(np.stack(stack), axis=0)
     above, below = margins(dogs)
     voxel = np.argwhere((above > 0) | (below > 0)) + np.array([1, 0, 0, 0])
-    offset, sums, edge = [], [], []
+    offset, sums, patches, edge = [], [], [], []
     for at in voxel:
         shift = []
         for axis in (1, 2, 3, 0):
@@ -159,6 +240,7 @@ def find(level: Array, first_octave: bool) -> NaiveKeypoints:
         one_sums, one_edge = gradient_sums(patch)
         offset.append(shift)
         sums.append(one_sums)
+        patches.append(patch)
         edge.append(one_edge)
     at = (voxel[:, 0] - 1, *voxel[:, 1:].T)
     return NaiveKeypoints(
@@ -167,6 +249,7 @@ def find(level: Array, first_octave: bool) -> NaiveKeypoints:
         dogs[tuple(voxel.T)],
         np.where(above[at] > 0, 1, -1),
         np.array(sums).reshape(-1, 64),
+        np.array(patches),
         np.array(edge),
         dogs,
     )

@@ -15,10 +15,12 @@ from scipy.spatial.distance import cdist
 from atlas_store import (
     AtlasExistsError,
     AtlasIdError,
+    AtlasKeypoints,
     AtlasStore,
     OrganTableError,
     ParameterMismatchError,
     load_organs,
+    read_keypoints,
 )
 from kpt_dask import atlases
 from kpt_dask.atlases import (
@@ -33,6 +35,7 @@ from kpt_dask.errors import GridMismatchError, LabelError, ParameterError, ScanF
 from kpt_dask.grid import Grid
 from kpt_dask.phantom import phantom, write_phantom
 from kpt_dask.scan import scan_name
+from kpt_dask.segmentation import segment
 from kpt_dask.volume import open_volume
 from tests.conftest import BODY, BODY_SPACING
 
@@ -211,6 +214,32 @@ def test_a_store_of_other_parameters_is_refused(tmp_path: Path, small: Path) -> 
         add_atlas(other, small / "s1_ct.nii.gz", small / "s1_seg.nii.gz")
     with pytest.raises(ParameterMismatchError, match="sigma0"):
         add_folder(other, small)
+
+
+def test_the_store_decides_how_keypoints_are_described(
+    tmp_path: Path, small: Path, one_process: Client
+) -> None:
+    """Of its atlases, and of the scans that are segmented from it."""
+    made_with = store_parameters(8.0, descriptor="invariant", finer=True)
+    other = AtlasStore.create(tmp_path / "other", ORGANS, made_with)
+    info = add_atlas(
+        other, small / "s1_ct.nii.gz", small / "s1_seg.nii.gz", atlas_id="s1", client=one_process
+    )
+    assert (info.parameters["descriptor"], info.parameters["finer"]) == ("invariant", True)
+    keypoints = AtlasKeypoints.load(other)
+    assert keypoints.frame.shape == (info.keypoints, 3, 3)
+    assert not (keypoints.frame == np.eye(3)).all(axis=(1, 2)).any()
+    assert keypoints.scale.min() < 8 * 1.6
+    found = segment(small / "s2_ct.nii.gz", other, tmp_path / "o.zarr", client=one_process)
+    scan = read_keypoints(zarr.open_group(found.path / "keypoints", mode="r"))
+    # Every keypoint counts once, in however many frames.
+    assert found.n_keypoints < scan.sizes["keypoint"]
+    assert not (scan.frame.values == np.eye(3)).all(axis=(1, 2)).any()
+
+
+def test_a_store_needs_a_descriptor_that_is_known() -> None:
+    with pytest.raises(ParameterError, match="'round' is unknown; use upright or invariant"):
+        store_parameters(descriptor="round")
 
 
 @pytest.mark.parametrize("spacing", [0.0, -1.0, np.nan, np.inf])

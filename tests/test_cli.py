@@ -61,6 +61,15 @@ def test_help_comes_at_once_and_names_all_commands() -> None:
     assert re.fullmatch(r"kpt-dask \d+\.\d+\.\d+\n", run("--version").stdout)
 
 
+def test_a_store_says_how_its_keypoints_are_described(tmp_path: Path) -> None:
+    run("atlas", "create", tmp_path / "s", "--descriptor", "invariant", "--finer")
+    made_with = AtlasStore.open(tmp_path / "s").parameters
+    assert (made_with["descriptor"], made_with["finer"]) == ("invariant", True)
+    assert "descriptor invariant, finer True" in run("atlas", "info", tmp_path / "s").stdout
+    refused = run("atlas", "create", tmp_path / "t", "--descriptor", "round", code=2)
+    assert "'round'" in refused.stderr
+
+
 def test_a_store_is_made_filled_listed_and_emptied(bodies: Path, tmp_path: Path) -> None:
     store = tmp_path / "my atlases"
     made = run("atlas", "create", store, "--spacing", 8)

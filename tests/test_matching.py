@@ -127,6 +127,38 @@ def test_matches_are_those_of_the_equations(seed: int, n: int, m: int) -> None:
     )
 
 
+def in_frames(rng: np.random.Generator, own: Points) -> tuple[Points, tuple[Any, ...]]:
+    """Give keypoints up to three frames: as the equations see them, and as arrays of frames."""
+    counts = rng.integers(1, 4, own.scale.size)
+    rows = np.repeat(np.arange(own.scale.size), counts)
+    flat = rng.permuted(own.descriptor[rows], axis=1)
+    # The frame that fits need not come first.
+    flat[np.cumsum(counts) - 1 - rng.integers(0, counts)] = own.descriptor
+    frames = np.empty(own.scale.size, object)
+    frames[:] = np.split(flat, np.cumsum(counts)[:-1])
+    points = Points(own.position, own.scale, own.sign, frames, own.label)
+    return points, (own.position[rows], own.scale[rows], own.sign[rows], flat)
+
+
+@given(st.integers(0, 2**32 - 1), st.integers(1, 12), st.integers(1, 12))
+@settings(max_examples=20, deadline=None)
+def test_frames_of_one_keypoint_are_no_rivals(seed: int, n: int, m: int) -> None:
+    """One match for a keypoint, by its closest frame; the second nearest is another keypoint."""
+    rng = np.random.default_rng(seed)
+    own = random_points(rng, n)
+    test, test_arrays = in_frames(rng, own)
+    atlas, atlas_arrays = in_frames(rng, alike(rng, own, m))
+    assume(clear(test, atlas))
+    expected, probability = naive.match_atlas(test, atlas)
+    found = match_atlas(test_arrays, atlas_arrays)
+    first, other = (matching.first_frames(a[0], a[1]) for a in (test_arrays, atlas_arrays))
+    assert (first.size, other.size) == (n, m)
+    assert found.keypoint.tolist() == [first[e.test] for e in expected]
+    assert found.atlas_keypoint.tolist() == [other[e.atlas] for e in expected]
+    assert found.squared_distance.tolist() == [e.squared for e in expected]
+    np.testing.assert_allclose(found.probability, probability, rtol=1e-6, atol=1e-8)
+
+
 def test_all_atlases_at_once(one_process: Client) -> None:
     rng = np.random.default_rng(3)
     test = random_points(rng, 40)

@@ -397,7 +397,9 @@ def refusals(
     empty = folder / "empty"
     if not empty.exists():
         AtlasStore.create(empty, ORGANS, store_parameters(SPACING))
-        AtlasStore.create(folder / "other", ORGANS, store_parameters(SPACING) | {"sigma0": 9})
+        parameters = store_parameters(SPACING)
+        AtlasStore.create(folder / "other", ORGANS, parameters | {"sigma0": 9})
+        AtlasStore.create(folder / "round", ORGANS, parameters | {"descriptor": "round"})
     return {
         "mode": (lambda out: segment(ct, store, out, mode="magic"), ParameterError, "'magic'"),
         "exclude": (lambda out: segment(ct, store, out, exclude=["x"]), ParameterError, "x"),
@@ -408,11 +410,12 @@ def refusals(
         ),
         "empty": (lambda out: segment(ct, empty, out), EmptyStoreError, "no atlas"),
         "other": (lambda out: segment(ct, folder / "other", out), ParameterError, "sigma0"),
+        "round": (lambda out: segment(ct, folder / "round", out), ParameterError, "descriptor"),
         "scan": (lambda out: segment(folder / "x.nii", store, out), ScanNotFoundError, "x.nii"),
     }
 
 
-@pytest.mark.parametrize("what", ["mode", "exclude", "all", "empty", "other", "scan"])
+@pytest.mark.parametrize("what", ["mode", "exclude", "all", "empty", "other", "round", "scan"])
 def test_what_cannot_be_done_is_refused_in_one_sentence(
     folder: Path, tmp_path: Path, ct: Path, store: AtlasStore, what: str
 ) -> None:
