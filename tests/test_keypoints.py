@@ -495,7 +495,7 @@ def test_local_frames_turn_with_the_volume(
     for n, key in enumerate(np.column_stack([there.level, there.index]).tolist()):
         rows_of.setdefault(tuple(key), []).append(n)
     whole = np.flatnonzero(inside(here, crop.shape))
-    missing = swaps = 0
+    missing, apart_ranks = 0, []
     for n in whole:
         expected = here.frame[n] @ turn.T
         ranks = here.descriptor[n]
@@ -507,12 +507,15 @@ def test_local_frames_turn_with_the_volume(
         if apart.min() > 1e-2:
             missing += 1
         else:
-            swaps += bool((there.descriptor[rows[int(apart.argmin())]] != ranks).any())
-    print(f"{whole.size} frames; rounding changes {missing}, and the ranks of {swaps}")
+            other = there.descriptor[rows[int(apart.argmin())]]
+            apart_ranks.append(int(((other.astype(int) - ranks) ** 2).sum()))
+    swaps, worst = np.count_nonzero(apart_ranks), max(apart_ranks)
+    print(f"{whole.size} frames; rounding changes {missing}, the ranks of {swaps}, by ≤ {worst}")
     assert whole.size > 20
     exact = axes == (0, 1, 2)
     assert missing <= (0 if exact else 0.05 * whole.size)
-    assert swaps <= (0.1 if exact else 0.5) * whole.size
+    # Of two descriptors that have nothing in common it is 43 680.
+    assert np.quantile(apart_ranks, 0.9) <= 400
 
 
 @pytest.mark.parametrize("invariant", [False, True])

@@ -57,6 +57,20 @@ def test_padding_is_as_good_as_air(
     assert extract(padded, client=one_process).identical(in_air)
 
 
+def test_the_edge_of_the_padding_attracts_no_keypoints(
+    trunk: nib.Nifti1Image, in_air: xr.Dataset, tmp_path: Path, one_process: Client
+) -> None:
+    """No more lie there than in the whole scan, at the same distance from its axis."""
+    whole = converted(tmp_path, np.asarray(trunk.dataobj), trunk.affine, one_process)
+    on_edge = []
+    for found in (extract(whole, client=one_process), in_air):
+        at = whole.source_grid.to_index(found.position.values)[:, ::-1]
+        away = from_axis(at.T, trunk.shape) - RADIUS
+        on_edge.append(int((np.abs(away) <= found.scale.values).sum()))
+    print(f"{on_edge[1]} keypoints within σ of the padding's edge, {on_edge[0]} in the whole scan")
+    assert on_edge[1] <= on_edge[0]
+
+
 def test_nothing_is_found_where_an_oblique_scan_saw_nothing(
     trunk: nib.Nifti1Image, tmp_path: Path, one_process: Client
 ) -> None:
