@@ -31,6 +31,7 @@ from kpt_dask.pairs import LABELS, SCANS, find_pairs, labelled_organs, open_pair
 from kpt_dask.patches import write_patches
 from kpt_dask.profiles import organ_profiles
 from kpt_dask.scan import Scan, scan_name
+from kpt_dask.surroundings import write_surroundings
 from kpt_dask.volume import convert_into, label_blocks
 
 
@@ -152,6 +153,9 @@ def add_atlas(
                 " store of a smaller spacing."
             )
         write_patches(draft.group, volume.levels[0], voxels, organs, store.organs)
+        write_surroundings(
+            draft.group, volume.levels[0], voxels, organs, float(volume.grid.spacing[0])
+        )
         label = labels_at(keypoints.position.values, voxels, volume.grid)
         z, y, x = volume.grid.spacing.tolist()
         z0, y0, x0 = volume.grid.origin.tolist()

@@ -1,5 +1,6 @@
 """Boxes of voxels: pure functions, half-open, (z, y, x)."""
 
+import math
 from collections.abc import Sequence
 
 from kpt_dask.omezarr import Region
@@ -46,4 +47,66 @@ def slices(box: Box) -> tuple[slice, ...]:
 def shape_of(box: Box) -> tuple[int, int, int]:
     """Voxels along each axis."""
     z, y, x = (b - a for a, b in box)
+    return z, y, x
+
+
+def cut(box: Box, unit: tuple[int, int, int], voxels: float, pieces: int) -> list[Box]:
+    """Cut a box at multiples of a unit, always the largest piece, near its middle.
+
+    Parameters
+    ----------
+    unit : (int, int, int)
+        A piece is never cut but at a multiple of this.
+    voxels : float
+        A piece is cut as long as it has more, if it can be.
+    pieces : int
+        How many there are to be at least, if so many can be.
+
+    Returns
+    -------
+    list of Box
+        Largest first.
+    """
+    whole = [box]
+    done: list[Box] = []
+    while whole:
+        largest = max(whole, key=_size)
+        if _size(largest) <= voxels and len(whole) + len(done) >= pieces:
+            break
+        whole.remove(largest)
+        halves = _halves(largest, unit)
+        if halves:
+            whole += halves
+        else:
+            done.append(largest)
+    return sorted(whole + done, key=_size, reverse=True)
+
+
+def _size(box: Box) -> int:
+    return math.prod(shape_of(box))
+
+
+def _halves(box: Box, unit: tuple[int, int, int]) -> list[Box]:
+    """Cut a box once, as near to the middle of an axis as can be; nothing if it cannot be cut."""
+    best: tuple[float, int, int] | None = None
+    for axis, ((a, b), u) in enumerate(zip(box, unit, strict=True)):
+        at = min(max(round((a + b) / 2 / u) * u, (a // u + 1) * u), (b - 1) // u * u)
+        if a < at < b:
+            share = max(at - a, b - at) / (b - a)
+            best = min(best or (share, axis, at), (share, axis, at))
+    if best is None:
+        return []
+    _, axis, at = best
+    (a, b) = box[axis]
+    low, high = list(box), list(box)
+    low[axis], high[axis] = (a, at), (at, b)
+    return [(low[0], low[1], low[2]), (high[0], high[1], high[2])]
+
+
+def aligned(box: Box, unit: tuple[int, int, int], shape: tuple[int, int, int]) -> Region:
+    """Smallest region of whole units around a box, within an array of a shape."""
+    z, y, x = (
+        slice(a // u * u, min(-(-b // u) * u, n))
+        for (a, b), u, n in zip(box, unit, shape, strict=True)
+    )
     return z, y, x

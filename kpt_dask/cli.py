@@ -166,6 +166,8 @@ def segment(
     Example:
       kpt segment scan.nii.gz atlases scan.zarr --labels organs.nii.gz
     """
+    from dataclasses import asdict
+
     from kpt_dask.segmentation import segment as segment_scan
 
     with working(scheduler) as client:
@@ -187,8 +189,7 @@ def segment(
                 "path": str(found.path),
                 "labels": labels,
                 "mode": mode,
-                "volumes_ml": found.volumes_ml,
-                "votes": found.votes,
+                "organs": {name: asdict(organ) for name, organ in found.organs.items()},
                 "atlases": list(found.atlases),
                 "keypoints": found.n_keypoints,
                 "matches": found.n_matches,
@@ -196,9 +197,21 @@ def segment(
             }
         )
         return
-    organs = table("organ", "volume (mL)", "votes")
-    for name, volume in found.volumes_ml.items():
-        organs.add_row(name, f"{volume:.1f}" if volume else "not found", str(found.votes[name]))
+    organs = table("organ", "volume (mL)", "between", "mean HU", "votes", "confidence", "")
+    for name, organ in found.organs.items():
+        if organ.volume_ml == 0:
+            organs.add_row(name, "not found", "", "", str(organ.votes), "", "")
+            continue
+        low, high = organ.interval_ml
+        organs.add_row(
+            name,
+            f"{organ.volume_ml:.1f}",
+            f"{low:.1f} – {high:.1f}",
+            f"{organ.mean_hu:.0f}",
+            str(organ.votes),
+            f"{organ.confidence:.2f}",
+            "at the border of the scan" if organ.at_border else "",
+        )
     console().print(organs)
     click.echo(
         f"{found.n_keypoints} keypoints, {found.n_matches} matches with {len(found.atlases)}"
@@ -350,7 +363,7 @@ def demo(out: Path, memory: int, scheduler: str | None) -> None:
         shown = demonstration.demo(out, memory=memory, client=client)
     organs = table("organ", "Dice", "volume (mL)")
     for name, score in shown.dice.items():
-        organs.add_row(name, f"{score:.3f}", f"{shown.segmentation.volumes_ml[name]:.0f}")
+        organs.add_row(name, f"{score:.3f}", f"{shown.segmentation.organs[name].volume_ml:.0f}")
     organs.add_section()
     organs.add_row("mean", f"{sum(shown.dice.values()) / len(shown.dice):.3f}", "")
     console().print(organs)

@@ -18,11 +18,11 @@ from atlas_store import Atlas, AtlasStore, OrganTable
 from kpt_dask import cluster, progress
 from kpt_dask.atlases import labels_at
 from kpt_dask.errors import ParameterError
-from kpt_dask.interpolate import labels_onto
 from kpt_dask.keypoints import first_frames
 from kpt_dask.omezarr import open_array, write_label_image
 from kpt_dask.options import DEFAULTS, TransferOptions
 from kpt_dask.pairs import Pair, labelled_organs, open_pair
+from kpt_dask.scan_labels import labels_onto
 from kpt_dask.segmentation import Stations, choose_atlases, segment_volume
 from kpt_dask.volume import Volume, convert_into, label_blocks, open_volume
 
@@ -141,7 +141,9 @@ def evaluate(
                     client=session,
                 )
                 if name in pairs:
-                    results[name] = _evaluate_pair(pairs[name], group, store, way, session)
+                    results[name] = _evaluate_pair(
+                        pairs[name], group, store, way, options.smallest_share(mode), session
+                    )
                 else:
                     results[name] = _evaluate_atlas(store[name], group, way)
             advance(1)
@@ -227,7 +229,12 @@ def _evaluate_atlas(atlas: Atlas, group: zarr.Group, way: Way) -> ScanResult:
 
 
 def _evaluate_pair(
-    pair: Pair, group: zarr.Group, store: AtlasStore, way: Way, client: Client
+    pair: Pair,
+    group: zarr.Group,
+    store: AtlasStore,
+    way: Way,
+    threshold: float,
+    client: Client,
 ) -> ScanResult:
     scan, labels = open_pair(pair.scan, pair.labels)
     organs = store.organs
@@ -240,7 +247,7 @@ def _evaluate_pair(
     blocks = label_blocks(labels, volume)
     reference = write_label_image(group, "reference", blocks, volume.grid, organs)
     inside = labels_at(found.keypoints.position.values, open_array(reference, "0"), volume.grid)
-    actual = labels_onto(found.labels, volume.grid, scan.grid)
+    actual = labels_onto(found.probability, organs.values, threshold, volume.grid, scan.grid)
     scores = dice(_each_plane(labels.label_slabs()), _each_plane(actual), annotated, organs)
     return _result(scores, inside, found, annotated, organs, seconds, total)
 

@@ -4,7 +4,6 @@ Planning (which part of the source a block needs) is a pure function; the kernel
 rest, so the caller reads and writes.
 """
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import product
 from typing import Any
@@ -22,9 +21,6 @@ LABEL_TIE = 1e-5
 
 ROUNDING = 1e-6
 """How much two computations of one index may differ, voxels."""
-
-LABEL_SLAB_VOXELS = 8 << 20
-"""About how many voxels `labels_onto` makes at a time."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -102,31 +98,6 @@ def _numbers(plan: Window, out: NDArray[Any]) -> tuple[Any, Any, Any, Any, Any]:
         plan.affine,
         out,
     )
-
-
-def labels_onto(labels: Any, grid: Grid, target: Grid) -> Iterator[NDArray[Any]]:
-    """Bring a label map onto any other grid, slab by slab, to write it back with a scan.
-
-    Parameters
-    ----------
-    labels : ndarray or zarr.Array (z, y, x), uint8 or uint16
-        Only the part under each slab is read.
-    grid : Grid
-        Its grid.
-    target : Grid
-        The grid to fill, for instance a scan's own; axes in stored order.
-
-    Yields
-    ------
-    slab : ndarray (n, j, i), dtype of `labels`
-        All planes of the target, in order.
-    """
-    planes, height, width = target.shape
-    step = max(1, LABEL_SLAB_VOXELS // (height * width))
-    for first in range(0, planes, step):
-        block = (slice(first, min(first + step, planes)), slice(0, height), slice(0, width))
-        plan = window(grid, target, block)
-        yield interpolate_labels(np.asarray(labels[plan.region]), plan)
 
 
 @kernel

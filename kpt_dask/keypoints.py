@@ -297,13 +297,12 @@ def extract_block(octave: Octave, block: Block, invariant: bool = False) -> Foun
     )
     # The next slab is read while the last one is swept.
     with ThreadPoolExecutor(1) as reader:
-        slabs = [
-            (planes, (y0, y1), (x0, x1)) for planes in _slabs(sweep.first_plane, sweep.last_plane)
-        ]
+        planes = _slabs(sweep.first_plane, sweep.last_plane)
+        slabs = [(slab, *block.read[1:]) for slab in planes]
         ahead = reader.submit(octave.read, slabs[0])
         for following in slabs[1:]:
-            slab, ahead = ahead.result(), reader.submit(octave.read, following)
-            sweep.feed(slab)
+            values, ahead = ahead.result(), reader.submit(octave.read, following)
+            sweep.feed(values)
         sweep.feed(ahead.result())
     found = sweep.finish()
     found.index[:, 1:] += (y0, x0)

@@ -16,17 +16,21 @@ from numpy.typing import NDArray
 
 from atlas_store import Atlas, AtlasStore, OrganTable
 from kpt_dask import cluster
-from kpt_dask.boxes import Box, box_of, enclosing, overlap, shape_of, slices, within
+from kpt_dask.boxes import Box, aligned, cut, enclosing, overlap, shape_of, slices, within
 from kpt_dask.jit import kernel
-from kpt_dask.omezarr import Region, open_array, regions
+from kpt_dask.omezarr import CHUNKS, Region
 from kpt_dask.options import DEFAULTS, TransferOptions
-from kpt_dask.patches import reading
 from kpt_dask.shares import Part, finish_block, intensity_table, run_blocks
+from kpt_dask.surroundings import read_surroundings, surroundings_of
 from kpt_dask.volume import Volume
 from kpt_dask.warps import NODE, Field, by_atlas, fit, join, landing_boxes
 
-BLOCK = (64, 256, 256)
-"""What one task decides at most (z, y, x): whole chunks of the probabilities and the labels."""
+PIECES = 2
+"""Blocks for each thread, so that the threads end at about the same time."""
+VOXEL_BYTES = 32
+"""What a voxel of a block takes, whatever its organs: the scan, a part of one atlas, labels."""
+ORGAN_BYTES = 8
+"""And for each organ: its votes and all votes."""
 
 DESCRIPTION = (
     "share of the votes for the organ at a voxel, among the atlases that annotate the organ; a "
@@ -45,6 +49,7 @@ def transfer(
     probability: zarr.Array[Any],
     *,
     options: TransferOptions = DEFAULTS,
+    memory: int = 1 << 30,
     client: Client | None = None,
 ) -> list[Part]:
     """Fill the probabilities, and decide each voxel's organ.
@@ -53,12 +58,13 @@ def transfer(
 
         Σ_a s_a(x) · g_l(I(x) − I_a(y)) · [S_a(y) = l]  /  Σ_a s_a(x) · g_l(I(x) − I_a(y))
 
-    over the atlases a that annotate the organ and see y = x − u_a(x), the point that the
-    atlas's field moves to x. s_a is the field's support, I_a and S_a are the atlas's image
-    and label map at the voxel nearest to y, and g_l(d) = exp(−d² / 2ν_l²). All matches carry
-    the field, those outside of organs too. A voxel gets the organ with the largest share
-    (ties go to the organ that comes first in the table), or 0 where that is below
-    the threshold. An atlas that does not annotate an organ votes neither for nor against
+    over the atlases a that annotate the organ and hold y = x − u_a(x), the point that the
+    atlas's field moves to x, in the surroundings of their organs (`kpt_dask.surroundings`).
+    s_a is the field's support, I_a and S_a are the atlas's image and label map at the voxel
+    nearest to y, and g_l(d) = exp(−d² / 2ν_l²). All matches carry the field, those outside of
+    organs too. A voxel gets the organ with the largest share (ties go to the organ that comes
+    first in the table), or 0 where that is below the threshold. An atlas that does not
+    annotate an organ, or does not hold the place, votes neither for nor against
     it. Shares are 0 where no atlas's box of the organ, moved by its field, comes within
     `MARGIN`.
 
@@ -74,6 +80,8 @@ def transfer(
         From `kpt_dask.shares.create_probability`.
     options : TransferOptions
         The threshold, ν, σ_x and σ_t.
+    memory : int
+        Bytes that all blocks of a process may take together, down to one chunk a block.
     client : distributed.Client, optional
         Where fields and blocks are computed.
 
@@ -97,13 +105,16 @@ def transfer(
         whole = enclosing([box for box in domains if box is not None])
         fitting = [(*one, grid, whole, widths) for one in own] if whole else []
         fields = dict(cluster.run(session, fit, fitting, "Fitting fields"))
+        workers = session.nthreads().values()
+        room = memory / max(workers) / (VOXEL_BYTES + ORGAN_BYTES * len(organs))
+        pieces = cut(whole, CHUNKS, room, PIECES * sum(workers)) if whole else []
         tasks = []
-        for region in regions(grid.shape, BLOCK):
-            here = [overlap(box, box_of(region)) for box in domains]
+        for piece in pieces:
+            here = [overlap(box, piece) for box in domains]
             box = enclosing([box for box in here if box is not None])
             if box is not None:
                 local = [(a, fields[i].part(box, step)) for i, a in enumerate(atlases)]
-                image = volume.levels[0]
+                image, region = volume.levels[0], aligned(piece, CHUNKS, grid.shape)
                 tasks.append((image, local, here, organs, nus, step, smallest, probability, region))
         return run_blocks(transfer_block, tasks, atlases, session)
 
@@ -142,11 +153,11 @@ def transfer_block(
     for atlas, field in atlases:
         wanted = [(o, box) for o, box in present if organs.names[o] in atlas.annotated]
         box = enclosing([box for _, box in wanted])
-        source = field.part(box, step).source(box, atlas.info.shape) if box else None
+        source = field.part(box, step).source(box, surroundings_of(atlas)) if box else None
         if source is None:
             continue
-        hu, labels = _read(atlas, source)
-        bounds = np.array([[low, n] for (low, _), n in zip(source, atlas.info.shape, strict=True)])
+        hu, labels = read_surroundings(atlas, source)
+        begin = np.array([start for start, _ in source])
         for o, own in wanted:
             corner = np.array([start for start, _ in own])
             accumulate(
@@ -155,7 +166,7 @@ def transfer_block(
                 scan[within(own, whole)],
                 corner,
                 (field.nodes, np.array(field.first), step),
-                (hu, labels, bounds),
+                (hu, labels, begin),
                 organs.values[o],
                 tables[o],
             )
@@ -173,7 +184,7 @@ def accumulate(
     scan: NDArray[np.float32],
     corner: NDArray[np.int64],
     field: tuple[NDArray[np.float32], NDArray[np.int64], float],
-    atlas: tuple[NDArray[np.float32], NDArray[np.uint16], NDArray[np.int64]],
+    atlas: tuple[NDArray[np.int16], NDArray[np.uint16], NDArray[np.int64]],
     value: int,
     table: NDArray[np.float32],
 ) -> None:
@@ -190,15 +201,15 @@ def accumulate(
     field : tuple
         Nodes, first node and step of a `Field`.
     atlas : tuple
-        HU and labels (z, y, x) of a part of the atlas, and per axis the part's first voxel and
-        the atlas's size; beyond its size the atlas has no say.
+        HU and labels (z, y, x) of a part of the atlas, and the part's first voxel; outside of
+        the part the atlas has no say.
     value : int
         Label of the organ.
     table : float32 array
         From `kpt_dask.shares.intensity_table`.
     """
     nodes, first, step = field
-    hu, labels, bounds = atlas
+    hu, labels, begin = atlas
     last = table.size - 1
     half = np.float32(0.5)
     row = np.empty((nodes.shape[2], 4), np.float32)
@@ -233,22 +244,14 @@ def accumulate(
                 k = int(np.floor(np.float32(corner[0] + z) + az + half))
                 j = int(np.floor(np.float32(corner[1] + y) + ay + half))
                 i = int(np.floor(np.float32(corner[2] + x) + ax + half))
+                k -= begin[0]
+                j -= begin[1]
+                i -= begin[2]
                 if k < 0 or j < 0 or i < 0:
                     continue
-                if k >= bounds[0, 1] or j >= bounds[1, 1] or i >= bounds[2, 1]:
+                if k >= hu.shape[0] or j >= hu.shape[1] or i >= hu.shape[2]:
                     continue
-                k -= bounds[0, 0]
-                j -= bounds[1, 0]
-                i -= bounds[2, 0]
-                w = support * table[min(int(abs(scan[z, y, x] - hu[k, j, i])), last)]
+                w = support * table[min(int(abs(scan[z, y, x] - np.float32(hu[k, j, i]))), last)]
                 totals[z, y, x] += w
                 if labels[k, j, i] == value:
                     votes[z, y, x] += w
-
-
-def _read(atlas: Atlas, box: Box) -> tuple[NDArray[np.float32], NDArray[np.uint16]]:
-    """Read a box of an atlas's image and label map."""
-    with reading(atlas, "image or labels"):
-        image = open_array(atlas.group, "image/0")
-        hu = np.asarray(image[slices(box)], np.float32)
-        return hu, np.asarray(atlas.labels[slices(box)]).astype(np.uint16)

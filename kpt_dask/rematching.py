@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from atlas_store import AtlasKeypoints
 from kpt_dask import cluster
 from kpt_dask.fields import Widths, regress
-from kpt_dask.matching import Arrays, Keypoints, distances, two_nearest
+from kpt_dask.matching import Arrays, Keypoints, describe, distances, two_nearest
 from kpt_dask.options import SIGMA_T, SIGMA_X
 
 RADIUS = 15.0

@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, cast
@@ -12,17 +12,18 @@ import xarray as xr
 import zarr
 from distributed import Client
 
-from atlas_store import AtlasKeypoints, AtlasStore, EmptyStoreError, OrganTable, write_keypoints
+from atlas_store import AtlasKeypoints, AtlasStore, EmptyStoreError, write_keypoints
 from kpt_dask import cluster, local
 from kpt_dask.errors import ParameterError
-from kpt_dask.interpolate import labels_onto
 from kpt_dask.keypoints import CHOICES, PARAMETERS, extract, first_frames
 from kpt_dask.matching import match
+from kpt_dask.measures import OrganMeasures, measure, organ_measures
 from kpt_dask.omezarr import open_array, write_label_image
 from kpt_dask.options import DEFAULTS, TransferOptions
 from kpt_dask.output import check_absent, replacing
 from kpt_dask.rematching import rematch
 from kpt_dask.scan import open_scan, write_labels
+from kpt_dask.scan_labels import labels_onto
 from kpt_dask.shares import create_probability
 from kpt_dask.transfer import transfer
 from kpt_dask.volume import Volume, convert_into, open_volume
@@ -42,15 +43,18 @@ class Stations:
         From `kpt_dask.extract`, `kpt_dask.match` and `kpt_dask.vote`.
     labels : zarr.Array
         The label map on the working grid, (z, y, x).
-    voxels : mapping of str to int
-        Voxels of each organ on the working grid.
+    probability : zarr.Array
+        The organs' shares on the working grid, (organ, z, y, x).
+    organs : mapping of str to OrganMeasures
+        What was found of each organ, in the order of the table.
     """
 
     keypoints: xr.Dataset
     matches: xr.Dataset
     votes: xr.Dataset
     labels: "zarr.Array[Any]"
-    voxels: Mapping[str, int]
+    probability: "zarr.Array[Any]"
+    organs: Mapping[str, OrganMeasures]
 
 
 @dataclass(frozen=True, eq=False)
@@ -62,10 +66,8 @@ class Segmentation:
     path : Path
         The OME-Zarr output: the scan, ``labels/organs``, ``probability``, ``keypoints``,
         ``matches``, ``votes``, and its provenance as attribute ``kpt``.
-    volumes_ml : dict of str to float
-        Volume of each organ, mL.
-    votes : dict of str to int
-        Test keypoints whose matches voted for each organ.
+    organs : mapping of str to OrganMeasures
+        What was found of each organ, in the order of the organ table.
     atlases : tuple of str
         The atlases that were used.
     n_keypoints, n_matches : int
@@ -75,8 +77,7 @@ class Segmentation:
     """
 
     path: Path
-    volumes_ml: dict[str, float]
-    votes: dict[str, int]
+    organs: Mapping[str, OrganMeasures]
     atlases: tuple[str, ...]
     n_keypoints: int
     n_matches: int
@@ -146,8 +147,7 @@ def segment(
         )
         finished = Segmentation(
             path=target,
-            volumes_ml={n: v * volume.grid.voxel_volume / 1000 for n, v in found.voxels.items()},
-            votes=_votes(found.votes, store.organs),
+            organs=found.organs,
             atlases=used,
             n_keypoints=first_frames(
                 found.keypoints.position.values, found.keypoints.scale.values
@@ -157,7 +157,13 @@ def segment(
         )
         _keep(group, found, finished, mode, options, store)
         if labels is not None:
-            slabs = labels_onto(found.labels, volume.grid, source.grid)
+            slabs = labels_onto(
+                found.probability,
+                store.organs.values,
+                options.smallest_share(mode),
+                volume.grid,
+                source.grid,
+            )
             write_labels(labels, source, slabs, overwrite=overwrite)
     return finished
 
@@ -199,6 +205,7 @@ def segment_volume(
             nearer,
             probability,
             options=options,
+            memory=memory,
             client=client,
         )
     else:
@@ -214,17 +221,13 @@ def segment_volume(
             options=options,
             client=client,
         )
-    labels = write_label_image(group, "organs", parts, volume.grid, store.organs)
-    voxels = np.zeros(max(store.organs.values) + 1, np.int64)
-    for _, part in parts:
-        voxels += np.bincount(part.ravel(), minlength=voxels.size)
-    return Stations(
-        keypoints,
-        matches,
-        votes,
-        open_array(labels, "0"),
-        {organ.name: int(voxels[organ.value]) for organ in store.organs},
-    )
+    label_image = write_label_image(group, "organs", parts, volume.grid, store.organs)
+    labels = open_array(label_image, "0")
+    blocks = [region for region, _ in parts]
+    tally = measure(volume.levels[0], labels, probability, blocks, store.organs, client=client)
+    smallest = options.smallest_share(mode)
+    organs = organ_measures(tally, store.organs, volume.grid, smallest, keypoints, votes)
+    return Stations(keypoints, matches, votes, labels, probability, organs)
 
 
 def choose_atlases(store: AtlasStore, exclude: Sequence[str]) -> tuple[str, ...]:
@@ -286,10 +289,6 @@ def open_probability(path: str | Path) -> xr.DataArray:
     )
 
 
-def _votes(votes: xr.Dataset, organs: OrganTable) -> dict[str, int]:
-    return {organ.name: int((votes.label.values == organ.value).sum()) for organ in organs}
-
-
 def _keep(
     group: zarr.Group,
     found: Stations,
@@ -318,8 +317,7 @@ def _keep(
                     "transfer": options.to_json(mode, store.organs),
                     "parameters": dict(store.parameters),
                     "atlases": list(finished.atlases),
-                    "volumes_ml": finished.volumes_ml,
-                    "votes": finished.votes,
+                    "organs": {name: asdict(organ) for name, organ in finished.organs.items()},
                     "versions": {name: version(name) for name in libraries},
                 },
             }

@@ -13,7 +13,7 @@ import xarray as xr
 from numpy.typing import NDArray
 
 from atlas_store import Atlas, OrganTable
-from kpt_dask.boxes import Box, enclosing
+from kpt_dask.boxes import Box, enclosing, overlap
 from kpt_dask.fields import Widths, regress
 from kpt_dask.grid import Grid
 
@@ -60,17 +60,14 @@ class Field:
         cut = tuple(slice(a - f, b - f) for a, b, f in zip(low, high, self.first, strict=True))
         return Field(low, self.nodes[cut])
 
-    def source(self, box: Box, shape: tuple[int, int, int]) -> Box | None:
-        """Find the atlas's voxels, of `shape`, that the field can bring to `box`, if any."""
-        ends = []
-        for axis, (start, stop) in enumerate(box):
-            shift = self.nodes[..., axis]
-            low = max(int(np.floor(start + shift.min() - 1)), 0)
-            high = min(int(np.ceil(stop + shift.max() + 1)), shape[axis])
-            if low >= high:
-                return None
-            ends.append((low, high))
-        return ends[0], ends[1], ends[2]
+    def source(self, box: Box, held: Box) -> Box | None:
+        """Find the atlas's voxels, of those `held`, that the field can bring to `box`, if any."""
+        shifts = (self.nodes[..., axis] for axis in range(3))
+        z, y, x = (
+            (int(np.floor(a + shift.min() - 1)), int(np.ceil(b + shift.max() + 1)))
+            for (a, b), shift in zip(box, shifts, strict=True)
+        )
+        return overlap((z, y, x), held)
 
 
 def lattice(box: Box, step: float) -> tuple[tuple[int, int, int], tuple[int, int, int]]:

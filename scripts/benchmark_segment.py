@@ -28,12 +28,12 @@ import zarr
 from atlas_store import AtlasKeypoints, AtlasStore, load_organs, write_keypoints
 from kpt_dask import cluster, demo
 from kpt_dask.atlases import add_atlas, store_parameters
-from kpt_dask.interpolate import labels_onto
 from kpt_dask.keypoints import extract
 from kpt_dask.matching import match
-from kpt_dask.omezarr import open_array, write_label_image
+from kpt_dask.omezarr import write_label_image
 from kpt_dask.phantom import write_phantom
 from kpt_dask.scan import open_scan, write_labels
+from kpt_dask.scan_labels import labels_onto
 from kpt_dask.shares import create_probability
 from kpt_dask.transfer import transfer
 from kpt_dask.volume import convert_into
@@ -185,11 +185,11 @@ def stations(scan: Path, store_path: Path, out: Path) -> dict[str, dict[str, flo
                 volume, store, used, keypoints, matches, votes, probability, client=client
             )
         with watched(figures, "write", base):
-            image = write_label_image(group, "organs", parts, volume.grid, store.organs)
+            write_label_image(group, "organs", parts, volume.grid, store.organs)
             write_keypoints(group.create_group("keypoints"), keypoints)
             for name, table in (("matches", matches), ("votes", votes.drop_vars("organ"))):
                 table.to_zarr(group.store, group=name, zarr_format=3, consolidated=False)
-            slabs = labels_onto(open_array(image, "0"), volume.grid, source.grid)
+            slabs = labels_onto(probability, store.organs.values, 0.15, volume.grid, source.grid)
             write_labels(out.with_suffix(".nii.gz"), source, slabs)
     return figures
 

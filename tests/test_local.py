@@ -15,9 +15,10 @@ from kpt_dask import local as module
 from kpt_dask import shares as share_module
 from kpt_dask.atlases import add_atlas, store_parameters
 from kpt_dask.local import transfer
-from kpt_dask.omezarr import write_label_image
+from kpt_dask.omezarr import open_array, write_label_image
 from kpt_dask.segmentation import segment
 from kpt_dask.shares import create_probability
+from kpt_dask.surroundings import write_surroundings
 from kpt_dask.volume import Volume
 from tests import naive_local
 from tests.naive import AnnotatedImage
@@ -43,8 +44,10 @@ def make_store(path: Path, atlases: Sequence[AnnotatedImage]) -> AtlasStore:
         with made.draft(f"a{i}", {}) as draft:
             image = draft.group.create_group("image")
             volume = volume_of(image, atlas)
-            write_label_image(image, "organs", atlas.labels, volume.grid, ORGANS)
+            made_labels = write_label_image(image, "organs", atlas.labels, volume.grid, ORGANS)
             found = extents(atlas.labels)
+            labels = open_array(made_labels, "0")
+            write_surroundings(draft.group, volume.levels[0], labels, found, SPACING)
             draft.commit(
                 no_keypoints(),
                 annotated=list(found),
@@ -139,12 +142,12 @@ def test_shares_are_what_the_equations_say(whole: tuple[Array, Array]) -> None:
 
 
 @pytest.mark.parametrize(
-    ("block", "chunks"),
+    ("block", "pieces", "chunks"),
     [
-        ((8, 8, 8), (8, 8, 8)),
-        ((8, 12, 10), (4, 6, 5)),
-        ((1, 128, 128), (1, 64, 64)),
-        ((128, 9, 128), (64, 3, 64)),
+        ((8, 8, 8), 50, (8, 8, 8)),
+        ((8, 12, 10), 7, (4, 6, 5)),
+        ((1, 128, 128), 1000, (1, 64, 64)),
+        ((128, 9, 128), 3, (64, 3, 64)),
     ],
 )
 def test_blocks_give_what_the_whole_gives(
@@ -155,9 +158,11 @@ def test_blocks_give_what_the_whole_gives(
     one_process: Client,
     whole: tuple[Array, Array],
     block: tuple[int, ...],
+    pieces: int,
     chunks: tuple[int, ...],
 ) -> None:
-    monkeypatch.setattr(module, "BLOCK", block)
+    monkeypatch.setattr(module, "CHUNKS", block)
+    monkeypatch.setattr(module, "PIECES", pieces)
     monkeypatch.setattr(share_module, "CHUNKS", chunks)
     found, labels = run(volume, store, MATCHES, tmp_path / "blocks", one_process)
     np.testing.assert_array_equal(found.view(np.uint32), whole[0].view(np.uint32))

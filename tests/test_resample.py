@@ -10,7 +10,7 @@ from scipy.spatial.transform import Rotation
 
 from kpt_dask.axes import Orientation, along_own_axes, axis_table
 from kpt_dask.grid import Grid
-from kpt_dask.interpolate import interpolate, interpolate_labels, labels_onto, window
+from kpt_dask.interpolate import interpolate, interpolate_labels, window
 from kpt_dask.resample import resample, resample_labels
 
 WHOLE = (10**6, 10**6, 10**6)
@@ -303,35 +303,6 @@ def test_labels_are_not_mixed_into_others() -> None:
     source = grid_of(labels.shape, (1.0, 1.0, 1.0))
     out = run_labels(labels, source, source.working(0.7))
     assert set(np.unique(out)) == {0, 2, 600}
-
-
-@given(sizes, orientations)
-@quick
-def test_labels_come_back_on_a_grid_stored_in_any_order(shape: tuple[int, ...], turn: Any) -> None:
-    labels, grid = blobs(shape), grid_of(shape, (2.0, 2.0, 2.0))
-    other, target = stored(labels, grid, turn)
-    np.testing.assert_array_equal(np.concatenate(list(labels_onto(labels, grid, target))), other)
-
-
-def test_labels_onto_a_finer_grid_equal_the_reference() -> None:
-    labels, grid = blobs((12, 11, 10)), grid_of((12, 11, 10), (2.0, 2.0, 2.0))
-    target = tilted((20, 21, 19), (1.1, 0.9, 1.2), 25)
-    target.affine[:3, 3] = grid.to_mm([1, 1, 1])
-    index = grid.to_index(target.to_mm(np.moveaxis(np.indices(target.shape), 0, -1)))
-    outside = ((index < -1) | (index > np.array(grid.shape))).any(axis=-1)
-    places = np.moveaxis(index, -1, 0)
-    weights = np.stack(
-        [
-            ndimage.map_coordinates((labels == v).astype(float), places, order=1, mode="nearest")
-            for v in np.unique(labels)
-        ]
-    )
-    ordered = np.sort(weights, axis=0)
-    clear = (ordered[-1] - ordered[-2] > 1e-4) | outside
-    expected = np.where(outside, 0, np.unique(labels)[weights.argmax(axis=0)])
-    assert outside.any()
-    out = np.concatenate(list(labels_onto(labels, grid, target)))
-    np.testing.assert_array_equal(out[clear], expected[clear])
 
 
 def test_orientation_of_a_nearly_aligned_grid_ignores_the_tilt() -> None:
