@@ -168,8 +168,11 @@ def test_segment(bodies: Path, body_store: AtlasStore, tmp_path: Path) -> None:
 
     told = answer("segment", scan, body_store.url, out, "--exclude", "body_1", "--overwrite")
     assert told["atlases"] == ["body_2", "body_3"]
-    assert set(told["volumes_ml"]) == set(told["votes"]) == set(load_organs().names)
-    assert told["keypoints"] > told["votes"]["liver"] > 0
+    assert list(told["organs"]) == list(load_organs().names)
+    liver_measures = told["organs"]["liver"]
+    assert told["keypoints"] > liver_measures["votes"] > 0
+    assert liver_measures["interval_ml"][0] <= liver_measures["volume_ml"]
+    assert 0 < liver_measures["confidence"] <= 1
 
 
 def test_evaluate(bodies: Path, body_store: AtlasStore, tmp_path: Path) -> None:

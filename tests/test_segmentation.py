@@ -1,6 +1,7 @@
 import json
 import shutil
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -102,16 +103,17 @@ def test_organs_are_found(plain: Segmentation, truth: Array) -> None:
 def test_what_is_told_is_what_is_there(plain: Segmentation) -> None:
     labels = label_map(plain.path)
     assert plain.atlases == ATLASES
-    assert list(plain.volumes_ml) == list(ORGANS.names)
+    assert list(plain.organs) == list(ORGANS.names)
     for organ in ORGANS:
         expected = (labels == organ.value).sum() * SPACING**3 / 1000
-        assert plain.volumes_ml[organ.name] == pytest.approx(expected)
+        assert plain.organs[organ.name].volume_ml == pytest.approx(expected)
     group = zarr.open_group(str(plain.path), mode="r")
     keypoints = read_keypoints(group["keypoints"])  # type: ignore[arg-type]
     assert keypoints.sizes["keypoint"] == plain.n_keypoints > 20
     assert group["matches/keypoint"].shape == (plain.n_matches,)  # type: ignore[union-attr]
     votes = np.asarray(group["votes/label"][...])  # type: ignore[index]
-    assert plain.votes == {o.name: int((votes == o.value).sum()) for o in ORGANS}
+    for organ in ORGANS:
+        assert plain.organs[organ.name].votes == (votes == organ.value).sum()
     assert plain.seconds > 0
 
 
@@ -152,14 +154,14 @@ def test_provenance(plain: Segmentation) -> None:
     assert said["transfer"]["threshold"] == MODES["local"].threshold
     assert set(said["transfer"]["nu"]) == set(ORGANS.names)
     assert said["atlases"] == list(ATLASES)
-    assert said["volumes_ml"] == plain.volumes_ml
-    assert said["votes"] == plain.votes
+    told = {name: asdict(organ) for name, organ in plain.organs.items()}
+    assert said["organs"] == json.loads(json.dumps(told))
     assert said["parameters"]["sigma0"] == 1.6
     assert {"dask", "numba", "numpy", "zarr"} <= set(said["versions"])
-    for name in ("keypoints", "matches", "votes"):
+    for name, revision in (("keypoints", "2"), ("matches", "1"), ("votes", "1")):
         attributes = dict(group[name].attrs)
         assert attributes["encoding-type"] == f"kpt-{name}"
-        assert attributes["encoding-version"] == "1"
+        assert attributes["encoding-version"] == revision
     assert group["votes"].attrs["organs"] == list(ORGANS.names)
     # Neither where the files lay nor who ran it is anybody else's business.
     assert str(plain.path.parent) not in json.dumps(kpt)
@@ -435,4 +437,4 @@ def test_a_scan_without_any_keypoint_is_background(
     assert (found.n_keypoints, found.n_matches) == (0, 0)
     assert not label_map(found.path).any()
     assert not found.open_probability().values.any()
-    assert set(found.volumes_ml.values()) == {0}
+    assert {organ.volume_ml for organ in found.organs.values()} == {0}
