@@ -1,6 +1,6 @@
 """How far keypoints of an atlas lie from its organs.
 
-Measured on the organs' patches when it is asked for, so that nothing more need be stored.
+Measured on its label map when it is asked for, so that nothing more need be stored.
 """
 
 import numpy as np
@@ -8,8 +8,9 @@ from numpy.typing import NDArray
 from scipy.spatial import cKDTree
 
 from atlas_store import Atlas, OrganTable
+from kpt_dask.boxes import Box, enclosing, slices, within
 from kpt_dask.jit import kernel
-from kpt_dask.patches import OUTSIDE, read_patch
+from kpt_dask.patches import reading
 
 REACH = 4.0
 """Standard deviations ρ beyond which a match has no say: it would weigh less than 0.0004."""
@@ -38,50 +39,59 @@ def organ_distances(
     Raises
     ------
     StoreFormatError
-        If an organ is not there or damaged.
+        If the label map is not there or damaged.
     """
     found = np.full((len(points), len(organs)), np.inf, np.float32)
     spacing = np.array(atlas.info.spacing)
     voxel = (points.astype(np.float64) - atlas.info.origin) / spacing
+    near: dict[int, tuple[Box, NDArray[np.int64]]] = {}
     for o, name in enumerate(organs.names):
-        if name not in atlas.organs:
-            continue
-        low, high = np.array(atlas.organs[name].bounding_box).T
-        outside = np.maximum(np.maximum(low - voxel, voxel - (high - 1)), 0) * spacing
-        near = np.flatnonzero(np.linalg.norm(outside, axis=1) < reach)
-        if near.size:
-            patch = read_patch(atlas, name, tuple(slice(0, n) for n in high - low))
-            at = voxel[near] - low
-            tree = cKDTree(surface(patch) * spacing)
-            distance = np.asarray(tree.query(at * spacing, distance_upper_bound=reach)[0])
-            voxels = np.floor(at + 0.5).astype(np.int64)
-            boxed = np.flatnonzero(((voxels >= 0) & (voxels < high - low)).all(axis=1))
-            distance[boxed[patch[tuple(voxels[boxed].T)] != OUTSIDE]] = 0
-            found[near, o] = distance
+        if name in atlas.organs:
+            box = atlas.organs[name].bounding_box
+            low, high = np.array(box).T
+            outside = np.maximum(np.maximum(low - voxel, voxel - (high - 1)), 0) * spacing
+            own = np.flatnonzero(np.linalg.norm(outside, axis=1) < reach)
+            if own.size:
+                near[o] = box, own
+    whole = enclosing([box for box, _ in near.values()])
+    if whole is None:
+        return found
+    # One read for all organs: many small ones would take longer than the distances.
+    with reading(atlas, "labels"):
+        labels = np.asarray(atlas.labels[slices(whole)])
+    for o, (box, own) in near.items():
+        organ = labels[within(box, whole)] == organs.values[o]
+        at = voxel[own] - [start for start, _ in box]
+        tree = cKDTree(surface(organ) * spacing)
+        distance = np.asarray(tree.query(at * spacing, distance_upper_bound=reach)[0])
+        voxels = np.floor(at + 0.5).astype(np.int64)
+        boxed = np.flatnonzero(((voxels >= 0) & (voxels < organ.shape)).all(axis=1))
+        distance[boxed[organ[tuple(voxels[boxed].T)]]] = 0
+        found[own, o] = distance
     return found
 
 
 @kernel
-def surface(patch: NDArray[np.int16]) -> NDArray[np.int64]:
-    """Voxels (n, 3) of a patch that have a neighbour, across a face, outside of the organ."""
-    out = np.empty((np.count_nonzero(patch != OUTSIDE), 3), np.int64)
-    depth, height, width = patch.shape
+def surface(organ: NDArray[np.bool_]) -> NDArray[np.int64]:
+    """Voxels (n, 3) of an organ (z, y, x) that have a neighbour, across a face, outside of it."""
+    out = np.empty((np.count_nonzero(organ), 3), np.int64)
+    depth, height, width = organ.shape
     n = 0
     for z in range(depth):
         for y in range(height):
             for x in range(width):
-                if patch[z, y, x] == OUTSIDE:
+                if not organ[z, y, x]:
                     continue
                 edge = z == 0 or y == 0 or x == 0
                 edge = edge or z == depth - 1 or y == height - 1 or x == width - 1
                 if (
                     edge
-                    or patch[z - 1, y, x] == OUTSIDE
-                    or patch[z + 1, y, x] == OUTSIDE
-                    or patch[z, y - 1, x] == OUTSIDE
-                    or patch[z, y + 1, x] == OUTSIDE
-                    or patch[z, y, x - 1] == OUTSIDE
-                    or patch[z, y, x + 1] == OUTSIDE
+                    or not organ[z - 1, y, x]
+                    or not organ[z + 1, y, x]
+                    or not organ[z, y - 1, x]
+                    or not organ[z, y + 1, x]
+                    or not organ[z, y, x - 1]
+                    or not organ[z, y, x + 1]
                 ):
                     out[n, 0] = z
                     out[n, 1] = y

@@ -234,7 +234,9 @@ def test_an_affine_moves_what_a_translation_cannot() -> None:
 def test_distances_are_to_the_nearest_voxel(store: AtlasStore) -> None:
     rng = np.random.default_rng(0)
     for a, atlas in enumerate(ATLASES):
-        points = np.float32(atlas.origin + SPACING * rng.uniform(-5, 25, (60, 3)))
+        inside = np.argwhere(atlas.labels)[::20] + rng.uniform(-0.7, 0.7, (1, 3))
+        voxels = np.concatenate([inside, rng.uniform(-5, 25, (40, 3))])
+        points = np.float32(atlas.origin + SPACING * voxels)
         found = organ_distances(store[f"a{a}"], points, ORGANS, 20.0)
         for i, point in enumerate(points.astype(float)):
             for o, value in enumerate(ORGANS.values):
