@@ -75,7 +75,7 @@ def segmentation(monkeypatch: pytest.MonkeyPatch) -> list[Path]:
         store: str,
         out: Path,
         *,
-        mode: str,
+        mode: str = "local",
         labels: Path,
         overwrite: bool,
         client: Client,
@@ -287,7 +287,7 @@ def test_job_segments_with_workers_of_its_own(
     assert "1 of 2 scans failed" in result.output
     assert "bad.nii.gz is not a NIfTI file." in result.output
     *rest, answers = (out / "my scan.nii.gz").read_text().split()
-    assert rest == [str(store), "organ"]
+    assert rest == [str(store), "local"]
     assert answers == "8"
     assert len([job for job in slurm.iterdir() if job.suffix != ".log"]) == 2
 
