@@ -514,8 +514,10 @@ def test_local_frames_turn_with_the_volume(
     assert whole.size > 20
     exact = axes == (0, 1, 2)
     assert missing <= (0 if exact else 0.05 * whole.size)
-    # Of two descriptors that have nothing in common it is 43 680.
-    assert np.quantile(apart_ranks, 0.9) <= 400
+    # Mirroring turns the order of empty bins around, which are ties; of two descriptors that
+    # have nothing in common it is 43 680.
+    assert swaps <= (whole.size if mirrored else 0.05 * whole.size)
+    assert worst <= 1000
 
 
 @pytest.mark.parametrize("invariant", [False, True])
