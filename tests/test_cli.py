@@ -65,7 +65,9 @@ def test_a_store_says_how_its_keypoints_are_described(tmp_path: Path) -> None:
     run("atlas", "create", tmp_path / "s", "--descriptor", "invariant", "--finer")
     made_with = AtlasStore.open(tmp_path / "s").parameters
     assert (made_with["descriptor"], made_with["finer"]) == ("invariant", True)
-    assert "descriptor invariant, finer True" in run("atlas", "info", tmp_path / "s").stdout
+    shown = run("atlas", "info", tmp_path / "s").stdout
+    assert "descriptor invariant" in shown
+    assert "finer True" in shown
     refused = run("atlas", "create", tmp_path / "t", "--descriptor", "round", code=2)
     assert "'round'" in refused.stderr
 
