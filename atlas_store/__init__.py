@@ -1,6 +1,7 @@
 """A store of annotated atlases: add one by one, read lazily, lose none."""
 
 from atlas_store.atlas import Atlas
+from atlas_store.atlas_keypoints import AtlasKeypoints
 from atlas_store.draft import Draft
 from atlas_store.errors import (
     AtlasExistsError,
@@ -15,7 +16,6 @@ from atlas_store.errors import (
     StoreFormatError,
     StoreNotFoundError,
 )
-from atlas_store.index import AtlasKeypoints
 from atlas_store.info import AtlasInfo, OrganInfo
 from atlas_store.keypoints import read_keypoints, write_keypoints
 from atlas_store.organs import Organ, OrganTable, load_organs

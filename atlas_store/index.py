@@ -1,98 +1,299 @@
-"""The keypoints of many atlases in memory, ready to be searched atlas by atlas."""
+"""Which atlases have keypoints like those of a scan: an index over the organs' descriptors.
 
-from collections.abc import Iterable
+Derived data. It is made from a store's keypoints when it is opened, kept as a few segments in
+the user's own cache, and joined as it grows (`atlas_store.segments`). Nothing of it lies in
+the store, so that a store cannot run code and adding an atlas writes nothing shared.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Self
+from pathlib import Path
+from typing import Any, Self
 
 import numpy as np
 from numpy.typing import NDArray
 
-from atlas_store.atlas import Atlas
-from atlas_store.errors import EmptyStoreError
-from atlas_store.keypoints import VARIABLES
+from atlas_store.cache import forget, index_folder, keep, recall
+from atlas_store.errors import AtlasNotFoundError
+from atlas_store.segments import Pairs, Segment, Side, merges
 from atlas_store.store import AtlasStore
 
+MODES = ("auto", "pynndescent", "exact")
+"""Ways to search: `auto` asks pynndescent where a segment is so large that it pays."""
+LISTED_ATLASES = 32
+"""For each keypoint of a scan, the atlases with the nearest keypoints that a query gives."""
+
+_Columns = dict[str, NDArray[Any]]
+_LAST = np.int64(1) << 62
+
 _THREADS = 4
-"""Readers at once; they help where reading means waiting, on a network or object store."""
+_BATCH = 4096
+"""Atlases read before their keypoints are joined."""
 
 
 @dataclass(frozen=True, eq=False)
-class AtlasKeypoints:
-    """Keypoints of A atlases, N in all, one atlas after the other.
+class Neighbours:
+    """What atlases have nearest to each of n keypoints; k at most for each.
 
     Attributes
     ----------
-    ids : tuple of str
-        The atlases, in the order asked for.
-    offsets : ndarray, shape (A + 1,), int64
-        The keypoints of atlas i are ``offsets[i]`` to ``offsets[i + 1]``.
-    position : ndarray, shape (N, 3), float32
-        (z, y, x) in mm, in the world of its atlas.
-    scale : ndarray, shape (N,), float32
-        mm.
-    sign : ndarray, shape (N,), int8
-        Sign of the extremum, -1 or 1.
-    response : ndarray, shape (N,), float32
-        HU.
-    descriptor : ndarray, shape (N, 64), uint8
-        Ranks 0 to 63.
-    frame : ndarray, shape (N, 3, 3), float32
-        The axes of the descriptor, (z, y, x), as rows; a keypoint comes once in each of its
-        frames, one after the other.
-    octave : ndarray, shape (N,), uint8
-        Octave of the scale space.
-    label : ndarray, shape (N,), uint16
-        Label value of the organ it lies in, 0 for none.
+    atlas : ndarray (n, k), int64
+        Index of the atlas in the ids that were asked for, nearest first; -1 for none.
+    keypoint : ndarray (n, k), int64
+        Which keypoint of that atlas is the nearest of those in an organ whose sign and scale
+        fit (eq. 2).
+    label : ndarray (n, k), uint16
+        Label value of its organ; 0 for none.
+    position : ndarray (n, k, 3), float32
+        Its position, (z, y, x) in mm.
+    first, second : ndarray (n, k), float32
+        Squared distances of the descriptors of the nearest and the second nearest of them,
+        both exact; infinite for none.
     """
 
-    ids: tuple[str, ...]
-    offsets: NDArray[np.int64]
-    position: NDArray[np.float32]
-    scale: NDArray[np.float32]
-    sign: NDArray[np.int8]
-    response: NDArray[np.float32]
-    descriptor: NDArray[np.uint8]
-    frame: NDArray[np.float32]
-    octave: NDArray[np.uint8]
+    atlas: NDArray[np.int64]
+    keypoint: NDArray[np.int64]
     label: NDArray[np.uint16]
+    position: NDArray[np.float32]
+    first: NDArray[np.float32]
+    second: NDArray[np.float32]
+
+
+class OrganIndex:
+    """An index over the keypoints that lie in organs, of all atlases of a store.
+
+    `open` it anew to see what was added, replaced or removed since.
+
+    Attributes
+    ----------
+    mode : str
+        One of `MODES`.
+    segments : tuple of Segment
+        Each atlas is in one of them.
+    """
+
+    def __init__(
+        self, segments: Sequence[Segment], uuids: Mapping[str, str], mode: str, folder: Path
+    ) -> None:
+        self.segments = tuple(segments)
+        self.mode = mode
+        self._uuids = uuids
+        self._folder = folder
 
     @classmethod
-    def load(cls, store: AtlasStore, ids: Iterable[str] | None = None) -> Self:
-        """Load the keypoints of some atlases of a store.
+    def open(cls, store: AtlasStore, mode: str = "auto") -> Self:
+        """Bring what the user's cache holds of this store's index up to date.
 
-        Parameters
-        ----------
-        store : AtlasStore
-            Where they are.
-        ids : iterable of str, optional
-            Which atlases, in which order; all, in natural order, if not given.
+        Only atlases that the cache does not know are read from the store.
 
         Raises
         ------
-        EmptyStoreError
-            If there is no atlas to load.
-        AtlasNotFoundError
-            If an atlas is not there, or was removed meanwhile.
+        ValueError
+            If the mode is unknown.
         KeypointsFormatError
-            If keypoints are damaged.
+            If an atlas is damaged.
         """
-        atlases = store.atlases(ids)
-        if not atlases:
-            raise EmptyStoreError(f"{store.url} has no atlas to use: add one.")
-        with ThreadPoolExecutor(_THREADS) as threads:
-            loaded = list(threads.map(Atlas.keypoint_arrays, atlases))
-        counts = [len(arrays["label"]) for arrays in loaded]
-        return cls(
-            ids=tuple(atlas.id for atlas in atlases),
-            offsets=np.concatenate([[0], np.cumsum(counts)]).astype(np.int64),
-            **{name: np.concatenate([arrays[name] for arrays in loaded]) for name in VARIABLES},
-        )
+        if mode not in MODES:
+            raise ValueError(f"The index {mode!r} is unknown; use {', '.join(MODES)}.")
+        folder = index_folder(store.uuid)
+        uuids = store.uuids()
+        cached = {path: _load(path) for path in sorted(folder.glob("*.npz"))}
+        kept, loose = _alive([s for s in cached.values() if s is not None], uuids)
+        known = {atlas for segment in (*kept, *loose) for atlas in segment.atlases}
+        missing = [i for i, uuid in uuids.items() if (i, uuid) not in known]
+        loose += list(_read(store, missing))
+        if loose:
+            kept.append(Segment.join(loose))
+        segments = _joined(kept)
+        names = {segment.name for segment in segments}
+        there = set()
+        for path in folder.glob("*"):
+            name = path.name.partition("-")[0]
+            if name not in names or (path in cached and cached[path] is None):
+                forget(path)
+            elif path in cached:
+                there.add(name)
+        for segment in segments:
+            if segment.name not in there:
+                keep(folder, segment.name, ".npz", segment.dump())
+        return cls(segments, uuids, mode, folder)
 
     def __len__(self) -> int:
-        """Count the atlases."""
-        return len(self.ids)
+        """Count the keypoints."""
+        return sum(len(segment) for segment in self.segments)
 
-    def slice_of(self, atlas: int) -> slice:
-        """Where the keypoints of the atlas with this index lie in the arrays."""
-        return slice(int(self.offsets[atlas]), int(self.offsets[atlas + 1]))
+    def query(
+        self,
+        descriptor: NDArray[np.uint8],
+        scale: NDArray[np.float32],
+        sign: NDArray[np.int8],
+        ids: Sequence[str],
+        *,
+        scale_ratio: float = 2.0,
+    ) -> Neighbours:
+        """Find, for each keypoint of a scan, the atlases with the nearest keypoints in organs.
+
+        The constraints are inside the argmin, as in eq. 2: equal signs, and scales that
+        differ by at most `scale_ratio`. `exact` looks at every atlas. pynndescent proposes
+        atlases, and these are then searched exactly: so nearest and second nearest need no
+        bound where its list ends, and an atlas that is not in the list counts as farther
+        away than all that are.
+
+        Parameters
+        ----------
+        descriptor : ndarray (n, 64), uint8
+        scale : ndarray (n), float32
+            mm.
+        sign : ndarray (n)
+            -1 or 1.
+        ids : sequence of str
+            The atlases to search.
+
+        Raises
+        ------
+        AtlasNotFoundError
+            If one of them was not in the store when the index was opened.
+        """
+        order = {atlas_id: i for i, atlas_id in enumerate(ids)}
+        for atlas_id in order:
+            if atlas_id not in self._uuids:
+                raise AtlasNotFoundError(f"the index has no atlas {atlas_id!r}: open it again.")
+        best = _nothing(len(scale))
+        for s in (-1, 1):
+            rows = np.flatnonzero(np.asarray(sign) == s)
+            found = _nothing(rows.size)
+            for segment in self.segments:
+                place = np.array([self._place(atlas, order) for atlas in segment.atlases], np.int64)
+                if not (place >= 0).any():
+                    continue
+                parts = segment.query(
+                    *(descriptor[rows], scale[rows], s, scale_ratio),
+                    *(place >= 0, self.mode, self._folder),
+                )
+                for part in parts:
+                    found = _nearest([found, _look_up(part, place, segment.sides[s > 0])])
+            for name, values in best.items():
+                values[rows] = found[name]
+        return Neighbours(**best)
+
+    def _place(self, atlas: tuple[str, str], order: Mapping[str, int]) -> int:
+        atlas_id, uuid = atlas
+        return order.get(atlas_id, -1) if self._uuids.get(atlas_id) == uuid else -1
+
+
+def _nothing(n: int) -> _Columns:
+    shape = n, LISTED_ATLASES
+    return {
+        "atlas": np.full(shape, -1, np.int64),
+        "keypoint": np.full(shape, -1, np.int64),
+        "label": np.zeros(shape, np.uint16),
+        "position": np.zeros((*shape, 3), np.float32),
+        "first": np.full(shape, np.inf, np.float32),
+        "second": np.full(shape, np.inf, np.float32),
+    }
+
+
+def _look_up(part: Pairs, place: NDArray[np.int64], side: Side) -> _Columns:
+    """Say of what a segment found which keypoint of which atlas it is."""
+    atlas, row, first, second = part
+    found = {
+        "atlas": np.where(atlas >= 0, place[atlas], -1),
+        "row": row,
+        "first": first,
+        "second": second,
+    }
+    if found["atlas"].shape[1] > LISTED_ATLASES:
+        # First, because most of a large store is not among the nearest.
+        found = _nearest([found])
+    here = np.nonzero(found["atlas"] >= 0)
+    row = found.pop("row")[here]
+    columns = _nothing(len(found["atlas"]))
+    for name, values in columns.items():
+        values[here] = found[name][here] if name in found else getattr(side, name)[row]
+    return columns
+
+
+def _nearest(parts: Sequence[_Columns]) -> _Columns:
+    """Keep the nearest atlases, nearest first; ties go to the atlas that comes first."""
+    both = {name: np.concatenate([part[name] for part in parts], axis=1) for name in parts[0]}
+    atlas, first = both["atlas"], both["first"]
+    # Distances are whole numbers; one key for both orders whatever comes in whatever order.
+    key = np.where(
+        atlas >= 0, (np.where(atlas >= 0, first, 0).astype(np.int64) << 32) + atlas, _LAST
+    )
+    at = np.argpartition(key, LISTED_ATLASES - 1, axis=1)[:, :LISTED_ATLASES]
+    order = np.argsort(np.take_along_axis(key, at, 1), axis=1, kind="stable")
+    at = np.take_along_axis(at, order, 1)
+    rows = np.arange(len(at))[:, None]
+    return {name: values[rows, at] for name, values in both.items()}
+
+
+def _load(path: Path) -> Segment | None:
+    data = recall(path)
+    return None if data is None else Segment.load(data)
+
+
+def _alive(
+    segments: Sequence[Segment], uuids: Mapping[str, str]
+) -> tuple[list[Segment], list[Segment]]:
+    """Tell segments that are good as they are from what is worth keeping of the others."""
+    seen: set[tuple[str, str]] = set()
+    kept, loose = [], []
+    for segment in sorted(segments, key=len, reverse=True):
+        alive = [
+            i
+            for i, (atlas_id, uuid) in enumerate(segment.atlases)
+            if uuids.get(atlas_id) == uuid and (atlas_id, uuid) not in seen
+        ]
+        # A few removed atlases are passed over when searching; many would cost too much. Two
+        # processes that brought the cache up to date at once may have left atlases twice.
+        whole = seen.isdisjoint(segment.atlases)
+        seen.update(segment.atlases[i] for i in alive)
+        if whole and 4 * len(alive) >= 3 * len(segment.atlases):
+            kept.append(segment)
+        elif alive:
+            loose.append(segment.only(alive))
+    return kept, loose
+
+
+def _joined(segments: Sequence[Segment]) -> list[Segment]:
+    """Join segments as `merges` plans it."""
+    plan = merges([len(segment) for segment in segments])
+    moved = {i for group in plan for i in group}
+    left = [segment for i, segment in enumerate(segments) if i not in moved]
+    return left + [Segment.join([segments[i] for i in group]) for group in plan]
+
+
+def _read(store: AtlasStore, ids: Sequence[str]) -> Iterator[Segment]:
+    """Read organ keypoints from a store; atlases that are removed meanwhile are left out."""
+    with ThreadPoolExecutor(_THREADS) as threads:
+        for start in range(0, len(ids), _BATCH):
+            batch = ids[start : start + _BATCH]
+            parts = threads.map(lambda i: read_organ_keypoints(store, i), batch)
+            if joined := [part for part in parts if part is not None]:
+                yield Segment.join(joined)
+
+
+def read_organ_keypoints(store: AtlasStore, atlas_id: str) -> Segment | None:
+    """Read the keypoints of an atlas that lie in organs; None if it was removed meanwhile."""
+    try:
+        atlas = store[atlas_id]
+        return organ_keypoints((atlas.id, atlas.info.uuid), atlas.keypoint_arrays())
+    except AtlasNotFoundError:
+        return None
+
+
+def organ_keypoints(atlas: tuple[str, str], arrays: Mapping[str, NDArray[Any]]) -> Segment:
+    """Make a segment of one atlas, given its id, uuid, and keypoints."""
+    sides = []
+    for sign in (-1, 1):
+        rows = np.flatnonzero((arrays["label"] > 0) & (arrays["sign"] == sign))
+        sides.append(
+            Side(
+                np.array([0, rows.size], np.int64),
+                rows.astype(np.int32),
+                *(arrays[name][rows] for name in ("label", "position", "scale", "descriptor")),
+            )
+        )
+    return Segment((atlas,), (sides[0], sides[1]))

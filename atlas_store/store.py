@@ -31,10 +31,10 @@ from atlas_store.info import (
     natural_order,
     parse_json,
 )
-from atlas_store.layout import ATLASES, MARKERS, ROOT, marker_key
+from atlas_store.layout import ATLASES, MARKERS, ROOT, marker_key, parse_folder
 from atlas_store.objects import Objects
 from atlas_store.organs import OrganTable
-from atlas_store.verify import Problem
+from atlas_store.verify import Problem, verify_index
 from atlas_store.verify import verify as verify_store
 
 ENCODING_TYPE = "kpt-atlas-store"
@@ -160,6 +160,23 @@ class AtlasStore:
         found = (name.removesuffix(".json") for name in names if name.endswith(".json"))
         return sorted(filter(is_id, found), key=natural_order)
 
+    def uuids(self) -> dict[str, str]:
+        """Uuid of the data of every atlas by id, without reading a marker where possible."""
+        folders: dict[str, list[str]] = {}
+        for name in self.objects.names(ATLASES):
+            if folder := parse_folder(name):
+                folders.setdefault(folder[0], []).append(folder[1])
+        found = {}
+        # Markers after folders: whoever is named by then has its folder listed, or was added
+        # or replaced meanwhile and is asked.
+        for atlas_id in self.ids():
+            uuids = folders.get(atlas_id, [])
+            try:
+                found[atlas_id] = uuids[0] if len(uuids) == 1 else self[atlas_id].info.uuid
+            except AtlasNotFoundError:
+                continue
+        return found
+
     def __iter__(self) -> Iterator[str]:
         """Iterate over the ids, in natural order."""
         return iter(self.ids())
@@ -246,7 +263,8 @@ class AtlasStore:
 
     def verify(self, *, repair: bool = False) -> list[Problem]:
         """Read everything again and say what is wrong; see `atlas_store.verify`."""
-        return verify_store(self.objects, self.organs, self.parameters, repair=repair)
+        problems = verify_store(self.objects, self.organs, self.parameters, repair=repair)
+        return problems + verify_index(self.uuid, repair=repair)
 
     def _marker(self, atlas_id: str) -> bytes:
         data = self.objects.read(marker_key(atlas_id)) if is_id(atlas_id) else None

@@ -12,6 +12,7 @@ from datetime import UTC, datetime
 import numpy as np
 
 from atlas_store.atlas import Atlas
+from atlas_store.cache import forget, index_folder, recall
 from atlas_store.draft import digests_of, is_abandoned
 from atlas_store.errors import AtlasStoreError, StoreFormatError
 from atlas_store.info import (
@@ -99,6 +100,18 @@ def verify(
         for name in sorted(markers)
         if not name.endswith((".json", PARTIAL_SUFFIX)) or not is_id(name.rpartition(".")[0])
     ]
+    return problems
+
+
+def verify_index(store_uuid: str, *, repair: bool = False) -> list[Problem]:
+    """Find damaged parts of a store's index in the user's cache; `repair` removes them."""
+    problems = []
+    for path in sorted(index_folder(store_uuid).glob("*")):
+        if path.suffix != PARTIAL_SUFFIX and recall(path) is None and path.exists():
+            if repair:
+                forget(path)
+            what = f"{path}, a part of the index in your cache, is damaged"
+            problems.append(Problem(None, what, "delete it, it is made anew", repair))
     return problems
 
 

@@ -1,56 +1,294 @@
+"""The index finds what a plain search finds, however it grew and whoever asks."""
+
+import os
+import time
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
+from multiprocessing import get_context
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
-from atlas_store import (
-    AtlasKeypoints,
-    AtlasNotFoundError,
-    AtlasStore,
-    EmptyStoreError,
-    KeypointsFormatError,
+from atlas_store import AtlasNotFoundError, AtlasStore, index, segments
+from atlas_store.cache import cache_folder, index_folder, recall
+from atlas_store.index import LISTED_ATLASES, Neighbours, OrganIndex
+from atlas_store.segments import Segment, merges
+
+slow = pytest.mark.skipif(
+    not os.environ.get("KPT_SLOW"),
+    reason="pynndescent compiles for minutes on a new machine: set KPT_SLOW=1",
 )
-from atlas_store.keypoints import VARIABLES
 
 
-def test_the_keypoints_of_many_atlases_lie_one_after_the_other(
-    store: AtlasStore, synthetic: SimpleNamespace
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    return tmp_path / "cache"
+
+
+def random_keypoints(rng: np.random.Generator, n: int) -> dict[str, Any]:
+    """Keypoints with few different descriptors, so that there are ties."""
+    kinds = rng.permuted(np.tile(np.arange(64, dtype=np.uint8), (6, 1)), axis=1)
+    descriptor = kinds[rng.integers(0, 6, n)]
+    swapped = np.flatnonzero(rng.random(n) < 0.5)
+    descriptor[np.ix_(swapped, [3, 9])] = descriptor[np.ix_(swapped, [9, 3])]
+    return {
+        "position": rng.normal(size=(n, 3)).astype(np.float32),
+        "scale": rng.choice(np.float32([1.5, 3, 4.2, 6, 12, 12.1]), n),
+        "sign": rng.choice(np.int8([-1, 1]), n),
+        "descriptor": descriptor,
+        "label": rng.choice(np.uint16([0, 1, 7]), n),
+    }
+
+
+def segment_of(atlases: dict[tuple[str, str], dict[str, Any]]) -> Segment:
+    return Segment.join([index.organ_keypoints(name, atlas) for name, atlas in atlases.items()])
+
+
+def asked(keypoints: dict[str, Any]) -> tuple[Any, ...]:
+    return keypoints["descriptor"], keypoints["scale"], keypoints["sign"]
+
+
+def naive(
+    test: dict[str, Any], atlases: list[dict[str, Any]], i: int
+) -> list[tuple[float, int, int, float]]:
+    """First distance, atlas, keypoint and second distance, nearest first, for keypoint i."""
+    found = []
+    for a, atlas in enumerate(atlases):
+        fitting = sorted(
+            (int(((test["descriptor"][i].astype(int) - d.astype(int)) ** 2).sum()), j)
+            for j, d in enumerate(atlas["descriptor"])
+            if atlas["label"][j]
+            and atlas["sign"][j] == test["sign"][i]
+            and test["scale"][i] / 2 <= atlas["scale"][j] <= test["scale"][i] * 2
+        )
+        if fitting:
+            second = fitting[1][0] if len(fitting) > 1 else np.inf
+            found.append((fitting[0][0], a, fitting[0][1], second))
+    return sorted(found)[:LISTED_ATLASES]
+
+
+def rows(found: Neighbours, i: int) -> list[tuple[float, int, int, float]]:
+    here = found.atlas[i] >= 0
+    columns = found.first[i], found.atlas[i], found.keypoint[i], found.second[i]
+    return [tuple(x.item() for x in row) for row in zip(*(c[here] for c in columns), strict=True)]
+
+
+@given(st.integers(0, 2**32 - 1), st.integers(0, 12), st.integers(1, 40), st.integers(1, 4))
+@settings(max_examples=40, deadline=None)
+def test_a_query_finds_what_the_definition_says(seed: int, n: int, a: int, parts: int) -> None:
+    rng = np.random.default_rng(seed)
+    test = random_keypoints(rng, n)
+    atlases = [random_keypoints(rng, int(rng.integers(0, 9))) for _ in range(a)]
+    names = [(f"a{i}", f"{i:032x}") for i in range(a)]
+    cut = np.sort(rng.integers(0, a + 1, parts - 1)).tolist()
+    runs = [range(x, y) for x, y in zip([0, *cut], [*cut, a], strict=True) if x < y]
+    made = [segment_of({names[i]: atlases[i] for i in run}) for run in runs]
+    opened = OrganIndex(made, dict(names), "exact", Path("nowhere"))
+    chosen = rng.permutation(a)[: int(rng.integers(1, a + 1))].tolist()
+    found = opened.query(*asked(test), [names[i][0] for i in chosen])
+    wanted = [atlases[i] for i in chosen]
+    for i in range(n):
+        assert rows(found, i) == naive(test, wanted, i)
+        for k in np.flatnonzero(found.atlas[i] >= 0):
+            atlas = wanted[found.atlas[i, k]]
+            assert (found.position[i, k] == atlas["position"][found.keypoint[i, k]]).all()
+            assert found.label[i, k] == atlas["label"][found.keypoint[i, k]]
+
+
+@given(st.integers(0, 2**32 - 1), st.integers(1, 12))
+@settings(max_examples=20, deadline=None)
+def test_listed_atlases_are_searched_exactly(seed: int, a: int) -> None:
+    rng = np.random.default_rng(seed)
+    test = random_keypoints(rng, 8)
+    side = segment_of({(f"a{i}", f"{i:032x}"): random_keypoints(rng, 20) for i in range(a)}).sides[
+        1
+    ]
+    arguments = test["descriptor"], test["scale"], 2.0
+    [(atlas, row, first, second)] = side.search(*arguments)
+    listed = np.tile(np.arange(-1, len(side.scale), dtype=np.int32), (8, 1))
+    wanted = rng.random(a) < 0.7
+    found = side.search_listed(rng.permuted(listed, axis=1), *arguments, wanted)
+    for i in range(8):
+        expected = [
+            (k, *(column[i, k].item() for column in (row, first, second)))
+            for k in range(a)
+            if atlas[i, k] >= 0 and wanted[k]
+        ]
+        here = np.flatnonzero(found[0][i] >= 0)
+        actual = sorted(tuple(column[i, k].item() for column in found) for k in here)
+        assert actual == expected
+
+
+@given(st.lists(st.integers(0, 10**6), max_size=60))
+@settings(max_examples=60, deadline=None)
+def test_segments_are_joined_until_they_are_few(sizes: list[int]) -> None:
+    plan = merges(sizes)
+    moved = [i for group in plan for i in group]
+    assert len(set(moved)) == len(moved)
+    assert all(len(group) > 1 for group in plan)
+    after = [size for i, size in enumerate(sizes) if i not in moved]
+    after += [sum(sizes[i] for i in group) for group in plan]
+    assert merges(after) == []
+    assert len(after) <= 3 * (2 + np.log(sum(sizes) + 1) / np.log(4))
+
+
+def test_growing_one_by_one_moves_a_descriptor_a_few_times() -> None:
+    sizes: list[int] = []
+    moved = 0
+    for _ in range(3000):
+        sizes.append(110)
+        plan = merges(sizes)
+        moved += sum(sizes[i] for group in plan for i in group)
+        joined = {i for group in plan for i in group}
+        sizes = [s for i, s in enumerate(sizes) if i not in joined] + [
+            sum(sizes[i] for i in group) for group in plan
+        ]
+    assert moved <= 20 * 110 * 3000
+
+
+def query_all(store: AtlasStore, ids: list[str], seed: int = 9) -> Neighbours:
+    opened = OrganIndex.open(store)
+    return opened.query(*asked(random_keypoints(np.random.default_rng(seed), 20)), ids)
+
+
+def same(one: Neighbours, other: Neighbours) -> bool:
+    return all(np.array_equal(v, getattr(other, k)) for k, v in vars(one).items())
+
+
+def test_the_index_follows_the_store_and_reads_only_what_is_new(
+    store: AtlasStore, synthetic: SimpleNamespace, own_cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    counts = {"a1": 7, "a2": 0, "a10": 12}
-    for seed, (atlas_id, count) in enumerate(counts.items()):
-        synthetic.add(store, atlas_id, seed, count)
-    keypoints = AtlasKeypoints.load(store)
-    assert keypoints.ids == ("a1", "a2", "a10")
-    assert len(keypoints) == 3
-    np.testing.assert_array_equal(keypoints.offsets, [0, 7, 7, 19])
-    for i, atlas_id in enumerate(keypoints.ids):
-        expected = store[atlas_id].keypoints()
-        for name, variable in VARIABLES.items():
-            values = getattr(keypoints, name)
-            assert values.dtype == variable.dtype
-            assert values.flags.c_contiguous
-            np.testing.assert_array_equal(values[keypoints.slice_of(i)], expected[name])
+    for i in range(3):
+        synthetic.add(store, f"a{i}", seed=i)
+    assert cache_folder() == own_cache / "kpt-dask"
+    before = query_all(store, store.ids())
+    read: list[str] = []
+    original = index.read_organ_keypoints
+    monkeypatch.setattr(
+        index, "read_organ_keypoints", lambda s, i: (read.append(i), original(s, i))[1]
+    )
+    assert same(query_all(store, store.ids()), before)
+    assert read == []
+    synthetic.add(store, "a1", seed=11, replace=True)
+    store.remove("a2")
+    synthetic.add(store, "a3", seed=3)
+    grown = query_all(store, store.ids())
+    assert sorted(read) == ["a1", "a3"]
+    with pytest.raises(AtlasNotFoundError, match="the index has no atlas 'a2'"):
+        query_all(store, ["a2"])
+    for path in index_folder(store.uuid).iterdir():
+        path.unlink()
+    assert same(query_all(store, store.ids()), grown)
+    assert not same(grown, before)
 
 
-def test_atlases_come_in_the_order_asked_for(store: AtlasStore, synthetic) -> None:
-    for seed, atlas_id in enumerate(("a1", "a2", "a3")):
-        synthetic.add(store, atlas_id, seed, 5 + seed)
-    keypoints = AtlasKeypoints.load(store, ["a3", "a1"])
-    assert keypoints.ids == ("a3", "a1")
-    np.testing.assert_array_equal(keypoints.offsets, [0, 7, 12])
-
-
-def test_nothing_to_load_and_what_is_missing_or_damaged_are_refused(
-    store: AtlasStore, synthetic: SimpleNamespace
+@pytest.mark.parametrize("damage", [b"", b"nonsense", None])
+def test_a_damaged_or_outdated_cache_is_made_anew(
+    store: AtlasStore,
+    synthetic: SimpleNamespace,
+    damage: bytes | None,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    with pytest.raises(EmptyStoreError, match="has no atlas to use: add one"):
-        AtlasKeypoints.load(store)
-    synthetic.add(store, "a1")
-    with pytest.raises(EmptyStoreError):
-        AtlasKeypoints.load(store, [])
-    with pytest.raises(AtlasNotFoundError, match="'a2'"):
-        AtlasKeypoints.load(store, ["a1", "a2"])
-    Path(store.url, store["a1"].path, "keypoints", "scale", "zarr.json").write_text("{}")
-    with pytest.raises(KeypointsFormatError, match="'scale' has zarr_format"):
-        AtlasKeypoints.load(store)
+    synthetic.add(store, "a0")
+    expected = query_all(store, ["a0"])
+    [path] = index_folder(store.uuid).iterdir()
+    if damage is None:
+        with monkeypatch.context() as patch:
+            patch.setattr(segments, "ENCODING", segments.ENCODING | {"encoding-version": "0"})
+            path.unlink()
+            query_all(store, ["a0"])
+    else:
+        path.write_bytes(damage)
+        [problem] = store.verify()
+        assert problem.what == f"{path}, a part of the index in your cache, is damaged"
+    assert same(query_all(store, ["a0"]), expected)
+    [after] = index_folder(store.uuid).iterdir()
+    assert after.name.partition("-")[0] == path.name.partition("-")[0]
+    assert recall(after) is not None
+    assert store.verify() == []
+    after.write_bytes(b"")
+    assert [problem.repaired for problem in store.verify(repair=True)] == [True]
+    assert store.verify() == []
+
+
+def test_a_cache_that_cannot_be_written_is_done_without(
+    store: AtlasStore, synthetic: SimpleNamespace, own_cache: Path
+) -> None:
+    synthetic.add(store, "a0")
+    expected = query_all(store, ["a0"])
+    for path in index_folder(store.uuid).iterdir():
+        path.unlink()
+    index_folder(store.uuid).rmdir()
+    index_folder(store.uuid).write_text("in the way")
+    assert same(query_all(store, ["a0"]), expected)
+
+
+def test_a_graph_is_never_asked_by_two_threads(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    inside = [0]
+    together: list[int] = []
+
+    class Graph:
+        def query(self, descriptor: np.ndarray, k: int, epsilon: float) -> tuple[Any, Any]:
+            inside[0] += 1
+            time.sleep(0.01)
+            together.append(inside[0])
+            inside[0] -= 1
+            return np.zeros((len(descriptor), k), np.int32), None
+
+    monkeypatch.setattr(segments, "_graph", lambda *_: Graph())
+    known = np.zeros((4, 64), np.uint8)
+    with ThreadPoolExecutor(4) as threads:
+        list(threads.map(lambda _: segments._listed(known, known, tmp_path, "x"), range(12)))
+    assert set(together) == {1}
+
+
+def real_atlases(store: AtlasStore) -> dict[tuple[str, str], dict[str, Any]]:
+    """Real CT keypoints in many small atlases: sixteen neighbours each, all called organ."""
+    atlases = {}
+    for name in store.ids()[1:]:
+        arrays = store[name].keypoint_arrays()
+        order = np.lexsort(arrays["position"].T)
+        for k in range(0, order.size, 16):
+            part = {key: values[order[k : k + 16]] for key, values in arrays.items()}
+            part["label"] = np.ones(len(part["label"]), np.uint16)
+            atlases[f"{name}_{k}", f"{len(atlases):032x}"] = part
+    return atlases
+
+
+def ask(arguments: tuple[Any, ...]) -> Neighbours:
+    made, names, mode, folder, test = arguments
+    return OrganIndex([made], names, mode, folder).query(*asked(test), list(names))
+
+
+@slow
+def test_pynndescent_agrees_with_exact_search_on_real_ct_in_threads_and_processes(
+    patients: AtlasStore, tmp_path: Path
+) -> None:
+    atlases = real_atlases(patients)
+    test = patients[patients.ids()[0]].keypoint_arrays()
+    made, names = segment_of(atlases), dict(atlases)
+    exact = ask((made, dict(names.keys()), "exact", tmp_path, test))
+    arguments = made, dict(names.keys()), "pynndescent", tmp_path, test
+    found = ask(arguments)
+    assert list(tmp_path.glob("*.graph"))
+
+    def accepted(of: Neighbours) -> set[tuple[int, ...]]:
+        i, k = np.nonzero((of.atlas >= 0) & (of.first <= np.float32(0.81) * of.second))
+        return set(
+            zip(i.tolist(), of.atlas[i, k].tolist(), of.keypoint[i, k].tolist(), strict=True)
+        )
+
+    both = accepted(exact) & accepted(found)
+    assert len(both) >= 0.99 * max(len(accepted(exact)), len(accepted(found))) > 0
+    for count in (2, 4):
+        with ThreadPoolExecutor(count) as threads:
+            assert all(same(one, found) for one in threads.map(ask, [arguments] * 3 * count))
+    with ProcessPoolExecutor(2, mp_context=get_context("spawn")) as processes:
+        assert all(same(one, found) for one in processes.map(ask, [arguments] * 2))
