@@ -14,11 +14,13 @@ from kpt_dask.cli_base import (
     INTERRUPTED,
     Commands,
     console,
+    index_option,
     json_option,
     memory_option,
     overwrite_option,
     print_json,
     scheduler_option,
+    select_option,
     size,
     table,
     transfer_options,
@@ -134,6 +136,8 @@ def convert(
 @click.argument("out", metavar="OUT.zarr", type=click.Path())
 @transfer_options
 @click.option("--exclude", multiple=True, metavar="ID", help="Leave an atlas out; may be repeated.")
+@select_option
+@index_option
 @click.option(
     "--labels",
     type=click.Path(),
@@ -151,6 +155,8 @@ def segment(
     mode: str,
     options: TransferOptions,
     exclude: tuple[str, ...],
+    select: int | None,
+    index: str,
     labels: str | None,
     overwrite: bool,
     memory: int,
@@ -178,6 +184,8 @@ def segment(
             mode=mode,
             options=options,
             exclude=exclude,
+            select=select,
+            index=index,
             labels=labels,
             overwrite=overwrite,
             memory=memory,
@@ -249,6 +257,8 @@ def segment(
     "--atlases", type=int, metavar="N", help="Use only the first N atlases other than the scan."
 )
 @click.option("--limit", type=int, metavar="N", help="Evaluate only the first N scans.")
+@select_option
+@index_option
 @memory_option
 @scheduler_option
 @click.option(
@@ -267,6 +277,8 @@ def evaluate(
     options: TransferOptions,
     atlases: int | None,
     limit: int | None,
+    select: int | None,
+    index: str,
     memory: int,
     scheduler: str | None,
     json_file: str | None,
@@ -299,6 +311,8 @@ def evaluate(
             options=options,
             atlases=atlases,
             limit=limit,
+            select=select,
+            index=index,
             memory=memory,
             client=client,
         )

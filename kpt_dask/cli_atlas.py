@@ -6,6 +6,7 @@ import click
 
 from kpt_dask.cli_base import (
     Failure,
+    columns,
     console,
     fail,
     json_option,
@@ -231,19 +232,21 @@ def list_atlases(store: str, as_json: bool) -> None:
     if as_json:
         print_json([_describe(info) for info in infos])
         return
-    listed = table("id", "organs annotated", "keypoints", "in organs", "size (z, y, x)", "added")
-    listed.columns[1].justify = "left"
-    for info in infos:
-        listed.add_row(
+    header = ("id", "organs annotated", "keypoints", "in organs", "size (z, y, x)", "added", "from")
+    rows = [
+        (
             info.id,
             _organs(info.annotated, opened.organs.names),
             str(info.keypoints),
             str(sum(organ.keypoints for organ in info.organs.values())),
             " × ".join(map(str, info.shape)),
             info.added.replace("T", " ")[:16],
+            ", ".join(info.source[:1]),
         )
-    if infos:
-        console().print(listed)
+        for info in infos
+    ]
+    if rows:
+        click.echo(columns(header, rows, left=(0, 1, 5, 6)))
     number = _count(len(infos), "atlas", "atlases")
     click.echo(f"{opened.url}: {number} at {opened.parameters['spacing']:g} mm.")
 

@@ -8,7 +8,7 @@ import errno
 import json
 import os
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Container, Iterator, Sequence
 from contextlib import contextmanager
 from functools import wraps
 from typing import IO, TYPE_CHECKING, Any, NoReturn, TypeVar, cast
@@ -207,6 +207,21 @@ _TRANSFER = (
     ),
 )
 
+select_option = click.option(
+    "--select",
+    type=int,
+    metavar="K",
+    help="Use only the K atlases whose keypoints agree best with the scan.",
+)
+index_option = click.option(
+    "--index",
+    default="auto",
+    show_default=True,
+    metavar="WAY",
+    help="How --select finds like keypoints: exact compares all; pynndescent asks a graph that is "
+    "made once, in minutes, and kept in your cache; auto does that where it pays.",
+)
+
 
 @contextmanager
 def working(scheduler: str | None) -> Iterator["Client | None"]:
@@ -243,6 +258,19 @@ def table(*columns: str, left: int = 1) -> "Table":
     for i, column in enumerate(columns):
         made.add_column(column, justify="left" if i < left else "right", overflow="fold")
     return made
+
+
+def columns(header: Sequence[str], rows: Sequence[Sequence[str]], left: Container[int]) -> str:
+    """Lay out a long list, of which `table` would make hard work; all but `left` are numbers."""
+    widths = [max(map(len, column)) for column in zip(header, *rows, strict=True)]
+    rule = tuple("─" * width for width in widths)
+    return "\n".join(
+        "   ".join(
+            cell.ljust(width) if i in left else cell.rjust(width)
+            for i, (cell, width) in enumerate(zip(row, widths, strict=True))
+        ).rstrip()
+        for row in (header, rule, *rows)
+    )
 
 
 def size(shape: tuple[int, int, int], spacing: float) -> str:

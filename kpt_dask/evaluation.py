@@ -24,6 +24,7 @@ from kpt_dask.options import DEFAULTS, TransferOptions
 from kpt_dask.pairs import Pair, labelled_organs, open_pair
 from kpt_dask.scan_labels import labels_onto
 from kpt_dask.segmentation import Stations, choose_atlases, segment_volume
+from kpt_dask.selection import check_selection
 from kpt_dask.volume import Volume, convert_into, label_blocks, open_volume
 
 LIBRARIES = ("kpt-dask", "dask", "numba", "numpy", "scipy", "xarray", "zarr")
@@ -64,6 +65,8 @@ def evaluate(
     options: TransferOptions = DEFAULTS,
     atlases: int | None = None,
     limit: int | None = None,
+    select: int | None = None,
+    index: str = "auto",
     memory: int = 1 << 30,
     client: Client | None = None,
 ) -> dict[str, Any]:
@@ -87,7 +90,7 @@ def evaluate(
         Use only so many atlases, the first in natural order other than the scan itself.
     limit : int, optional
         Evaluate only so many scans, the first.
-    memory, client
+    select, index, memory, client
         As for `kpt_dask.segment`.
 
     Returns
@@ -115,6 +118,7 @@ def evaluate(
     """
     _check_positive("atlases", atlases)
     _check_positive("scans", limit)
+    check_selection(select, index)
     names = [pair.id for pair in scans] if scans is not None else list(store.ids())
     names = names[:limit]
     # What is asked for, and that there are atlases, before anything is opened.
@@ -137,6 +141,8 @@ def evaluate(
                     atlas_ids=others,
                     mode=mode,
                     options=options,
+                    select=select,
+                    index=index,
                     memory=memory,
                     client=session,
                 )
@@ -147,7 +153,9 @@ def evaluate(
                 else:
                     results[name] = _evaluate_atlas(store[name], group, way)
             advance(1)
-    return _summary(results, store, mode, options, max(map(len, used)))
+    most = max(map(len, used))
+    used_most = most if select is None else min(most, select)
+    return _summary(results, store, mode, options, used_most)
 
 
 def dice(

@@ -24,6 +24,7 @@ from kpt_dask.output import check_absent, replacing
 from kpt_dask.rematching import rematch
 from kpt_dask.scan import open_scan, write_labels
 from kpt_dask.scan_labels import labels_onto
+from kpt_dask.selection import check_selection, only, propose_atlases, select_atlases
 from kpt_dask.shares import create_probability
 from kpt_dask.transfer import transfer
 from kpt_dask.volume import Volume, convert_into, open_volume
@@ -39,6 +40,8 @@ class Stations:
 
     Attributes
     ----------
+    atlases : tuple of str
+        The atlases that were used.
     keypoints, matches, votes : xarray.Dataset
         From `kpt_dask.extract`, `kpt_dask.match` and `kpt_dask.vote`.
     labels : zarr.Array
@@ -49,6 +52,7 @@ class Stations:
         What was found of each organ, in the order of the table.
     """
 
+    atlases: tuple[str, ...]
     keypoints: xr.Dataset
     matches: xr.Dataset
     votes: xr.Dataset
@@ -96,6 +100,8 @@ def segment(
     mode: str = "local",
     options: TransferOptions = DEFAULTS,
     exclude: Sequence[str] = (),
+    select: int | None = None,
+    index: str = "auto",
     labels: str | Path | None = None,
     overwrite: bool = False,
     memory: int = 1 << 30,
@@ -117,6 +123,11 @@ def segment(
         Threshold, ν, widths of kernels.
     exclude : sequence of str
         Ids of atlases to leave out.
+    select : int, optional
+        Use only so many atlases, those that agree best with the scan; see
+        `kpt_dask.selection`.
+    index : str
+        How to find them: one of `kpt_dask.selection.INDEX_MODES`.
     labels : str or Path, optional
         Where to write the label map as NIfTI, on the scan's own grid.
     overwrite : bool
@@ -136,6 +147,7 @@ def segment(
     source, target = open_scan(scan), Path(out)
     options.check(mode, store.organs)
     used = choose_atlases(store, exclude)
+    check_selection(select, index)
     check_absent(target, overwrite=overwrite)
     if labels is not None:
         check_absent(Path(labels), overwrite=overwrite)
@@ -143,12 +155,21 @@ def segment(
         group = zarr.create_group(str(partial), zarr_format=3)
         volume = convert_into(source, group, spacing=store.parameters["spacing"], client=session)
         found = segment_volume(
-            volume, group, store, used, mode=mode, options=options, memory=memory, client=session
+            volume,
+            group,
+            store,
+            used,
+            mode=mode,
+            options=options,
+            select=select,
+            index=index,
+            memory=memory,
+            client=session,
         )
         finished = Segmentation(
             path=target,
             organs=found.organs,
-            atlases=used,
+            atlases=found.atlases,
             n_keypoints=first_frames(
                 found.keypoints.position.values, found.keypoints.scale.values
             ).size,
@@ -176,6 +197,8 @@ def segment_volume(
     *,
     mode: str = "local",
     options: TransferOptions = DEFAULTS,
+    select: int | None = None,
+    index: str = "auto",
     memory: int = 1 << 30,
     client: Client | None = None,
 ) -> Stations:
@@ -183,7 +206,6 @@ def segment_volume(
 
     The other parameters are those of `segment`; `options` must fit the mode and the store.
     """
-    atlases = AtlasKeypoints.load(store, atlas_ids)
     keypoints = extract(
         volume,
         descriptor=store.parameters["descriptor"],
@@ -191,7 +213,15 @@ def segment_volume(
         memory=memory,
         client=client,
     )
+    if select is not None:
+        atlas_ids = propose_atlases(keypoints, store, atlas_ids, select, index=index)
+    atlases = AtlasKeypoints.load(store, atlas_ids)
     matches = match(keypoints, atlases, client=client)
+    if select is not None and select < len(atlases):
+        chosen = select_atlases(matches, len(atlases), select)
+        matches = only(matches, chosen, len(atlases))
+        atlas_ids = [atlas_ids[i] for i in chosen]
+        atlases = AtlasKeypoints.load(store, atlas_ids)
     votes = vote(matches, keypoints.sizes["keypoint"], store.organs)
     probability = create_probability(group, volume.grid, store.organs)
     if mode == "local":
@@ -227,7 +257,7 @@ def segment_volume(
     tally = measure(volume.levels[0], labels, probability, blocks, store.organs, client=client)
     smallest = options.smallest_share(mode)
     organs = organ_measures(tally, store.organs, volume.grid, smallest, keypoints, votes)
-    return Stations(keypoints, matches, votes, labels, probability, organs)
+    return Stations(tuple(atlas_ids), keypoints, matches, votes, labels, probability, organs)
 
 
 def choose_atlases(store: AtlasStore, exclude: Sequence[str]) -> tuple[str, ...]:

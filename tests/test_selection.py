@@ -1,0 +1,71 @@
+"""Selecting atlases: the best are kept, and what is kept is as if nothing else had been there."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import xarray as xr
+from distributed import Client
+
+from atlas_store import AtlasKeypoints, AtlasStore
+from kpt_dask.errors import ParameterError
+from kpt_dask.matching import match
+from kpt_dask.segmentation import segment
+from kpt_dask.selection import check_selection, only, propose_atlases, select_atlases, shares
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+
+
+def test_shares_are_counted_for_each_organ() -> None:
+    atlas = np.array([0, 0, 1, 2, 2, 2, 1])
+    label = np.array([1, 7, 1, 7, 7, 0, 3])
+    weight = np.array([3.0, 1.0, 1.0, 2.0, 1.0, 9.0, 0.0])
+    np.testing.assert_allclose(shares(atlas, label, weight, 4), [0.75 + 0.25, 0.25, 0.75, 0])
+    assert shares(atlas[:0], label[:0], weight[:0], 2).tolist() == [0, 0]
+
+
+def test_matches_of_some_atlases_are_those_of_matching_only_them(
+    patients: AtlasStore, one_process: Client
+) -> None:
+    scan, *others = patients.ids()
+    keypoints = patients[scan].keypoints()
+    matches = match(keypoints, AtlasKeypoints.load(patients, others), client=one_process)
+    chosen = [0, 2, 3]
+    few = AtlasKeypoints.load(patients, [others[i] for i in chosen])
+    expected = match(keypoints, few, client=one_process)
+    xr.testing.assert_identical(only(matches, chosen, len(others)), expected)
+
+
+@pytest.mark.parametrize("index", ["auto", "exact"])
+def test_the_scan_itself_is_always_selected(
+    patients: AtlasStore, one_process: Client, index: str
+) -> None:
+    ids = patients.ids()
+    for scan in ids:
+        keypoints = patients[scan].keypoints()
+        proposed = propose_atlases(keypoints, patients, ids, 1, index=index)
+        assert len(proposed) == 3
+        assert scan in proposed
+        matches = match(keypoints, AtlasKeypoints.load(patients, proposed), client=one_process)
+        assert proposed[select_atlases(matches, 3, 1)[0]] == scan
+
+
+def test_a_segmentation_says_which_atlases_were_selected(
+    bodies: Path, body_store: AtlasStore, tmp_path: Path, one_process: Client
+) -> None:
+    scan = bodies / "body_4_ct.nii.gz"
+    selected = segment(scan, body_store, tmp_path / "a.zarr", select=2, client=one_process)
+    left = set(body_store.ids()) - set(selected.atlases)
+    assert len(left) == 1
+    other = segment(scan, body_store, tmp_path / "b.zarr", exclude=sorted(left), client=one_process)
+    assert (selected.atlases, selected.volumes_ml) == (other.atlases, other.volumes_ml)
+
+
+def test_what_cannot_be_selected_is_refused() -> None:
+    with pytest.raises(ParameterError, match="at least 1, not 0"):
+        check_selection(0, "auto")
+    with pytest.raises(ParameterError, match="'faiss' is unknown; use auto, pynndescent, exact"):
+        check_selection(None, "faiss")
