@@ -10,6 +10,7 @@ import zarr
 from numpy.typing import NDArray
 
 from atlas_store.errors import AtlasNotFoundError, KeypointsFormatError, StoreFormatError
+from atlas_store.guard import Guarded
 from atlas_store.info import AtlasInfo, OrganInfo
 from atlas_store.keypoints import as_dataset, read_arrays
 from atlas_store.layout import IMAGE, KEYPOINTS, LABELS, data_folder, marker_key
@@ -57,7 +58,7 @@ class Atlas:
     def group(self) -> zarr.Group:
         """The Zarr group of its data, read-only; `StoreFormatError` if it is damaged."""
         try:
-            return zarr.open_group(self.objects.store, path=self.path, mode="r")
+            return zarr.open_group(Guarded(self.objects.store), path=self.path, mode="r")
         except (OSError, KeyError, TypeError, ValueError) as error:
             raise self._unreadable("data", error) from error
 

@@ -198,7 +198,7 @@ def table_digest(organs: OrganTable) -> str:
 def parse_json(data: bytes, where: str) -> dict[str, Json]:
     """Read a JSON object; `StoreFormatError` if it is none."""
     try:
-        content = json.loads(data, parse_constant=_refuse_constant)
+        content = _DECODER.decode(data.decode())
     except (ValueError, RecursionError) as error:
         raise StoreFormatError(
             f"{where} is damaged, it is no JSON ({error}): restore it from a copy or remove it."
@@ -245,6 +245,9 @@ def _refuse_constant(name: str) -> None:
     raise ValueError(f"{name} is no JSON number")
 
 
+_DECODER = json.JSONDecoder(parse_constant=_refuse_constant)
+
+
 def _damaged(where: str, what: str) -> StoreFormatError:
     return StoreFormatError(
         f"{where} is damaged ({what}): restore it from a copy or remove the atlas."
@@ -252,14 +255,21 @@ def _damaged(where: str, what: str) -> StoreFormatError:
 
 
 def _decode_organ(entry: Mapping[str, Json], shape: tuple[int, int, int]) -> OrganInfo:
-    box = _triple(entry["bounding_box"], _range)
-    if any(stop > size for (_, stop), size in zip(box, shape, strict=True)):
-        raise ValueError(f"the bounding box {box} leaves the shape {shape}")
+    # Listing a large store is little else than this: no call that can be spared.
+    (z0, z1), (y0, y1), (x0, x1) = box = entry["bounding_box"]
+    whole = z0, z1, y0, y1, x0, x1, entry["voxels"], entry["keypoints"]
+    if set(map(type, whole)) != {int} or min(whole) < 0:
+        raise ValueError(f"{whole!r} are no counts")
+    if not (z0 < z1 <= shape[0] and y0 < y1 <= shape[1] and x0 < x1 <= shape[2]):
+        raise ValueError(f"the bounding box {box} is empty or leaves the shape {shape}")
+    z, y, x = centroid = entry["centroid"]
+    if not {int, float}.issuperset(map(type, centroid)) or not math.isfinite(z + y + x):
+        raise ValueError(f"{centroid!r} is no point")
     return OrganInfo(
-        voxels=_whole(entry["voxels"]),
-        bounding_box=box,
-        centroid=_triple(entry["centroid"], _number),
-        keypoints=_whole(entry["keypoints"]),
+        entry["voxels"],
+        ((z0, z1), (y0, y1), (x0, x1)),
+        (float(z), float(y), float(x)),
+        entry["keypoints"],
     )
 
 
@@ -304,12 +314,3 @@ def _triple(value: Json, of: Callable[[Json], T]) -> tuple[T, T, T]:
         raise ValueError(f"{value!r} has not three members")
     z, y, x = (of(item) for item in value)
     return z, y, x
-
-
-def _range(value: Json) -> tuple[int, int]:
-    if not isinstance(value, list) or len(value) != 2:
-        raise ValueError(f"{value!r} is no range")
-    start, stop = _whole(value[0]), _whole(value[1])
-    if start >= stop:
-        raise ValueError(f"the range {value!r} is empty")
-    return start, stop

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import xarray as xr
+from zarr.codecs import BloscCodec
 
 from atlas_store import AtlasInfo, AtlasStore, Draft, OrganInfo, load_organs
 
@@ -59,8 +60,9 @@ def extents(values: np.ndarray) -> dict[str, OrganInfo]:
 def fill(draft: Draft, seed: int = 0) -> None:
     image = draft.group.create_group("image")
     rng = np.random.default_rng(seed)
-    image.create_array("0", data=rng.normal(size=SHAPE).astype(np.float32), chunks=(6, 10, 8))
-    image.create_array("labels/organs/0", data=labels(), chunks=(6, 10, 8))
+    how = {"chunks": (6, 10, 8), "compressors": BloscCodec(cname="lz4")}
+    image.create_array("0", data=rng.normal(size=SHAPE).astype(np.float32), **how)
+    image.create_array("labels/organs/0", data=labels(), **how)
 
 
 def commit(draft: Draft, seed: int = 0, count: int = 40, **changes: object) -> AtlasInfo:

@@ -1,6 +1,7 @@
 import json
 import os
 import pickle
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 from threading import Barrier, Thread
@@ -359,6 +360,8 @@ def test_a_marker_that_lies_is_refused(
         ("image/labels/organs/0", {"data_type": "float32"}),
         ("image/labels/organs/0", {"data_type": "nonsense"}),
         ("image/labels/organs/0", {"codecs": [{"name": "pickle"}]}),
+        ("image/labels/organs/0", {"chunk_grid": {"configuration": {"chunk_shape": [10**5] * 3}}}),
+        ("image/labels/organs/0", {"shape": "[" * 9}),
         ("image/labels/organs/0", {"node_type": "group"}),
         ("image", {"node_type": "array"}),
     ],
@@ -373,3 +376,37 @@ def test_an_image_that_lies_is_refused(
     with pytest.raises(StoreFormatError, match="atlas 'pt_1'"):
         _ = (atlas.image, atlas.labels)
     assert store.verify()
+
+
+@pytest.mark.parametrize("array", ["image/0", "image/labels/organs/0"])
+@pytest.mark.parametrize("said", [2**31 - 1, 2**29])
+def test_a_bomb_is_not_unpacked(
+    store: AtlasStore, synthetic: SimpleNamespace, array: str, said: int
+) -> None:
+    synthetic.add(store, "pt_1")
+    atlas = store["pt_1"]
+    path = Path(store.url, atlas.path, array, "c/0/0/0")
+    chunk = bytearray(path.read_bytes())
+    chunk[4:8] = said.to_bytes(4, "little")
+    path.write_bytes(chunk)
+    with pytest.raises(StoreFormatError, match=f"c/0/0/0 is damaged, it would unpack .* to {said}"):
+        _ = atlas.group[array][...]
+    path.write_bytes(chunk[:9])
+    with pytest.raises(StoreFormatError, match="c/0/0/0 is damaged, it is too short"):
+        _ = atlas.group[array][...]
+
+
+def test_a_store_of_the_first_version_opens(tmp_path: Path) -> None:
+    """An archive that an earlier version wrote; add one for each new version, change none."""
+    with zipfile.ZipFile(Path(__file__).parent / "archived" / "version_1.zip") as archive:
+        archive.extractall(tmp_path)
+    store = AtlasStore.open(tmp_path)
+    assert store.ids() == ["pt_1", "pt_2"]
+    assert store.verify() == []
+    for atlas_id, descriptors, labels in (("pt_1", 13785, 42), ("pt_2", 13557, 32)):
+        keypoints = store[atlas_id].keypoints()
+        assert keypoints.sizes["keypoint"] == 20
+        assert int(keypoints.descriptor.values[:, ::3].sum(dtype=int)) == descriptors
+        assert int(keypoints.label.values.sum(dtype=int)) == labels
+        assert store[atlas_id].annotated == ("brainstem", "larynx", "mandible")
+        assert (store[atlas_id].labels[...] == 7).sum() == 60
