@@ -209,12 +209,15 @@ class Draft:
         key, data = marker_key(self.id), info.dump()
         AtlasInfo.load(data, self.id, f"{self._objects.url}/{key}")
         old = self._objects.read(key) if self._replace else None
+        # Data before the marker: a marker that survives a loss of power must not outlive it.
+        self._objects.settle(self._folder)
         self._state = _State.PUBLISHING
         if self._replace:
             self._objects.write(key, data)
         elif not self._objects.write_new(key, data):
             self._state = _State.LOST
             raise self._taken()
+        self._objects.settle(key)
         self._state = _State.COMMITTED
         if old is not None:
             remove_data(self._objects, self.id, old)

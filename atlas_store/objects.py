@@ -7,6 +7,8 @@ place to zarr's stores. Keys are relative to the root of the store, with ``/``.
 import asyncio
 import os
 from collections.abc import AsyncIterator, Iterable
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 
 from zarr.abc.store import Store
@@ -18,6 +20,7 @@ PARTIAL_SUFFIX = ".partial"
 """Ends the name of a local file that is being written; it is renamed when complete."""
 
 _DELETE_ATTEMPTS = 10
+_SYNCING_THREADS = 8
 
 
 class Objects:
@@ -40,7 +43,8 @@ class Objects:
         """Objects below a local path or an fsspec URL; nothing is touched yet."""
         text = os.fspath(url).removeprefix("file://")
         if "://" in text:
-            return cls(FsspecStore.from_url(text), text)
+            # Others write there as well: a listing kept from before would hide what they did.
+            return cls(FsspecStore.from_url(text, {"use_listings_cache": False}), text)
         return cls(LocalStore(Path(text).absolute()), text)
 
     def is_vacant(self) -> bool:
@@ -55,7 +59,8 @@ class Objects:
         if isinstance(self.store, LocalStore):
             # Twenty times faster than through the event loop, which counts for small objects.
             try:
-                return (self.store.root / key).read_bytes()
+                with open(f"{self.store.root}/{key}", "rb") as file:
+                    return file.read()
             except (FileNotFoundError, IsADirectoryError, NotADirectoryError):
                 return None
         buffer = sync(self.store.get(key, default_buffer_prototype()))
@@ -99,6 +104,20 @@ class Objects:
         sync(self.store.set_if_not_exists(key, _buffer(data)))
         return self.read(key) == data
 
+    def settle(self, path: str) -> None:
+        """Return when an object, or all below a folder, would survive a loss of power.
+
+        An object store has kept what it has confirmed; a file system only what was synced.
+        """
+        if not isinstance(self.store, LocalStore):
+            return
+        root = self.store.root / path
+        paths = [root, root.parent]
+        for parent, folders, names in os.walk(root):
+            paths += [Path(parent, name) for name in (*folders, *names)]
+        with ThreadPoolExecutor(_SYNCING_THREADS) as threads:
+            list(threads.map(_sync_to_disk, paths))
+
     def exists(self, key: str) -> bool:
         """Whether there is an object with this key."""
         return sync(self.store.exists(key))
@@ -135,6 +154,16 @@ class Objects:
             return sorted(path.relative_to(root).as_posix() for path in paths)
         found = sync(_collect(self.store.list_prefix(f"{folder}/")))
         return sorted(key.removeprefix(f"{folder}/") for key in found)
+
+
+def _sync_to_disk(path: Path) -> None:
+    # A folder cannot be opened everywhere (Windows), nor synced on every file system.
+    with suppress(OSError):
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
 
 
 def _buffer(data: bytes) -> Buffer:
