@@ -1,0 +1,107 @@
+"""A store on S3, against a real server that speaks its protocol, with writers of its own."""
+
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from types import SimpleNamespace
+
+import pytest
+import xarray as xr
+
+from atlas_store import AtlasExistsError, AtlasStore, StoreExistsError, load_organs
+from atlas_store.objects import Objects
+
+SERVER = """
+from moto.server import ThreadedMotoServer
+server = ThreadedMotoServer(port=0)
+server.start()
+print("http://%s:%d" % server.get_host_and_port(), flush=True)
+input()
+"""
+WRITERS = 3
+
+
+@pytest.fixture(scope="module")
+def bucket() -> Iterator[str]:
+    """URL of an empty bucket."""
+    import s3fs
+
+    with (
+        subprocess.Popen(
+            [sys.executable, "-c", SERVER],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            text=True,
+        ) as server,
+        pytest.MonkeyPatch.context() as patch,
+    ):
+        assert server.stdin is not None
+        assert server.stdout is not None
+        try:
+            url = next(line.strip() for line in server.stdout if line.startswith("http"))
+            patch.setenv("AWS_ENDPOINT_URL", url)
+            patch.setenv("AWS_ACCESS_KEY_ID", "test")
+            patch.setenv("AWS_SECRET_ACCESS_KEY", "test")
+            patch.setenv("AWS_DEFAULT_REGION", "us-east-1")
+            s3fs.S3FileSystem().mkdir("atlases")
+            yield "s3://atlases"
+        finally:
+            server.kill()
+
+
+def test_the_life_of_a_store_on_s3(bucket: str, synthetic: SimpleNamespace) -> None:
+    store = AtlasStore.create(f"{bucket}/life", load_organs("openkbp"), synthetic.PARAMETERS)
+    with pytest.raises(StoreExistsError):
+        AtlasStore.create(f"{bucket}/life", load_organs("openkbp"), synthetic.PARAMETERS)
+    for seed, atlas_id in enumerate(["pt_13", "pt_3", "pt_1"]):
+        synthetic.add(store, atlas_id, seed)
+    with pytest.raises(AtlasExistsError):
+        synthetic.add(store, "pt_3", seed=9)
+    synthetic.add(store, "pt_3", seed=9, replace=True)
+    store.remove("pt_1")
+    opened = AtlasStore.open(f"{bucket}/life")
+    assert opened.ids() == ["pt_3", "pt_13"]
+    assert opened.uuids() == {i: opened[i].info.uuid for i in opened}
+    xr.testing.assert_equal(opened["pt_3"].keypoints(), synthetic.keypoints(seed=9))
+    assert opened.verify() == []
+    key = f"{opened['pt_3'].path}/image/0/c/0/0/0"
+    data = opened.objects.read(key)
+    assert data is not None
+    opened.objects.write(key, bytes([data[0] ^ 1]) + data[1:])
+    [problem] = opened.verify()
+    assert problem.what.endswith("image/0 has 1 object(s) that are damaged")
+
+
+def test_of_several_writers_of_a_new_object_on_s3_one_is_told_that_it_wrote(bucket: str) -> None:
+    objects = Objects.at(f"{bucket}/new")
+    assert objects.is_vacant()
+    assert objects.write_new("a/marker.json", b"first")
+    assert not objects.write_new("a/marker.json", b"second")
+    assert objects.read_many(["a/marker.json", "a/other"]) == [b"first", None]
+
+
+def test_processes_add_to_s3_at_once(bucket: str, synthetic: SimpleNamespace) -> None:
+    store = AtlasStore.create(f"{bucket}/many", load_organs("openkbp"), synthetic.PARAMETERS)
+    assert store.ids() == []
+    writers = [
+        subprocess.Popen(
+            [sys.executable, synthetic.path, store.url],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)},
+        )
+        for _ in range(WRITERS)
+    ]
+    for i, writer in enumerate(writers):
+        assert writer.stdin is not None
+        writer.stdin.write(f"pt_{i}_0 pt_{i}_1 shared\n")
+        writer.stdin.close()
+    seen = [line.strip() for writer in writers for line in writer.stdout or ()]
+    assert [writer.wait() for writer in writers] == [0] * WRITERS
+    assert seen.count("added shared") == 1
+    assert seen.count("refused shared") == WRITERS - 1
+    assert set(store) == {f"pt_{i}_{n}" for i in range(WRITERS) for n in (0, 1)} | {"shared"}
+    assert store.verify() == []
