@@ -1,0 +1,241 @@
+#!/usr/bin/env python
+"""How a store behaves as it grows: adding, opening, listing, selecting and matching.
+
+Atlases are real patients' keypoints, jittered, with about 110 of them in organs and a volume
+of a few voxels. Everything is measured in one run and one warm process; the first query of
+each kind is not counted, since it compiles. `exact` compares the scan with every organ
+keypoint by BLAS; `pynndescent` asks a graph of neighbours.
+"""
+
+import argparse
+import json
+import os
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import xarray as xr
+from zarr.codecs import BloscCodec
+
+from atlas_store import AtlasKeypoints, AtlasStore, OrganInfo, load_organs
+from atlas_store.cache import index_folder
+from atlas_store.index import OrganIndex
+from atlas_store.keypoints import VARIABLES
+from kpt_dask import cluster
+from kpt_dask.atlases import add_atlas, store_parameters
+from kpt_dask.matching import match
+from kpt_dask.phantom import write_phantom
+from kpt_dask.selection import only, propose_atlases, select_atlases
+
+DATA = Path(__file__).parents[2] / "shared" / "data" / "openkbp"
+IN_ORGANS = 110
+SHAPE = (4, 4, 4)
+SELECTED = 20
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--json", type=Path, metavar="FILE", help="also write the figures here")
+    parser.add_argument("--data", type=Path, default=DATA, help="folder of the openkbp patients")
+    parser.add_argument("--sizes", default="20,200,2000,20000", help="atlases, growing")
+    parser.add_argument(
+        "--graph-up-to",
+        type=int,
+        default=2000,
+        metavar="N",
+        help="largest store that pynndescent is tried on whether or not it pays",
+    )
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--quick", action="store_true", help="phantoms, 4 and 8 atlases")
+    options = parser.parse_args()
+    sizes = [4, 8] if options.quick else [int(size) for size in options.sizes.split(",")]
+    graph_up_to = 0 if options.quick else options.graph_up_to
+    repeats = 2 if options.quick else options.repeats
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        os.environ["XDG_CACHE_HOME"] = str(folder / "cache")
+        print("Extracting keypoints …", file=sys.stderr)
+        real = originals(folder / "originals", None if options.quick else options.data)
+        store = AtlasStore.create(folder / "store", load_organs("openkbp"), store_parameters())
+        rows: dict[int, dict[str, float]] = {}
+        with cluster.session() as client:
+            for size in sizes:
+                print(f"Growing to {size} atlases …", file=sys.stderr)
+                rows[size] = measure(store, real, size, graph_up_to, repeats, client)
+    report(rows)
+    if options.json:
+        options.json.write_text(json.dumps(metrics(rows), indent=2) + "\n")
+
+
+def originals(folder: Path, data: Path | None) -> list[xr.Dataset]:
+    """Keypoints of real patients, or of phantoms; the first is the scan."""
+    if data is None or not data.is_dir():
+        print("Phantoms are used, not real CT.", file=sys.stderr)
+        store = AtlasStore.create(folder, load_organs("visceral"), store_parameters(4.0))
+        scan, labels = (folder.parent / f"body_{what}.nii.gz" for what in ("ct", "seg"))
+        for seed in (1, 2):
+            write_phantom(scan, labels, seed, (110, 65, 80), 4.0, overwrite=True)
+            add_atlas(store, scan, labels, atlas_id=f"body_{seed}")
+    else:
+        store = AtlasStore.create(folder, load_organs("openkbp"), store_parameters())
+        for scan in sorted(data.glob("*_ct.nii.gz"))[:9]:
+            add_atlas(store, scan, Path(str(scan).replace("_ct.nii.gz", "_seg.nii.gz")))
+    return [store[atlas_id].keypoints() for atlas_id in store]
+
+
+def jittered(original: xr.Dataset, rng: np.random.Generator) -> xr.Dataset:
+    """Another patient: positions, scales and ranks a little different, some in organs."""
+    n = original.sizes["keypoint"]
+    made = original.copy(deep=True)
+    made.position.values += rng.normal(0, 3, (n, 3)).astype(np.float32)
+    made.scale.values *= np.exp(rng.normal(0, 0.1, n)).astype(np.float32)
+    ranks = original.descriptor.values + rng.normal(0, 4, (n, 64))
+    made.descriptor.values[:] = ranks.argsort(axis=1).argsort(axis=1)
+    middle = np.median(made.position.values, axis=0)
+    near = np.linalg.norm(made.position.values - middle, axis=1).argsort()[:IN_ORGANS]
+    made.label.values[:] = 0
+    made.label.values[near] = 1
+    return made
+
+
+def add(store: AtlasStore, atlas_id: str, keypoints: xr.Dataset) -> None:
+    labels = np.zeros(SHAPE, np.uint8)
+    labels[1:3, 1:3, 1:3] = 1
+    organ = store.organs.names[store.organs.values.index(1)]
+    with store.draft(atlas_id, store.parameters) as draft:
+        image = draft.group.create_group("image")
+        image.create_array("labels/organs/0", data=labels, compressors=BloscCodec())
+        draft.commit(
+            keypoints[list(VARIABLES)],
+            annotated=[organ],
+            organs={organ: OrganInfo(8, ((1, 3),) * 3, (0.0, 0.0, 0.0))},
+            shape=SHAPE,
+            spacing=(2.0, 2.0, 2.0),
+            origin=(0.0, 0.0, 0.0),
+            source=["jittered"],
+        )
+
+
+def measure(
+    store: AtlasStore,
+    real: list[xr.Dataset],
+    size: int,
+    graph_up_to: int,
+    repeats: int,
+    client: Any,
+) -> dict[str, float]:
+    """Grow to this size, and see how it is."""
+    scan, row = real[0], {}
+    last = min(20, size // 2)
+
+    def grow(to: int) -> list[float]:
+        seconds = []
+        for i in range(len(store), to):
+            keypoints = jittered(real[1 + i % (len(real) - 1)], np.random.default_rng(i))
+            seconds.append(timed(lambda i=i, k=keypoints: add(store, f"a{i}", k))[0])
+        return seconds
+
+    grow(size - last)
+    row["index_from_nothing_s"], _ = timed(lambda: OrganIndex.open(store))
+    nothing_new = median(lambda: OrganIndex.open(store), repeats)
+    added = grow(size)
+    refresh, _ = timed(lambda: OrganIndex.open(store))
+    row["add_s"] = statistics.median(added) + max(refresh - nothing_new, 0) / last
+    row["open_s"] = median(lambda: AtlasStore.open(store.url), repeats)
+    row["list_s"] = median(store.atlases, repeats)
+    row["open_index_s"] = median(lambda: OrganIndex.open(store), repeats)
+    ids = store.ids()
+
+    def select_and_match() -> None:
+        proposed = propose_atlases(scan, store, ids, SELECTED)
+        matches = match(scan, AtlasKeypoints.load(store, proposed), client=client)
+        only(matches, select_atlases(matches, len(proposed), SELECTED), len(proposed))
+
+    select_and_match()
+    row["select_and_match_s"] = median(select_and_match, repeats)
+    asked = [scan[name].values for name in ("descriptor", "scale", "sign")]
+    exact = OrganIndex.open(store, "exact")
+    expected = exact.query(*asked, ids)
+    row["exact_query_s"] = median(lambda: exact.query(*asked, ids), repeats)
+    if size <= graph_up_to:
+        graph = OrganIndex.open(store, "pynndescent")
+        row["graph_build_s"], found = timed(lambda: graph.query(*asked, ids))
+        row["graph_query_s"] = median(lambda: graph.query(*asked, ids), repeats)
+        row["recall"] = recall(expected, found)
+    row["resident_mib"] = resident_mib()
+    row["bytes_per_atlas"] = folder_bytes(Path(store.url)) / size
+    row["index_bytes_per_atlas"] = folder_bytes(index_folder(store.uuid)) / size
+    row["keypoints"] = len(exact)
+    return row
+
+
+def recall(expected: Any, found: Any) -> float:
+    """Share of the accepted matches of the exact search that the other search finds too."""
+    pairs = []
+    for one in (expected, found):
+        i, k = np.nonzero((one.atlas >= 0) & (one.first <= np.float32(0.81) * one.second))
+        pairs.append(set(zip(i.tolist(), one.atlas[i, k], one.keypoint[i, k], strict=True)))
+    return len(pairs[0] & pairs[1]) / max(len(pairs[0]), 1)
+
+
+def timed(function: Callable[[], Any]) -> tuple[float, Any]:
+    start = time.perf_counter()
+    result = function()
+    return time.perf_counter() - start, result
+
+
+def median(function: Callable[[], Any], repeats: int) -> float:
+    return statistics.median(timed(function)[0] for _ in range(repeats))
+
+
+def folder_bytes(folder: Path) -> int:
+    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+
+
+def resident_mib() -> float:
+    pages = int(Path("/proc/self/statm").read_text().split()[1])
+    return pages * os.sysconf("SC_PAGE_SIZE") / 2**20
+
+
+def metrics(rows: dict[int, dict[str, float]]) -> dict[str, Any]:
+    """Figures by name; the growths are from the first size to 2000, or to the last."""
+    first = min(rows)
+    large = 2000 if 2000 in rows else max(rows)
+    flat: dict[str, Any] = {
+        "match_growth_20_to_2000": rows[large]["select_and_match_s"]
+        / rows[first]["select_and_match_s"],
+        "add_growth_20_to_2000": rows[large]["add_s"] / rows[first]["add_s"],
+        "grown_from": first,
+        "grown_to": large,
+    }
+    pays = [s for s, row in rows.items() if row.get("graph_query_s", np.inf) < row["exact_query_s"]]
+    flat["graph_quicker_from"] = min(pays, default=None)
+    return flat | {
+        f"{what}_{size}": value for size, row in rows.items() for what, value in row.items()
+    }
+
+
+def report(rows: dict[int, dict[str, float]]) -> None:
+    names = list(dict.fromkeys(name for row in rows.values() for name in row))
+    print(f"{'atlases':24}" + "".join(f"{size:>12}" for size in rows))
+    for name in names:
+        values = (f"{row[name]:12.4g}" if name in row else f"{'–':>12}" for row in rows.values())
+        print(f"{name:24}" + "".join(values))
+    flat = metrics(rows)
+    for name in ("match_growth_20_to_2000", "add_growth_20_to_2000"):
+        print(f"{name}: {flat[name]:.2f} (from {flat['grown_from']} to {flat['grown_to']} atlases)")
+    if (pays := flat["graph_quicker_from"]) is not None:
+        row = rows[pays]
+        scans = row["graph_build_s"] / (row["exact_query_s"] - row["graph_query_s"])
+        print(f"A graph answers quicker from {pays} atlases on; making it costs {scans:.0f} scans.")
+    else:
+        print("Exact search is quicker at every size that a graph was tried on.")
+
+
+if __name__ == "__main__":
+    main()

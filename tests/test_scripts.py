@@ -1,0 +1,37 @@
+"""Scripts that are not part of the program still run: each in its quickest way."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+
+
+def run(script: str, *arguments: str) -> str:
+    return subprocess.run(
+        [sys.executable, ROOT / "scripts" / script, *arguments],
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        check=True,
+    ).stdout
+
+
+def test_benchmark_of_the_store(tmp_path: Path) -> None:
+    run("benchmark_store.py", "--quick", "--json", str(tmp_path / "figures.json"))
+    figures = json.loads((tmp_path / "figures.json").read_text())
+    assert figures["match_growth_20_to_2000"] > 0
+    assert figures["add_growth_20_to_2000"] > 0
+    assert (figures["grown_from"], figures["grown_to"]) == (4, 8)
+
+
+def test_a_small_campaign_of_killing() -> None:
+    told = run("campaign_store.py", "kill", "--rounds", "3", "--processes", "4")
+    assert told.startswith("3 rounds of 4 processes")
+    assert told.strip().endswith("24 atlases, none lost.")
+
+
+def test_a_small_campaign_of_flipping_bytes() -> None:
+    assert "40 bytes changed" in run("campaign_store.py", "flip", "--bytes", "40")
