@@ -5,6 +5,7 @@ live on one lattice that begins at the scan's first voxel. So a voxel's votes do
 how the volume was cut, and a block reads only the part of an atlas that its field brings here.
 """
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -107,9 +108,11 @@ def transfer(
         fields = dict(cluster.run(session, fit, fitting, "Fitting fields"))
         workers = session.nthreads().values()
         room = memory / max(workers) / (VOXEL_BYTES + ORGAN_BYTES * len(organs))
-        pieces = cut(whole, CHUNKS, room, PIECES * sum(workers)) if whole else []
+        # Slabs, since atlases are stored in slabs; smaller only where memory asks for it.
+        high = CHUNKS[0], *grid.shape[1:]
+        slabs = cut(whole, high, math.inf, PIECES * sum(workers)) if whole else []
         tasks = []
-        for piece in pieces:
+        for piece in (piece for slab in slabs for piece in cut(slab, CHUNKS, room, 1)):
             here = [overlap(box, piece) for box in domains]
             box = enclosing([box for box in here if box is not None])
             if box is not None:
@@ -213,6 +216,13 @@ def accumulate(
     last = table.size - 1
     half = np.float32(0.5)
     row = np.empty((nodes.shape[2], 4), np.float32)
+    node = np.empty(votes.shape[2], np.int64)
+    part = np.empty(votes.shape[2], np.float32)
+    for x in range(votes.shape[2]):
+        px = (corner[2] + x) / step
+        node[x] = int(px)
+        part[x] = px - node[x]
+        node[x] -= first[2]
     for z in range(votes.shape[0]):
         pz = (corner[0] + z) / step
         kz = int(pz)
@@ -231,22 +241,22 @@ def accumulate(
                     high += fy * (nodes[kz + 1, ky + 1, i, c] - high)
                     row[i, c] = low + fz * (high - low)
             for x in range(votes.shape[2]):
-                px = (corner[2] + x) / step
-                kx = int(px)
-                fx = np.float32(px - kx)
-                kx -= first[2]
+                kx = node[x]
+                fx = part[x]
                 support = row[kx, 3] + fx * (row[kx + 1, 3] - row[kx, 3])
                 if support == 0:
                     continue
                 az = row[kx, 0] + fx * (row[kx + 1, 0] - row[kx, 0])
                 ay = row[kx, 1] + fx * (row[kx + 1, 1] - row[kx, 1])
                 ax = row[kx, 2] + fx * (row[kx + 1, 2] - row[kx, 2])
-                k = int(np.floor(np.float32(corner[0] + z) + az + half))
-                j = int(np.floor(np.float32(corner[1] + y) + ay + half))
-                i = int(np.floor(np.float32(corner[2] + x) + ax + half))
-                k -= begin[0]
-                j -= begin[1]
-                i -= begin[2]
+                tz = np.float32(corner[0] + z) + az + half
+                ty = np.float32(corner[1] + y) + ay + half
+                tx = np.float32(corner[2] + x) + ax + half
+                if tz < 0 or ty < 0 or tx < 0:
+                    continue
+                k = int(tz) - begin[0]
+                j = int(ty) - begin[1]
+                i = int(tx) - begin[2]
                 if k < 0 or j < 0 or i < 0:
                     continue
                 if k >= hu.shape[0] or j >= hu.shape[1] or i >= hu.shape[2]:

@@ -1,7 +1,7 @@
 """What mode `local` reads of an atlas: HU and labels of the box around its organs.
 
-One int16 array for both, in chunks that fit the boxes of organs: one read, and a half of the
-bytes of the atlas's own volume. Derived from image and label map when the atlas is added.
+One int16 array for both, in chunks of whole planes: few reads, and a half of the bytes of the
+atlas's own volume. Derived from image and label map when the atlas is added.
 """
 
 import math
@@ -20,7 +20,8 @@ from kpt_dask.patches import reading
 AROUND = 40.0
 """How far beyond the box around all its organs an atlas is kept for the transfer, mm."""
 
-CHUNKS = (64, 64, 64)
+PLANES = 32
+"""Of a chunk; blocks of the transfer are slabs, so few planes are read in vain."""
 
 NAME = "surroundings"
 
@@ -61,11 +62,11 @@ def write_surroundings(
         NAME,
         shape=(2, *shape),
         dtype=np.int16,
-        chunks=(2, *(min(n, c) for n, c in zip(shape, CHUNKS, strict=True))),
+        chunks=(2, min(PLANES, shape[0]), *shape[1:]),
         compressors=COMPRESSOR,
         dimension_names=("c", "z", "y", "x"),
     )
-    for region in regions(shape, CHUNKS):
+    for region in regions(shape, (PLANES, *shape[1:])):
         part = tuple(slice(a + r.start, a + r.stop) for (a, _), r in zip(box, region, strict=True))
         hu = np.asarray(image[part]).astype(np.int16)
         label = np.asarray(labels[part]).astype(np.uint16).view(np.int16)
