@@ -29,7 +29,7 @@ ENCODING = {"encoding-type": "kpt-index-segment", "encoding-version": "1"}
 
 PAYS_FROM = 1 << 18
 """Descriptors of one sign from which a graph beats BLAS; see scripts/benchmark_store.py."""
-LISTED = 128
+LISTED = 256
 """Neighbours that a graph is asked for."""
 
 _FEWEST = 512
@@ -325,7 +325,7 @@ def _listed(
     assert known.shape[1] == DESCRIPTOR_BINS
     with _one_at_a_time:
         graph = _graph(known, folder, stem)
-        listed, _ = graph.query(descriptor.astype(np.float32), k=LISTED, epsilon=0.2)
+        listed, _ = graph.query(descriptor.astype(np.float32), k=LISTED, epsilon=0.3)
         return np.ascontiguousarray(listed, np.int32)
 
 

@@ -40,11 +40,14 @@ def test_matches_of_some_atlases_are_those_of_matching_only_them(
 
 
 @pytest.mark.parametrize("index", ["auto", "exact"])
-def test_the_scan_itself_is_always_selected(
+def test_of_a_store_that_holds_the_scan_itself_this_is_selected(
     patients: AtlasStore, one_process: Client, index: str
 ) -> None:
     ids = patients.ids()
-    for scan in ids:
+    # One that lacks an organ has no share of its votes, and may come after one that has all.
+    whole = [i for i in ids if set(patients[i].organs) == set(patients.organs.names)]
+    assert whole
+    for scan in whole:
         keypoints = patients[scan].keypoints()
         proposed = propose_atlases(keypoints, patients, ids, 1, index=index)
         assert len(proposed) == 3

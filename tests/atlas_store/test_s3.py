@@ -4,6 +4,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Iterator
+from contextlib import ExitStack
 from types import SimpleNamespace
 
 import pytest
@@ -19,7 +20,7 @@ server.start()
 print("http://%s:%d" % server.get_host_and_port(), flush=True)
 input()
 """
-WRITERS = 3
+WRITERS = 2
 
 
 @pytest.fixture(scope="module")
@@ -55,14 +56,14 @@ def test_the_life_of_a_store_on_s3(bucket: str, synthetic: SimpleNamespace) -> N
     store = AtlasStore.create(f"{bucket}/life", load_organs("openkbp"), synthetic.PARAMETERS)
     with pytest.raises(StoreExistsError):
         AtlasStore.create(f"{bucket}/life", load_organs("openkbp"), synthetic.PARAMETERS)
-    for seed, atlas_id in enumerate(["pt_13", "pt_3", "pt_1"]):
+    for seed, atlas_id in enumerate(["pt_13", "pt_3"]):
         synthetic.add(store, atlas_id, seed)
     with pytest.raises(AtlasExistsError):
         synthetic.add(store, "pt_3", seed=9)
     synthetic.add(store, "pt_3", seed=9, replace=True)
-    store.remove("pt_1")
+    store.remove("pt_13")
     opened = AtlasStore.open(f"{bucket}/life")
-    assert opened.ids() == ["pt_3", "pt_13"]
+    assert opened.ids() == ["pt_3"]
     assert opened.uuids() == {i: opened[i].info.uuid for i in opened}
     xr.testing.assert_equal(opened["pt_3"].keypoints(), synthetic.keypoints(seed=9))
     assert opened.verify() == []
@@ -85,23 +86,26 @@ def test_of_several_writers_of_a_new_object_on_s3_one_is_told_that_it_wrote(buck
 def test_processes_add_to_s3_at_once(bucket: str, synthetic: SimpleNamespace) -> None:
     store = AtlasStore.create(f"{bucket}/many", load_organs("openkbp"), synthetic.PARAMETERS)
     assert store.ids() == []
-    writers = [
-        subprocess.Popen(
-            [sys.executable, synthetic.path, store.url],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-            env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)},
-        )
-        for _ in range(WRITERS)
-    ]
-    for i, writer in enumerate(writers):
-        assert writer.stdin is not None
-        writer.stdin.write(f"pt_{i}_0 pt_{i}_1 shared\n")
-        writer.stdin.close()
-    seen = [line.strip() for writer in writers for line in writer.stdout or ()]
-    assert [writer.wait() for writer in writers] == [0] * WRITERS
+    with ExitStack() as stack:
+        writers = [
+            stack.enter_context(
+                subprocess.Popen(
+                    [sys.executable, synthetic.path, store.url],
+                    stdin=subprocess.PIPE,
+                    stdout=subprocess.PIPE,
+                    text=True,
+                    env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)},
+                )
+            )
+            for _ in range(WRITERS)
+        ]
+        for i, writer in enumerate(writers):
+            assert writer.stdin is not None
+            writer.stdin.write(f"pt_{i} shared\n")
+            writer.stdin.close()
+        seen = [line.strip() for writer in writers for line in writer.stdout or ()]
+    assert [writer.returncode for writer in writers] == [0] * WRITERS
     assert seen.count("added shared") == 1
     assert seen.count("refused shared") == WRITERS - 1
-    assert set(store) == {f"pt_{i}_{n}" for i in range(WRITERS) for n in (0, 1)} | {"shared"}
+    assert set(store) == {f"pt_{i}" for i in range(WRITERS)} | {"shared"}
     assert store.verify() == []
