@@ -64,7 +64,7 @@ def test_a_segmentation_says_which_atlases_were_selected(
     left = set(body_store.ids()) - set(selected.atlases)
     assert len(left) == 1
     other = segment(scan, body_store, tmp_path / "b.zarr", exclude=sorted(left), client=one_process)
-    assert (selected.atlases, selected.volumes_ml) == (other.atlases, other.volumes_ml)
+    assert (selected.atlases, selected.organs) == (other.atlases, other.organs)
 
 
 def test_what_cannot_be_selected_is_refused() -> None:

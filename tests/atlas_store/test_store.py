@@ -403,7 +403,7 @@ def test_a_store_of_the_first_version_opens(tmp_path: Path) -> None:
     store = AtlasStore.open(tmp_path)
     assert store.ids() == ["pt_1", "pt_2"]
     assert store.verify() == []
-    for atlas_id, descriptors, labels in (("pt_1", 13785, 42), ("pt_2", 13557, 32)):
+    for atlas_id, descriptors, labels in (("pt_1", 13785, 36), ("pt_2", 13557, 34)):
         keypoints = store[atlas_id].keypoints()
         assert keypoints.sizes["keypoint"] == 20
         assert int(keypoints.descriptor.values[:, ::3].sum(dtype=int)) == descriptors
