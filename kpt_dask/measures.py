@@ -22,8 +22,12 @@ from kpt_dask.omezarr import Region
 
 BINS = 100
 """Of the histograms of shares, over 0 … 1."""
-SURE, POSSIBLE = 1.5, 0.5
-"""The interval of a volume: from where the share is so many times the threshold, to where."""
+SURE, POSSIBLE = 1.75, 0.375
+"""The interval of a volume: from where the share is so many times the threshold, to where. In
+mode local it holds the true volume of nine in ten organs of OpenKBP's patients."""
+FIRM = 1.25
+"""What the confidence looks at, times the threshold. Of several measures of the shares this one
+went best with the true Dice of OpenKBP's patients."""
 
 
 @dataclass(frozen=True)
@@ -49,8 +53,8 @@ class OrganMeasures:
     at_border : bool
         Whether it reaches the first or last voxels of the field of view: it may be cut off.
     confidence : float
-        The Dice to be expected if a voxel is the organ's with a probability of its share:
-        2 Σ_L p / (|L| + Σ p), where L are the organ's voxels. 0 if it was not found.
+        How little it hangs on the threshold: Dice of the voxels whose share reaches the
+        threshold and of those whose share reaches `FIRM` times as much. 0 if it was not found.
     """
 
     volume_ml: float
@@ -70,9 +74,8 @@ class Tally:
 
     Attributes
     ----------
-    shares, labelled : int64 arrays (organ, BINS + 1)
-        Histograms of the shares over 0 of all voxels, and of those with the organ's label;
-        bin b holds shares from b / BINS on.
+    shares : int64 array (organ, BINS + 1)
+        Histogram of the shares over 0 of all voxels; bin b holds shares from b / BINS on.
     sums : int64 array (organ, 5)
         Of the organ's voxels: their number, and the sums of HU and indices z, y, x.
     low, high : int64 arrays (organ, 3)
@@ -80,7 +83,6 @@ class Tally:
     """
 
     shares: NDArray[np.int64]
-    labelled: NDArray[np.int64]
     sums: NDArray[np.int64]
     low: NDArray[np.int64]
     high: NDArray[np.int64]
@@ -89,7 +91,6 @@ class Tally:
     def empty(cls, organs: int) -> "Tally":
         """Nothing counted."""
         return cls(
-            np.zeros((organs, BINS + 1), np.int64),
             np.zeros((organs, BINS + 1), np.int64),
             np.zeros((organs, 5), np.int64),
             np.full((organs, 3), np.iinfo(np.int64).max),
@@ -100,7 +101,6 @@ class Tally:
         """Both together."""
         return Tally(
             self.shares + other.shares,
-            self.labelled + other.labelled,
             self.sums + other.sums,
             np.minimum(self.low, other.low),
             np.maximum(self.high, other.high),
@@ -163,7 +163,6 @@ def measure_block(
             value,
             corner,
             tally.shares[o],
-            tally.labelled[o],
             tally.sums[o],
             tally.low[o],
             tally.high[o],
@@ -179,7 +178,6 @@ def _count(
     value: int,
     corner: Any,
     shares: Any,
-    labelled: Any,
     sums: Any,
     low: Any,
     high: Any,
@@ -195,7 +193,6 @@ def _count(
                 shares[b] += 1
                 if labels[z, y, x] != value:
                     continue
-                labelled[b] += 1
                 sums[0] += 1
                 sums[1] += int(hu[z, y, x])
                 at[0] = corner[0] + z
@@ -252,23 +249,24 @@ def _one(
     if not count:
         return OrganMeasures(0.0, (0.0, 0.0), None, None, None, len(voting), spread, False, 0.0)
     ml = grid.voxel_volume / 1000
-    least = [round(BINS * min(factor * threshold, 1.0)) for factor in (SURE, POSSIBLE)]
-    interval = [float(tally.shares[o, b:].sum()) * ml for b in least]
-    middle = (np.arange(BINS + 1) + 0.5) / BINS
-    middle[-1] = 1
-    inside, everywhere = tally.labelled[o] @ middle, tally.shares[o] @ middle
+
+    def voxels(factor: float) -> int:
+        least = round(BINS * min(factor * threshold, 1.0))
+        return int(tally.shares[o, least:].sum())
+
+    whole, firm = max(voxels(1), count), voxels(FIRM)
     corners = [_point(grid, tally.low[o]), _point(grid, tally.high[o])]
     last = np.array(grid.shape) - 1
     return OrganMeasures(
         volume_ml=count * ml,
-        interval_ml=(min(interval[0], count * ml), max(interval[1], count * ml)),
+        interval_ml=(min(voxels(SURE), count) * ml, max(voxels(POSSIBLE), count) * ml),
         mean_hu=hu / count,
         centroid=_point(grid, np.array(sums) / count),
         extent=(corners[0], corners[1]),
         votes=len(voting),
         spread_mm=spread,
         at_border=bool((tally.low[o] <= 0).any() or (tally.high[o] >= last).any()),
-        confidence=float(2 * inside / (count + everywhere)),
+        confidence=2 * firm / (whole + firm),
     )
 
 
