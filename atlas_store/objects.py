@@ -10,6 +10,7 @@ from collections.abc import AsyncIterator, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 from zarr.abc.store import Store
 from zarr.core.buffer import Buffer, default_buffer_prototype
@@ -182,7 +183,17 @@ def finish_writes() -> None:
     """
 
     async def finish() -> None:
-        others = asyncio.all_tasks() - {asyncio.current_task()}
-        await asyncio.gather(*others, return_exceptions=True)
+        own = asyncio.current_task()
+        assert own is not None
+        # Two that finish at once must not wait for each other.
+        _finishing.add(own)
+        try:
+            await asyncio.gather(*(asyncio.all_tasks() - _finishing), return_exceptions=True)
+        finally:
+            _finishing.discard(own)
 
     sync(finish())
+
+
+_finishing: set[asyncio.Task[Any]] = set()
+"""Tasks of `finish_writes`; only Zarr's event loop looks at it."""

@@ -29,7 +29,7 @@ from atlas_store import (
     load_organs,
 )
 from atlas_store.info import canonical, digest, is_id, natural_order
-from atlas_store.objects import Objects
+from atlas_store.objects import Objects, finish_writes
 
 
 @pytest.fixture(params=["path", "string", "file URL", "relative", "memory URL"])
@@ -263,6 +263,19 @@ def test_of_the_same_id_added_at_once_exactly_one_wins(
     xr.testing.assert_equal(store["pt_1"].keypoints(), synthetic.keypoints(seed=won[0]))
     assert store.verify() == []
     assert len(os.listdir(Path(store.url, "atlases"))) == 2
+
+
+def test_those_who_wait_for_writes_do_not_wait_for_each_other() -> None:
+    def wait() -> None:
+        for _ in range(300):
+            finish_writes()
+
+    threads = [Thread(target=wait, daemon=True) for _ in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(timeout=60)
+    assert not any(thread.is_alive() for thread in threads)
 
 
 @given(st.text(max_size=140) | st.from_regex(r"[A-Za-z0-9._-]{1,140}", fullmatch=True))
