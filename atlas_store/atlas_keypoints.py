@@ -1,6 +1,6 @@
 """The keypoints of many atlases in memory, ready to be searched atlas by atlas."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Self
@@ -87,6 +87,16 @@ class AtlasKeypoints:
             ids=tuple(atlas.id for atlas in atlases),
             offsets=np.concatenate([[0], np.cumsum(counts)]).astype(np.int64),
             **{name: np.concatenate([arrays[name] for arrays in loaded]) for name in VARIABLES},
+        )
+
+    def only(self, atlases: Sequence[int]) -> "AtlasKeypoints":
+        """Keep some atlases, given by their indices, in that order."""
+        own = [self.slice_of(i) for i in atlases]
+        counts = [part.stop - part.start for part in own]
+        return AtlasKeypoints(
+            ids=tuple(self.ids[i] for i in atlases),
+            offsets=np.concatenate([[0], np.cumsum(counts)]).astype(np.int64),
+            **{n: np.concatenate([getattr(self, n)[part] for part in own]) for n in VARIABLES},
         )
 
     def __len__(self) -> int:

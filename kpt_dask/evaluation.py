@@ -154,8 +154,7 @@ def evaluate(
                     results[name] = _evaluate_atlas(store[name], group, way)
             advance(1)
     most = max(map(len, used))
-    used_most = most if select is None else min(most, select)
-    return _summary(results, store, mode, options, used_most)
+    return _summary(results, store, mode, options, most if select is None else min(most, select))
 
 
 def dice(

@@ -75,7 +75,7 @@ def interpolate(part: NDArray[np.float32], plan: Window) -> NDArray[np.float32]:
         Values of ``plan.block``.
     """
     out = np.empty([s.stop - s.start for s in plan.block], np.float32)
-    _trilinear(np.ascontiguousarray(part), *_numbers(plan, out))
+    _trilinear(np.ascontiguousarray(part), *numbers(plan), out)
     return out
 
 
@@ -86,17 +86,17 @@ def interpolate_labels(part: NDArray[Any], plan: Window) -> NDArray[Any]:
     `interpolate`.
     """
     out = np.zeros([s.stop - s.start for s in plan.block], part.dtype)
-    _trilinear_labels(np.ascontiguousarray(part), *_numbers(plan, out))
+    _trilinear_labels(np.ascontiguousarray(part), *numbers(plan), out)
     return out
 
 
-def _numbers(plan: Window, out: NDArray[Any]) -> tuple[Any, Any, Any, Any, Any]:
+def numbers(plan: Window) -> tuple[Any, Any, Any, Any]:
+    """Say to a kernel where the part and the block begin, and how to get from one to the other."""
     return (
         np.array([s.start for s in plan.region]),
         np.array([s.start for s in plan.block]),
         np.array(plan.source_shape),
         plan.affine,
-        out,
     )
 
 
@@ -114,8 +114,22 @@ def cell(position: Any, n: Any, origin: Any) -> Any:
 
 
 @kernel
-def _trilinear(part: Any, origin: Any, start: Any, shape: Any, affine: Any, out: Any) -> None:
+def blend(
+    part: Any, z0: Any, z1: Any, dz: Any, y0: Any, y1: Any, dy: Any, x0: Any, x1: Any, dx: Any
+) -> Any:
+    """Trilinear value between eight samples, given what `cell` says of each axis."""
     one = np.float32(1)
+    v00 = (one - dx) * part[z0, y0, x0] + dx * part[z0, y0, x1]
+    v01 = (one - dx) * part[z0, y1, x0] + dx * part[z0, y1, x1]
+    v10 = (one - dx) * part[z1, y0, x0] + dx * part[z1, y0, x1]
+    v11 = (one - dx) * part[z1, y1, x0] + dx * part[z1, y1, x1]
+    low = (one - dy) * v00 + dy * v01
+    high = (one - dy) * v10 + dy * v11
+    return (one - dz) * low + dz * high
+
+
+@kernel
+def _trilinear(part: Any, origin: Any, start: Any, shape: Any, affine: Any, out: Any) -> None:
     at = np.empty(3)
     for z in range(out.shape[0]):
         for y in range(out.shape[1]):
@@ -126,13 +140,7 @@ def _trilinear(part: Any, origin: Any, start: Any, shape: Any, affine: Any, out:
                 z0, z1, dz, _ = cell(at[0] + affine[0, 2] * i, shape[0], origin[0])
                 y0, y1, dy, _ = cell(at[1] + affine[1, 2] * i, shape[1], origin[1])
                 x0, x1, dx, _ = cell(at[2] + affine[2, 2] * i, shape[2], origin[2])
-                v00 = (one - dx) * part[z0, y0, x0] + dx * part[z0, y0, x1]
-                v01 = (one - dx) * part[z0, y1, x0] + dx * part[z0, y1, x1]
-                v10 = (one - dx) * part[z1, y0, x0] + dx * part[z1, y0, x1]
-                v11 = (one - dx) * part[z1, y1, x0] + dx * part[z1, y1, x1]
-                low = (one - dy) * v00 + dy * v01
-                high = (one - dy) * v10 + dy * v11
-                out[z, y, x] = (one - dz) * low + dz * high
+                out[z, y, x] = blend(part, z0, z1, dz, y0, y1, dy, x0, x1, dx)
 
 
 @kernel

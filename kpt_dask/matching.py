@@ -7,6 +7,7 @@ translation (Wachinger et al. 2015, sections 2.2 and 2.3).
 
 import math
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -86,6 +87,12 @@ def describe(keypoints: xr.Dataset, atlases: AtlasKeypoints) -> tuple[Arrays, li
     own = (atlases.slice_of(i) for i in range(len(atlases)))
     a = atlases
     return (p, s, g, d), [(a.position[i], a.scale[i], a.sign[i], a.descriptor[i]) for i in own]
+
+
+def slices_by_atlas(matches: xr.Dataset, n: int) -> list[slice]:
+    """Where the matches with each of `n` atlases lie, as they are ordered by atlas."""
+    ends = np.searchsorted(matches.atlas.values, np.arange(n + 1)).tolist()
+    return [slice(a, b) for a, b in pairwise(ends)]
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from atlas_store import AtlasKeypoints
 from kpt_dask import cluster
 from kpt_dask.fields import Widths, regress
-from kpt_dask.matching import Arrays, Keypoints, describe, distances, two_nearest
+from kpt_dask.matching import Arrays, Keypoints, describe, distances, slices_by_atlas, two_nearest
 from kpt_dask.options import SIGMA_T, SIGMA_X
 
 RADIUS = 15.0
@@ -50,14 +50,12 @@ def rematch(
         (match, axis) float32, mm, from the atlas to the scan. One to one in each atlas.
     """
     test, sides = describe(keypoints, atlases)
-    ends = np.searchsorted(matches.atlas.values, np.arange(len(atlases) + 1))
     with cluster.session(client) as session:
         [scattered] = session.scatter([test], broadcast=True, hash=False)
         tasks = []
-        for i in range(len(atlases)):
-            first = slice(ends[i], ends[i + 1])
+        for side, first in zip(sides, slices_by_atlas(matches, len(atlases)), strict=True):
             found = matches.keypoint.values[first], matches.translation.values[first]
-            tasks.append((scattered, sides[i], *found, widths))
+            tasks.append((scattered, side, *found, widths))
         parts = dict(cluster.run(session, rematch_atlas, tasks, "Matching again"))
     pairs = [parts[i] for i in range(len(atlases))]
     keypoint = np.concatenate([i for i, _ in pairs])

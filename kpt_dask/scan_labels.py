@@ -5,6 +5,7 @@ of neighbouring labels would show the working grid's steps. The map streams, pla
 """
 
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from itertools import product
 from typing import Any
 
@@ -12,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kpt_dask.grid import Grid
-from kpt_dask.interpolate import Region, Window, cell, window
+from kpt_dask.interpolate import Region, Window, blend, cell, numbers, window
 from kpt_dask.jit import kernel
 
 SLAB_VOXELS = 8 << 20
@@ -65,10 +66,7 @@ def labels_onto(
             )
             _claim(
                 part,
-                np.array([s.start for s in plan.region]),
-                np.array([s.start for s in box]),
-                np.array(plan.source_shape),
-                plan.affine,
+                *numbers(replace(plan, block=box)),
                 np.uint16(value),
                 largest[inside],
                 labels[inside],
@@ -112,7 +110,6 @@ def _claim(
     labels: Any,
 ) -> None:
     """Give a box the label of one organ where its share is the largest so far."""
-    one = np.float32(1)
     at = np.empty(3)
     for z in range(labels.shape[0]):
         for y in range(labels.shape[1]):
@@ -125,13 +122,7 @@ def _claim(
                 x0, x1, dx, far_x = cell(at[2] + affine[2, 2] * i, shape[2], origin[2])
                 if max(far_z, far_y, far_x) > 1:
                     continue
-                v00 = (one - dx) * part[z0, y0, x0] + dx * part[z0, y0, x1]
-                v01 = (one - dx) * part[z0, y1, x0] + dx * part[z0, y1, x1]
-                v10 = (one - dx) * part[z1, y0, x0] + dx * part[z1, y0, x1]
-                v11 = (one - dx) * part[z1, y1, x0] + dx * part[z1, y1, x1]
-                low = (one - dy) * v00 + dy * v01
-                high = (one - dy) * v10 + dy * v11
-                share = (one - dz) * low + dz * high
+                share = blend(part, z0, z1, dz, y0, y1, dy, x0, x1, dx)
                 if share > largest[z, y, x]:
                     largest[z, y, x] = share
                     labels[z, y, x] = value

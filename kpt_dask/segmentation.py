@@ -127,13 +127,13 @@ def segment(
         Use only so many atlases, those that agree best with the scan; see
         `kpt_dask.selection`.
     index : str
-        How to find them: one of `kpt_dask.selection.INDEX_MODES`.
+        How to find them: one of `atlas_store.index.MODES`.
     labels : str or Path, optional
         Where to write the label map as NIfTI, on the scan's own grid.
     overwrite : bool
         Whether existing outputs may be replaced; they are kept until the new ones are complete.
     memory : int
-        Bytes that extraction may take in each process.
+        Bytes that extraction, and the transfer of mode local, may take in each process.
     client : distributed.Client, optional
         Where blocks are computed; threads of this process if there is no current one.
 
@@ -221,7 +221,7 @@ def segment_volume(
         chosen = select_atlases(matches, len(atlases), select)
         matches = only(matches, chosen, len(atlases))
         atlas_ids = [atlas_ids[i] for i in chosen]
-        atlases = AtlasKeypoints.load(store, atlas_ids)
+        atlases = atlases.only(chosen)
     votes = vote(matches, keypoints.sizes["keypoint"], store.organs)
     probability = create_probability(group, volume.grid, store.organs)
     if mode == "local":

@@ -13,13 +13,12 @@ import xarray as xr
 from numpy.typing import NDArray
 
 from atlas_store import AtlasStore
+from atlas_store.index import MODES, OrganIndex
 from kpt_dask import progress
 from kpt_dask.errors import ParameterError
 from kpt_dask.matching import SCALE_RATIO, density
 from kpt_dask.voting import likelihood
 
-INDEX_MODES = ("auto", "pynndescent", "exact")
-"""Ways to search for like keypoints; see `atlas_store.index`."""
 PROPOSED = 3
 """Atlases that are matched for each one that is kept."""
 BANDWIDTH = 15.0
@@ -36,8 +35,8 @@ def check_selection(select: int | None, index: str) -> None:
     """
     if select is not None and select < 1:
         raise ParameterError(f"The number of atlases to select must be at least 1, not {select}.")
-    if index not in INDEX_MODES:
-        raise ParameterError(f"The index {index!r} is unknown; use {', '.join(INDEX_MODES)}.")
+    if index not in MODES:
+        raise ParameterError(f"The index {index!r} is unknown; use {', '.join(MODES)}.")
 
 
 def propose_atlases(
@@ -65,7 +64,7 @@ def propose_atlases(
     select : int
         How many will be kept; `PROPOSED` times as many are chosen here.
     index : str
-        One of `INDEX_MODES`.
+        One of `atlas_store.index.MODES`.
 
     Returns
     -------
@@ -74,9 +73,6 @@ def propose_atlases(
     """
     if PROPOSED * select >= len(atlas_ids):
         return tuple(atlas_ids)
-    # Imported here, since only whoever selects needs the index.
-    from atlas_store.index import OrganIndex
-
     with progress.stage("Selecting atlases"):
         descriptor, scale, sign = (keypoints[n].values for n in ("descriptor", "scale", "sign"))
         opened = OrganIndex.open(store, index)

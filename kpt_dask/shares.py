@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from atlas_store import Atlas, OrganTable
 from kpt_dask import cluster
-from kpt_dask.boxes import Box, box_of, shape_of, within
+from kpt_dask.boxes import Box, aligned, box_of, shape_of, within
 from kpt_dask.grid import Grid
 from kpt_dask.omezarr import COMPRESSOR, Region, write_region
 
@@ -130,12 +130,9 @@ def _write(
     probability: zarr.Array[Any], organ: int, box: Box, share: NDArray[np.float32], region: Region
 ) -> None:
     """Write the whole chunks that the box of an organ touches."""
-    chunks = probability.chunks[1:]
-    z, y, x = (
-        (a // c * c, min(-(-b // c) * c, s.stop))
-        for (a, b), c, s in zip(box, chunks, region, strict=True)
-    )
-    whole = np.zeros(shape_of((z, y, x)), np.float32)
-    whole[within(box, (z, y, x))] = share
-    aligned = tuple(slice(*ends) for ends in (z, y, x))
-    write_region(probability, (slice(organ, organ + 1), *aligned), whole[None])
+    chunks = probability.chunks[1], probability.chunks[2], probability.chunks[3]
+    written = aligned(box, chunks, (region[0].stop, region[1].stop, region[2].stop))
+    around = box_of(written)
+    whole = np.zeros(shape_of(around), np.float32)
+    whole[within(box, around)] = share
+    write_region(probability, (slice(organ, organ + 1), *written), whole[None])

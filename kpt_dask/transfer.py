@@ -6,7 +6,7 @@ same however the volume is cut. A block reads only what it needs of the atlases'
 """
 
 from collections.abc import Sequence
-from itertools import groupby, pairwise, product
+from itertools import groupby, product
 from typing import Any
 
 import numpy as np
@@ -19,6 +19,7 @@ from atlas_store import Atlas, AtlasStore, OrganTable
 from kpt_dask import cluster
 from kpt_dask.boxes import Box, box_of, enclosing, overlap, shape_of, slices, within
 from kpt_dask.distances import REACH, organ_distances
+from kpt_dask.matching import slices_by_atlas
 from kpt_dask.moves import Move, plan_affines, plan_moves, propose, without_negligible
 from kpt_dask.omezarr import Region, regions
 from kpt_dask.options import DEFAULTS, TransferOptions
@@ -139,10 +140,9 @@ def _distances(
 ) -> NDArray[np.float32]:
     """Distance (match, organ) of each match's atlas keypoint to the atlas's organs, mm."""
     before = keypoints.position.values[matches.keypoint.values] - matches.translation.values
-    ends = np.searchsorted(matches.atlas.values, np.arange(len(atlases) + 1))
     tasks = [
-        (atlas, before[a:b], organs, reach)
-        for atlas, (a, b) in zip(atlases, pairwise(ends), strict=True)
+        (atlas, before[own], organs, reach)
+        for atlas, own in zip(atlases, slices_by_atlas(matches, len(atlases)), strict=True)
     ]
     parts = dict(cluster.run(client, organ_distances, tasks, "Measuring distances"))
     return np.concatenate([parts[i] for i in range(len(tasks))])

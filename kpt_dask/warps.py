@@ -6,7 +6,7 @@ same whatever block asks for it. Reads no voxel.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import pairwise, product
+from itertools import product
 
 import numpy as np
 import xarray as xr
@@ -16,6 +16,7 @@ from atlas_store import Atlas, OrganTable
 from kpt_dask.boxes import Box, enclosing, overlap
 from kpt_dask.fields import Widths, regress
 from kpt_dask.grid import Grid
+from kpt_dask.matching import slices_by_atlas
 
 NODE = 10.0
 """Distance between the nodes of the fields' lattice, mm."""
@@ -81,8 +82,7 @@ def by_atlas(keypoints: xr.Dataset, matches: xr.Dataset, n: int) -> list[Matched
     """Take apart the matches of `n` atlases."""
     position = keypoints.position.values[matches.keypoint.values]
     translation = matches.translation.values
-    ends = np.searchsorted(matches.atlas.values, np.arange(n + 1))
-    return [Matched(position[a:b], translation[a:b]) for a, b in pairwise(ends)]
+    return [Matched(position[own], translation[own]) for own in slices_by_atlas(matches, n)]
 
 
 def landing_boxes(

@@ -31,6 +31,7 @@ from kpt_dask.atlases import add_atlas, store_parameters
 from kpt_dask.keypoints import extract
 from kpt_dask.matching import match
 from kpt_dask.omezarr import write_label_image
+from kpt_dask.options import DEFAULTS
 from kpt_dask.phantom import write_phantom
 from kpt_dask.scan import open_scan, write_labels
 from kpt_dask.scan_labels import labels_onto
@@ -189,7 +190,13 @@ def stations(scan: Path, store_path: Path, out: Path) -> dict[str, dict[str, flo
             write_keypoints(group.create_group("keypoints"), keypoints)
             for name, table in (("matches", matches), ("votes", votes.drop_vars("organ"))):
                 table.to_zarr(group.store, group=name, zarr_format=3, consolidated=False)
-            slabs = labels_onto(probability, store.organs.values, 0.15, volume.grid, source.grid)
+            slabs = labels_onto(
+                probability,
+                store.organs.values,
+                DEFAULTS.smallest_share("organ"),
+                volume.grid,
+                source.grid,
+            )
             write_labels(out.with_suffix(".nii.gz"), source, slabs)
     return figures
 

@@ -13,7 +13,6 @@ import os
 import statistics
 import sys
 import tempfile
-import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -21,6 +20,7 @@ from typing import Any
 import numpy as np
 import xarray as xr
 import zarr
+from benchmark_extraction import C, Shape, timed, workers
 from distributed import Client
 
 from atlas_store import AtlasKeypoints, AtlasStore, load_organs
@@ -38,9 +38,6 @@ from kpt_dask.transfer import transfer
 from kpt_dask.volume import Volume, convert, open_volume
 from kpt_dask.voting import vote
 
-Shape = tuple[int, int, int]
-
-C: Shape = (349, 200, 200)
 FEW, MANY = 19, 100
 
 
@@ -81,16 +78,6 @@ def main() -> None:
         print(f"{key:38} {value if isinstance(value, str) else format(value, '.4g')}")
     if options.json:
         options.json.write_text(json.dumps(figures, indent=2) + "\n")
-
-
-def workers(threads: int) -> Client:
-    return Client(
-        processes=False,
-        n_workers=1,
-        threads_per_worker=threads,
-        memory_limit=None,
-        dashboard_address="127.0.0.1:0",
-    )
 
 
 def phantoms(folder: Path, shape: Shape, count: int) -> tuple[AtlasStore, Volume]:
@@ -160,13 +147,7 @@ def measure(
 
 
 def median(function: Callable[[], Any], repeats: int) -> float:
-    """Of the runs after the first, which warms caches."""
-    times = []
-    for _ in range(repeats + 1):
-        start = time.perf_counter()
-        function()
-        times.append(time.perf_counter() - start)
-    return statistics.median(times[1:])
+    return statistics.median(timed(function, repeats))
 
 
 def limit(store: AtlasStore, ids: Sequence[str]) -> tuple[int, float]:

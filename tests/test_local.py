@@ -15,14 +15,12 @@ from kpt_dask import local as module
 from kpt_dask import shares as share_module
 from kpt_dask.atlases import add_atlas, store_parameters
 from kpt_dask.local import transfer
-from kpt_dask.omezarr import open_array, write_label_image
 from kpt_dask.segmentation import segment
 from kpt_dask.shares import create_probability
-from kpt_dask.surroundings import write_surroundings
 from kpt_dask.volume import Volume
 from tests import naive_local
 from tests.naive import AnnotatedImage
-from tests.test_transfer import ORGANS, SPACING, extents, no_keypoints, random_image, volume_of
+from tests.test_transfer import ORGANS, SPACING, extents, make_store, random_image, volume_of
 
 Array = NDArray[Any]
 
@@ -36,28 +34,6 @@ ATLASES = [
     random_image(2, (16, 17, 25), (55.5, -40.0, 20.25), (2, 300)),
     random_image(3, (20, 12, 20), (0.0, 0.0, 0.0), (5, 300, 2)),
 ]
-
-
-def make_store(path: Path, atlases: Sequence[AnnotatedImage]) -> AtlasStore:
-    made = AtlasStore.create(path, ORGANS, {})
-    for i, atlas in enumerate(atlases):
-        with made.draft(f"a{i}", {}) as draft:
-            image = draft.group.create_group("image")
-            volume = volume_of(image, atlas)
-            made_labels = write_label_image(image, "organs", atlas.labels, volume.grid, ORGANS)
-            found = extents(atlas.labels)
-            labels = open_array(made_labels, "0")
-            write_surroundings(draft.group, volume.levels[0], labels, found, SPACING)
-            draft.commit(
-                no_keypoints(),
-                annotated=list(found),
-                organs=found,
-                shape=volume.grid.shape,
-                spacing=(SPACING,) * 3,
-                origin=(atlas.origin[0], atlas.origin[1], atlas.origin[2]),
-                source=["ct.nii.gz"],
-            )
-    return made
 
 
 @pytest.fixture(scope="module")

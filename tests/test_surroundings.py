@@ -10,8 +10,8 @@ from atlas_store import AtlasStore, StoreFormatError
 from kpt_dask import surroundings
 from kpt_dask.boxes import Box, aligned, cut, shape_of, slices
 from kpt_dask.surroundings import read_surroundings, surroundings_of
-from tests.test_local import ATLASES, make_store
-from tests.test_transfer import SPACING
+from tests.test_local import ATLASES
+from tests.test_transfer import SPACING, make_store
 
 boxes = st.tuples(*[st.tuples(st.integers(0, 30), st.integers(1, 30))] * 3).map(
     lambda ends: tuple((a, a + n) for a, n in ends)

@@ -19,6 +19,7 @@ from kpt_dask.moves import plan_moves, propose
 from kpt_dask.omezarr import write_label_image
 from kpt_dask.patches import write_patches
 from kpt_dask.shares import create_probability, decide
+from kpt_dask.surroundings import write_surroundings
 from kpt_dask.transfer import transfer
 from kpt_dask.volume import Volume, create_volume
 from tests import naive
@@ -92,10 +93,10 @@ def volume_of(group: zarr.Group | Path, image: AnnotatedImage) -> Volume:
     return volume
 
 
-@pytest.fixture(scope="module")
-def store(tmp_path_factory: pytest.TempPathFactory) -> AtlasStore:
-    made = AtlasStore.create(tmp_path_factory.mktemp("store") / "s", ORGANS, {})
-    for i, atlas in enumerate(ATLASES):
+def make_store(path: Path, atlases: Sequence[AnnotatedImage]) -> AtlasStore:
+    """What adding atlases leaves in a store, but for keypoints."""
+    made = AtlasStore.create(path, ORGANS, {})
+    for i, atlas in enumerate(atlases):
         with made.draft(f"a{i}", {}) as draft:
             image = draft.group.create_group("image")
             volume = volume_of(image, atlas)
@@ -104,6 +105,7 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> AtlasStore:
             labels = image["labels/organs/0"]
             assert isinstance(labels, zarr.Array)
             write_patches(draft.group, volume.levels[0], labels, found, ORGANS)
+            write_surroundings(draft.group, volume.levels[0], labels, found, SPACING)
             draft.commit(
                 no_keypoints(),
                 annotated=list(found),
@@ -114,6 +116,11 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> AtlasStore:
                 source=["ct.nii.gz"],
             )
     return made
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory: pytest.TempPathFactory) -> AtlasStore:
+    return make_store(tmp_path_factory.mktemp("store") / "s", ATLASES)
 
 
 @pytest.fixture(scope="module")

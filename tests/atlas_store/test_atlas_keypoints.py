@@ -41,6 +41,17 @@ def test_atlases_come_in_the_order_asked_for(store: AtlasStore, synthetic) -> No
     np.testing.assert_array_equal(keypoints.offsets, [0, 7, 12])
 
 
+def test_some_of_those_loaded_are_those_loaded_alone(
+    store: AtlasStore, synthetic: SimpleNamespace
+) -> None:
+    for seed, (atlas_id, count) in enumerate({"a1": 7, "a2": 0, "a3": 12}.items()):
+        synthetic.add(store, atlas_id, seed, count)
+    some, alone = AtlasKeypoints.load(store).only([2, 1]), AtlasKeypoints.load(store, ["a3", "a2"])
+    assert some.ids == alone.ids
+    for name in ("offsets", *VARIABLES):
+        np.testing.assert_array_equal(getattr(some, name), getattr(alone, name))
+
+
 def test_nothing_to_load_and_what_is_missing_or_damaged_are_refused(
     store: AtlasStore, synthetic: SimpleNamespace
 ) -> None:
