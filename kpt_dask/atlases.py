@@ -1,4 +1,4 @@
-"""Annotated scans become atlases of a store: volume, labels, organ patches, labelled keypoints.
+"""Annotated scans become atlases of a store: volume, labels, surroundings, labelled keypoints.
 
 An atlas appears in the store when it is complete, or not at all.
 """
@@ -28,7 +28,6 @@ from kpt_dask.grid import Grid
 from kpt_dask.keypoints import extract, parameters
 from kpt_dask.omezarr import Region, open_array, write_label_image
 from kpt_dask.pairs import LABELS, SCANS, find_pairs, labelled_organs, open_pair
-from kpt_dask.patches import write_patches
 from kpt_dask.profiles import organ_profiles
 from kpt_dask.scan import Scan, scan_name
 from kpt_dask.surroundings import write_surroundings
@@ -152,7 +151,6 @@ def add_atlas(
                 f"{labels} shows no organ that is left at {made_with['spacing']:g} mm; use a"
                 " store of a smaller spacing."
             )
-        write_patches(draft.group, volume.levels[0], voxels, organs, store.organs)
         write_surroundings(
             draft.group, volume.levels[0], voxels, organs, float(volume.grid.spacing[0])
         )

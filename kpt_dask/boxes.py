@@ -1,7 +1,7 @@
 """Boxes of voxels: pure functions, half-open, (z, y, x)."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from kpt_dask.omezarr import Region
 
@@ -44,63 +44,72 @@ def slices(box: Box) -> tuple[slice, ...]:
     return tuple(slice(a, b) for a, b in box)
 
 
+def volume_of(box: Box | None) -> int:
+    """Count the voxels of a box, or of none."""
+    return 0 if box is None else math.prod(shape_of(box))
+
+
 def shape_of(box: Box) -> tuple[int, int, int]:
     """Voxels along each axis."""
     z, y, x = (b - a for a, b in box)
     return z, y, x
 
 
-def cut(box: Box, unit: tuple[int, int, int], voxels: float, pieces: int) -> list[Box]:
-    """Cut a box at multiples of a unit, always the largest piece, near its middle.
+def cut(
+    box: Box,
+    unit: tuple[int, int, int],
+    pieces: int,
+    cost: Callable[[Box], float],
+    fits: Callable[[Box], bool],
+) -> list[Box]:
+    """Cut a box at multiples of a unit, always the most costly piece, into halves of like cost.
 
     Parameters
     ----------
     unit : (int, int, int)
         A piece is never cut but at a multiple of this.
-    voxels : float
-        A piece is cut as long as it has more, if it can be.
     pieces : int
         How many there are to be at least, if so many can be.
+    cost : callable
+        What a piece costs.
+    fits : callable
+        A piece that does not is cut, if it can be.
 
     Returns
     -------
     list of Box
-        Largest first.
+        The most costly first.
     """
-    whole = [box]
-    done: list[Box] = []
+    whole = [(cost(box), box)]
+    done: list[tuple[float, Box]] = []
     while whole:
-        largest = max(whole, key=_size)
-        if _size(largest) <= voxels and len(whole) + len(done) >= pieces:
+        enough = len(whole) + len(done) >= pieces
+        wanted = [one for one in whole if not fits(one[1])] if enough else whole
+        if not wanted:
             break
+        largest = max(wanted, key=lambda one: one[0])
         whole.remove(largest)
-        halves = _halves(largest, unit)
+        halves = _halves(largest[1], unit, cost)
         if halves:
             whole += halves
         else:
             done.append(largest)
-    return sorted(whole + done, key=_size, reverse=True)
+    return [piece for _, piece in sorted(whole + done, key=lambda one: one[0], reverse=True)]
 
 
-def _size(box: Box) -> int:
-    return math.prod(shape_of(box))
-
-
-def _halves(box: Box, unit: tuple[int, int, int]) -> list[Box]:
-    """Cut a box once, as near to the middle of an axis as can be; nothing if it cannot be cut."""
-    best: tuple[float, int, int] | None = None
+def _halves(
+    box: Box, unit: tuple[int, int, int], cost: Callable[[Box], float]
+) -> list[tuple[float, Box]]:
+    """Cut a box once, so that the costlier half costs least; nothing if it cannot be cut."""
+    best: list[tuple[float, Box]] = []
     for axis, ((a, b), u) in enumerate(zip(box, unit, strict=True)):
-        at = min(max(round((a + b) / 2 / u) * u, (a // u + 1) * u), (b - 1) // u * u)
-        if a < at < b:
-            share = max(at - a, b - at) / (b - a)
-            best = min(best or (share, axis, at), (share, axis, at))
-    if best is None:
-        return []
-    _, axis, at = best
-    (a, b) = box[axis]
-    low, high = list(box), list(box)
-    low[axis], high[axis] = (a, at), (at, b)
-    return [(low[0], low[1], low[2]), (high[0], high[1], high[2])]
+        for at in range((a // u + 1) * u, b, u):
+            low, high = list(box), list(box)
+            low[axis], high[axis] = (a, at), (at, b)
+            halves = [(cost(h), h) for h in ((low[0], low[1], low[2]), (high[0], high[1], high[2]))]
+            if not best or max(c for c, _ in halves) < max(c for c, _ in best):
+                best = halves
+    return best
 
 
 def aligned(box: Box, unit: tuple[int, int, int], shape: tuple[int, int, int]) -> Region:

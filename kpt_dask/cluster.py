@@ -162,6 +162,30 @@ def run(
                 _abandon(client, name, list(flying))
 
 
+def run_small(
+    client: Client,
+    function: Callable[..., T],
+    tasks: Sequence[tuple[Any, ...]],
+    description: str,
+) -> list[T]:
+    """Compute ``function(*task)`` like `run`, for work of milliseconds: several in one Dask task.
+
+    Returns
+    -------
+    list
+        The results, in the order of the tasks.
+    """
+    threads = sum(client.nthreads().values())
+    size = -(-len(tasks) // (IN_FLIGHT_PER_THREAD * max(threads, 1))) or 1
+    batches = [(function, tasks[a : a + size]) for a in range(0, len(tasks), size)]
+    done = dict(run(client, _each, batches, description))
+    return [result for i in range(len(batches)) for result in done[i]]
+
+
+def _each(function: Callable[..., T], tasks: Sequence[tuple[Any, ...]]) -> list[T]:
+    return [function(*task) for task in tasks]
+
+
 class _Limit:
     """How many tasks may be in flight now; a cluster's workers come and go."""
 

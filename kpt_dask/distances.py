@@ -8,9 +8,9 @@ from numpy.typing import NDArray
 from scipy.spatial import cKDTree
 
 from atlas_store import Atlas, OrganTable
-from kpt_dask.boxes import Box, enclosing, slices, within
+from kpt_dask.boxes import Box, enclosing, within
 from kpt_dask.jit import kernel
-from kpt_dask.patches import reading
+from kpt_dask.surroundings import read_planes
 
 REACH = 4.0
 """Standard deviations ρ beyond which a match has no say: it would weigh less than 0.0004."""
@@ -39,7 +39,7 @@ def organ_distances(
     Raises
     ------
     StoreFormatError
-        If the label map is not there or damaged.
+        If its surroundings are not there or damaged.
     """
     found = np.full((len(points), len(organs)), np.inf, np.float32)
     spacing = np.array(atlas.info.spacing)
@@ -56,11 +56,9 @@ def organ_distances(
     whole = enclosing([box for box, _ in near.values()])
     if whole is None:
         return found
-    # One read for all organs: many small ones would take longer than the distances.
-    with reading(atlas, "labels"):
-        labels = np.asarray(atlas.labels[slices(whole)])
+    planes, held = read_planes(atlas, *whole[0])
     for o, (box, own) in near.items():
-        organ = labels[within(box, whole)] == organs.values[o]
+        organ = (planes[within(box, held)] & 0xFFFF) == organs.values[o]
         at = voxel[own] - [start for start, _ in box]
         tree = cKDTree(surface(organ) * spacing)
         distance = np.asarray(tree.query(at * spacing, distance_upper_bound=reach)[0])

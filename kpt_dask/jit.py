@@ -4,7 +4,8 @@ Kernels release the GIL (Dask threads run them side by side), are cached on disk
 never run numba's own threads (its workqueue layer aborts the process inside Dask tasks).
 `contract` alone is allowed of the fast-math flags: a fused multiply-add is the same
 operation for every voxel, while reassociation would make a voxel's value depend on where
-its block begins.
+its block begins. A kernel that sums the same numbers in the same loop, whatever the block, may
+ask for it all the same: `summing_kernel`.
 """
 
 import hashlib
@@ -20,7 +21,19 @@ F = TypeVar("F", bound=Callable[..., Any])
 
 def kernel(function: F) -> F:
     """Compile `function` without the GIL, cached, value-preserving but for fused multiply-adds."""
-    compiled: Any = numba.njit(nogil=True, cache=True, fastmath={"contract"}, error_model="numpy")(
+    return _compile(function, {"contract"})
+
+
+def summing_kernel(function: F) -> F:
+    """Compile like `kernel`, but sums may be split among the lanes of a vector.
+
+    Only for sums over a list that does not depend on how the work was cut.
+    """
+    return _compile(function, {"contract", "reassoc", "nsz"})
+
+
+def _compile(function: F, fastmath: set[str]) -> F:
+    compiled: Any = numba.njit(nogil=True, cache=True, fastmath=fastmath, error_model="numpy")(
         function
     )
     # Numba looks for changes only in the file of the kernel itself, and would go on running

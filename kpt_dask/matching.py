@@ -71,8 +71,8 @@ def match(
         # Without a hash of its own: releasing an equal one from an earlier call would race.
         [scattered] = session.scatter([test], broadcast=True, hash=False)
         tasks = [(scattered, own) for own in sides]
-        parts = dict(cluster.run(session, match_atlas, tasks, "Matching"))
-    return _dataset(atlases, [parts[i] for i in range(len(tasks))])
+        parts = cluster.run_small(session, match_atlas, tasks, "Matching")
+    return _dataset(atlases, parts)
 
 
 def describe(keypoints: xr.Dataset, atlases: AtlasKeypoints) -> tuple[Arrays, list[Arrays]]:

@@ -1,24 +1,19 @@
 """What a segmentation says of each organ: size, place, density, and how far to trust it.
 
-One pass over the label map, the probabilities and the scan, block by block. What a block
-counts is whole numbers, so sums do not depend on how the volume was cut.
+Counted block by block, as soon as a block is decided. What a block counts is whole numbers, so
+sums do not depend on how the volume was cut.
 """
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import xarray as xr
-import zarr
-from distributed import Client
 from numpy.typing import NDArray
 
 from atlas_store import OrganTable
-from kpt_dask import cluster
 from kpt_dask.grid import Grid
 from kpt_dask.jit import kernel
-from kpt_dask.omezarr import Region
 
 BINS = 100
 """Of the histograms of shares, over 0 … 1."""
@@ -107,67 +102,32 @@ class Tally:
         )
 
 
-def measure(
-    image: zarr.Array[Any],
-    labels: zarr.Array[Any],
-    probability: zarr.Array[Any],
-    blocks: Sequence[Region],
-    organs: OrganTable,
-    *,
-    client: Client | None = None,
-) -> Tally:
-    """Count the organs' voxels and shares.
+def count(
+    share: NDArray[np.float32],
+    labels: NDArray[np.uint16],
+    hu: NDArray[np.float32],
+    value: int,
+    corner: tuple[int, ...],
+    tally: Tally,
+    organ: int,
+) -> None:
+    """Count the voxels and shares of one organ in a box.
 
     Parameters
     ----------
-    image : float32 zarr.Array (z, y, x)
-        The scan on the working grid, whole HU.
-    labels : zarr.Array (z, y, x)
-        The label map there.
-    probability : float32 zarr.Array (organ, z, y, x)
-        The organs' shares there.
-    blocks : sequence of regions
-        Disjoint; where any share may be more than 0.
-    organs : OrganTable
-    client : distributed.Client, optional
+    share, labels, hu : ndarray (z, y, x)
+        Of the box: the organ's shares, the labels decided, and the scan, whole HU.
+    value : int
+        Label of the organ.
+    corner : tuple of int
+        The box's first voxel in the scan.
+    tally : Tally
+        Changed.
+    organ : int
+        The organ's row of it.
     """
-    total = Tally.empty(len(organs))
-    tasks = [(image, labels, probability, organs.values, block) for block in blocks]
-    with cluster.session(client) as session:
-        for _, part in cluster.run(session, measure_block, tasks, "Measuring organs"):
-            total += part
-    return total
-
-
-def measure_block(
-    image: zarr.Array[Any],
-    labels: zarr.Array[Any],
-    probability: zarr.Array[Any],
-    values: Sequence[int],
-    block: Region,
-) -> Tally:
-    """Count in one block."""
-    tally = Tally.empty(len(values))
-    here = np.asarray(labels[block])
-    hu = np.asarray(image[block], np.float32)
-    corner = np.array([s.start for s in block], np.int64)
-    z, y, x = block
-    for o, value in enumerate(values):
-        share = np.asarray(probability[o, z, y, x], np.float32)
-        if not share.any():
-            continue
-        _count(
-            share,
-            here,
-            hu,
-            value,
-            corner,
-            tally.shares[o],
-            tally.sums[o],
-            tally.low[o],
-            tally.high[o],
-        )
-    return tally
+    own = tally.shares[organ], tally.sums[organ], tally.low[organ], tally.high[organ]
+    _count(share, labels, hu, value, np.array(corner), *own)
 
 
 @kernel

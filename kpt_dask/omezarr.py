@@ -13,6 +13,7 @@ import zarr
 from numpy.typing import NDArray
 from zarr.codecs import BloscCodec
 
+from atlas_store import direct
 from kpt_dask.grid import Grid
 
 Region = tuple[slice, ...]
@@ -80,7 +81,7 @@ def write_region(array: zarr.Array[Any], region: Region, data: NDArray[Any]) -> 
             )
     if data.shape != tuple(part.stop - part.start for part in region):
         raise ValueError(f"data of shape {data.shape} does not fill region {region}")
-    array[region] = data
+    direct.write(array, region, data)
 
 
 def regions(shape: Sequence[int], block: Sequence[int]) -> Iterator[tuple[slice, slice, slice]]:

@@ -4,6 +4,8 @@ Near its displaced position a keypoint has few rivals, so a match needs no ratio
 both keypoints choose each other is enough.
 """
 
+from typing import Any
+
 import numpy as np
 import xarray as xr
 from distributed import Client
@@ -12,7 +14,8 @@ from numpy.typing import NDArray
 from atlas_store import AtlasKeypoints
 from kpt_dask import cluster
 from kpt_dask.fields import Widths, regress
-from kpt_dask.matching import Arrays, Keypoints, describe, distances, slices_by_atlas, two_nearest
+from kpt_dask.jit import summing_kernel
+from kpt_dask.matching import SCALE_RATIO, Arrays, Keypoints, describe, slices_by_atlas
 from kpt_dask.options import SIGMA_T, SIGMA_X
 
 RADIUS = 15.0
@@ -56,8 +59,7 @@ def rematch(
         for side, first in zip(sides, slices_by_atlas(matches, len(atlases)), strict=True):
             found = matches.keypoint.values[first], matches.translation.values[first]
             tasks.append((scattered, side, *found, widths))
-        parts = dict(cluster.run(session, rematch_atlas, tasks, "Matching again"))
-    pairs = [parts[i] for i in range(len(atlases))]
+        pairs = cluster.run_small(session, rematch_atlas, tasks, "Matching again")
     keypoint = np.concatenate([i for i, _ in pairs])
     atlas_keypoint = np.concatenate([j for _, j in pairs])
     atlas = np.repeat(np.arange(len(pairs)), [i.size for i, _ in pairs])
@@ -96,23 +98,79 @@ def rematch_atlas(
     """
     here, there = Keypoints.of(test), Keypoints.of(atlas)
     field = regress(here.position, np.asarray(test[0], np.float32)[keypoint], translation, widths)
-    seen = np.flatnonzero(field[:, 3] > 0)
-    moved = here.position[seen] - field[seen, :3], here.scale[seen], here.sign[seen]
-    squared = distances(here, there)[seen]
-    forth = _nearest(squared, moved, there.where)
-    back = _nearest(np.ascontiguousarray(squared.T), there.where, moved)
+    moved = here.position - field[:, :3]
+    order = np.argsort(there.position[:, 0], kind="stable")
+    forth = _mutual_nearest(
+        (moved, field[:, 3], here.scale, here.sign, _frames(here), here.descriptor),
+        (there.position, there.scale, there.sign, _frames(there), there.descriptor),
+        order,
+        there.position[order, 0],
+    )
     mutual = np.flatnonzero(forth >= 0)
-    mutual = mutual[back[forth[mutual]] == mutual]
-    return here.first[seen[mutual]], there.first[forth[mutual]]
+    return here.first[mutual], there.first[forth[mutual]]
 
 
-def _nearest(
-    distances: NDArray[np.float32],
-    here: tuple[NDArray[np.float32], ...],
-    there: tuple[NDArray[np.float32], ...],
+def _frames(keypoints: Keypoints) -> NDArray[np.int64]:
+    """Where the frames of each keypoint begin, and where the last one's end."""
+    return np.append(keypoints.first, keypoints.descriptor.shape[0])
+
+
+@summing_kernel
+def _mutual_nearest(
+    test: tuple[NDArray[Any], ...],
+    atlas: tuple[NDArray[Any], ...],
+    order: NDArray[np.int64],
+    height: NDArray[np.float32],
 ) -> NDArray[np.int64]:
-    n = distances.shape[0]
-    nearest = np.empty(n, np.int64)
-    ignored = np.empty(n, np.float32), np.empty(n, np.float32)
-    two_nearest(distances, here, there, np.float32(RADIUS), nearest, *ignored)
-    return nearest
+    """Index of the atlas keypoint that each test keypoint chooses and is chosen by, or −1.
+
+    Parameters
+    ----------
+    test : tuple of ndarray
+        Position (n, 3), support (n), scale (n), sign (n), where frames begin and the last one's
+        end (n + 1), and descriptors.
+    atlas : tuple of ndarray
+        The same but for the support.
+    order, height : ndarray (m)
+        Atlas keypoints from low z to high, and their z.
+    """
+    here, support, scale, sign, frames, descriptor = test
+    there, other_scale, other_sign, other_frames, other_descriptor = atlas
+    radius = np.float32(RADIUS)
+    forth = np.full(here.shape[0], -1, np.int64)
+    back = np.full(there.shape[0], -1, np.int64)
+    nearest = np.full(there.shape[0], np.inf, np.float32)
+    for i in range(here.shape[0]):
+        if support[i] == 0:
+            continue
+        best = np.float32(np.inf)
+        for at in range(np.searchsorted(height, here[i, 0] - radius), height.size):
+            if height[at] - here[i, 0] >= radius:
+                break
+            j = order[at]
+            dz = here[i, 0] - there[j, 0]
+            dy = here[i, 1] - there[j, 1]
+            dx = here[i, 2] - there[j, 2]
+            if not dz * dz + dy * dy + dx * dx < radius * radius or sign[i] != other_sign[j]:
+                continue
+            if other_scale[j] < scale[i] / SCALE_RATIO or other_scale[j] > scale[i] * SCALE_RATIO:
+                continue
+            squared = np.float32(np.inf)
+            for p in range(frames[i], frames[i + 1]):
+                for q in range(other_frames[j], other_frames[j + 1]):
+                    total = np.float32(0)
+                    for b in range(descriptor.shape[1]):
+                        d = descriptor[p, b] - other_descriptor[q, b]
+                        total += d * d
+                    squared = min(squared, total)
+            # Ties go to the lower index, on both sides.
+            if squared < best or (squared == best and j < forth[i]):
+                best = squared
+                forth[i] = j
+            if squared < nearest[j]:
+                nearest[j] = squared
+                back[j] = i
+    for i in range(forth.size):
+        if forth[i] >= 0 and back[forth[i]] != i:
+            forth[i] = -1
+    return forth

@@ -17,7 +17,7 @@ from kpt_dask import cluster, local
 from kpt_dask.errors import ParameterError
 from kpt_dask.keypoints import CHOICES, PARAMETERS, extract, first_frames
 from kpt_dask.matching import match
-from kpt_dask.measures import OrganMeasures, measure, organ_measures
+from kpt_dask.measures import OrganMeasures, organ_measures
 from kpt_dask.omezarr import open_array, write_label_image
 from kpt_dask.options import DEFAULTS, TransferOptions
 from kpt_dask.output import check_absent, replacing
@@ -133,7 +133,7 @@ def segment(
     overwrite : bool
         Whether existing outputs may be replaced; they are kept until the new ones are complete.
     memory : int
-        Bytes that extraction, and the transfer of mode local, may take in each process.
+        Bytes that extraction and the transfer may take in each process.
     client : distributed.Client, optional
         Where blocks are computed; threads of this process if there is no current one.
 
@@ -227,7 +227,7 @@ def segment_volume(
     if mode == "local":
         widths = options.sigma_x, options.sigma_t
         nearer = rematch(keypoints, atlases, matches, widths=widths, client=client)
-        parts = local.transfer(
+        parts, tally = local.transfer(
             volume,
             store,
             atlas_ids,
@@ -239,7 +239,7 @@ def segment_volume(
             client=client,
         )
     else:
-        parts = transfer(
+        parts, tally = transfer(
             volume,
             store,
             atlas_ids,
@@ -249,12 +249,11 @@ def segment_volume(
             probability,
             mode=mode,
             options=options,
+            memory=memory,
             client=client,
         )
     label_image = write_label_image(group, "organs", parts, volume.grid, store.organs)
     labels = open_array(label_image, "0")
-    blocks = [region for region, _ in parts]
-    tally = measure(volume.levels[0], labels, probability, blocks, store.organs, client=client)
     smallest = options.smallest_share(mode)
     organs = organ_measures(tally, store.organs, volume.grid, smallest, keypoints, votes)
     return Stations(tuple(atlas_ids), keypoints, matches, votes, labels, probability, organs)

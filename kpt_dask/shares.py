@@ -15,6 +15,8 @@ from atlas_store import Atlas, OrganTable
 from kpt_dask import cluster
 from kpt_dask.boxes import Box, aligned, box_of, shape_of, within
 from kpt_dask.grid import Grid
+from kpt_dask.jit import kernel
+from kpt_dask.measures import Tally, count
 from kpt_dask.omezarr import COMPRESSOR, Region, write_region
 
 CHUNKS = (64, 64, 64)
@@ -45,22 +47,26 @@ def create_probability(group: zarr.Group, grid: Grid, organs: OrganTable) -> zar
 
 
 def run_blocks(
-    function: Callable[..., Part],
+    function: Callable[..., tuple[Part, Tally]],
     tasks: Sequence[tuple[Any, ...]],
     atlases: Sequence[Atlas],
+    organs: OrganTable,
     client: Client,
-) -> list[Part]:
-    """Compute blocks of the transfer, and gather the parts of the label map.
+) -> tuple[list[Part], Tally]:
+    """Compute blocks of the transfer, and gather the parts of the label map and what they count.
 
     Raises
     ------
     AtlasNotFoundError
         If an atlas was removed meanwhile.
     """
-    parts = [part for _, part in cluster.run(client, function, tasks, "Transferring organs")]
+    parts, total = [], Tally.empty(len(organs))
+    for _, (part, tally) in cluster.run(client, function, tasks, "Transferring organs"):
+        parts.append(part)
+        total += tally
     for atlas in atlases:
         atlas.ensure_present()
-    return parts
+    return parts, total
 
 
 def finish_block(
@@ -69,8 +75,9 @@ def finish_block(
     organs: OrganTable,
     smallest: float,
     region: Region,
-) -> Part:
-    """Write the shares of a block, and decide its labels.
+    scan: tuple[Box, NDArray[np.float32]],
+) -> tuple[Part, Tally]:
+    """Write the shares of a block, decide its labels, and count them.
 
     Parameters
     ----------
@@ -83,10 +90,19 @@ def finish_block(
         As for `decide`.
     region : tuple of slice
         The block: whole chunks of `probability`.
+    scan : tuple
+        A box that holds those of the shares, and its HU (z, y, x).
     """
+    labels = decide(shares, organs.values, smallest, region)
+    tally = Tally.empty(len(organs))
+    around, hu = scan
     for organ, box, share in shares:
-        _write(probability, organ, box, share, region)
-    return region, decide(shares, organs.values, smallest, region)
+        if share.any():
+            _write(probability, organ, box, share, region)
+            decided, here = labels[within(box, box_of(region))], hu[within(box, around)]
+            corner = tuple(start for start, _ in box)
+            count(share, decided, here, organs.values[organ], corner, tally, organ)
+    return (region, labels), tally
 
 
 def decide(
@@ -112,10 +128,19 @@ def decide(
     largest = np.full(labels.shape, np.nextafter(np.float32(smallest), np.float32(0)))
     for organ, box, share in shares:
         inside = within(box, block)
-        wins = share > largest[inside]
-        largest[inside][wins] = share[wins]
-        labels[inside][wins] = values[organ]
+        _claim(share, np.uint16(values[organ]), largest[inside], labels[inside])
     return labels
+
+
+@kernel
+def _claim(share: Any, value: Any, largest: Any, labels: Any) -> None:
+    """Give voxels to an organ where its share is the largest so far."""
+    for z in range(share.shape[0]):
+        for y in range(share.shape[1]):
+            for x in range(share.shape[2]):
+                if share[z, y, x] > largest[z, y, x]:
+                    largest[z, y, x] = share[z, y, x]
+                    labels[z, y, x] = value
 
 
 def intensity_table(nu: float) -> NDArray[np.float32]:

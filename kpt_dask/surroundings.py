@@ -1,26 +1,29 @@
-"""What mode `local` reads of an atlas: HU and labels of the box around its organs.
+"""What the transfer reads of an atlas: HU and labels of the box around its organs.
 
-One int16 array for both, in chunks of whole planes: few reads, and a half of the bytes of the
-atlas's own volume. Derived from image and label map when the atlas is added.
+One int32 per voxel for both, in chunks of whole planes: few reads, each unpacked where it
+belongs. Derived from image and label map when the atlas is added.
 """
 
+import json
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
 import zarr
 from numpy.typing import NDArray
 
-from atlas_store import Atlas, OrganInfo
+from atlas_store import Atlas, OrganInfo, StoreFormatError
+from atlas_store.direct import describes, unpack_into
+from atlas_store.guard import MAX_CHUNK
 from kpt_dask.boxes import Box, enclosing, shape_of
-from kpt_dask.omezarr import COMPRESSOR, open_array, regions, write_region
-from kpt_dask.patches import reading
+from kpt_dask.omezarr import COMPRESSOR, regions, write_region
 
 AROUND = 40.0
 """How far beyond the box around all its organs an atlas is kept for the transfer, mm."""
 
-PLANES = 32
+PLANES = 16
 """Of a chunk; blocks of the transfer are slabs, so few planes are read in vain."""
 
 NAME = "surroundings"
@@ -42,14 +45,14 @@ def write_surroundings(
     found: Mapping[str, OrganInfo],
     spacing: float,
 ) -> None:
-    """Write ``surroundings`` (2, z, y, x) int16 of an atlas: HU, and the bits of uint16 labels.
+    """Write ``surroundings`` (z, y, x) int32 of an atlas: HU · 2¹⁶ + label.
 
     Parameters
     ----------
     group : zarr.Group
         The atlas's data.
     image, labels : zarr.Array (z, y, x)
-        Level 0 of its volume, whole HU, and its label map.
+        Level 0 of its volume, whole HU within int16, and its label map.
     found : mapping of str to OrganInfo
         Bounding boxes by organ name.
     spacing : float
@@ -60,36 +63,100 @@ def write_surroundings(
     shape = shape_of(box)
     array = group.create_array(
         NAME,
-        shape=(2, *shape),
-        dtype=np.int16,
-        chunks=(2, min(PLANES, shape[0]), *shape[1:]),
+        shape=shape,
+        dtype=np.int32,
+        chunks=_chunks(shape),
         compressors=COMPRESSOR,
-        dimension_names=("c", "z", "y", "x"),
+        dimension_names=("z", "y", "x"),
+        # A chunk that is not there is damage, never nothing.
+        config={"write_empty_chunks": True},
     )
-    for region in regions(shape, (PLANES, *shape[1:])):
+    for region in regions(shape, _chunks(shape)):
         part = tuple(slice(a + r.start, a + r.stop) for (a, _), r in zip(box, region, strict=True))
-        hu = np.asarray(image[part]).astype(np.int16)
-        label = np.asarray(labels[part]).astype(np.uint16).view(np.int16)
-        write_region(array, (slice(0, 2), *region), np.stack([hu, label]))
+        hu = np.asarray(image[part]).astype(np.int32)
+        write_region(array, region, (hu << 16) | np.asarray(labels[part]).astype(np.uint16))
 
 
-def read_surroundings(atlas: Atlas, box: Box) -> tuple[NDArray[np.int16], NDArray[np.uint16]]:
-    """Read HU and labels of a box of an atlas, which lies inside its `box_around`.
+def read_planes(
+    atlas: Atlas, first: int, stop: int, room: NDArray[np.int32] | None = None
+) -> tuple[NDArray[np.int32], Box]:
+    """Read the chunks of an atlas's `surroundings_of` that hold planes ``first`` to ``stop``.
+
+    Parameters
+    ----------
+    first, stop : int
+        Planes of the atlas's volume, inside the box.
+    room : int32 array (n), optional
+        Where to put them: at least `room_for` as many planes.
+
+    Returns
+    -------
+    planes : int32 array (z, y, x)
+        HU is the value shifted right by 16 bits, the label its lower 16 bits.
+    held : Box
+        The voxels that `planes` begins with; what lies beyond is no voxel of the box.
 
     Raises
     ------
+    AtlasNotFoundError
+        If the atlas was removed.
     StoreFormatError
-        If they are not there or damaged.
+        If what is there is not what its organs tell, or damaged.
     """
-    whole = surroundings_of(atlas)
-    z, y, x = (slice(a - f, b - f) for (a, b), (f, _) in zip(box, whole, strict=True))
+    (begin, end), *sides = box = surroundings_of(atlas)
+    shape = shape_of(box)
+    depth, *plane = chunks = _chunks(shape)
+    low, high = (first - begin) // depth, -((begin - stop) // depth)
+    folder = f"{atlas.path}/{NAME}"
+    keys = [f"{folder}/c/{c}/0/0" for c in range(low, high)]
     with reading(atlas, NAME):
-        both = np.asarray(open_array(atlas.group, NAME)[:, z, y, x])
-        if both.dtype != np.int16 or both.shape != (2, *shape_of(box)):
-            raise ValueError(f"{both.dtype} {both.shape} is not what its organs tell")
-    return both[0], both[1].view(np.uint16)
+        if 4 * math.prod(chunks) > MAX_CHUNK:
+            raise ValueError(f"its organs tell of chunks of {chunks}")
+        if room is None:
+            room = np.empty(room_for(atlas, stop - first), np.int32)
+        planes = room[: (high - low) * math.prod(chunks)].reshape(-1, *plane)
+        description, *parts = atlas.objects.read_many([f"{folder}/zarr.json", *keys])
+        if not describes(json.loads(description or b"null"), shape, chunks, planes.dtype):
+            raise ValueError("its description is not what its organs tell")
+        for c, part in enumerate(parts):
+            if part is None:
+                raise ValueError("a chunk is missing")
+            unpack_into(part, planes[c * depth : (c + 1) * depth])
+    z = begin + low * depth, min(begin + high * depth, end)
+    return planes, (z, sides[0], sides[1])
+
+
+def room_for(atlas: Atlas, planes: int) -> int:
+    """Voxels that reading so many planes takes at most: whole chunks are unpacked."""
+    depth, height, width = _chunks(shape_of(surroundings_of(atlas)))
+    return (planes + 2 * (depth - 1)) * height * width
 
 
 def surroundings_of(atlas: Atlas) -> Box:
-    """Box of an atlas's voxels that `read_surroundings` can read."""
+    """Box of an atlas's voxels that `read_planes` can read."""
     return box_around(atlas.organs, atlas.info.shape, float(atlas.info.spacing[0]))
+
+
+@contextmanager
+def reading(atlas: Atlas, what: str) -> Iterator[None]:
+    """Say of an atlas's voxels that cannot be read what to do about it.
+
+    Raises
+    ------
+    AtlasNotFoundError
+        If the atlas was removed.
+    StoreFormatError
+        If what is read in the context is not there or damaged.
+    """
+    try:
+        yield
+    except (KeyError, ValueError, RuntimeError) as error:
+        atlas.ensure_present()
+        raise StoreFormatError(
+            f"{atlas.objects.url}: the {what} of the atlas {atlas.id!r} cannot be read"
+            f" ({error}); remove the atlas and add it again."
+        ) from error
+
+
+def _chunks(shape: tuple[int, int, int]) -> tuple[int, int, int]:
+    return min(PLANES, shape[0]), shape[1], shape[2]

@@ -5,6 +5,7 @@ before any voxel is visited, so blocks are independent and their order of summat
 same however the volume is cut. A block reads only what it needs of the atlases' organs.
 """
 
+import math
 from collections.abc import Sequence
 from itertools import groupby, product
 from typing import Any
@@ -15,21 +16,35 @@ import zarr
 from distributed import Client
 from numpy.typing import NDArray
 
-from atlas_store import Atlas, AtlasStore, OrganTable
+from atlas_store import Atlas, AtlasStore, OrganTable, direct
 from kpt_dask import cluster
-from kpt_dask.boxes import Box, box_of, enclosing, overlap, shape_of, slices, within
+from kpt_dask.boxes import (
+    Box,
+    aligned,
+    box_of,
+    cut,
+    enclosing,
+    overlap,
+    shape_of,
+    slices,
+    volume_of,
+    within,
+)
 from kpt_dask.distances import REACH, organ_distances
 from kpt_dask.matching import slices_by_atlas
+from kpt_dask.measures import Tally
 from kpt_dask.moves import Move, plan_affines, plan_moves, propose, without_negligible
-from kpt_dask.omezarr import Region, regions
+from kpt_dask.omezarr import CHUNKS, Region
 from kpt_dask.options import DEFAULTS, TransferOptions
-from kpt_dask.patches import read_patch
-from kpt_dask.shares import Part, Share, finish_block, intensity_table, run_blocks
-from kpt_dask.summing import accumulate, sample
+from kpt_dask.shares import Part, finish_block, intensity_table, run_blocks
+from kpt_dask.summing import LANES, accumulate, cut_out, sample
+from kpt_dask.surroundings import read_planes, surroundings_of
 from kpt_dask.volume import Volume
 
-BLOCK = (128, 256, 256)
-"""What one task decides at most (z, y, x): whole chunks of the probabilities and the labels."""
+PIECES = 2
+"""Blocks for each thread, so that the threads end at about the same time."""
+BEND = 50
+"""Planes of an atlas that a block reads, beyond as many as it has itself, about."""
 
 DESCRIPTION = (
     "share of each organ's vote weight that places the organ at a voxel and agrees with the "
@@ -49,8 +64,9 @@ def transfer(
     *,
     mode: str = "organ",
     options: TransferOptions = DEFAULTS,
+    memory: int = 1 << 30,
     client: Client | None = None,
-) -> list[Part]:
+) -> tuple[list[Part], Tally]:
     """Fill the probabilities, and decide each voxel's organ.
 
     The share of organ l at voxel x is
@@ -91,6 +107,8 @@ def transfer(
         As above.
     options : TransferOptions
         The threshold, ν, ρ, and which organs move which.
+    memory : int
+        Bytes that all blocks of a process may take together, down to one chunk a block.
     client : distributed.Client, optional
         Where the blocks are computed.
 
@@ -100,7 +118,7 @@ def transfer(
         The parts of the label map that hold anything, uint16 (z, y, x).
     """
     atlases = store.atlases(atlas_ids)
-    organs = store.organs
+    organs, grid = store.organs, volume.grid
     probability.update_attributes({"description": DESCRIPTION})
     smallest, nus = options.smallest_share(mode), options.nus(mode, organs)
     with cluster.session(client) as session:
@@ -110,24 +128,53 @@ def transfer(
             distance = _distances(keypoints, matches, atlases, organs, reach, session)
         proposals = propose(matches, votes, atlases, organs, options.across, distance, options.rho)
         if mode == "affine":
-            moves = plan_affines(proposals, keypoints, matches, atlases, organs, volume.grid)
+            moves = plan_affines(proposals, keypoints, matches, atlases, organs, grid)
         else:
-            moves = plan_moves(proposals, matches, atlases, organs, volume.grid)
+            moves = plan_moves(proposals, matches, atlases, organs, grid)
         if mode == "across":
             moves = without_negligible(moves, len(organs))
         totals = np.zeros(len(organs))
         for move in moves:
             totals[move.organ] += move.weight
+        lows, highs = _ends(moves)
+        per_plane = max((math.prod(shape_of(surroundings_of(a))[1:]) for a in atlases), default=0)
+
+        def overlaps(box: Box) -> NDArray[np.int64]:
+            """Voxels of a box that each move reaches."""
+            start, stop = np.array(box).T
+            sides = np.minimum(highs, stop) - np.maximum(lows, start)
+            voxels: NDArray[np.int64] = np.maximum(sides, 0).prod(axis=1)
+            return voxels
+
+        def time(box: Box) -> float:
+            return float(overlaps(box).sum()) + per_plane * shape_of(box)[0]
+
+        def fits(box: Box) -> bool:
+            """Shares, the scan, and planes of one atlas with an organ cut out of them."""
+            organs_here = np.unique([moves[i].organ for i in np.flatnonzero(overlaps(box))]).size
+            planes = 3 * per_plane * (shape_of(box)[0] + BEND)
+            needed = 4 * ((2 + organs_here) * volume_of(box) + planes)
+            return bool(needed <= memory / max(threads))
+
+        threads = session.nthreads().values()
+        reached = overlap(
+            enclosing([move.box for move in moves]), box_of(tuple(slice(0, n) for n in grid.shape))
+        )
         tasks = []
-        for region in regions(volume.grid.shape, BLOCK):
-            here = [move for move in moves if overlap(move.box, box_of(region))]
+        for piece in cut(reached, CHUNKS, PIECES * sum(threads), time, fits) if reached else []:
+            here = [moves[i] for i in np.flatnonzero(overlaps(piece))]
             if here:
                 local = {move.atlas: atlases[move.atlas] for move in here}
-                image = volume.levels[0]
-                tasks.append(
-                    (image, local, here, organs, nus, totals, smallest, probability, region)
-                )
-        return run_blocks(transfer_block, tasks, atlases, session)
+                region = aligned(piece, CHUNKS, grid.shape)
+                what = local, here, organs, nus, totals, smallest
+                tasks.append((volume.levels[0], *what, probability, region))
+        return run_blocks(transfer_block, tasks, atlases, organs, session)
+
+
+def _ends(moves: Sequence[Move]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """First voxels of the moves' boxes, and the ones past their last, (move, 3)."""
+    ends = np.array([move.box for move in moves], np.int64).reshape(-1, 3, 2)
+    return ends[..., 0], ends[..., 1]
 
 
 def _distances(
@@ -144,8 +191,7 @@ def _distances(
         (atlas, before[own], organs, reach)
         for atlas, own in zip(atlases, slices_by_atlas(matches, len(atlases)), strict=True)
     ]
-    parts = dict(cluster.run(client, organ_distances, tasks, "Measuring distances"))
-    return np.concatenate([parts[i] for i in range(len(tasks))])
+    return np.concatenate(cluster.run_small(client, organ_distances, tasks, "Measuring distances"))
 
 
 def transfer_block(
@@ -158,8 +204,8 @@ def transfer_block(
     smallest: float,
     probability: zarr.Array[Any],
     region: Region,
-) -> Part:
-    """Fill one block of the probabilities, and return its part of the label map.
+) -> tuple[Part, Tally]:
+    """Fill one block of the probabilities, and decide its voxels.
 
     Parameters
     ----------
@@ -175,66 +221,82 @@ def transfer_block(
         box = overlap(move.box, box_of(region))
         assert box is not None
         reached.setdefault(move.organ, []).append(box)
-    shares: dict[int, Share] = {}
-    for o, boxes in sorted(reached.items()):
-        box = enclosing(boxes)
-        assert box is not None
-        shares[o] = o, box, np.zeros(shape_of(box), np.float32)
-    whole = enclosing([box for _, box, _ in shares.values()])
+    boxes = {o: box for o, own in sorted(reached.items()) if (box := enclosing(own))}
+    whole = enclosing(list(boxes.values()))
     assert whole is not None
-    scan = np.asarray(image[slices(whole)], np.float32)
-    # Rows side by side: the kernels are slow on a cut-out that is none.
-    scans = {o: np.ascontiguousarray(scan[within(box, whole)]) for o, box, _ in shares.values()}
-    for (a, o), own in groupby(moves, key=lambda move: (move.atlas, move.organ)):
-        _, box, share = shares[o]
-        here = scans[o]
-        _add(share, here, box, list(own), atlases[a], organs.names[o], nus[o], float(totals[o]))
-    return finish_block(probability, list(shares.values()), organs, smallest, region)
+    scan = direct.read(image, slices(whole)).astype(np.float32, copy=False)
+    # Longer rows, as the kernel wants them, and side by side: it is slow on a cut-out that is none.
+    padding = (0, 0), (0, 0), (0, LANES)
+    scans = {o: np.pad(scan[within(box, whole)], padding) for o, box in boxes.items()}
+    sums = {o: np.zeros(here.shape, np.float32) for o, here in scans.items()}
+    for a, own in groupby(moves, key=lambda move: move.atlas):
+        _add(sums, scans, boxes, list(own), atlases[a], organs, nus, totals)
+    found = [(o, box, sums[o][..., :-LANES]) for o, box in boxes.items()]
+    return finish_block(probability, found, organs, smallest, region, (whole, scan))
 
 
 def _add(
-    share: NDArray[np.float32],
-    scan: NDArray[np.float32],
-    box: Box,
+    sums: dict[int, NDArray[np.float32]],
+    scans: dict[int, NDArray[np.float32]],
+    boxes: dict[int, Box],
     moves: Sequence[Move],
     atlas: Atlas,
-    organ: str,
-    nu: float,
-    total: float,
+    organs: OrganTable,
+    nus: Sequence[float],
+    totals: NDArray[np.float64],
 ) -> None:
-    """Add all moves of one organ of one atlas to the organ's share in a box."""
-    size = shape_of(atlas.organs[organ].bounding_box)
-    sources = [_source(move, box, size) for move in moves]
-    source = enclosing([one for one in sources if one is not None])
-    if source is None:
+    """Add all moves of one atlas to the shares of its organs, each in a box of its own."""
+    wanted: dict[int, tuple[list[Move], Box]] = {}
+    for o, of_organ in groupby(moves, key=lambda move: move.organ):
+        own = list(of_organ)
+        bounds = atlas.organs[organs.names[o]].bounding_box
+        sources = [_source(move, boxes[o], bounds) for move in own]
+        source = enclosing([one for one in sources if one is not None])
+        if source is not None:
+            wanted[o] = own, (source[0], bounds[1], bounds[2])
+    needed = enclosing([source for _, source in wanted.values()])
+    if needed is None:
         return
-    patch = read_patch(atlas, organ, slices(source))
-    first = np.array([start for start, _ in source])
-    for move in moves:
-        common = overlap(move.box, box)
-        assert common is not None
-        start, stop = (np.array(ends) for ends in zip(*common, strict=True))
-        corner = np.array([start for start, _ in box])
-        weight = np.float32(move.weight / total)
-        if move.inverse is None:
-            offset = corner - first - [low for low, _ in move.box]
-            accumulate(share, scan, patch, start - corner, stop - corner, offset, weight, nu)
-        else:
-            table = intensity_table(nu)
-            ends = start - corner, stop - corner
-            sample(share, scan, patch, *ends, corner, first, move.inverse, weight, table)
+    planes, held = read_planes(atlas, *needed[0])
+    for o, (own, source) in wanted.items():
+        packed = planes[within(source, held)]
+        patch = np.empty((*packed.shape[:2], packed.shape[2] + LANES), np.int16)
+        extent = np.empty((*packed.shape[:2], 2), np.int64)
+        cut_out(packed, organs.values[o], patch, extent)
+        corner = np.array([start for start, _ in boxes[o]])
+        first = np.array([start for start, _ in source])
+        bounds = atlas.organs[organs.names[o]].bounding_box
+        shifted = [move for move in own if move.inverse is None]
+        if shifted:
+            to_atlas = np.array([b[0] for b in bounds]) - _ends(shifted)[0]
+            weights = np.array([move.weight / totals[o] for move in shifted], np.float32)
+            offsets = corner + to_atlas - first
+            accumulate(sums[o], scans[o], patch, extent, offsets, weights, nus[o])
+        for move in own:
+            if move.inverse is not None:
+                common = overlap(move.box, boxes[o])
+                assert common is not None
+                start, stop = (np.array(ends) - corner for ends in zip(*common, strict=True))
+                begin = first - [b[0] for b in bounds]
+                weight = np.float32(move.weight / totals[o])
+                where = start, stop, corner, begin, move.inverse
+                sample(sums[o], scans[o], patch, *where, weight, intensity_table(nus[o]))
 
 
-def _source(move: Move, box: Box, size: tuple[int, int, int]) -> Box | None:
-    """Find the part of an organ's patch, of `size`, that a move brings into a box."""
+def _source(move: Move, box: Box, bounds: Box) -> Box | None:
+    """Find the part of an organ, of these bounds in its atlas, that a move brings into a box."""
     common = overlap(move.box, box)
-    assert common is not None
+    if common is None:
+        return None
     if move.inverse is None:
-        z, y, x = ((a - s, b - s) for (a, b), (s, _) in zip(common, move.box, strict=True))
+        z, y, x = (
+            (a - s + first, b - s + first)
+            for (a, b), (s, _), (first, _) in zip(common, move.box, bounds, strict=True)
+        )
         return z, y, x
     corners = np.array(list(product(*((a, b - 1) for a, b in common))))
-    at = corners @ move.inverse[:, :3].T + move.inverse[:, 3]
+    at = corners @ move.inverse[:, :3].T + move.inverse[:, 3] + [first for first, _ in bounds]
     low = np.floor(at.min(axis=0)).astype(int).tolist()
     high = (np.ceil(at.max(axis=0)) + 1).astype(int).tolist()
     z, y, x = zip(low, high, strict=True)
-    return overlap((z, y, x), ((0, size[0]), (0, size[1]), (0, size[2])))
+    return overlap((z, y, x), bounds)

@@ -1,7 +1,7 @@
 """Where organs land, and the displacement fields that bring them there: plans of mode `local`.
 
 Fields live on one lattice that begins at the scan's first voxel, so a part of a field is the
-same whatever block asks for it. Reads no voxel.
+same whatever block asks for it. Between eight nodes lies a cell. Reads no voxel.
 """
 
 from collections.abc import Sequence
@@ -19,7 +19,7 @@ from kpt_dask.grid import Grid
 from kpt_dask.matching import slices_by_atlas
 
 NODE = 10.0
-"""Distance between the nodes of the fields' lattice, mm."""
+"""Distance between the nodes of the fields' lattice, mm, rounded to whole voxels."""
 MARGIN = 15.0
 """How far beyond where the corners of its box land an organ may reach, mm."""
 LEAST_SUPPORT = 0.01
@@ -38,44 +38,6 @@ class Matched:
 
     position: NDArray[np.float32]
     translation: NDArray[np.float32]
-
-
-@dataclass(frozen=True)
-class Field:
-    """One atlas's displacement field on a box of the lattice.
-
-    Attributes
-    ----------
-    first : tuple of int
-        Lattice index of the first node (z, y, x).
-    nodes : float32 array (z, y, x, 4)
-        What to add to a voxel index of the scan to get the atlas's, (z, y, x), and the support.
-    """
-
-    first: tuple[int, int, int]
-    nodes: NDArray[np.float32]
-
-    def part(self, box: Box, step: float) -> "Field":
-        """Cut out the nodes that the voxels of `box` lie between, `step` voxels apart."""
-        low, high = lattice(box, step)
-        cut = tuple(slice(a - f, b - f) for a, b, f in zip(low, high, self.first, strict=True))
-        return Field(low, self.nodes[cut])
-
-    def source(self, box: Box, held: Box) -> Box | None:
-        """Find the atlas's voxels, of those `held`, that the field can bring to `box`, if any."""
-        shifts = (self.nodes[..., axis] for axis in range(3))
-        z, y, x = (
-            (int(np.floor(a + shift.min() - 1)), int(np.ceil(b + shift.max() + 1)))
-            for (a, b), shift in zip(box, shifts, strict=True)
-        )
-        return overlap((z, y, x), held)
-
-
-def lattice(box: Box, step: float) -> tuple[tuple[int, int, int], tuple[int, int, int]]:
-    """First node, and the one past the last, that the voxels of `box` lie between."""
-    # The quotient, not the floor division: it is what the kernel computes.
-    z, y, x = ((int(start / step), int((stop - 1) / step) + 2) for start, stop in box)
-    return (z[0], y[0], x[0]), (z[1], y[1], x[1])
 
 
 def by_atlas(keypoints: xr.Dataset, matches: xr.Dataset, n: int) -> list[Matched]:
@@ -116,17 +78,57 @@ def landing_boxes(
     return boxes
 
 
-def join(landed: Sequence[Sequence[Box | None]]) -> list[Box | None]:
-    """Enclose what each atlas says of each organ."""
-    return [enclosing([b for b in boxes if b is not None]) for boxes in zip(*landed, strict=True)]
+def domains_of(landed: Sequence[Sequence[Box | None]], step: int) -> list[Box | None]:
+    """Enclose what each atlas says of each organ, in cells of the lattice."""
+    found = []
+    for boxes in zip(*landed, strict=True):
+        box = enclosing([b for b in boxes if b is not None])
+        found.append(None if box is None else in_cells(box, step))
+    return found
 
 
-def fit(atlas: Atlas, matched: Matched, grid: Grid, box: Box, widths: Widths) -> Field:
-    """Regress an atlas's field at the nodes around a box of the scan's voxels."""
+def in_cells(box: Box, step: int) -> Box:
+    """Cells that the voxels of a box lie in."""
+    z, y, x = ((a // step, -(-b // step)) for a, b in box)
+    return z, y, x
+
+
+def in_voxels(box: Box, step: int) -> Box:
+    """Voxels of cells."""
+    z, y, x = ((a * step, b * step) for a, b in box)
+    return z, y, x
+
+
+def in_grid(box: Box, grid: Grid, step: int) -> Box:
+    """Voxels of cells that the grid has."""
+    depth, height, width = grid.shape
+    found = overlap(in_voxels(box, step), ((0, depth), (0, height), (0, width)))
+    assert found is not None
+    return found
+
+
+def step_of(grid: Grid) -> int:
+    """Voxels between the nodes of the lattice: as near to `NODE` as whole voxels come."""
+    return max(round(NODE / float(grid.spacing[0])), 1)
+
+
+def fit(
+    atlas: Atlas, matched: Matched, grid: Grid, nodes: NDArray[np.int64], widths: Widths
+) -> NDArray[np.float32]:
+    """Regress an atlas's field at nodes of the lattice.
+
+    Parameters
+    ----------
+    nodes : int64 array (n, 3)
+        Lattice indices (z, y, x), sorted.
+
+    Returns
+    -------
+    ndarray (n, 4), float32
+        What to add to a voxel index of the scan to get the atlas's, (z, y, x), and the support.
+    """
     spacing = float(grid.spacing[0])
-    first, stop = lattice(box, NODE / spacing)
-    axes = [grid.origin[a] + NODE * np.arange(first[a], stop[a]) for a in range(3)]
-    points = np.stack(np.meshgrid(*axes, indexing="ij"), axis=-1).reshape(-1, 3)
-    nodes = regress(points, matched.position, matched.translation, widths)
-    nodes[:, :3] = (grid.origin - np.array(atlas.info.origin) - nodes[:, :3]) / spacing
-    return Field(first, nodes.reshape(*(b - a for a, b in zip(first, stop, strict=True)), 4))
+    points = grid.origin + spacing * step_of(grid) * nodes
+    found = regress(points, matched.position, matched.translation, widths)
+    found[:, :3] = (grid.origin - np.array(atlas.info.origin) - found[:, :3]) / spacing
+    return found

@@ -33,6 +33,8 @@ def displacement(
     weight = near
     for _ in range(rounds):
         weight = near * np.exp(-(np.linalg.norm(t - u, axis=1) ** 2) / (2 * agreement**2))
+        if weight.sum() < 1e-30:
+            return np.zeros(4)
         u = weight @ t / weight.sum()
     return np.array([*u, weight.sum()])
 
@@ -77,6 +79,7 @@ def shares(
     A voxel that falls between two voxels of an atlas, within rounding, is not.
     """
     shape = scan.image.shape
+    step = round(10 / spacing)
     clear = np.ones(shape, bool)
     out = np.zeros((len(values), *shape))
     inside = np.zeros((len(values), *shape), bool)
@@ -88,8 +91,10 @@ def shares(
         ]
         points = np.concatenate([*moved, np.zeros((0, 3))])
         if len(points):
-            low = np.maximum(np.floor(points.min(0) - 15 / spacing), 0).astype(int)
+            # Whole cells between nodes.
+            low = np.maximum(np.floor(points.min(0) - 15 / spacing), 0).astype(int) // step * step
             high = np.maximum(np.ceil(points.max(0) + 15 / spacing) + 1, 0).astype(int)
+            high = -(-high // step) * step
             inside[o][tuple(slice(a, b) for a, b in zip(low, high, strict=True))] = True
     fields = [field(scan, spacing, *m) for m in matches]
     votes, totals = np.zeros_like(out), np.zeros_like(out)

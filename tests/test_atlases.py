@@ -186,7 +186,7 @@ def test_an_interrupted_add_leaves_nothing(
     def interrupted(*_: object) -> None:
         raise failure
 
-    monkeypatch.setattr(atlases, "write_patches", interrupted)
+    monkeypatch.setattr(atlases, "write_surroundings", interrupted)
     with pytest.raises(failure):
         add_atlas(store, small / "s1_ct.nii.gz", small / "s1_seg.nii.gz")
     assert files_of(small.parent) == before

@@ -79,7 +79,7 @@ def run(
 ) -> tuple[Array, Array]:
     """Probabilities and label map."""
     probability = create_probability(zarr.create_group(str(path)), volume.grid, store.organs)
-    parts = transfer(volume, store, store.ids(), *tables(found), probability, client=client)
+    parts, _ = transfer(volume, store, store.ids(), *tables(found), probability, client=client)
     labels = np.zeros(volume.grid.shape, np.uint16)
     for region, part in parts:
         labels[region] += part

@@ -8,8 +8,8 @@ from hypothesis import strategies as st
 
 from atlas_store import AtlasStore, StoreFormatError
 from kpt_dask import surroundings
-from kpt_dask.boxes import Box, aligned, cut, shape_of, slices
-from kpt_dask.surroundings import read_surroundings, surroundings_of
+from kpt_dask.boxes import Box, aligned, cut, shape_of, slices, volume_of
+from kpt_dask.surroundings import read_planes, surroundings_of
 from tests.test_local import ATLASES
 from tests.test_transfer import SPACING, make_store
 
@@ -29,6 +29,7 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> AtlasStore:
 def test_hu_and_labels_around_the_organs_are_the_atlas_s(
     store: AtlasStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(surroundings, "PLANES", 5)
     monkeypatch.setattr(surroundings, "AROUND", 2 * SPACING)
     for atlas, body in zip(store.atlases(store.ids()), ATLASES, strict=True):
         where = np.argwhere(body.labels > 0)
@@ -36,22 +37,48 @@ def test_hu_and_labels_around_the_organs_are_the_atlas_s(
         high = np.minimum(where.max(axis=0) + 3, body.labels.shape)
         held = surroundings_of(atlas)
         assert held == tuple(zip(low.tolist(), high.tolist(), strict=True))
-        for box in (held, tuple((a + 1, b - 2) for a, b in held)):
-            hu, labels = read_surroundings(atlas, box)  # type: ignore[arg-type]
-            np.testing.assert_array_equal(hu, np.rint(body.image[slices(box)]))  # type: ignore[arg-type]
-            np.testing.assert_array_equal(labels, body.labels[slices(box)])  # type: ignore[arg-type]
+        (first, stop), *sides = held
+        for begin, end in ((first, stop), (first + 1, stop - 2), (first + 4, first + 5)):
+            planes, box = read_planes(atlas, begin, end)
+            assert box[1:] == tuple(sides)
+            assert box[0][0] <= begin < end <= box[0][1] <= stop
+            planes = planes[: box[0][1] - box[0][0]]
+            np.testing.assert_array_equal(planes >> 16, np.rint(body.image[slices(box)]))
+            np.testing.assert_array_equal(planes & 0xFFFF, body.labels[slices(box)])
 
 
-def test_damaged_surroundings_are_named(tmp_path: Path) -> None:
+def data_of(store: Path) -> Path:
+    [data] = (path for path in (store / "atlases").iterdir() if path.is_dir())
+    return data
+
+
+def test_surroundings_of_another_kind_are_named(tmp_path: Path) -> None:
     made = make_store(tmp_path / "s", ATLASES[:1])
     [atlas] = made.atlases(made.ids())
-    held = surroundings_of(atlas)
-    [data] = (path for path in (tmp_path / "s" / "atlases").iterdir() if path.is_dir())
-    group = zarr.open_group(str(data), mode="r+")
+    group = zarr.open_group(str(data_of(tmp_path / "s")), mode="r+")
     del group["surroundings"]
     group.create_array("surroundings", shape=(2, 3, 3, 3), dtype=np.int16)
     with pytest.raises(StoreFormatError, match="surroundings of the atlas 'a0' cannot be read"):
-        read_surroundings(atlas, held)
+        read_planes(atlas, *surroundings_of(atlas)[0])
+
+
+@pytest.mark.parametrize("damage", ["missing", "short", "other size", "noise"])
+def test_damaged_chunks_are_named(tmp_path: Path, damage: str) -> None:
+    made = make_store(tmp_path / "s", ATLASES[:1])
+    [atlas] = made.atlases(made.ids())
+    chunk = data_of(tmp_path / "s") / "surroundings/c/0/0/0"
+    packed = bytearray(chunk.read_bytes())
+    if damage == "short":
+        packed = packed[:10]
+    elif damage == "other size":
+        packed[4:8] = (2**31 - 1).to_bytes(4, "little")
+    elif damage == "noise":
+        packed[16:] = b"\xff" * (len(packed) - 16)
+    chunk.unlink()
+    if damage != "missing":
+        chunk.write_bytes(packed)
+    with pytest.raises(StoreFormatError, match="surroundings of the atlas 'a0' cannot be read"):
+        read_planes(atlas, *surroundings_of(atlas)[0])
 
 
 @given(boxes, st.tuples(*[st.integers(1, 20)] * 3), st.integers(1, 2000), st.integers(1, 12))
@@ -59,7 +86,7 @@ def test_damaged_surroundings_are_named(tmp_path: Path) -> None:
 def test_pieces_of_a_box_are_whole_units_that_share_nothing(
     box: Box, unit: tuple[int, int, int], voxels: int, pieces: int
 ) -> None:
-    found = cut(box, unit, voxels, pieces)
+    found = cut(box, unit, pieces, volume_of, lambda piece: volume_of(piece) <= voxels)
     shape = (61, 62, 63)
     count = np.zeros(shape, np.uint8)
     whole = np.zeros(shape, np.uint8)

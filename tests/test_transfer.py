@@ -17,7 +17,6 @@ from kpt_dask import transfer as module
 from kpt_dask.grid import Grid
 from kpt_dask.moves import plan_moves, propose
 from kpt_dask.omezarr import write_label_image
-from kpt_dask.patches import write_patches
 from kpt_dask.shares import create_probability, decide
 from kpt_dask.surroundings import write_surroundings
 from kpt_dask.transfer import transfer
@@ -104,7 +103,6 @@ def make_store(path: Path, atlases: Sequence[AnnotatedImage]) -> AtlasStore:
             found = extents(atlas.labels)
             labels = image["labels/organs/0"]
             assert isinstance(labels, zarr.Array)
-            write_patches(draft.group, volume.levels[0], labels, found, ORGANS)
             write_surroundings(draft.group, volume.levels[0], labels, found, SPACING)
             draft.commit(
                 no_keypoints(),
@@ -162,7 +160,7 @@ def run(
     probability = create_probability(group, volume.grid, store.organs)
     # Where keypoints lie plays no part in mode organ.
     keypoints = xr.Dataset()
-    parts = transfer(
+    parts, _ = transfer(
         volume, store, store.ids(), keypoints, matches, votes, probability, client=client
     )
     labels = np.zeros(volume.grid.shape, np.uint16)
@@ -236,7 +234,8 @@ def test_blocks_give_what_the_equations_give(
 ) -> None:
     proposals = several(7)
     whole = run(volume, store, proposals, tmp_path / "whole", one_process)
-    monkeypatch.setattr(module, "BLOCK", block)
+    monkeypatch.setattr(module, "CHUNKS", block)
+    monkeypatch.setattr(module, "PIECES", 100)
     monkeypatch.setattr(share_module, "CHUNKS", chunks)
     found, labels = run(volume, store, proposals, tmp_path / "blocks", one_process)
     np.testing.assert_array_equal(found.view(np.uint32), whole[0].view(np.uint32))
@@ -277,7 +276,8 @@ def test_processes_give_the_same_bytes_as_threads(
     one_process: Client,
     two_processes: Client,
 ) -> None:
-    monkeypatch.setattr(module, "BLOCK", (8, 8, 16))
+    monkeypatch.setattr(module, "CHUNKS", (8, 8, 16))
+    monkeypatch.setattr(module, "PIECES", 100)
     monkeypatch.setattr(share_module, "CHUNKS", (8, 8, 8))
     run(volume, store, several(8), tmp_path / "threads", one_process)
     run(volume, store, several(8), tmp_path / "processes", two_processes)
