@@ -23,30 +23,56 @@ NEGLIGIBLE = 0.05
 them. No share of the votes changes by more."""
 
 
-@dataclass(frozen=True)
-class Move:
-    """One organ of one atlas, moved by whole voxels or by an affine.
+@dataclass(frozen=True, eq=False)
+class Moves:
+    """Organs of atlases, moved by whole voxels or by affines.
 
     Attributes
     ----------
-    atlas : int
-        Index of the atlas.
-    organ : int
-        Index of the organ in the table.
-    weight : float
-        Sum of the weights of the matches that propose this move.
-    box : ((int, int), (int, int), (int, int))
-        Where the organ comes to lie, in voxels of the scan, half-open.
-    inverse : float64 array (3, 4), optional
-        From voxels of the scan to those of the organ's patch; without it the organ's bounding
-        box becomes `box`.
+    atlas, organ : int64 arrays (n)
+        Index of the atlas, and of the organ in the table. Ordered by both: the order of
+        summation.
+    weight : float64 array (n)
+        Sums of the weights of the matches that propose a move.
+    low, high : int64 arrays (n, 3)
+        Where the organ comes to lie: first voxels of the scan, and the ones past the last.
+    inverse : mapping of int to float64 array (3, 4)
+        Of the moves by affines: from voxels of the scan to those of the organ's bounding box.
+        In the others this box comes to lie between `low` and `high`.
     """
 
-    atlas: int
-    organ: int
-    weight: float
-    box: Box
-    inverse: NDArray[np.float64] | None = None
+    atlas: NDArray[np.int64]
+    organ: NDArray[np.int64]
+    weight: NDArray[np.float64]
+    low: NDArray[np.int64]
+    high: NDArray[np.int64]
+    inverse: Mapping[int, NDArray[np.float64]]
+
+    def take(self, index: NDArray[np.int64]) -> "Moves":
+        """Keep some moves, given by their indices, in that order."""
+        inverse = {i: self.inverse[j] for i, j in enumerate(index.tolist()) if j in self.inverse}
+        return Moves(
+            self.atlas[index],
+            self.organ[index],
+            self.weight[index],
+            self.low[index],
+            self.high[index],
+            inverse,
+        )
+
+    def voxels_in(self, box: Box) -> NDArray[np.int64]:
+        """How many voxels of a box each move reaches (n)."""
+        start, stop = np.array(box).T
+        sides = np.minimum(self.high, stop) - np.maximum(self.low, start)
+        voxels: NDArray[np.int64] = np.maximum(sides, 0).prod(axis=1)
+        return voxels
+
+    def reach(self) -> Box | None:
+        """Box around where all of them come to lie, None if there is none."""
+        if not self.atlas.size:
+            return None
+        z, y, x = zip(self.low.min(axis=0).tolist(), self.high.max(axis=0).tolist(), strict=True)
+        return z, y, x
 
 
 @dataclass(frozen=True)
@@ -127,15 +153,10 @@ def plan_moves(
     atlases: Sequence[Atlas],
     organs: OrganTable,
     grid: Grid,
-) -> list[Move]:
+) -> Moves:
     """Move organs by the translation of each match, rounded to voxels.
 
-    Matches that propose the same move are one move.
-
-    Returns
-    -------
-    list of Move
-        Ordered by atlas, organ and shift: the order of summation.
+    Matches that propose the same move are one move; those of an organ are ordered by shift.
     """
     match = proposals.match
     atlas = matches.atlas.values[match].astype(np.int64)
@@ -146,12 +167,23 @@ def plan_moves(
         np.column_stack([atlas, proposals.organ, shift]), axis=0, return_inverse=True
     )
     weights = np.bincount(inverse.ravel(), proposals.weight, minlength=len(keys))
-    moves = []
-    for (a, o, *by), w in zip(keys.tolist(), weights.tolist(), strict=True):
-        bounds = atlases[a].organs[organs.names[o]].bounding_box
-        z, y, x = ((s + d, e + d) for (s, e), d in zip(bounds, by, strict=True))
-        moves.append(Move(a, o, w, (z, y, x)))
-    return moves
+    atlas, organ, shift = keys[:, 0], keys[:, 1], keys[:, 2:]
+    bounds = _bounds(atlas, organ, atlases, organs)
+    low, high = bounds[..., 0] + shift, bounds[..., 1] + shift
+    return Moves(atlas, organ, weights.astype(np.float64), low, high, {})
+
+
+def _bounds(
+    atlas: NDArray[np.int64],
+    organ: NDArray[np.int64],
+    atlases: Sequence[Atlas],
+    organs: OrganTable,
+) -> NDArray[np.int64]:
+    """Bounding boxes of organs of atlases, (n, 3, 2)."""
+    names = organs.names
+    pairs, inverse = np.unique(np.column_stack([atlas, organ]), axis=0, return_inverse=True)
+    boxes = [atlases[a].organs[names[o]].bounding_box for a, o in pairs.tolist()]
+    return np.array(boxes, np.int64).reshape(-1, 3, 2)[inverse.ravel()]
 
 
 def plan_affines(
@@ -161,7 +193,7 @@ def plan_affines(
     atlases: Sequence[Atlas],
     organs: OrganTable,
     grid: Grid,
-) -> list[Move]:
+) -> Moves:
     """Move each atlas's organ by one affine where its matches support one, else as `plan_moves`.
 
     The affine counts as much as the matches that agree with it; the others have no say.
@@ -170,7 +202,7 @@ def plan_affines(
     position = keypoints.position.values[matches.keypoint.values[proposals.match]]
     position = position.astype(np.float64)
     before = position - matches.translation.values[proposals.match]
-    affines: list[Move] = []
+    affines: list[tuple[int, int, float, Box, NDArray[np.float64]]] = []
     moved = np.zeros(atlas.size, bool)
     for a, o in np.unique(np.column_stack([atlas, proposals.organ]), axis=0).tolist():
         own = np.flatnonzero((atlas == a) & (proposals.organ == o))
@@ -178,44 +210,53 @@ def plan_affines(
         if found is not None:
             affine, agree = found
             weight = float(proposals.weight[own[agree]].sum())
-            affines.append(_affine_move(a, o, weight, affine, atlases[a], organs.names[o], grid))
+            box, inverse = _in_voxels(affine, atlases[a], organs.names[o], grid)
+            affines.append((a, o, weight, box, inverse))
             moved[own] = True
     rest = Proposals(proposals.match[~moved], proposals.organ[~moved], proposals.weight[~moved])
-    moves = affines + plan_moves(rest, matches, atlases, organs, grid)
-    return sorted(moves, key=lambda move: (move.atlas, move.organ))
+    shifted = plan_moves(rest, matches, atlases, organs, grid)
+    boxes = np.array([box for _, _, _, box, _ in affines], np.int64).reshape(-1, 3, 2)
+    both = Moves(
+        np.append([a for a, *_ in affines], shifted.atlas).astype(np.int64),
+        np.append([o for _, o, *_ in affines], shifted.organ).astype(np.int64),
+        np.append([w for _, _, w, *_ in affines], shifted.weight),
+        np.concatenate([boxes[..., 0], shifted.low]),
+        np.concatenate([boxes[..., 1], shifted.high]),
+        {i: inverse for i, (*_, inverse) in enumerate(affines)},
+    )
+    return both.take(np.lexsort((both.organ, both.atlas)))
 
 
-def without_negligible(moves: Sequence[Move], n_organs: int) -> list[Move]:
+def without_negligible(moves: Moves, n_organs: int) -> Moves:
     """Leave out the lightest moves of each organ, `NEGLIGIBLE` of its weight at most.
 
     Without a part ε of the weights, K + D of W becomes K of W − ε W, with 0 ≤ D ≤ ε W: no share
     changes by more than ε.
     """
-    kept = []
+    kept = np.ones(moves.atlas.size, bool)
     for o in range(n_organs):
-        own = [i for i, move in enumerate(moves) if move.organ == o]
-        weight = np.array([moves[i].weight for i in own])
-        order = np.argsort(weight, kind="stable")
-        light = np.cumsum(weight[order]) <= NEGLIGIBLE * weight.sum()
-        kept += [own[i] for i in order[~light]]
-    return [moves[i] for i in sorted(kept)]
+        own = np.flatnonzero(moves.organ == o)
+        order = own[np.argsort(moves.weight[own], kind="stable")]
+        light = np.cumsum(moves.weight[order]) <= NEGLIGIBLE * moves.weight[own].sum()
+        kept[order[light]] = False
+    return moves.take(np.flatnonzero(kept))
 
 
-def _affine_move(
-    a: int,
-    o: int,
-    weight: float,
-    affine: NDArray[np.float64],
-    atlas: Atlas,
-    organ: str,
-    grid: Grid,
-) -> Move:
-    """Express an affine in mm, from the atlas to the scan, in voxels."""
+def _in_voxels(
+    affine: NDArray[np.float64], atlas: Atlas, organ: str, grid: Grid
+) -> tuple[Box, NDArray[np.float64]]:
+    """Express an affine in mm, from the atlas to the scan, in voxels.
+
+    Returns
+    -------
+    Box, float64 array (3, 4)
+        Where the organ comes to lie, and the way back: see `Moves`.
+    """
     bounds = np.array(atlas.organs[organ].bounding_box)
     spacing = float(grid.spacing[0])
     first = np.array(atlas.info.origin) + spacing * bounds[:, 0]
     linear = affine[:, :3]
-    # In voxels, from the patch's voxel 0 to the scan's.
+    # In voxels, from the bounding box's voxel 0 to the scan's.
     offset = (linear @ first + affine[:, 3] - grid.origin) / spacing
     ends = [(-0.5, n - 0.5) for n in (bounds[:, 1] - bounds[:, 0]).tolist()]
     corners = np.array(list(product(*ends))) @ linear.T + offset
@@ -223,4 +264,4 @@ def _affine_move(
     high = (np.ceil(corners.max(axis=0)).astype(int) + 1).tolist()
     z, y, x = zip(low, high, strict=True)
     back = np.linalg.inv(linear)
-    return Move(a, o, weight, (z, y, x), np.column_stack([back, -back @ offset]))
+    return (z, y, x), np.column_stack([back, -back @ offset])

@@ -7,7 +7,6 @@ same however the volume is cut. A block reads only what it needs of the atlases'
 
 import math
 from collections.abc import Sequence
-from itertools import groupby, product
 from typing import Any
 
 import numpy as np
@@ -33,7 +32,7 @@ from kpt_dask.boxes import (
 from kpt_dask.distances import REACH, organ_distances
 from kpt_dask.matching import slices_by_atlas
 from kpt_dask.measures import Tally
-from kpt_dask.moves import Move, plan_affines, plan_moves, propose, without_negligible
+from kpt_dask.moves import Moves, plan_affines, plan_moves, propose, without_negligible
 from kpt_dask.omezarr import CHUNKS, Region
 from kpt_dask.options import DEFAULTS, TransferOptions
 from kpt_dask.shares import Part, finish_block, intensity_table, run_blocks
@@ -133,48 +132,31 @@ def transfer(
             moves = plan_moves(proposals, matches, atlases, organs, grid)
         if mode == "across":
             moves = without_negligible(moves, len(organs))
-        totals = np.zeros(len(organs))
-        for move in moves:
-            totals[move.organ] += move.weight
-        lows, highs = _ends(moves)
+        totals = np.bincount(moves.organ, moves.weight, minlength=len(organs))
         per_plane = max((math.prod(shape_of(surroundings_of(a))[1:]) for a in atlases), default=0)
-
-        def overlaps(box: Box) -> NDArray[np.int64]:
-            """Voxels of a box that each move reaches."""
-            start, stop = np.array(box).T
-            sides = np.minimum(highs, stop) - np.maximum(lows, start)
-            voxels: NDArray[np.int64] = np.maximum(sides, 0).prod(axis=1)
-            return voxels
+        threads = session.nthreads().values()
 
         def time(box: Box) -> float:
-            return float(overlaps(box).sum()) + per_plane * shape_of(box)[0]
+            """Voxels to be added, and those to be read."""
+            return float(moves.voxels_in(box).sum()) + per_plane * shape_of(box)[0]
 
         def fits(box: Box) -> bool:
-            """Shares, the scan, and planes of one atlas with an organ cut out of them."""
-            organs_here = np.unique([moves[i].organ for i in np.flatnonzero(overlaps(box))]).size
+            """Whether shares, the scan, planes of one atlas and an organ cut out of them do."""
+            organs_here = np.unique(moves.organ[moves.voxels_in(box) > 0]).size
             planes = 3 * per_plane * (shape_of(box)[0] + BEND)
             needed = 4 * ((2 + organs_here) * volume_of(box) + planes)
             return bool(needed <= memory / max(threads))
 
-        threads = session.nthreads().values()
-        reached = overlap(
-            enclosing([move.box for move in moves]), box_of(tuple(slice(0, n) for n in grid.shape))
-        )
+        reached = overlap(moves.reach(), box_of(tuple(slice(0, n) for n in grid.shape)))
         tasks = []
         for piece in cut(reached, CHUNKS, PIECES * sum(threads), time, fits) if reached else []:
-            here = [moves[i] for i in np.flatnonzero(overlaps(piece))]
-            if here:
-                local = {move.atlas: atlases[move.atlas] for move in here}
+            here = moves.take(np.flatnonzero(moves.voxels_in(piece)))
+            if here.atlas.size:
+                local = {a: atlases[a] for a in np.unique(here.atlas).tolist()}
                 region = aligned(piece, CHUNKS, grid.shape)
                 what = local, here, organs, nus, totals, smallest
                 tasks.append((volume.levels[0], *what, probability, region))
         return run_blocks(transfer_block, tasks, atlases, organs, session)
-
-
-def _ends(moves: Sequence[Move]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """First voxels of the moves' boxes, and the ones past their last, (move, 3)."""
-    ends = np.array([move.box for move in moves], np.int64).reshape(-1, 3, 2)
-    return ends[..., 0], ends[..., 1]
 
 
 def _distances(
@@ -197,7 +179,7 @@ def _distances(
 def transfer_block(
     image: zarr.Array[Any],
     atlases: dict[int, Atlas],
-    moves: Sequence[Move],
+    moves: Moves,
     organs: OrganTable,
     nus: Sequence[float],
     totals: NDArray[np.float64],
@@ -209,19 +191,18 @@ def transfer_block(
 
     Parameters
     ----------
-    moves
-        Those that reach the region, ordered by atlas and organ.
+    moves : Moves
+        Those that reach the region.
     nus, totals
         Of each organ, ν in HU, and the sum of the weights of all its moves.
     smallest : float
         Share below which a voxel is background.
     """
-    reached: dict[int, list[Box]] = {}
-    for move in moves:
-        box = overlap(move.box, box_of(region))
+    boxes: dict[int, Box] = {}
+    for o in np.unique(moves.organ).tolist():
+        box = overlap(moves.take(np.flatnonzero(moves.organ == o)).reach(), box_of(region))
         assert box is not None
-        reached.setdefault(move.organ, []).append(box)
-    boxes = {o: box for o, own in sorted(reached.items()) if (box := enclosing(own))}
+        boxes[o] = box
     whole = enclosing(list(boxes.values()))
     assert whole is not None
     scan = direct.read(image, slices(whole)).astype(np.float32, copy=False)
@@ -229,8 +210,9 @@ def transfer_block(
     padding = (0, 0), (0, 0), (0, LANES)
     scans = {o: np.pad(scan[within(box, whole)], padding) for o, box in boxes.items()}
     sums = {o: np.zeros(here.shape, np.float32) for o, here in scans.items()}
-    for a, own in groupby(moves, key=lambda move: move.atlas):
-        _add(sums, scans, boxes, list(own), atlases[a], organs, nus, totals)
+    for a, atlas in atlases.items():
+        own = moves.take(np.flatnonzero(moves.atlas == a))
+        _add(sums, scans, boxes, own, atlas, organs, nus, totals)
     found = [(o, box, sums[o][..., :-LANES]) for o, box in boxes.items()]
     return finish_block(probability, found, organs, smallest, region, (whole, scan))
 
@@ -239,64 +221,53 @@ def _add(
     sums: dict[int, NDArray[np.float32]],
     scans: dict[int, NDArray[np.float32]],
     boxes: dict[int, Box],
-    moves: Sequence[Move],
+    moves: Moves,
     atlas: Atlas,
     organs: OrganTable,
     nus: Sequence[float],
     totals: NDArray[np.float64],
 ) -> None:
     """Add all moves of one atlas to the shares of its organs, each in a box of its own."""
-    wanted: dict[int, tuple[list[Move], Box]] = {}
-    for o, of_organ in groupby(moves, key=lambda move: move.organ):
-        own = list(of_organ)
+    wanted: dict[int, tuple[Moves, Box]] = {}
+    for o in np.unique(moves.organ).tolist():
+        own = moves.take(np.flatnonzero(moves.organ == o))
         bounds = atlas.organs[organs.names[o]].bounding_box
-        sources = [_source(move, boxes[o], bounds) for move in own]
-        source = enclosing([one for one in sources if one is not None])
-        if source is not None:
-            wanted[o] = own, (source[0], bounds[1], bounds[2])
+        planes = _planes(own, boxes[o], bounds)
+        if planes is not None:
+            wanted[o] = own, (planes, bounds[1], bounds[2])
     needed = enclosing([source for _, source in wanted.values()])
     if needed is None:
         return
-    planes, held = read_planes(atlas, *needed[0])
+    values, held = read_planes(atlas, *needed[0])
     for o, (own, source) in wanted.items():
-        packed = planes[within(source, held)]
+        packed = values[within(source, held)]
         patch = np.empty((*packed.shape[:2], packed.shape[2] + LANES), np.int16)
         extent = np.empty((*packed.shape[:2], 2), np.int64)
         cut_out(packed, organs.values[o], patch, extent)
         corner = np.array([start for start, _ in boxes[o]])
-        first = np.array([start for start, _ in source])
         bounds = atlas.organs[organs.names[o]].bounding_box
-        shifted = [move for move in own if move.inverse is None]
-        if shifted:
-            to_atlas = np.array([b[0] for b in bounds]) - _ends(shifted)[0]
-            weights = np.array([move.weight / totals[o] for move in shifted], np.float32)
-            offsets = corner + to_atlas - first
-            accumulate(sums[o], scans[o], patch, extent, offsets, weights, nus[o])
-        for move in own:
-            if move.inverse is not None:
-                common = overlap(move.box, boxes[o])
-                assert common is not None
-                start, stop = (np.array(ends) - corner for ends in zip(*common, strict=True))
-                begin = first - [b[0] for b in bounds]
-                weight = np.float32(move.weight / totals[o])
-                where = start, stop, corner, begin, move.inverse
-                sample(sums[o], scans[o], patch, *where, weight, intensity_table(nus[o]))
+        # First voxel of the patch in the organ's bounding box.
+        first = np.array([a - b for (a, _), (b, _) in zip(source, bounds, strict=True)])
+        weights = (own.weight / totals[o]).astype(np.float32)
+        shifted = np.array([i not in own.inverse for i in range(own.atlas.size)])
+        offsets = corner - own.low[shifted] - first
+        accumulate(sums[o], scans[o], patch, extent, offsets, weights[shifted], nus[o])
+        for i, inverse in own.inverse.items():
+            start = np.maximum(own.low[i] - corner, 0)
+            stop = np.minimum(own.high[i] - corner, shape_of(boxes[o]))
+            where = start, stop, corner, first, inverse
+            sample(sums[o], scans[o], patch, *where, weights[i], intensity_table(nus[o]))
 
 
-def _source(move: Move, box: Box, bounds: Box) -> Box | None:
-    """Find the part of an organ, of these bounds in its atlas, that a move brings into a box."""
-    common = overlap(move.box, box)
-    if common is None:
+def _planes(moves: Moves, box: Box, bounds: Box) -> tuple[int, int] | None:
+    """Planes of an atlas that moves of an organ, of these bounds in it, bring into a box."""
+    (begin, end), _, _ = bounds
+    reaching = np.flatnonzero(moves.voxels_in(box))
+    if not reaching.size:
         return None
-    if move.inverse is None:
-        z, y, x = (
-            (a - s + first, b - s + first)
-            for (a, b), (s, _), (first, _) in zip(common, move.box, bounds, strict=True)
-        )
-        return z, y, x
-    corners = np.array(list(product(*((a, b - 1) for a, b in common))))
-    at = corners @ move.inverse[:, :3].T + move.inverse[:, 3] + [first for first, _ in bounds]
-    low = np.floor(at.min(axis=0)).astype(int).tolist()
-    high = (np.ceil(at.max(axis=0)) + 1).astype(int).tolist()
-    z, y, x = zip(low, high, strict=True)
-    return overlap((z, y, x), bounds)
+    if any(i in moves.inverse for i in reaching.tolist()):
+        return begin, end
+    low, high = moves.low[reaching, 0], moves.high[reaching, 0]
+    first = np.maximum(low, box[0][0]) - low
+    stop = np.minimum(high, box[0][1]) - low
+    return begin + int(first.min()), begin + int(stop.max())

@@ -350,10 +350,12 @@ def test_the_weight_of_a_move_is_p_label_times_p_match(
     atlases = store.atlases(["a0", "a1", "a2"])
     found = propose(matches, votes, atlases, ORGANS, {})
     moves = plan_moves(found, matches, atlases, ORGANS, volume.grid)
-    assert [(m.atlas, m.organ, m.weight) for m in moves] == [(0, 0, 0.5), (0, 0, 0.75)]
+    assert moves.atlas.tolist() == moves.organ.tolist() == [0, 0]
+    assert moves.weight.tolist() == [0.5, 0.75]
     box = store["a0"].organs["liver"].bounding_box
-    for move, shift in zip(moves, [(1, 2, 3), (1, 2, 4)], strict=True):
-        assert move.box == tuple((a + d, b + d) for (a, b), d in zip(box, shift, strict=True))
+    for i, shift in enumerate([(1, 2, 3), (1, 2, 4)]):
+        assert moves.low[i].tolist() == [a + d for (a, _), d in zip(box, shift, strict=True)]
+        assert moves.high[i].tolist() == [b + d for (_, b), d in zip(box, shift, strict=True)]
 
 
 def test_a_share_is_of_the_organs_own_weight(
