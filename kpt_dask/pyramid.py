@@ -17,7 +17,7 @@ from kpt_dask import cluster
 from kpt_dask.errors import ParameterError
 from kpt_dask.jit import kernel
 from kpt_dask.omezarr import CHUNKS, regions, write_region
-from kpt_dask.scalespace import blur_planes, next_octave_taps
+from kpt_dask.scalespace import blur_planes, blur_scratch, next_octave_taps
 
 
 def fill_pyramid(levels: tuple[zarr.Array[Any], ...], *, client: Client | None = None) -> None:
@@ -71,12 +71,11 @@ def _halve(
 ) -> None:
     """Blur, and keep every second voxel; ``source[0]`` is plane `first`."""
     shape = source.shape[1:]
-    scratch = np.empty((1, *shape), np.float32)
+    scratch = blur_scratch(1, shape[1], taps.size - 1)
     plane = np.empty((1, *shape), np.float32)
-    padded = np.empty(shape[1] + 2 * taps.size, np.float32)
     for k in range(out.shape[0]):
         z = 2 * (start + k) - first
-        blur_planes(source, z, source.shape[0], taps, scratch, padded, plane)
+        blur_planes(source, z, 1, source.shape[0], taps, scratch, plane)
         for j in range(out.shape[1]):
             row = plane[0, 2 * j]
             for i in range(out.shape[2]):

@@ -9,12 +9,13 @@ level o + 1 of the volume's multiscale pyramid.
 
 import math
 from collections.abc import Sequence
-from typing import Annotated
+from typing import Annotated, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from kpt_dask.jit import kernel
+from kpt_dask.rows import sum_row, sum_two_rows
 
 Row = Annotated[NDArray[np.float32], "x"]
 Plane = Annotated[NDArray[np.float32], "y x"]
@@ -31,6 +32,11 @@ TRUNCATE = 3.0
 SMALLEST_OCTAVE = 12
 """An octave needs this many voxels along its shortest axis."""
 MAX_OCTAVES = 5
+
+TILE = 8
+"""Rows that are blurred along y and x at a time."""
+MARGIN = 32
+"""Voxels beside a row that is blurred along x."""
 
 
 def gaussian_taps(sigma: float) -> Row:
@@ -77,69 +83,93 @@ def octave_shapes(shape: Sequence[int]) -> list[tuple[int, int, int]]:
 
 
 @kernel
+def blur_scratch(n_planes: int, width: int, radius: int) -> Row:
+    """Make the scratch that `blur_planes` needs for so many planes of this width at a time."""
+    return np.zeros(n_planes * (TILE + 2 * radius) * width + 2 * (width + 2 * MARGIN), np.float32)
+
+
+@kernel
+def _reach(first: int, n_rows: int, n: int, m: int, low: Any, high: Any) -> None:
+    """Tabulate the places in a ring of m from which rows from `first` on are blurred."""
+    for j in range(n_rows):
+        for k in range(low.shape[1]):
+            low[j, k] = max(first + j - k, 0) % m
+            high[j, k] = min(first + j + k, n - 1) % m
+
+
+@kernel
 def blur_planes(
-    ring: Planes, first: int, n: int, taps: Row, scratch: Planes, padded: Row, out: Planes
+    ring: Planes, first: int, count: int, n: int, taps: Row, scratch: Row, out: Planes
 ) -> None:
     """Blur planes of a volume in all three directions; edges repeat.
 
-    The taps are added one pair at a time along whole rows: such loops vectorize for any
-    number of taps, and every voxel goes through the same operations in the same order.
-    Along z, a row is blurred for all planes before the next row, so that the rows it needs
-    are read once and stay in the fastest cache.
+    The taps are added one pair at a time, from the innermost: every voxel goes through the
+    same operations in the same order. Along z, a row is blurred for all planes before the
+    next row, so that the rows it needs are read once and stay in the fastest cache; a few
+    rows later the other directions follow, before the next cache has lost it.
 
     Parameters
     ----------
     ring : float32 array (m, y, x)
         Planes of the volume, as far as the taps reach from those to make; plane p is
         ``ring[p % m]``.
-    first, n : int
-        First plane to make, and the number of planes of the volume.
+    first, count, n : int
+        First plane to make, how many, and the number of planes of the volume.
     taps : float32 array (r + 1)
-        From `gaussian_taps`.
-    scratch : float32 array (number of planes to make, y, x)
-    padded : float32 array (at least x + 2·r)
-        Scratch.
+        From `gaussian_taps`; r at most `MARGIN`.
+    scratch : float32 array
+        From `blur_scratch`, for at least as many planes and as large a radius.
     out : float32 array (k, y, x)
         A ring that receives plane p as ``out[p % k]``.
     """
-    m = ring.shape[0]
     r = taps.size - 1
-    count, ny, nx = scratch.shape
-    for y in range(ny):
+    ny, nx = ring.shape[1:]
+    source, made = ring.reshape(-1), out.reshape(-1)
+    z_low, z_high = np.empty((count, r + 1), np.int64), np.empty((count, r + 1), np.int64)
+    _reach(first, count, n, ring.shape[0], z_low, z_high)
+    z_low *= ny * nx
+    z_high *= ny * nx
+    y_low, y_high = np.empty((TILE, r + 1), np.int64), np.empty((TILE, r + 1), np.int64)
+    x_low, x_high = np.empty((1, r + 1), np.int64), np.empty((1, r + 1), np.int64)
+    for k in range(r + 1):
+        x_low[0, k] = MARGIN - k
+        x_high[0, k] = MARGIN + k
+    # Of each plane, a ring of rows blurred along z; then two rows blurred along y as well,
+    # with a margin for what repeats.
+    window = TILE + 2 * r
+    plane = window * nx
+    pitch = nx + 2 * MARGIN
+    padded = scratch[count * plane : count * plane + 2 * pitch]
+    done = 0
+    for top in range(0, ny, TILE):
+        rows = min(TILE, ny - top)
+        for y in range(done, min(top + rows + r, ny)):
+            at = y % window * nx
+            for j in range(0, count - 1, 2):
+                sum_two_rows(
+                    source, y * nx, z_low, z_high, j, taps, scratch, j * plane + at, plane, nx
+                )
+            if count % 2:
+                j = count - 1
+                sum_row(source, y * nx, z_low, z_high, j, taps, scratch, j * plane + at, nx)
+        done = min(top + rows + r, ny)
+        _reach(top, rows, ny, window, y_low, y_high)
+        y_low *= nx
+        y_high *= nx
         for j in range(count):
-            z = first + j
-            row = scratch[j, y]
-            centre = ring[z % m, y]
-            for x in range(nx):
-                row[x] = taps[0] * centre[x]
-            for k in range(1, r + 1):
-                w = taps[k]
-                before = ring[max(z - k, 0) % m, y]
-                after = ring[min(z + k, n - 1) % m, y]
-                for x in range(nx):
-                    row[x] += w * (before[x] + after[x])
-    for j in range(count):
-        plane = scratch[j]
-        made = out[(first + j) % out.shape[0]]
-        for y in range(ny):
-            middle = padded[r : r + nx]
-            centre = plane[y]
-            for x in range(nx):
-                middle[x] = taps[0] * centre[x]
-            for k in range(1, r + 1):
-                w = taps[k]
-                before = plane[max(y - k, 0)]
-                after = plane[min(y + k, ny - 1)]
-                for x in range(nx):
-                    middle[x] += w * (before[x] + after[x])
-            padded[:r] = padded[r]
-            padded[r + nx : nx + 2 * r] = padded[r + nx - 1]
-            row = made[y]
-            for x in range(nx):
-                row[x] = taps[0] * middle[x]
-            for k in range(1, r + 1):
-                w = taps[k]
-                before = padded[r - k : r - k + nx]
-                after = padded[r + k : r + k + nx]
-                for x in range(nx):
-                    row[x] += w * (before[x] + after[x])
+            to = ((first + j) % out.shape[0] * ny + top) * nx
+            for t in range(0, rows, 2):
+                both = min(2, rows - t)
+                base = j * plane
+                if both == 2:
+                    sum_two_rows(
+                        scratch, base, y_low, y_high, t, taps, padded, MARGIN, pitch, nx
+                    )
+                else:
+                    sum_row(scratch, base, y_low, y_high, t, taps, padded, MARGIN, nx)
+                for i in range(both):
+                    start = i * pitch + MARGIN
+                    padded[start - r : start] = padded[start]
+                    padded[start + nx : start + nx + r] = padded[start + nx - 1]
+                    at = to + (t + i) * nx
+                    sum_row(padded, i * pitch, x_low, x_high, 0, taps, made, at, nx)

@@ -22,6 +22,7 @@ from kpt_dask.scalespace import (
     LEVELS,
     SIGMA0,
     blur_planes,
+    blur_scratch,
 )
 
 Planes = Annotated[NDArray[np.float32], "z y x"]
@@ -208,16 +209,12 @@ def _planes_needed(radii: list[int]) -> NDArray[np.int64]:
 
 
 @kernel
-def _difference(upper: Planes, lower: Planes, z: int, out: Planes) -> None:
-    a = upper[z % upper.shape[0]]
-    b = lower[z % lower.shape[0]]
-    o = out[z % out.shape[0]]
-    for y in range(o.shape[0]):
-        u = a[y]
-        v = b[y]
-        w = o[y]
-        for x in range(w.size):
-            w[x] = u[x] - v[x]
+def _difference(upper: Planes, lower: Planes, z: int, y: int, out: Planes) -> None:
+    u = upper[z % upper.shape[0], y]
+    v = lower[z % lower.shape[0], y]
+    w = out[z % out.shape[0], y]
+    for x in range(w.size):
+        w[x] = u[x] - v[x]
 
 
 @kernel
@@ -303,8 +300,10 @@ def _advance(
     levels = dogs.shape[0] - 2
     gaussians = schedule.shape[0]
     lead = schedule[gaussians - 1, 2]
-    scratch = np.empty((BATCH, ny, nx), np.float32)
-    padded = np.empty(nx + 2 * 32, np.float32)
+    radius = 0
+    for i in range(gaussians):
+        radius = max(radius, taps[i].size - 1)
+    scratch = blur_scratch(BATCH, nx, radius)
     flags = np.zeros(nx, np.uint8)
     patch = np.empty((PATCH + 2, PATCH + 2, PATCH + 2), np.float32)
     ranks = np.empty((MAX_FRAMES, BINS), np.uint8)
@@ -324,19 +323,22 @@ def _advance(
             a = max(step - schedule[i, 2], schedule[i, 0])
             b = min(after - schedule[i, 2], schedule[i, 1])
             if a < b:
-                blur_planes(rings[i], a, n, taps[i], scratch[: b - a], padded, rings[i + 1])
+                blur_planes(rings[i], a, b - a, n, taps[i], scratch, rings[i + 1])
         first = max(step - lead, schedule[gaussians - 1, 0])
         last = min(after - lead, schedule[gaussians - 1, 1])
         # A batch that is run again finds the differences of its two planes before gone.
         again = 0 if taken else min(2, first - schedule[gaussians - 1, 0])
         for plane in range(first - again, last):
-            for level in range(levels + 2):
-                _difference(rings[level + 2], rings[level + 1], plane, dogs[level])
             z = plane - 1
-            if plane < first or not core[0, 0] <= z < core[0, 1]:
-                continue
-            for level in range(1, levels + 1):
-                for y in range(core[1, 0], core[1, 1]):
+            test = plane >= first and core[0, 0] <= z < core[0, 1]
+            for ahead in range(ny):
+                for level in range(levels + 2):
+                    _difference(rings[level + 2], rings[level + 1], plane, ahead, dogs[level])
+                # The rows before, and this one, are what a row is tested against.
+                y = ahead - 1
+                if not (test and core[1, 0] <= y < core[1, 1]):
+                    continue
+                for level in range(1, levels + 1):
                     _flag_candidates(dogs, level, z, y, flags)
                     for x in range(core[2, 0], core[2, 1]):
                         if not (flags[x] and _is_extremum(dogs, level, z, y, x)):

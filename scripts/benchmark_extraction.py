@@ -36,6 +36,7 @@ from kpt_dask.scalespace import (
     LEVELS,
     SIGMA0,
     blur_planes,
+    blur_scratch,
     level_sigma,
     octave_shapes,
 )
@@ -271,14 +272,13 @@ def read(volume: Volume) -> None:
 def blur_all(pyramid: list[np.ndarray]) -> None:
     """All Gaussians of all octaves, a batch of planes at a time, as a sweep makes them."""
     for octave, level in enumerate(pyramid):
-        scratch = np.empty((BATCH, *level.shape[1:]), np.float32)
-        padded = np.empty(level.shape[2] + 64, np.float32)
         source, target = level, np.empty_like(level)
         n = level.shape[0]
         for taps in (*([FIRST_TAPS] if octave == 0 else []), *LEVEL_TAPS):
+            scratch = blur_scratch(BATCH, level.shape[2], taps.size - 1)
             for z in range(0, n, BATCH):
                 count = min(BATCH, n - z)
-                blur_planes(source, z, n, taps, scratch[:count], padded, target)
+                blur_planes(source, z, count, n, taps, scratch, target)
             # Which voxels a blur reads does not change what it costs.
             source, target = target, (np.empty_like(level) if source is level else source)
 

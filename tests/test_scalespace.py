@@ -21,6 +21,7 @@ from kpt_dask.scalespace import (
     MAX_OCTAVES,
     SMALLEST_OCTAVE,
     blur_planes,
+    blur_scratch,
     gaussian_taps,
     next_octave_taps,
     octave_shapes,
@@ -44,8 +45,7 @@ def blurred(volume: np.ndarray, taps: np.ndarray, batch: int = 1) -> np.ndarray:
     """All planes through `blur_planes`, from a ring as small as may be."""
     n, r = volume.shape[0], taps.size - 1
     ring = np.full((min(2 * r + batch, n), *volume.shape[1:]), np.nan, np.float32)
-    scratch = np.empty((batch, *volume.shape[1:]), np.float32)
-    padded = np.empty(volume.shape[2] + 2 * r, np.float32)
+    scratch = blur_scratch(batch, volume.shape[2], r)
     out = np.empty_like(volume)
     filled = 0
     for first in range(0, n, batch):
@@ -53,7 +53,7 @@ def blurred(volume: np.ndarray, taps: np.ndarray, batch: int = 1) -> np.ndarray:
         for plane in range(filled, min(last + r, n)):
             ring[plane % len(ring)] = volume[plane]
         filled = min(last + r, n)
-        blur_planes(ring, first, n, taps, scratch[: last - first], padded, out)
+        blur_planes(ring, first, last - first, n, taps, scratch, out)
     return out
 
 
