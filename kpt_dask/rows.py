@@ -222,3 +222,35 @@ def sum_two_rows(
         i = min(x, n - LANES)
         _two(source, base + i, low, high, row, taps, out, at + i, step)
         x += LANES
+
+
+@intrinsic
+def compare(_: Any, values: Any, at: Any, before: Any, after: Any) -> Any:
+    """Compare `LANES` voxels from ``values[at]`` on with those at two distances from each.
+
+    Returns
+    -------
+    int
+        Bit i is set if voxel ``at + i`` lies above ``at + i + before`` and ``at + i + after``,
+        bit ``LANES + i`` if it lies below both.
+    """
+    n = types.intp
+    signature = types.uint32(values, n, n, n)
+
+    def code(context: Any, b: Any, own: Any, arguments: Any) -> Any:
+        data = context.make_array(own.args[0])(context, b, arguments[0]).data
+        at = arguments[1]
+
+        def vector(first: Any) -> Any:
+            return b.load(b.bitcast(b.gep(data, [first]), _VECTOR.as_pointer()), align=4)
+
+        here = vector(at)
+        others = [vector(b.add(at, distance)) for distance in arguments[2:]]
+        bits = []
+        for relation in (">", "<"):
+            each = [b.fcmp_ordered(relation, here, other) for other in others]
+            lanes = b.bitcast(b.and_(*each), ir.IntType(LANES))
+            bits.append(b.zext(lanes, ir.IntType(32)))
+        return b.or_(bits[0], b.shl(bits[1], ir.Constant(ir.IntType(32), LANES)))
+
+    return signature, code

@@ -162,9 +162,7 @@ def blur_planes(
                 both = min(2, rows - t)
                 base = j * plane
                 if both == 2:
-                    sum_two_rows(
-                        scratch, base, y_low, y_high, t, taps, padded, MARGIN, pitch, nx
-                    )
+                    sum_two_rows(scratch, base, y_low, y_high, t, taps, padded, MARGIN, pitch, nx)
                 else:
                     sum_row(scratch, base, y_low, y_high, t, taps, padded, MARGIN, nx)
                 for i in range(both):

@@ -5,6 +5,7 @@ Gaussian, the extremum test, or a descriptor. So it holds about two hundred plan
 long the block is. It knows neither Dask nor Zarr.
 """
 
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Annotated, Any
@@ -15,12 +16,14 @@ from numpy.typing import NDArray
 from kpt_dask.descriptors import BINS, PATCH, REACH, STEP, describe, sample_patch
 from kpt_dask.frames import MAX_FRAMES, describe_in_frames
 from kpt_dask.jit import kernel
+from kpt_dask.rows import LANES, compare
 from kpt_dask.scalespace import (
     FINER_TAPS,
     FIRST_TAPS,
     LEVEL_TAPS,
     LEVELS,
     SIGMA0,
+    TILE,
     blur_planes,
     blur_scratch,
 )
@@ -144,7 +147,9 @@ class Sweep:
             reach = REACH if 1 <= i <= LEVELS else 0
             sizes.append(max(blur, int(lag[i]) + reach + 3) + BATCH)
         self._rings = tuple(np.empty((m, *plane_shape), np.float32) for m in sizes)
-        self._dogs = np.empty((LEVELS + 2, 3, *plane_shape), np.float32)
+        # The last vector of the last row reaches beyond it.
+        dogs = LEVELS + 2, 3, *plane_shape
+        self._dogs = np.empty(math.prod(dogs) + LANES, np.float32)[:-LANES].reshape(dogs)
         self._found: list[Found] = []
         self._room = Found.room_for(1024)
 
@@ -209,41 +214,13 @@ def _planes_needed(radii: list[int]) -> NDArray[np.int64]:
 
 
 @kernel
-def _difference(upper: Planes, lower: Planes, z: int, y: int, out: Planes) -> None:
-    u = upper[z % upper.shape[0], y]
-    v = lower[z % lower.shape[0], y]
-    w = out[z % out.shape[0], y]
-    for x in range(w.size):
-        w[x] = u[x] - v[x]
-
-
-@kernel
-def _flag_candidates(
-    dogs: NDArray[np.float32], level: int, z: int, y: int, flags: NDArray[np.uint8]
-) -> None:
-    """Flag the voxels of a row that are strict extrema against eight of their neighbours.
-
-    Those along x, y, z and scale. Whole rows at a time, with few arrays in each loop, or the
-    loops would not vectorize; few voxels pass.
-    """
-    here = dogs[level, z % 3, y]
-    finer = dogs[level - 1, z % 3, y]
-    coarser = dogs[level + 1, z % 3, y]
-    for i in range(here.size - 2):
-        x = i + 1
-        v = here[x]
-        above = (v > finer[x]) & (v > coarser[x]) & (v > here[i]) & (v > here[i + 2])
-        below = (v < finer[x]) & (v < coarser[x]) & (v < here[i]) & (v < here[i + 2])
-        flags[x] = above | below
-    before = dogs[level, z % 3, y - 1]
-    after = dogs[level, z % 3, y + 1]
-    under = dogs[level, (z - 1) % 3, y]
-    over = dogs[level, (z + 1) % 3, y]
-    for x in range(here.size):
-        v = here[x]
-        above = (v > before[x]) & (v > after[x]) & (v > under[x]) & (v > over[x])
-        below = (v < before[x]) & (v < after[x]) & (v < under[x]) & (v < over[x])
-        flags[x] &= above | below
+def _difference(upper: Planes, lower: Planes, z: int, first: int, last: int, out: Planes) -> None:
+    """Subtract rows ``first … last − 1`` of a plane."""
+    u = upper[z % upper.shape[0], first:last].reshape(-1)
+    v = lower[z % lower.shape[0], first:last].reshape(-1)
+    w = out[z % out.shape[0], first:last].reshape(-1)
+    for i in range(w.size):
+        w[i] = u[i] - v[i]
 
 
 @kernel
@@ -259,6 +236,40 @@ def _is_extremum(dogs: NDArray[np.float32], level: int, z: int, y: int, x: int) 
                     if not itself and not sign * v > sign * dogs[d, k % 3, j, i]:
                         return False
     return True
+
+
+@kernel
+def _extrema_of_row(
+    dogs: NDArray[np.float32], level: int, z: int, y: int, first: int, last: int, found: Any
+) -> int:
+    """Put x of the extrema in ``first … last − 1`` of a row into `found`; returns their number.
+
+    `LANES` voxels at a time are compared with eight of their neighbours, those along x, y, z
+    and scale; most fail at once, and few pass.
+    """
+    flat = dogs.reshape(-1)
+    ny, nx = dogs.shape[2:]
+    area = ny * nx
+    begin = ((level * 3 + z % 3) * ny + y) * nx
+    under, over = ((z - 1) % 3 - z % 3) * area, ((z + 1) % 3 - z % 3) * area
+    count = 0
+    for start in range(first, last, LANES):
+        at = begin + start
+        bits = compare(flat, at, -1, 1) & compare(flat, at, -nx, nx)
+        if bits == 0:
+            continue
+        bits &= compare(flat, at, under, over)
+        if bits == 0:
+            continue
+        bits &= compare(flat, at, -3 * area, 3 * area)
+        if bits == 0:
+            continue
+        for x in range(start, min(start + LANES, last)):
+            i = x - start
+            if (bits >> i | bits >> (LANES + i)) & 1 and _is_extremum(dogs, level, z, y, x):
+                found[count] = x
+                count += 1
+    return count
 
 
 @kernel
@@ -304,12 +315,12 @@ def _advance(
     for i in range(gaussians):
         radius = max(radius, taps[i].size - 1)
     scratch = blur_scratch(BATCH, nx, radius)
-    flags = np.zeros(nx, np.uint8)
     patch = np.empty((PATCH + 2, PATCH + 2, PATCH + 2), np.float32)
     ranks = np.empty((MAX_FRAMES, BINS), np.uint8)
     frames = np.zeros((MAX_FRAMES, 3, 3), np.float32)
     frames[0] = np.eye(3)
     most = MAX_FRAMES if invariant else 1
+    places = np.empty(nx, np.int64)
     index = np.empty(3, np.int64)
     offset = np.empty(3, np.float64)
     count = 0
@@ -331,44 +342,44 @@ def _advance(
         for plane in range(first - again, last):
             z = plane - 1
             test = plane >= first and core[0, 0] <= z < core[0, 1]
-            for ahead in range(ny):
+            for top in range(0, ny, TILE):
+                end = min(top + TILE, ny)
                 for level in range(levels + 2):
-                    _difference(rings[level + 2], rings[level + 1], plane, ahead, dogs[level])
-                # The rows before, and this one, are what a row is tested against.
-                y = ahead - 1
-                if not (test and core[1, 0] <= y < core[1, 1]):
+                    _difference(rings[level + 2], rings[level + 1], plane, top, end, dogs[level])
+                if not test:
                     continue
-                for level in range(1, levels + 1):
-                    _flag_candidates(dogs, level, z, y, flags)
-                    for x in range(core[2, 0], core[2, 1]):
-                        if not (flags[x] and _is_extremum(dogs, level, z, y, x)):
-                            continue
-                        if count + most > out_level.size:
+                # A row is tested against the ones beside it, so that it lags behind by one.
+                for y in range(max(top - 1, core[1, 0]), min(end - 1, core[1, 1])):
+                    for level in range(1, levels + 1):
+                        in_row = _extrema_of_row(dogs, level, z, y, core[2, 0], core[2, 1], places)
+                        if count + most * in_row > out_level.size:
                             return taken, before_batch
-                        d = dogs[level]
-                        v = d[z % 3, y, x]
-                        index[0] = z
-                        index[1] = y
-                        index[2] = x
-                        offset[0] = _vertex(d[(z - 1) % 3, y, x], v, d[(z + 1) % 3, y, x])
-                        offset[1] = _vertex(d[z % 3, y - 1, x], v, d[z % 3, y + 1, x])
-                        offset[2] = _vertex(d[z % 3, y, x - 1], v, d[z % 3, y, x + 1])
-                        shift = _vertex(
-                            dogs[level - 1, z % 3, y, x], v, dogs[level + 1, z % 3, y, x]
-                        )
-                        sigma = SIGMA0 * 2.0 ** ((level + shift) / LEVELS)
-                        sample_patch(rings[level + 1], n, index, offset, STEP * sigma, patch)
-                        if not describe(patch, ranks[0]):
-                            continue
-                        for i in range(
-                            describe_in_frames(patch, frames, ranks) if invariant else 1
-                        ):
-                            out_index[count] = index
-                            out_offset[count, :3] = offset
-                            out_offset[count, 3] = shift
-                            out_level[count] = level
-                            out_response[count] = v
-                            out_descriptor[count] = ranks[i]
-                            out_frame[count] = frames[i]
-                            count += 1
+                        for at in range(in_row):
+                            x = places[at]
+                            d = dogs[level]
+                            v = d[z % 3, y, x]
+                            index[0] = z
+                            index[1] = y
+                            index[2] = x
+                            offset[0] = _vertex(d[(z - 1) % 3, y, x], v, d[(z + 1) % 3, y, x])
+                            offset[1] = _vertex(d[z % 3, y - 1, x], v, d[z % 3, y + 1, x])
+                            offset[2] = _vertex(d[z % 3, y, x - 1], v, d[z % 3, y, x + 1])
+                            shift = _vertex(
+                                dogs[level - 1, z % 3, y, x], v, dogs[level + 1, z % 3, y, x]
+                            )
+                            sigma = SIGMA0 * 2.0 ** ((level + shift) / LEVELS)
+                            sample_patch(rings[level + 1], n, index, offset, STEP * sigma, patch)
+                            if not describe(patch, ranks[0]):
+                                continue
+                            for i in range(
+                                describe_in_frames(patch, frames, ranks) if invariant else 1
+                            ):
+                                out_index[count] = index
+                                out_offset[count, :3] = offset
+                                out_offset[count, 3] = shift
+                                out_level[count] = level
+                                out_response[count] = v
+                                out_descriptor[count] = ranks[i]
+                                out_frame[count] = frames[i]
+                                count += 1
     return steps, count
