@@ -78,25 +78,27 @@ def sample_patch(
             part[axis, i] = at - floor
     # One axis after the other, and never as a weighted sum of eight: where all eight agree,
     # as in air and beyond an edge, so does the result, and no gradient comes of rounding.
+    # Rows by where they begin: a view of each would be counted as a reference.
+    flat = ring.reshape(-1)
     for k in range(size):
-        upper = ring[low[0, k] % m]
-        lower = ring[high[0, k] % m]
+        upper = low[0, k] % m * ny
+        lower = high[0, k] % m * ny
         fz = part[0, k]
         for j in range(size):
             fy = part[1, j]
-            a = upper[low[1, j]]
-            b = upper[high[1, j]]
-            c = lower[low[1, j]]
-            d = lower[high[1, j]]
+            a = (upper + low[1, j]) * nx
+            b = (upper + high[1, j]) * nx
+            c = (lower + low[1, j]) * nx
+            d = (lower + high[1, j]) * nx
             for i in range(size):
                 p = low[2, i]
                 q = high[2, i]
                 fx = part[2, i]
-                near = a[p] + fx * (a[q] - a[p])
-                far = b[p] + fx * (b[q] - b[p])
+                near = flat[a + p] + fx * (flat[a + q] - flat[a + p])
+                far = flat[b + p] + fx * (flat[b + q] - flat[b + p])
                 above = near + fy * (far - near)
-                near = c[p] + fx * (c[q] - c[p])
-                far = d[p] + fx * (d[q] - d[p])
+                near = flat[c + p] + fx * (flat[c + q] - flat[c + p])
+                far = flat[d + p] + fx * (flat[d + q] - flat[d + p])
                 below = near + fy * (far - near)
                 patch[k, j, i] = above + fz * (below - above)
 
@@ -125,9 +127,10 @@ def describe(patch: NDArray[np.float32], ranks: NDArray[np.uint8]) -> bool:
         upper[i] = min(max(u + 0.5, 0.0), 1.0)
     one = np.float32(1.0)
     zz = yy = xx = zy = zx = yx = 0.0
+    row = np.empty((2, 8), np.float32)
     for k in range(PATCH):
         for j in range(PATCH):
-            row = np.zeros((2, 8), np.float32)
+            row[:] = 0
             for i in range(PATCH):
                 gz = patch[k + 2, j + 1, i + 1] - patch[k, j + 1, i + 1]
                 gy = patch[k + 1, j + 2, i + 1] - patch[k + 1, j, i + 1]

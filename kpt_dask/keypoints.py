@@ -5,7 +5,8 @@ core reaches. So each extremum has exactly one owner, its values do not depend o
 volume was cut, and nothing is deduplicated afterwards.
 """
 
-from collections.abc import Iterator
+import math
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import product
@@ -165,20 +166,50 @@ def plan_blocks(
     return [Block((k[0], j[0], i[0]), (k[1], j[1], i[1])) for k, j, i in product(z, y, x)]
 
 
-def block_shape(
-    shape: tuple[int, int, int], threads: int, memory: int, margin: int
-) -> tuple[int, int, int]:
-    """Choose cores: full width where memory allows, and as long as keeps all threads busy.
+def slab_lengths(shapes: Sequence[tuple[int, int, int]], threads: int) -> list[int]:
+    """Choose how many planes the cores of each octave own, so that threads end together.
 
-    A sweep's memory is that of the planes it holds, whatever their number along z, so only
-    the width of the cores is bounded by memory; cutting z costs a halo at each cut.
+    Each cut costs a halo. So as long as the later octaves together are less than a thread's
+    share of the work, they are left whole: the last slab is shorter by as much, and whoever
+    has swept it goes on with them.
+
+    Parameters
+    ----------
+    shapes : sequence of tuple of int
+        Of the octaves, (z, y, x), the largest first.
+    threads : int
+        Sweeps that run at once, wherever.
+
+    Returns
+    -------
+    list of int
+        For each octave.
+    """
+    lengths = []
+    for octave, (z, y, x) in enumerate(shapes):
+        later = round(sum(math.prod(shape) for shape in shapes[octave + 1 :]) / (y * x))
+        length = -(-(z + later) // threads)
+        if z - (threads - 1) * length >= min(FEWEST_PLANES, z):
+            threads = 1
+        else:
+            length = max(-(-z // threads), FEWEST_PLANES)
+        lengths.append(min(length, z))
+    return lengths
+
+
+def core_width(
+    shape: tuple[int, int, int], threads: int, memory: int, margin: int
+) -> tuple[int, int]:
+    """Choose how wide cores are along y and x: full width where memory allows.
+
+    A sweep's memory is that of the planes it holds, whatever their number along z.
 
     Parameters
     ----------
     shape : tuple of int
         Of the octave, (z, y, x).
     threads : int
-        Sweeps that run at once.
+        Sweeps that run at once in a process.
     memory : int
         Bytes that they may take together.
     margin : int
@@ -201,8 +232,7 @@ def block_shape(
             height = -(-height // 2)
         else:
             width = -(-width // 2)
-    length = max(-(-shape[0] // threads), min(FEWEST_PLANES, shape[0]))
-    return length, height, width
+    return height, width
 
 
 def extract(
@@ -259,12 +289,11 @@ def extract(
         workers = session.nthreads().values()
         threads, per_process = sum(workers), max(workers)
         tasks = []
-        for octave in octaves:
+        lengths = slab_lengths([octave.shape for octave in octaves], threads)
+        for octave, length in zip(octaves, lengths, strict=True):
             shape, margin = octave.shape, halo(octave.first, octave.finer)
-            widest = block_shape(shape, per_process, memory, margin)
-            length = block_shape(shape, threads, memory * threads, margin)[0]
-            blocks = plan_blocks(shape, (length, *widest[1:]), margin)
-            tasks += [(octave, block, invariant) for block in blocks]
+            core = length, *core_width(shape, per_process, memory, margin)
+            tasks += [(octave, block, invariant) for block in plan_blocks(shape, core, margin)]
         found: list[list[Found]] = [[] for _ in octaves]
         for index, part in cluster.run(session, extract_block, tasks, "Extracting keypoints"):
             found[octaves.index(tasks[index][0])].append(part)

@@ -9,20 +9,13 @@ Each voxel goes through the same operations in the same order, wherever it lies 
 whichever function makes it; as in all kernels, multiply-adds may be fused.
 """
 
-from collections.abc import Callable
-from typing import Annotated, Any
+from collections.abc import Callable, Sequence
+from typing import Any
 
-import numpy as np
 from llvmlite import ir
 from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic
-from numpy.typing import NDArray
-
-from kpt_dask.jit import kernel
-
-Flat = Annotated[NDArray[np.float32], "voxels"]
-Table = Annotated[NDArray[np.int64], "rows taps"]
 
 LANES = 16
 """Voxels of a vector: as many float32 as the widest registers hold."""
@@ -33,133 +26,150 @@ _VECTOR = ir.VectorType(ir.FloatType(), LANES)
 _FUSED = ("contract",)
 
 
-def _emit(b: Any, data: list[Any], where: list[Any], n_taps: Any, rows: int, vectors: int) -> None:
-    """Write the instructions of one `_summing`, into an LLVM builder."""
-    source, low, high, taps, out = data
-    base, at, step = where
+class _Filter:
+    """Writes the instructions of a filter, with an LLVM builder.
 
-    def constant(value: int) -> Any:
-        return ir.Constant(base.type, value)
+    Parameters
+    ----------
+    data : sequence of LLVM pointers
+        To the source, the tables before and after (of the last row made), the taps, the output.
+    where : sequence of LLVM integers
+        Added to the tables; where the output begins; from there to the second row.
+    n_taps : LLVM integer
+    rows : int
+        1, or 2 that are neighbours.
+    """
 
-    def vector(array: Any, first: Any, v: int) -> Any:
-        place = b.gep(array, [b.add(first, constant(v * LANES))])
-        return b.bitcast(place, _VECTOR.as_pointer())
+    def __init__(
+        self, builder: Any, data: Sequence[Any], where: Sequence[Any], n_taps: Any, rows: int
+    ) -> None:
+        self._b = builder
+        self._source, self._low, self._high, self._taps, self._out = data
+        self._base, self._at, self._step = where
+        self._n_taps = n_taps
+        self._rows = rows
 
-    def pair(k: Any, v: int) -> list[Any]:
-        firsts = (b.add(base, b.load(b.gep(table, [k]))) for table in (low, high))
-        return [b.load(vector(source, first, v), align=4) for first in firsts]
+    def row(self, n: Any) -> None:
+        """Make `n` voxels of each row."""
+        b, wide = self._b, VECTORS * LANES
+        short = b.icmp_signed("<", n, self._constant(LANES))
+        with b.if_else(short) as (then, otherwise):
+            with then, cgutils.for_range(b, n) as loop:
+                self._part(loop.index, 1, ir.VectorType(ir.FloatType(), 1))
+            with otherwise:
+                blocks = b.sdiv(n, self._constant(wide))
+                with cgutils.for_range(b, blocks) as loop:
+                    self._part(b.mul(loop.index, self._constant(wide)), VECTORS, _VECTOR)
+                start, step = b.mul(blocks, self._constant(wide)), self._constant(LANES)
+                last = b.sub(n, step)
+                with cgutils.for_range_slice(b, start, n, step, inc=True) as (x, _):
+                    # The last vector may do again what the one before it has done.
+                    beyond = b.icmp_signed(">", x, last)
+                    self._part(b.select(beyond, last, x), 1, _VECTOR)
 
-    def spread_tap(k: Any) -> Any:
-        index, nothing = ir.IntType(32), ir.Constant(_VECTOR, ir.Undefined)
-        one = b.insert_element(nothing, b.load(b.gep(taps, [k])), ir.Constant(index, 0))
-        return b.shuffle_vector(one, nothing, ir.Constant(ir.VectorType(index, LANES), LANES * [0]))
+    def _constant(self, value: int) -> Any:
+        return ir.Constant(self._base.type, value)
 
-    def registers() -> list[Any]:
-        return [cgutils.alloca_once(b, _VECTOR) for _ in range(vectors)]
+    def _vector(self, array: Any, first: Any, v: int, kind: Any) -> Any:
+        place = self._b.gep(array, [self._b.add(first, self._constant(v * kind.count))])
+        return self._b.bitcast(place, kind.as_pointer())
 
-    def add(register: Any, tap: Any, before: Any, after: Any) -> None:
+    def _ends(self, k: Any, x: Any, v: int, kind: Any) -> list[Any]:
+        b = self._b
+        firsts = (b.load(b.gep(table, [k])) for table in (self._low, self._high))
+        shift = b.add(self._base, x)
+        places = (self._vector(self._source, b.add(shift, first), v, kind) for first in firsts)
+        return [b.load(place, align=4) for place in places]
+
+    def _tap(self, k: Any, kind: Any) -> Any:
+        b, index, nothing = self._b, ir.IntType(32), ir.Constant(kind, ir.Undefined)
+        one = b.insert_element(nothing, b.load(b.gep(self._taps, [k])), ir.Constant(index, 0))
+        everywhere = ir.Constant(ir.VectorType(index, kind.count), kind.count * [0])
+        return b.shuffle_vector(one, nothing, everywhere)
+
+    def _add(self, register: Any, tap: Any, before: Any, after: Any) -> None:
+        b = self._b
         product = b.fmul(tap, b.fadd(before, after, flags=_FUSED), flags=_FUSED)
         b.store(b.fadd(b.load(register), product, flags=_FUSED), register)
 
-    sums = [registers() for _ in range(rows)]
-    # Of two rows, what the first has after it is what the second had there one tap before,
-    # and the other way round.
-    last = [registers() for _ in range(2)]
-    tap = spread_tap(constant(0))
-    for v in range(vectors):
-        ends = pair(constant(0), v)
-        for row in range(rows):
-            b.store(b.fmul(tap, ends[row], flags=_FUSED), sums[row][v])
-        for end, register in zip(ends, last, strict=True):
-            b.store(end, register[v])
-    with cgutils.for_range(b, n_taps, start=constant(1)) as loop:
-        tap = spread_tap(loop.index)
+    def _part(self, x: Any, vectors: int, kind: Any) -> None:
+        """Make the voxels of some vectors from `x` on."""
+        b = self._b
+
+        def registers() -> list[Any]:
+            return [cgutils.alloca_once(b, kind) for _ in range(vectors)]
+
+        sums = [registers() for _ in range(self._rows)]
+        # Of two rows, what the first has after it is what the second had there one tap before,
+        # and the other way round.
+        last = [registers() for _ in range(2)]
+        tap = self._tap(self._constant(0), kind)
         for v in range(vectors):
-            before, after = pair(loop.index, v)
-            if rows == 1:
-                add(sums[0][v], tap, before, after)
-                continue
-            add(sums[0][v], tap, before, b.load(last[1][v]))
-            add(sums[1][v], tap, b.load(last[0][v]), after)
-            b.store(before, last[0][v])
-            b.store(after, last[1][v])
-    for row in range(rows):
-        first = b.add(at, b.mul(step, constant(row)))
-        for v in range(vectors):
-            b.store(b.load(sums[row][v]), vector(out, first, v), align=4)
+            ends = self._ends(self._constant(0), x, v, kind)
+            for row in range(self._rows):
+                b.store(b.fmul(tap, ends[row], flags=_FUSED), sums[row][v])
+            for end, register in zip(ends, last, strict=True):
+                b.store(end, register[v])
+        with cgutils.for_range(b, self._n_taps, start=self._constant(1)) as loop:
+            tap = self._tap(loop.index, kind)
+            for v in range(vectors):
+                before, after = self._ends(loop.index, x, v, kind)
+                if self._rows == 1:
+                    self._add(sums[0][v], tap, before, after)
+                    continue
+                self._add(sums[0][v], tap, before, b.load(last[1][v]))
+                self._add(sums[1][v], tap, b.load(last[0][v]), after)
+                b.store(before, last[0][v])
+                b.store(after, last[1][v])
+        for row in range(self._rows):
+            first = b.add(b.add(self._at, x), b.mul(self._step, self._constant(row)))
+            for v in range(vectors):
+                b.store(b.load(sums[row][v]), self._vector(self._out, first, v, kind), align=4)
 
 
-def _summing(rows: int, vectors: int) -> Callable[..., None]:
-    """Make a function that sums up `vectors` vectors of one row, or of two neighbours.
+def _code(rows: int) -> Callable[..., Any]:
+    def code(context: Any, builder: Any, own: Any, values: Any) -> Any:
+        arrays = {
+            i: context.make_array(own.args[i])(context, builder, values[i]) for i in (0, 2, 3, 5, 6)
+        }
+        n_taps = builder.extract_value(arrays[5].shape, 0)
+        first = builder.mul(values[4], n_taps)
+        last = builder.add(first, builder.mul(n_taps, ir.Constant(n_taps.type, rows - 1)))
+        data = [
+            arrays[0].data,
+            builder.gep(arrays[2].data, [first]),
+            builder.gep(arrays[3].data, [last]),
+            arrays[5].data,
+            arrays[6].data,
+        ]
+        step = values[8] if rows == 2 else ir.Constant(n_taps.type, 0)
+        _Filter(builder, data, (values[1], values[7], step), n_taps, rows).row(values[-1])
+        return context.get_dummy_value()
 
-    Its arguments are those of `sum_rows`; the second row of two has the next row of the tables,
-    and is written `step` voxels behind the first.
-    """
-
-    def typed(
-        _: Any,
-        source: Any,
-        base: Any,
-        low: Any,
-        high: Any,
-        row: Any,
-        taps: Any,
-        out: Any,
-        at: Any,
-        step: Any,
-    ) -> Any:
-        n = types.intp
-        signature = types.void(source, n, low, high, n, taps, out, n, n)
-
-        def code(context: Any, builder: Any, own: Any, values: Any) -> Any:
-            arrays = {
-                i: context.make_array(own.args[i])(context, builder, values[i])
-                for i in (0, 2, 3, 5, 6)
-            }
-            n_taps = builder.extract_value(arrays[5].shape, 0)
-            first = builder.mul(values[4], n_taps)
-            last = builder.add(first, builder.mul(n_taps, ir.Constant(n_taps.type, rows - 1)))
-            data = [
-                arrays[0].data,
-                builder.gep(arrays[2].data, [first]),
-                builder.gep(arrays[3].data, [last]),
-                arrays[5].data,
-                arrays[6].data,
-            ]
-            where = [values[1], values[7], values[8]]
-            _emit(builder, data, where, n_taps, rows, vectors)
-            return context.get_dummy_value()
-
-        return signature, code
-
-    made: Callable[..., None] = intrinsic(typed)
-    return made
+    return code
 
 
-_one, _one_wide = _summing(1, 1), _summing(1, VECTORS)
-_two, _two_wide = _summing(2, 1), _summing(2, VECTORS)
-
-
-@kernel
+@intrinsic
 def sum_row(
-    source: Flat,
-    base: int,
-    low: Table,
-    high: Table,
-    row: int,
-    taps: NDArray[np.float32],
-    out: Flat,
-    at: int,
-    n: int,
-) -> None:
+    _: Any,
+    source: Any,
+    base: Any,
+    low: Any,
+    high: Any,
+    row: Any,
+    taps: Any,
+    out: Any,
+    at: Any,
+    n: Any,
+) -> Any:
     """Filter a row: out[at + x] = Σ_k taps[k] · (source[low_k + x] + source[high_k + x]).
 
     The term of k = 0 is taps[0] · source[low_0 + x] alone.
 
     Parameters
     ----------
-    source, out : float32 arrays
-        Flat, and not the same voxels.
+    source, out : float32 arrays, C order
+        Taken as flat, and not the same voxels.
     base : int
         Added to whatever the tables say.
     low, high : int64 arrays (rows, taps), C order
@@ -172,56 +182,32 @@ def sum_row(
     n : int
         Voxels of the row.
     """
-    x = 0
-    while x + VECTORS * LANES <= n:
-        _one_wide(source, base + x, low, high, row, taps, out, at + x, 0)
-        x += VECTORS * LANES
-    if n < LANES:
-        for i in range(n):
-            value = taps[0] * source[base + low[row, 0] + i]
-            for k in range(1, taps.size):
-                before = source[base + low[row, k] + i]
-                value += taps[k] * (before + source[base + high[row, k] + i])
-            out[at + i] = value
-        return
-    while x < n:
-        # The last vector begins before the end of the one before it, and does its part again.
-        i = min(x, n - LANES)
-        _one(source, base + i, low, high, row, taps, out, at + i, 0)
-        x += LANES
+    i = types.intp
+    return types.void(source, i, low, high, i, taps, out, i, i), _code(1)
 
 
-@kernel
+@intrinsic
 def sum_two_rows(
-    source: Flat,
-    base: int,
-    low: Table,
-    high: Table,
-    row: int,
-    taps: NDArray[np.float32],
-    out: Flat,
-    at: int,
-    step: int,
-    n: int,
-) -> None:
+    _: Any,
+    source: Any,
+    base: Any,
+    low: Any,
+    high: Any,
+    row: Any,
+    taps: Any,
+    out: Any,
+    at: Any,
+    step: Any,
+    n: Any,
+) -> Any:
     """Do what `sum_row` does for two rows of the tables, the second to ``out[at + step]`` on.
 
     They must be neighbours: where the second has its rows after it, the first has them one tap
     later, ``high[row, k + 1] == high[row + 1, k]``, and so have ``low[row + 1, k + 1]`` and
-    ``low[row, k]``; the first ones before and after are ``low[row, 0]`` and ``low[row + 1, 0]``.
+    ``low[row, k]``.
     """
-    if n < LANES:
-        sum_row(source, base, low, high, row, taps, out, at, n)
-        sum_row(source, base, low, high, row + 1, taps, out, at + step, n)
-        return
-    x = 0
-    while x + VECTORS * LANES <= n:
-        _two_wide(source, base + x, low, high, row, taps, out, at + x, step)
-        x += VECTORS * LANES
-    while x < n:
-        i = min(x, n - LANES)
-        _two(source, base + i, low, high, row, taps, out, at + i, step)
-        x += LANES
+    i = types.intp
+    return types.void(source, i, low, high, i, taps, out, i, i, i), _code(2)
 
 
 @intrinsic

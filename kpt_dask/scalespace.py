@@ -124,7 +124,6 @@ def blur_planes(
     """
     r = taps.size - 1
     ny, nx = ring.shape[1:]
-    source, made = ring.reshape(-1), out.reshape(-1)
     z_low, z_high = np.empty((count, r + 1), np.int64), np.empty((count, r + 1), np.int64)
     _reach(first, count, n, ring.shape[0], z_low, z_high)
     z_low *= ny * nx
@@ -147,11 +146,11 @@ def blur_planes(
             at = y % window * nx
             for j in range(0, count - 1, 2):
                 sum_two_rows(
-                    source, y * nx, z_low, z_high, j, taps, scratch, j * plane + at, plane, nx
+                    ring, y * nx, z_low, z_high, j, taps, scratch, j * plane + at, plane, nx
                 )
             if count % 2:
                 j = count - 1
-                sum_row(source, y * nx, z_low, z_high, j, taps, scratch, j * plane + at, nx)
+                sum_row(ring, y * nx, z_low, z_high, j, taps, scratch, j * plane + at, nx)
         done = min(top + rows + r, ny)
         _reach(top, rows, ny, window, y_low, y_high)
         y_low *= nx
@@ -166,8 +165,10 @@ def blur_planes(
                 else:
                     sum_row(scratch, base, y_low, y_high, t, taps, padded, MARGIN, nx)
                 for i in range(both):
-                    start = i * pitch + MARGIN
-                    padded[start - r : start] = padded[start]
-                    padded[start + nx : start + nx + r] = padded[start + nx - 1]
+                    left = i * pitch + MARGIN
+                    right = left + nx - 1
+                    for k in range(1, r + 1):
+                        padded[left - k] = padded[left]
+                        padded[right + k] = padded[right]
                     at = to + (t + i) * nx
-                    sum_row(padded, i * pitch, x_low, x_high, 0, taps, made, at, nx)
+                    sum_row(padded, i * pitch, x_low, x_high, 0, taps, out, at, nx)

@@ -239,10 +239,10 @@ def _is_extremum(dogs: NDArray[np.float32], level: int, z: int, y: int, x: int) 
 
 
 @kernel
-def _extrema_of_row(
-    dogs: NDArray[np.float32], level: int, z: int, y: int, first: int, last: int, found: Any
+def _extrema(
+    dogs: NDArray[np.float32], z: int, rows: Any, columns: Any, places: NDArray[np.int64]
 ) -> int:
-    """Put x of the extrema in ``first … last − 1`` of a row into `found`; returns their number.
+    """Put (level, y, x) of the extrema in a part of a plane into `places`; returns their number.
 
     `LANES` voxels at a time are compared with eight of their neighbours, those along x, y, z
     and scale; most fail at once, and few pass.
@@ -250,25 +250,28 @@ def _extrema_of_row(
     flat = dogs.reshape(-1)
     ny, nx = dogs.shape[2:]
     area = ny * nx
-    begin = ((level * 3 + z % 3) * ny + y) * nx
     under, over = ((z - 1) % 3 - z % 3) * area, ((z + 1) % 3 - z % 3) * area
     count = 0
-    for start in range(first, last, LANES):
-        at = begin + start
-        bits = compare(flat, at, -1, 1) & compare(flat, at, -nx, nx)
-        if bits == 0:
-            continue
-        bits &= compare(flat, at, under, over)
-        if bits == 0:
-            continue
-        bits &= compare(flat, at, -3 * area, 3 * area)
-        if bits == 0:
-            continue
-        for x in range(start, min(start + LANES, last)):
-            i = x - start
-            if (bits >> i | bits >> (LANES + i)) & 1 and _is_extremum(dogs, level, z, y, x):
-                found[count] = x
-                count += 1
+    for y in range(rows[0], rows[1]):
+        for level in range(1, dogs.shape[0] - 1):
+            for start in range(columns[0], columns[1], LANES):
+                at = ((level * 3 + z % 3) * ny + y) * nx + start
+                bits = compare(flat, at, -1, 1) & compare(flat, at, -nx, nx)
+                if bits == 0:
+                    continue
+                bits &= compare(flat, at, under, over)
+                if bits == 0:
+                    continue
+                bits &= compare(flat, at, -3 * area, 3 * area)
+                if bits == 0:
+                    continue
+                for i in range(min(LANES, columns[1] - start)):
+                    passed = (bits >> i | bits >> (LANES + i)) & 1
+                    if passed and _is_extremum(dogs, level, z, y, start + i):
+                        places[count, 0] = level
+                        places[count, 1] = y
+                        places[count, 2] = start + i
+                        count += 1
     return count
 
 
@@ -320,7 +323,7 @@ def _advance(
     frames = np.zeros((MAX_FRAMES, 3, 3), np.float32)
     frames[0] = np.eye(3)
     most = MAX_FRAMES if invariant else 1
-    places = np.empty(nx, np.int64)
+    places = np.empty((levels * TILE * nx, 3), np.int64)
     index = np.empty(3, np.int64)
     offset = np.empty(3, np.float64)
     count = 0
@@ -349,37 +352,32 @@ def _advance(
                 if not test:
                     continue
                 # A row is tested against the ones beside it, so that it lags behind by one.
-                for y in range(max(top - 1, core[1, 0]), min(end - 1, core[1, 1])):
-                    for level in range(1, levels + 1):
-                        in_row = _extrema_of_row(dogs, level, z, y, core[2, 0], core[2, 1], places)
-                        if count + most * in_row > out_level.size:
-                            return taken, before_batch
-                        for at in range(in_row):
-                            x = places[at]
-                            d = dogs[level]
-                            v = d[z % 3, y, x]
-                            index[0] = z
-                            index[1] = y
-                            index[2] = x
-                            offset[0] = _vertex(d[(z - 1) % 3, y, x], v, d[(z + 1) % 3, y, x])
-                            offset[1] = _vertex(d[z % 3, y - 1, x], v, d[z % 3, y + 1, x])
-                            offset[2] = _vertex(d[z % 3, y, x - 1], v, d[z % 3, y, x + 1])
-                            shift = _vertex(
-                                dogs[level - 1, z % 3, y, x], v, dogs[level + 1, z % 3, y, x]
-                            )
-                            sigma = SIGMA0 * 2.0 ** ((level + shift) / LEVELS)
-                            sample_patch(rings[level + 1], n, index, offset, STEP * sigma, patch)
-                            if not describe(patch, ranks[0]):
-                                continue
-                            for i in range(
-                                describe_in_frames(patch, frames, ranks) if invariant else 1
-                            ):
-                                out_index[count] = index
-                                out_offset[count, :3] = offset
-                                out_offset[count, 3] = shift
-                                out_level[count] = level
-                                out_response[count] = v
-                                out_descriptor[count] = ranks[i]
-                                out_frame[count] = frames[i]
-                                count += 1
+                rows = max(top - 1, core[1, 0]), min(end - 1, core[1, 1])
+                here = _extrema(dogs, z, rows, (core[2, 0], core[2, 1]), places)
+                if count + most * here > out_level.size:
+                    return taken, before_batch
+                for at in range(here):
+                    level, y, x = places[at, 0], places[at, 1], places[at, 2]
+                    d = dogs[level]
+                    v = d[z % 3, y, x]
+                    index[0] = z
+                    index[1] = y
+                    index[2] = x
+                    offset[0] = _vertex(d[(z - 1) % 3, y, x], v, d[(z + 1) % 3, y, x])
+                    offset[1] = _vertex(d[z % 3, y - 1, x], v, d[z % 3, y + 1, x])
+                    offset[2] = _vertex(d[z % 3, y, x - 1], v, d[z % 3, y, x + 1])
+                    shift = _vertex(dogs[level - 1, z % 3, y, x], v, dogs[level + 1, z % 3, y, x])
+                    sigma = SIGMA0 * 2.0 ** ((level + shift) / LEVELS)
+                    sample_patch(rings[level + 1], n, index, offset, STEP * sigma, patch)
+                    if not describe(patch, ranks[0]):
+                        continue
+                    for i in range(describe_in_frames(patch, frames, ranks) if invariant else 1):
+                        out_index[count] = index
+                        out_offset[count, :3] = offset
+                        out_offset[count, 3] = shift
+                        out_level[count] = level
+                        out_response[count] = v
+                        out_descriptor[count] = ranks[i]
+                        out_frame[count] = frames[i]
+                        count += 1
     return steps, count

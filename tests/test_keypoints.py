@@ -20,7 +20,14 @@ from kpt_dask import cluster, progress
 from kpt_dask.descriptors import BINS, STEP
 from kpt_dask.errors import ParameterError
 from kpt_dask.grid import Grid
-from kpt_dask.keypoints import Octave, block_shape, extract, extract_block, plan_blocks
+from kpt_dask.keypoints import (
+    Octave,
+    core_width,
+    extract,
+    extract_block,
+    plan_blocks,
+    slab_lengths,
+)
 from kpt_dask.pyramid import fill_pyramid
 from kpt_dask.scalespace import level_sigma, octave_shapes
 from kpt_dask.scan import open_scan
@@ -280,12 +287,12 @@ def test_cores_own_every_voxel_once_and_see_far_enough(
 def test_a_sweep_stays_within_its_memory(seed: int, threads: int, mib: int) -> None:
     shape, memory, margin = (150, 110, 120), mib << 20, halo(True)
     try:
-        length, height, width = block_shape(shape, threads, memory, margin)
+        core = slab_lengths([shape], threads)[0], *core_width(shape, threads, memory, margin)
     except ParameterError:
         assume(False)
     octave = Octave(stored(noise(shape, seed)), True, False)
     # A middle block has a halo on all sides that it may have.
-    blocks = plan_blocks(shape, (length, height, width), margin)
+    blocks = plan_blocks(shape, core, margin)
     block = max(blocks, key=lambda one: np.prod([b - a for a, b in one.read[1:]]))
     extract_block(octave, block)
     tracemalloc.start()
@@ -301,14 +308,40 @@ def test_a_sweep_stays_within_its_memory(seed: int, threads: int, mib: int) -> N
 def test_what_is_planned_fits_or_is_refused(shape: Shape, threads: int, mib: int) -> None:
     margin = halo(True)
     try:
-        length, height, width = block_shape(shape, threads, mib << 20, margin)
+        height, width = core_width(shape, threads, mib << 20, margin)
     except ParameterError:
         assert mib / threads < 200
         return
-    assert 1 <= length <= shape[0]
-    assert length * threads >= shape[0] or length >= 32
     assert 1 <= height <= shape[1]
     assert 1 <= width <= shape[2]
+
+
+@given(st.tuples(*3 * [st.integers(1, 4000)]), st.integers(1, 64))
+def test_slabs_cover_every_octave_and_no_thread_gets_much_more(shape: Shape, threads: int) -> None:
+    shapes = octave_shapes(shape)
+    lengths = slab_lengths(shapes, threads)
+    slabs = []
+    for (z, y, x), length in zip(shapes, lengths, strict=True):
+        assert 1 <= length <= z
+        assert length == z or length >= 32
+        ends = [min(length, z - first) for first in range(0, z, length)]
+        assert len(ends) <= threads
+        slabs += [planes * y * x for planes in ends]
+    # Whoever is free takes the next one, as workers do.
+    busy = threads * [0]
+    for voxels in slabs:
+        busy[busy.index(min(busy))] += voxels
+    share = sum(slabs) / threads
+    assert max(busy) <= max(1.5 * share, share + 40 * shapes[0][1] * shapes[0][2])
+
+
+def test_two_threads_end_together() -> None:
+    """One has half of the work in a slab; the other in a shorter one and all later octaves."""
+    shapes = octave_shapes((349, 200, 200))
+    lengths = slab_lengths(shapes, 2)
+    assert lengths[1:] == [shape[0] for shape in shapes[1:]]
+    voxels = sum(int(np.prod(shape)) for shape in shapes)
+    assert lengths[0] * 200 * 200 == pytest.approx(voxels / 2, rel=0.01)
 
 
 @pytest.mark.parametrize("descriptor", ["upright", "invariant"])
