@@ -99,7 +99,8 @@ def run(
     function : callable
         May run again after a worker was lost, so it must not mind having half run before.
     tasks : sequence of tuple
-        Arguments, small (paths, regions, parameters): each tuple travels with its task.
+        In the order in which they begin. Arguments, small (paths, regions, parameters): each
+        tuple travels with its task.
     description : str
         Name of the stage in `kpt_dask.progress`.
 
@@ -127,7 +128,10 @@ def run(
 
     def submit() -> None:
         for index, task in islice(waiting, max(limit.now() - len(flying), 0)):
-            future = client.submit(function, *task, key=f"{name}-{index}", pure=False)
+            # Without priorities, tasks submitted at about the same time begin in any order.
+            future = client.submit(
+                function, *task, key=f"{name}-{index}", pure=False, priority=-index
+            )
             flying[future] = index
             landed.add(future)
 

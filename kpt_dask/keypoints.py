@@ -6,8 +6,9 @@ volume was cut, and nothing is deduplicated afterwards.
 """
 
 import math
+from collections import deque
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import product
 from typing import Any
@@ -45,6 +46,8 @@ CHOICES: dict[str, tuple[Any, ...]] = {
 
 SLAB = 64
 """Planes read at a time: one chunk's depth."""
+SLABS_AHEAD = 2
+"""Slabs read, or being read, while one is swept."""
 FEWEST_PLANES = 32
 """A core thinner than this would be mostly halo."""
 
@@ -220,7 +223,7 @@ def core_width(
     ParameterError
         If not even a small core fits.
     """
-    voxels = memory / threads / 4 / (planes_held() + 3 * SLAB)
+    voxels = memory / threads / 4 / (planes_held() + (SLABS_AHEAD + 2) * SLAB)
     height, width = shape[1:]
     while (min(height + 2 * margin, shape[1])) * (min(width + 2 * margin, shape[2])) > voxels:
         if max(height, width) <= margin // 2:
@@ -324,15 +327,16 @@ def extract_block(octave: Octave, block: Block, invariant: bool = False) -> Foun
         finer=octave.finer,
         invariant=invariant,
     )
-    # The next slab is read while the last one is swept.
+    # Reading wakes several threads one after the other, and each may have to wait for a core
+    # that sweeps: so slabs are asked for well before they are needed.
     with ThreadPoolExecutor(1) as reader:
-        planes = _slabs(sweep.first_plane, sweep.last_plane)
-        slabs = [(slab, *block.read[1:]) for slab in planes]
-        ahead = reader.submit(octave.read, slabs[0])
-        for following in slabs[1:]:
-            values, ahead = ahead.result(), reader.submit(octave.read, following)
-            sweep.feed(values)
-        sweep.feed(ahead.result())
+        ahead: deque[Future[NDArray[np.float32]]] = deque()
+        for planes in _slabs(sweep.first_plane, sweep.last_plane):
+            ahead.append(reader.submit(octave.read, (planes, *block.read[1:])))
+            if len(ahead) > SLABS_AHEAD:
+                sweep.feed(ahead.popleft().result())
+        while ahead:
+            sweep.feed(ahead.popleft().result())
     found = sweep.finish()
     found.index[:, 1:] += (y0, x0)
     return found

@@ -26,6 +26,10 @@ _VECTOR = ir.VectorType(ir.FloatType(), LANES)
 _FUSED = ("contract",)
 
 
+_intrinsic: Callable[[Callable[..., Any]], Callable[..., Any]] = intrinsic
+_register: Callable[[Any, Any], Any] = cgutils.alloca_once
+
+
 class _Filter:
     """Writes the instructions of a filter, with an LLVM builder.
 
@@ -97,7 +101,7 @@ class _Filter:
         b = self._b
 
         def registers() -> list[Any]:
-            return [cgutils.alloca_once(b, kind) for _ in range(vectors)]
+            return [_register(b, kind) for _ in range(vectors)]
 
         sums = [registers() for _ in range(self._rows)]
         # Of two rows, what the first has after it is what the second had there one tap before,
@@ -149,7 +153,7 @@ def _code(rows: int) -> Callable[..., Any]:
     return code
 
 
-@intrinsic
+@_intrinsic
 def sum_row(
     _: Any,
     source: Any,
@@ -186,7 +190,7 @@ def sum_row(
     return types.void(source, i, low, high, i, taps, out, i, i), _code(1)
 
 
-@intrinsic
+@_intrinsic
 def sum_two_rows(
     _: Any,
     source: Any,
@@ -210,7 +214,7 @@ def sum_two_rows(
     return types.void(source, i, low, high, i, taps, out, i, i, i), _code(2)
 
 
-@intrinsic
+@_intrinsic
 def compare(_: Any, values: Any, at: Any, before: Any, after: Any) -> Any:
     """Compare `LANES` voxels from ``values[at]`` on with those at two distances from each.
 
