@@ -64,8 +64,9 @@ def sample_patch(
     m, ny, nx = ring.shape
     size = patch.shape[0]
     half = size // 2
-    low = np.empty((3, size), np.int64)
-    high = np.empty((3, size), np.int64)
+    # Unsigned, or every look would first ask whether to count from the end.
+    low = np.empty((3, size), np.uint64)
+    high = np.empty((3, size), np.uint64)
     part = np.empty((3, size), np.float32)
     for axis in range(3):
         last = (n if axis == 0 else (ny if axis == 1 else nx)) - 1
@@ -81,15 +82,15 @@ def sample_patch(
     # Rows by where they begin: a view of each would be counted as a reference.
     flat = ring.reshape(-1)
     for k in range(size):
-        upper = low[0, k] % m * ny
-        lower = high[0, k] % m * ny
+        upper = low[0, k] % np.uint64(m) * np.uint64(ny)
+        lower = high[0, k] % np.uint64(m) * np.uint64(ny)
         fz = part[0, k]
         for j in range(size):
             fy = part[1, j]
-            a = (upper + low[1, j]) * nx
-            b = (upper + high[1, j]) * nx
-            c = (lower + low[1, j]) * nx
-            d = (lower + high[1, j]) * nx
+            a = (upper + low[1, j]) * np.uint64(nx)
+            b = (upper + high[1, j]) * np.uint64(nx)
+            c = (lower + low[1, j]) * np.uint64(nx)
+            d = (lower + high[1, j]) * np.uint64(nx)
             for i in range(size):
                 p = low[2, i]
                 q = high[2, i]
