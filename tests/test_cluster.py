@@ -57,6 +57,20 @@ def test_equal_tasks_run_separately(client: Client) -> None:
     assert len(set(times.values())) == 5
 
 
+def test_tasks_begin_in_their_order() -> None:
+    begun = []
+    with Client(
+        processes=False,
+        n_workers=1,
+        threads_per_worker=1,
+        memory_limit=None,
+        dashboard_address="127.0.0.1:0",
+        set_as_default=False,
+    ) as client:
+        list(cluster.run(client, begun.append, [(k,) for k in range(12)], "Counting"))
+    assert begun == list(range(12))
+
+
 def test_no_task_is_no_work(threads: Client) -> None:
     with progress.recorded() as seconds:
         assert list(cluster.run(threads, operator.mul, [], "Multiplying")) == []

@@ -1,0 +1,67 @@
+"""Rows that are filtered and compared in registers, against plain numpy."""
+
+import numpy as np
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from kpt_dask.jit import kernel
+from kpt_dask.rows import LANES, VECTORS, compare, sum_row, sum_two_rows
+
+WIDTHS = st.integers(1, 2 * VECTORS * LANES + LANES + 3)
+
+
+@kernel
+def one_row(source, base, low, high, row, taps, out, at, n):  # type: ignore[no-untyped-def]
+    sum_row(source, base, low, high, row, taps, out, at, n)
+
+
+@kernel
+def two_rows(source, base, low, high, row, taps, out, at, step, n):  # type: ignore[no-untyped-def]
+    sum_two_rows(source, base, low, high, row, taps, out, at, step, n)
+
+
+@kernel
+def compared(values, at, before, after):  # type: ignore[no-untyped-def]
+    return compare(values, at, before, after)
+
+
+@given(WIDTHS, st.integers(0, 12), st.integers(0, 20), st.integers(0, 9))
+@settings(max_examples=60, deadline=None)
+def test_rows_are_filtered(n: int, radius: int, shift: int, seed: int) -> None:
+    """Nothing beside the row is touched, and two rows at once get the bytes of one by one."""
+    rng = np.random.default_rng(seed)
+    rows = rng.integers(-1000, 2000, (2 * radius + 2, n)).astype(np.float32)
+    taps = rng.random(radius + 1).astype(np.float32)
+    k = np.arange(radius + 1)
+    centre = np.array([[radius], [radius + 1]])
+    low, high = (centre - k) * n, (centre + k) * n
+    source = np.concatenate([np.zeros(shift, np.float32), rows.ravel()])
+    untouched, step = np.float32(7), n + 5
+    singly = np.full(shift + 2 * step, untouched)
+    for row in range(2):
+        one_row(source, shift, low, high, row, taps, singly, shift + row * step, n)
+    both = np.full_like(singly, untouched)
+    two_rows(source, shift, low, high, 0, taps, both, shift, step, n)
+    assert both.tobytes() == singly.tobytes()
+    exact = rows.astype(np.float64)
+    expected = np.full(singly.shape, float(untouched))
+    for row in range(2):
+        weights = np.concatenate([taps[:0:-1], taps]).astype(np.float64)
+        start = shift + row * step
+        expected[start : start + n] = weights @ exact[row : row + 2 * radius + 1]
+    np.testing.assert_allclose(singly, expected, rtol=1e-5, atol=5e-3)
+
+
+@given(st.integers(0, 3), st.integers(1, 40), st.integers(1, 40), st.integers(0, 99))
+@settings(max_examples=40, deadline=None)
+def test_voxels_are_compared(largest: int, before: int, after: int, seed: int) -> None:
+    """Equal ones are neither above nor below."""
+    values = np.random.default_rng(seed).integers(0, largest + 1, 100).astype(np.float32)
+    at = 41
+    bits = compared(values, at, -before, after)
+    here = values[at : at + LANES]
+    others = [values[at + d : at + d + LANES] for d in (-before, after)]
+    above = np.logical_and(*(here > other for other in others))
+    below = np.logical_and(*(here < other for other in others))
+    expected = np.concatenate([above, below])
+    np.testing.assert_array_equal([bits >> i & 1 for i in range(2 * LANES)], expected)
