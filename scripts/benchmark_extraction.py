@@ -269,7 +269,9 @@ def measure(volumes: dict[str, Volume], folder: Path, repeats: int) -> dict[str,
         f"\nFloor on C: {madds / 1e9:.1f} G multiply-adds ({limit_madds:.3f} s at the rate of a"
         f" matrix product on all cores), {moved / 1e9:.2f} GB moved if every Gaussian is written"
         f" and read once ({limit_bytes:.3f} s at that of a memory copy). Extraction takes"
-        f" {two_core / limit:.1f} times the larger."
+        f" {two_core / limit:.1f} times the larger.\n"
+        "One core: a process confined to it, reading and scheduling included. The one thread that"
+        " may read on any core makes use of a second one."
     )
     return figures | {
         "rows": {name: {"median": statistics.median(t), "all": t} for name, t in rows}
