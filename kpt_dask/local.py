@@ -36,7 +36,7 @@ from kpt_dask.measures import Tally
 from kpt_dask.omezarr import CHUNKS, Region
 from kpt_dask.options import DEFAULTS, TransferOptions
 from kpt_dask.shares import VANISHING, Part, Share, finish_block, run_blocks
-from kpt_dask.surroundings import read_planes, room_for, surroundings_of
+from kpt_dask.surroundings import Room, read_planes, room_for, surroundings_of
 from kpt_dask.volume import Volume
 from kpt_dask.warps import (
     Matched,
@@ -193,6 +193,7 @@ def transfer_block(
     values = np.array(organs.values, np.uint16)[cells.organ]
     scale = np.array([1 / (64 * nu * nu) for nu in group_nus], np.float32)[cells.group]
     nodes, corners = cells.nodes()
+    room = Room()
     for first in range(0, len(atlases), AT_ONCE):
         some = atlases[first : first + AT_ONCE]
         fields = [fit(*one, grid, nodes, widths) for one in some]
@@ -202,7 +203,7 @@ def transfer_block(
             positions(step),
             here,
             np.stack(fields),
-            *_read(some, [_source(field, nodes, corners, step) for field in fields]),
+            *_read(some, [_source(field, nodes, corners, step) for field in fields], room),
             votes,
             totals,
         )
@@ -235,7 +236,9 @@ def _source(
 
 
 def _read(
-    atlases: Sequence[tuple[Atlas, Matched]], sources: Sequence[tuple[int, int] | None]
+    atlases: Sequence[tuple[Atlas, Matched]],
+    sources: Sequence[tuple[int, int] | None],
+    room: Room,
 ) -> tuple[NDArray[np.int32], NDArray[np.int64], NDArray[np.int64]]:
     """Read planes of some atlases, one after another, into one array.
 
@@ -257,7 +260,7 @@ def _read(
         for (atlas, _), (first, stop) in zip(atlases, needed, strict=True)
     ]
     offsets = np.append(0, np.cumsum(sizes))
-    packed = np.empty(max(int(offsets[-1]), 1), np.int32)
+    packed = room.of(max(int(offsets[-1]), 1))
     held = np.zeros((len(atlases), 2, 3), np.int64)
     for i, ((atlas, _), planes) in enumerate(zip(atlases, needed, strict=True)):
         if sizes[i]:

@@ -126,6 +126,19 @@ def read_planes(
     return planes, (z, sides[0], sides[1])
 
 
+class Room:
+    """Memory that reading one atlas after another uses again: new pages cost as much as reading."""
+
+    def __init__(self) -> None:
+        self._values = np.empty(0, np.int32)
+
+    def of(self, voxels: int) -> NDArray[np.int32]:
+        """Give room for so many voxels; what it held before is lost."""
+        if self._values.size < voxels:
+            self._values = np.empty(voxels, np.int32)
+        return self._values[:voxels]
+
+
 def room_for(atlas: Atlas, planes: int) -> int:
     """Voxels that reading so many planes takes at most: whole chunks are unpacked."""
     depth, height, width = _chunks(shape_of(surroundings_of(atlas)))

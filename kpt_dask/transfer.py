@@ -37,7 +37,7 @@ from kpt_dask.omezarr import CHUNKS, Region
 from kpt_dask.options import DEFAULTS, TransferOptions
 from kpt_dask.shares import Part, finish_block, intensity_table, run_blocks
 from kpt_dask.summing import LANES, accumulate, cut_out, sample
-from kpt_dask.surroundings import read_planes, surroundings_of
+from kpt_dask.surroundings import Room, read_planes, room_for, surroundings_of
 from kpt_dask.volume import Volume
 
 PIECES = 2
@@ -210,9 +210,10 @@ def transfer_block(
     padding = (0, 0), (0, 0), (0, LANES)
     scans = {o: np.pad(scan[within(box, whole)], padding) for o, box in boxes.items()}
     sums = {o: np.zeros(here.shape, np.float32) for o, here in scans.items()}
+    room = Room()
     for a, atlas in atlases.items():
         own = moves.take(np.flatnonzero(moves.atlas == a))
-        _add(sums, scans, boxes, own, atlas, organs, nus, totals)
+        _add(sums, scans, boxes, own, atlas, organs, nus, totals, room)
     found = [(o, box, sums[o][..., :-LANES]) for o, box in boxes.items()]
     return finish_block(probability, found, organs, smallest, region, (whole, scan))
 
@@ -226,6 +227,7 @@ def _add(
     organs: OrganTable,
     nus: Sequence[float],
     totals: NDArray[np.float64],
+    room: Room,
 ) -> None:
     """Add all moves of one atlas to the shares of its organs, each in a box of its own."""
     wanted: dict[int, tuple[Moves, Box]] = {}
@@ -238,7 +240,9 @@ def _add(
     needed = enclosing([source for _, source in wanted.values()])
     if needed is None:
         return
-    values, held = read_planes(atlas, *needed[0])
+    first_plane, last_plane = needed[0]
+    own_room = room.of(room_for(atlas, last_plane - first_plane))
+    values, held = read_planes(atlas, first_plane, last_plane, own_room)
     for o, (own, source) in wanted.items():
         packed = values[within(source, held)]
         patch = np.empty((*packed.shape[:2], packed.shape[2] + LANES), np.int16)
