@@ -27,7 +27,7 @@ from atlas_store.info import (
     digest,
     table_digest,
 )
-from atlas_store.keypoints import check_keypoints, write_keypoints
+from atlas_store.keypoints import check_keypoints, first_labels, write_keypoints
 from atlas_store.layout import KEYPOINTS, LABELS, data_folder, marker_key
 from atlas_store.objects import Objects, finish_writes
 from atlas_store.organs import OrganTable
@@ -153,14 +153,14 @@ class Draft:
         wanted = {self._organs.by_name(name).name for name in annotated}
         shape = (int(shape[0]), int(shape[1]), int(shape[2]))
         check_labels(self.group.get(LABELS), shape, f"{self._objects.url}: atlas {self.id!r}")
-        counted = self._count(keypoints, organs)
+        total, counted = self._count(keypoints, organs)
         write_keypoints(self.group.create_group(KEYPOINTS), keypoints)
         info = AtlasInfo(
             id=self.id,
             uuid=self._uuid,
             annotated=tuple(name for name in self._organs.names if name in wanted),
             organs=counted,
-            keypoints=keypoints.sizes["keypoint"],
+            keypoints=total,
             shape=shape,
             spacing=(float(spacing[0]), float(spacing[1]), float(spacing[2])),
             origin=(float(origin[0]), float(origin[1]), float(origin[2])),
@@ -176,9 +176,9 @@ class Draft:
 
     def _count(
         self, keypoints: xr.Dataset, organs: Mapping[str, OrganInfo]
-    ) -> dict[str, OrganInfo]:
-        """Check the keypoints and count those of each organ."""
-        labels = check_keypoints(keypoints, self._organs.values)["label"]
+    ) -> tuple[int, dict[str, OrganInfo]]:
+        """Check the keypoints, and count them and those of each organ."""
+        labels = first_labels(check_keypoints(keypoints, self._organs.values))
         values, counts = np.unique(labels, return_counts=True)
         found = dict(zip(values.tolist(), counts.tolist(), strict=True))
         found.pop(0, None)
@@ -191,7 +191,7 @@ class Draft:
                 f"{self._objects.url}: keypoints of the atlas {self.id!r} have the label "
                 f"{min(found)}, which its label map does not show: extract them again."
             )
-        return counted
+        return len(labels), counted
 
     def _seal(self) -> str:
         """Keep the digest of every object in the group, and give that of the group."""

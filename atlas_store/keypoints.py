@@ -67,6 +67,29 @@ VARIABLES: Mapping[str, Variable] = {
 OPTIONAL = frozenset({"label"})
 
 
+def first_frames(position: NDArray[np.float32], scale: NDArray[np.float32]) -> NDArray[np.int64]:
+    """Where keypoints begin: in several frames, they are neighbours that agree in all else.
+
+    Parameters
+    ----------
+    position, scale : float32 arrays (n, 3) and (n)
+        Of keypoints as they are stored.
+
+    Returns
+    -------
+    int64 array (m)
+        Indices of each keypoint's first frame, rising.
+    """
+    same = (position[1:] == position[:-1]).all(axis=1) & (scale[1:] == scale[:-1])
+    return np.flatnonzero(np.concatenate([[True], ~same])[: len(scale)])
+
+
+def first_labels(arrays: Mapping[str, NDArray[Any]]) -> NDArray[np.uint16]:
+    """Label of each keypoint, once whatever its number of frames; for counting them."""
+    labels: NDArray[np.uint16] = arrays["label"][first_frames(arrays["position"], arrays["scale"])]
+    return labels
+
+
 def write_keypoints(group: zarr.Group, keypoints: xr.Dataset) -> None:
     """Write keypoints into an empty Zarr group.
 

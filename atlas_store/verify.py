@@ -25,6 +25,7 @@ from atlas_store.info import (
     parse_json,
     table_digest,
 )
+from atlas_store.keypoints import first_labels
 from atlas_store.layout import ATLASES, MARKERS, ROOT, marker_key, parse_folder
 from atlas_store.objects import PARTIAL_SUFFIX, Objects
 from atlas_store.organs import OrganTable
@@ -147,7 +148,7 @@ def _faults(atlas: Atlas, parameters: Mapping[str, Json]) -> Iterator[str]:
     try:
         yield from _damaged_arrays(atlas)
         _ = atlas.labels
-        labels = atlas.keypoint_arrays()["label"]
+        labels = first_labels(atlas.keypoint_arrays())
     except AtlasStoreError as error:
         yield str(error).rstrip(".")
         return

@@ -19,6 +19,7 @@ import zarr
 from distributed import Client
 from numpy.typing import NDArray
 
+from atlas_store.keypoints import first_frames as first_frames
 from kpt_dask import cluster, progress
 from kpt_dask.descriptors import ANISOTROPY, HALF_WIDTH, PATCH
 from kpt_dask.errors import ParameterError
@@ -128,23 +129,6 @@ def parameters(descriptor: str = "upright", finer: bool = False) -> dict[str, An
     if descriptor not in known:
         raise ParameterError(f"The descriptor {descriptor!r} is unknown; use {' or '.join(known)}.")
     return {**PARAMETERS, "descriptor": descriptor, "finer": bool(finer)}
-
-
-def first_frames(position: NDArray[np.float32], scale: NDArray[np.float32]) -> NDArray[np.int64]:
-    """Where keypoints begin: in several frames, they are neighbours that agree in all else.
-
-    Parameters
-    ----------
-    position, scale : float32 arrays (n, 3) and (n)
-        Of keypoints as `extract` gives them.
-
-    Returns
-    -------
-    int64 array (m)
-        Indices of each keypoint's first frame, rising.
-    """
-    same = (position[1:] == position[:-1]).all(axis=1) & (scale[1:] == scale[:-1])
-    return np.flatnonzero(np.concatenate([[True], ~same])[: len(scale)])
 
 
 def plan_blocks(

@@ -91,6 +91,30 @@ def test_an_atlas_says_what_was_added(store: AtlasStore, synthetic: SimpleNamesp
         assert organ.keypoints == (keypoints.label == value).sum() > 0
 
 
+def test_a_keypoint_in_several_frames_counts_once(
+    store: AtlasStore, synthetic: SimpleNamespace
+) -> None:
+    once = synthetic.keypoints(seed=3)
+    times = np.random.default_rng(3).integers(1, 4, 40)
+    several = once.isel(keypoint=np.repeat(np.arange(40), times))
+    with store.draft("pt_1", synthetic.PARAMETERS) as draft:
+        synthetic.fill(draft)
+        info = draft.commit(
+            several,
+            annotated=["mandible"],
+            organs=synthetic.extents(synthetic.labels()),
+            shape=synthetic.SHAPE,
+            spacing=(2, 2, 2),
+            origin=(0, 0, 0),
+            source=["pt_1"],
+        )
+    assert store["pt_1"].keypoints().sizes["keypoint"] == times.sum() > 40
+    assert info.keypoints == 40
+    for name, organ in info.organs.items():
+        assert organ.keypoints == (once.label == store.organs.by_name(name).value).sum()
+    assert store.verify() == []
+
+
 def test_a_store_is_a_zarr_group(store: AtlasStore, synthetic: SimpleNamespace) -> None:
     info = synthetic.add(store, "pt_1")
     group = zarr.open_group(store.url, mode="r")
