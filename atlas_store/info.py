@@ -35,7 +35,7 @@ _CHECKSUM = b'{"checksum":"%s",'
 _ABSENT = object()
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class OrganInfo:
     """One organ of one atlas.
 
@@ -63,7 +63,7 @@ class OrganInfo:
         return slice(*z), slice(*y), slice(*x)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class AtlasInfo:
     """What the marker of an atlas says.
 
@@ -78,7 +78,8 @@ class AtlasInfo:
     organs : mapping of str to OrganInfo
         The organs that its label map shows.
     keypoints : int
-        Number of keypoints, those outside of organs included.
+        Number of keypoints, those outside of organs included; in several frames they count
+        once.
     shape, spacing, origin : tuple
         The working grid, (z, y, x): voxels, mm, centre of voxel (0, 0, 0) in mm.
     source : tuple of str

@@ -4,8 +4,10 @@ Atlases are added one by one, by as many processes as like, and read lazily; see
 `atlas_store.layout` for where things lie and why no lock is needed.
 """
 
+import gc
 import json
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from os import PathLike
 from typing import Self
 from uuid import uuid4
@@ -211,11 +213,12 @@ class AtlasStore:
         known = self.ids()
         markers = self.objects.read_many(marker_key(atlas_id) for atlas_id in known)
         # A marker that is gone by now belongs to an atlas that somebody just removed.
-        return [
-            self._atlas(atlas_id, data)
-            for atlas_id, data in zip(known, markers, strict=True)
-            if data is not None
-        ]
+        with _uncollected():
+            return [
+                self._atlas(atlas_id, data)
+                for atlas_id, data in zip(known, markers, strict=True)
+                if data is not None
+            ]
 
     def draft(
         self, atlas_id: str, parameters: Mapping[str, Json], *, replace: bool = False
@@ -284,6 +287,18 @@ class AtlasStore:
                 "remove the atlas and add it again."
             )
         return Atlas(info, self.organs, self.objects)
+
+
+@contextmanager
+def _uncollected() -> Iterator[None]:
+    """Do not look for garbage meanwhile: among many new objects that takes longer than they."""
+    collecting = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if collecting:
+            gc.enable()
 
 
 def _group(attributes: Mapping[str, Json]) -> bytes:
