@@ -1,10 +1,12 @@
 #!/usr/bin/env python
 """Try to break a store: kill those who add to it, and flip bytes of what is there.
 
-`kill`: rounds in which several processes add atlases to one store and one or more of them are
-killed with SIGKILL at a random moment. After every round each atlas whose add returned must be
-whole and nothing half visible; in the end the interrupted adds are repeated. `flip`: change one
-random byte after the other of one atlas; `verify` must name the atlas each time.
+`kill`: rounds in which several processes add atlases to one store, while the atlases of the
+round before are removed and all are read; some of the processes are killed with SIGKILL at a
+random moment. Whatever is visible meanwhile must be whole. After every round each atlas whose
+add returned must be there, nothing else may be wrong than that interrupted adds left data,
+which is removed, and the adds that were interrupted are repeated. `flip`: change one random
+byte after the other of one atlas; `verify` must name the atlas, and the array, each time.
 """
 
 import argparse
@@ -15,14 +17,19 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterable
 from pathlib import Path
+from threading import Thread
 
-from atlas_store import AtlasStore, load_organs
+from atlas_store import AtlasNotFoundError, AtlasStore, load_organs
 
 ROOT = Path(__file__).parents[1]
 SYNTHETIC = ROOT / "tests" / "atlas_store" / "synthetic.py"
 sys.path.insert(0, str(SYNTHETIC.parent))
 import synthetic  # noqa: E402  (the atlases of the tests)
+
+EACH = 2
+"""Atlases that a process adds in a round."""
 
 
 def main() -> None:
@@ -43,78 +50,126 @@ def main() -> None:
             flip(store, options.bytes, rng)
 
 
-def kill(store: AtlasStore, rounds: int, processes: int, rng: random.Random) -> None:
-    environment = os.environ | {"PYTHONPATH": str(ROOT)}
-    server = subprocess.Popen(
-        [sys.executable, SYNTHETIC, store.url],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        text=True,
-        env=environment,
-    )
-    assert server.stdin is not None
-    assert server.stdout is not None
-    assert server.stdout.readline().strip() == "ready"
-    added: set[str] = set()
-    wanted: set[str] = set()
-    killed = left = 0
+class Adders:
+    """Processes that add atlases to a store, forked by one that is warm."""
 
-    def start(batches: list[str]) -> list[int]:
-        """Start a process for each batch; what earlier ones wrote is read on the way."""
-        assert server.stdin is not None
-        server.stdin.write("".join(f"{batch}\n" for batch in batches))
-        server.stdin.flush()
+    def __init__(self, store: AtlasStore) -> None:
+        self._server = subprocess.Popen(
+            [sys.executable, SYNTHETIC, store.url],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            env=os.environ | {"PYTHONPATH": str(ROOT)},
+        )
+        self.added: set[str] = set()
+        assert self._read() == ["ready"]
+
+    def start(self, batches: Iterable[Iterable[str]]) -> list[int]:
+        """Start a process for each batch of ids."""
+        lines = [" ".join(batch) for batch in batches]
+        assert self._server.stdin is not None
+        self._server.stdin.write("".join(f"{line}\n" for line in lines))
+        self._server.stdin.flush()
         started: list[int] = []
-        while len(started) < len(batches):
-            take(started)
+        while len(started) < len(lines):
+            what, *rest = self._read()
+            if what == "started":
+                started.append(int(rest[0]))
         return started
 
-    def take(started: list[int], done: list[str] | None = None) -> None:
-        assert server.stdout is not None
-        what, _, rest = server.stdout.readline().strip().partition(" ")
-        if what == "started":
-            started.append(int(rest))
-        elif what == "added":
-            added.add(rest)
-        elif what == "done" and done is not None:
-            done.append(rest)
+    def finish(self, running: Iterable[int]) -> None:
+        """Wait until these processes have ended, and take note of all that was added."""
+        for process in running:
+            wait_for_end(process)
+        # A process that adds nothing: its lines come after all that the others wrote.
+        for process in self.start([[]]):
+            wait_for_end(process)
+        while self._read() != ["done", "nothing"]:
+            pass
 
+    def close(self) -> None:
+        """Let the process end that forks them."""
+        self._server.communicate()
+
+    def _read(self) -> list[str]:
+        assert self._server.stdout is not None
+        words = self._server.stdout.readline().split()
+        if words[0] == "added":
+            self.added.add(words[1])
+        return words
+
+
+def kill(store: AtlasStore, rounds: int, processes: int, rng: random.Random) -> None:
+    adders = Adders(store)
+    before: list[str] = []
+    killed = left = repeated = read = 0
+    start = time.perf_counter()
+    adders.finish(adders.start(ids_of(-1, processes)))
+    # As long as a round takes when nobody is killed.
+    long = time.perf_counter() - start
+    before = store.ids()
+    assert len(before) == EACH * processes
     for turn in range(rounds):
-        own = [[f"r{turn}_p{p}_{n}" for n in range(2)] for p in range(processes)]
-        wanted.update(atlas_id for batch in own for atlas_id in batch)
-        running = start([" ".join(batch) for batch in own])
-        time.sleep(rng.uniform(0.0, 1.0))
+        wanted = ids_of(turn, processes)
+        running = adders.start(wanted)
+        remover = Thread(target=remove, args=(store, before))
+        remover.start()
+        until = time.perf_counter() + rng.uniform(0.0, long)
+        while time.perf_counter() < until:
+            read += read_all(store)
         for process in rng.sample(running, rng.randint(1, processes)):
             try:
                 os.kill(process, signal.SIGKILL)
                 killed += 1
             except ProcessLookupError:
                 pass
-        for process in running:
-            wait_for_end(process)
-        # A process that adds nothing: its lines come after all that the others wrote.
-        start([""])
-        done: list[str] = []
-        while not done:
-            take([], done)
+        remover.join()
+        adders.finish(running)
         problems = store.verify()
         assert all("was left by" in problem.what for problem in problems), problems
-        assert added <= set(store), added - set(store)
+        assert adders.added - set(before) <= set(store), adders.added - set(store)
         left += len(problems)
-        assert all(problem.repaired for problem in store.verify(repair=True))
+        if problems:
+            assert all(problem.repaired for problem in store.verify(repair=True))
+            assert store.verify() == []
+        before = [atlas_id for batch in wanted for atlas_id in batch]
+        missing = [atlas_id for atlas_id in before if atlas_id not in store]
+        repeated += len(missing)
+        adders.finish(adders.start([missing]))
+        assert sorted(store) == sorted(before)
         assert store.verify() == []
-    missing = sorted(wanted - set(store))
-    start([" ".join(missing)])
-    done = []
-    while not done:
-        take([], done)
-    server.communicate()
-    assert set(store) == wanted
-    assert store.verify() == []
+        read += read_all(store)
+        adders.added.clear()
+    adders.close()
     print(
         f"{rounds} rounds of {processes} processes: {killed} killed, {left} interrupted adds"
-        f" found and removed, {len(missing)} repeated, {len(wanted)} atlases, none lost."
+        f" found and removed, {repeated} repeated, {rounds * processes * EACH} atlases, none"
+        f" lost, {read} read whole meanwhile."
     )
+
+
+def ids_of(turn: int, processes: int) -> list[list[str]]:
+    return [[f"r{turn + 1}_p{p}_{n}" for n in range(EACH)] for p in range(processes)]
+
+
+def remove(store: AtlasStore, ids: Iterable[str]) -> None:
+    for atlas_id in ids:
+        store.remove(atlas_id)
+
+
+def read_all(store: AtlasStore) -> int:
+    """Read all that is visible, and count the atlases."""
+    count = 0
+    for atlas in store.atlases():
+        try:
+            assert len(atlas.keypoint_arrays()["label"]) == atlas.info.keypoints
+            labels = atlas.labels[...]
+            atlas.ensure_present()
+        except AtlasNotFoundError:
+            continue
+        assert (labels == synthetic.labels()).all()
+        count += 1
+    return count
 
 
 def wait_for_end(process: int) -> None:
@@ -129,6 +184,7 @@ def wait_for_end(process: int) -> None:
 def flip(store: AtlasStore, count: int, rng: random.Random) -> None:
     synthetic.add(store, "pt_1")
     root = Path(store.url)
+    data = root / store["pt_1"].path
     files = [p for p in sorted(root.rglob("*")) if p.is_file()]
     # What describes the store itself is no atlas's; opening it says what is wrong with it.
     files = [p for p in files if p.parent not in (root, root / "atlases")]
@@ -138,9 +194,12 @@ def flip(store: AtlasStore, count: int, rng: random.Random) -> None:
         changed = bytearray(whole)
         changed[rng.randrange(len(whole))] ^= rng.randint(1, 255)
         file.write_bytes(changed)
-        problems = store.verify()
+        problems = store.verify(repair=True)
         file.write_bytes(whole)
         assert {problem.atlas for problem in problems} == {"pt_1"}, file
+        if file.parent != data and data in file.parents:
+            array = file.relative_to(data).as_posix().partition("/c/")[0]
+            assert any(f"/{array} " in problem.what for problem in problems), problems
     assert store.verify() == []
     print(f"{count} bytes changed in {len(files)} files, each detected.")
 

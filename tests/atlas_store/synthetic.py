@@ -2,7 +2,7 @@
 
 Run as a program with the path of a store, it forks a process for every line it reads
 (`ID ID …`) that adds these atlases one after the other, and prints `started PID`,
-`added ID` and `refused ID`.
+`added ID` and `refused ID`, and in the end `done`, or `done nothing` where no id was given.
 """
 
 import os
@@ -85,22 +85,27 @@ def add(
         return commit(draft, seed, count)
 
 
+def tell(what: str) -> None:
+    # In one write: the processes share the pipe.
+    os.write(1, f"{what}\n".encode())
+
+
 def serve(path: str) -> None:
     # Nobody waits for the children, and one that waits to be waited for still counts as running.
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)
-    print("ready", flush=True)
+    tell("ready")
     for line in sys.stdin:
         if os.fork() == 0:
-            print(f"started {os.getpid()}", flush=True)
+            tell(f"started {os.getpid()}")
             store = AtlasStore.open(path)
             for atlas_id in line.split():
                 try:
                     add(store, atlas_id, seed=os.getpid())
                 except FileExistsError:
-                    print(f"refused {atlas_id}", flush=True)
+                    tell(f"refused {atlas_id}")
                 else:
-                    print(f"added {atlas_id}", flush=True)
-            print("done", flush=True)
+                    tell(f"added {atlas_id}")
+            tell("done" if line.split() else "done nothing")
             os._exit(0)
 
 
