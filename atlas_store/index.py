@@ -1,4 +1,7 @@
-"""Which atlases have keypoints like those of a scan: an index over the organs' descriptors.
+"""Which atlases have keypoints like those of a scan: an index over their descriptors.
+
+An atlas is represented by its keypoints in organs and, where these are few, by its largest
+others: they are found again most often, and there are enough of them to tell atlases apart.
 
 Derived data. It is made from a store's keypoints when it is opened, kept as a few segments in
 the user's own cache, and joined as it grows (`atlas_store.segments`). Nothing of it lies in
@@ -16,7 +19,8 @@ from numpy.typing import NDArray
 
 from atlas_store.cache import forget, index_folder, keep, recall
 from atlas_store.errors import AtlasNotFoundError
-from atlas_store.segments import Pairs, Segment, Side, merges
+from atlas_store.nearest import Best, nothing
+from atlas_store.segments import Segment, Side, merges
 from atlas_store.store import AtlasStore
 
 MODES = ("auto", "pynndescent", "exact")
@@ -24,8 +28,12 @@ MODES = ("auto", "pynndescent", "exact")
 LISTED_ATLASES = 32
 """For each keypoint of a scan, the atlases with the nearest keypoints that a query gives."""
 
-_Columns = dict[str, NDArray[Any]]
-_LAST = np.int64(1) << 62
+REPRESENTED_BY = 128
+"""Keypoints of an atlas in the index: all that lie in organs, and others up to this number.
+
+On 101 patients with 16 organ keypoints each, of the 20 atlases that agree best with a scan by
+all their keypoints, the index has 79 % among its first 60 by organ keypoints alone, 96 % with
+the largest up to 128, 95 % with the strongest, 92 % with those nearest to organs."""
 
 _THREADS = 4
 _BATCH = 4096
@@ -41,7 +49,7 @@ class Neighbours:
     atlas : ndarray (n, k), int64
         Index of the atlas in the ids that were asked for, nearest first; -1 for none.
     keypoint : ndarray (n, k), int64
-        Which keypoint of that atlas is the nearest of those in an organ whose sign and scale
+        Which keypoint of that atlas is the nearest of those in the index whose sign and scale
         fit (eq. 2).
     label : ndarray (n, k), uint16
         Label value of its organ; 0 for none.
@@ -60,8 +68,8 @@ class Neighbours:
     second: NDArray[np.float32]
 
 
-class OrganIndex:
-    """An index over the keypoints that lie in organs, of all atlases of a store.
+class AtlasIndex:
+    """An index over the keypoints that represent the atlases of a store.
 
     `open` it anew to see what was added, replaced or removed since.
 
@@ -132,7 +140,7 @@ class OrganIndex:
         *,
         scale_ratio: float = 2.0,
     ) -> Neighbours:
-        """Find, for each keypoint of a scan, the atlases with the nearest keypoints in organs.
+        """Find, for each keypoint of a scan, the atlases with the nearest keypoints.
 
         The constraints are inside the argmin, as in eq. 2: equal signs, and scales that
         differ by at most `scale_ratio`. `exact` looks at every atlas. pynndescent proposes
@@ -155,78 +163,76 @@ class OrganIndex:
         AtlasNotFoundError
             If one of them was not in the store when the index was opened.
         """
+        places = self._places(ids)
+        scale = np.asarray(scale, np.float32)
+        ratio = np.float32(scale_ratio)
+        columns = _columns(len(scale))
+        for s in (-1, 1):
+            rows = np.flatnonzero(np.asarray(sign) == s)
+            best = nothing(rows.size, LISTED_ATLASES)
+            limits = scale[rows] / ratio, scale[rows] * ratio
+            for number, (segment, place) in enumerate(zip(self.segments, places, strict=True)):
+                if (place >= 0).any():
+                    segment.query(
+                        *(descriptor[rows], limits, s, place, number, best),
+                        *(self.mode, self._folder),
+                    )
+            sides = [segment.sides[s > 0] for segment in self.segments]
+            for name, values in _look_up(best, sides).items():
+                columns[name][rows] = values
+        return Neighbours(**columns)
+
+    def annotated(self, ids: Sequence[str]) -> NDArray[np.bool_]:
+        """Which organs of the store's table atlases annotate, (atlas, organ).
+
+        Raises
+        ------
+        AtlasNotFoundError
+            If one of them was not in the store when the index was opened.
+        """
+        places = self._places(ids)
+        organs = max((segment.annotated.shape[1] for segment in self.segments), default=0)
+        annotated = np.zeros((len(ids), organs), np.bool_)
+        for segment, place in zip(self.segments, places, strict=True):
+            annotated[place[place >= 0]] = segment.annotated[place >= 0]
+        return annotated
+
+    def _places(self, ids: Sequence[str]) -> list[NDArray[np.int64]]:
+        """Where among `ids` each atlas of each segment is; -1 if it is not."""
         order = {atlas_id: i for i, atlas_id in enumerate(ids)}
         for atlas_id in order:
             if atlas_id not in self._uuids:
                 raise AtlasNotFoundError(f"the index has no atlas {atlas_id!r}: open it again.")
-        best = _nothing(len(scale))
-        for s in (-1, 1):
-            rows = np.flatnonzero(np.asarray(sign) == s)
-            found = _nothing(rows.size)
-            for segment in self.segments:
-                place = np.array([self._place(atlas, order) for atlas in segment.atlases], np.int64)
-                if not (place >= 0).any():
-                    continue
-                parts = segment.query(
-                    *(descriptor[rows], scale[rows], s, scale_ratio),
-                    *(place >= 0, self.mode, self._folder),
-                )
-                for part in parts:
-                    found = _nearest([found, _look_up(part, place, segment.sides[s > 0])])
-            for name, values in best.items():
-                values[rows] = found[name]
-        return Neighbours(**best)
-
-    def _place(self, atlas: tuple[str, str], order: Mapping[str, int]) -> int:
-        atlas_id, uuid = atlas
-        return order.get(atlas_id, -1) if self._uuids.get(atlas_id) == uuid else -1
+        return [
+            np.array(
+                [order.get(i, -1) if self._uuids.get(i) == u else -1 for i, u in segment.atlases],
+                np.int64,
+            )
+            for segment in self.segments
+        ]
 
 
-def _nothing(n: int) -> _Columns:
-    shape = n, LISTED_ATLASES
+def _columns(n: int) -> dict[str, NDArray[Any]]:
+    atlas, _, _, first, second = nothing(n, LISTED_ATLASES)
     return {
-        "atlas": np.full(shape, -1, np.int64),
-        "keypoint": np.full(shape, -1, np.int64),
-        "label": np.zeros(shape, np.uint16),
-        "position": np.zeros((*shape, 3), np.float32),
-        "first": np.full(shape, np.inf, np.float32),
-        "second": np.full(shape, np.inf, np.float32),
-    }
-
-
-def _look_up(part: Pairs, place: NDArray[np.int64], side: Side) -> _Columns:
-    """Say of what a segment found which keypoint of which atlas it is."""
-    atlas, row, first, second = part
-    found = {
-        "atlas": np.where(atlas >= 0, place[atlas], -1),
-        "row": row,
+        "atlas": atlas,
+        "keypoint": atlas.copy(),
+        "label": np.zeros(atlas.shape, np.uint16),
+        "position": np.zeros((*atlas.shape, 3), np.float32),
         "first": first,
         "second": second,
     }
-    if found["atlas"].shape[1] > LISTED_ATLASES:
-        # First, because most of a large store is not among the nearest.
-        found = _nearest([found])
-    here = np.nonzero(found["atlas"] >= 0)
-    row = found.pop("row")[here]
-    columns = _nothing(len(found["atlas"]))
-    for name, values in columns.items():
-        values[here] = found[name][here] if name in found else getattr(side, name)[row]
+
+
+def _look_up(best: Best, sides: Sequence[Side]) -> dict[str, NDArray[Any]]:
+    """Say which keypoints of which atlases were found."""
+    atlas, segment, row, first, second = best
+    columns = _columns(len(atlas)) | {"atlas": atlas, "first": first, "second": second}
+    for number, side in enumerate(sides):
+        here = segment == number
+        for name in ("keypoint", "label", "position"):
+            columns[name][here] = getattr(side, name)[row[here]]
     return columns
-
-
-def _nearest(parts: Sequence[_Columns]) -> _Columns:
-    """Keep the nearest atlases, nearest first; ties go to the atlas that comes first."""
-    both = {name: np.concatenate([part[name] for part in parts], axis=1) for name in parts[0]}
-    atlas, first = both["atlas"], both["first"]
-    # Distances are whole numbers; one key for both orders whatever comes in whatever order.
-    key = np.where(
-        atlas >= 0, (np.where(atlas >= 0, first, 0).astype(np.int64) << 32) + atlas, _LAST
-    )
-    at = np.argpartition(key, LISTED_ATLASES - 1, axis=1)[:, :LISTED_ATLASES]
-    order = np.argsort(np.take_along_axis(key, at, 1), axis=1, kind="stable")
-    at = np.take_along_axis(at, order, 1)
-    rows = np.arange(len(at))[:, None]
-    return {name: values[rows, at] for name, values in both.items()}
 
 
 def _load(path: Path) -> Segment | None:
@@ -266,29 +272,36 @@ def _joined(segments: Sequence[Segment]) -> list[Segment]:
 
 
 def _read(store: AtlasStore, ids: Sequence[str]) -> Iterator[Segment]:
-    """Read organ keypoints from a store; atlases that are removed meanwhile are left out."""
+    """Read keypoints from a store; atlases that are removed meanwhile are left out."""
     with ThreadPoolExecutor(_THREADS) as threads:
         for start in range(0, len(ids), _BATCH):
             batch = ids[start : start + _BATCH]
-            parts = threads.map(lambda i: read_organ_keypoints(store, i), batch)
+            parts = threads.map(lambda i: read_atlas(store, i), batch)
             if joined := [part for part in parts if part is not None]:
                 yield Segment.join(joined)
 
 
-def read_organ_keypoints(store: AtlasStore, atlas_id: str) -> Segment | None:
-    """Read the keypoints of an atlas that lie in organs; None if it was removed meanwhile."""
+def read_atlas(store: AtlasStore, atlas_id: str) -> Segment | None:
+    """Read the keypoints that represent an atlas; None if it was removed meanwhile."""
     try:
         atlas = store[atlas_id]
-        return organ_keypoints((atlas.id, atlas.info.uuid), atlas.keypoint_arrays())
+        annotated = [name in atlas.annotated for name in store.organs.names]
+        return represent((atlas.id, atlas.info.uuid), annotated, atlas.keypoint_arrays())
     except AtlasNotFoundError:
         return None
 
 
-def organ_keypoints(atlas: tuple[str, str], arrays: Mapping[str, NDArray[Any]]) -> Segment:
-    """Make a segment of one atlas, given its id, uuid, and keypoints."""
+def represent(
+    atlas: tuple[str, str], annotated: Sequence[bool], arrays: Mapping[str, NDArray[Any]]
+) -> Segment:
+    """Make a segment of one atlas, given its id, uuid, annotated organs and keypoints."""
+    # Those in organs first, then the largest; ties go to the first.
+    order = np.lexsort((-arrays["scale"], arrays["label"] == 0))
+    organ = np.count_nonzero(arrays["label"])
+    chosen = np.sort(order[: max(organ, REPRESENTED_BY)])
     sides = []
     for sign in (-1, 1):
-        rows = np.flatnonzero((arrays["label"] > 0) & (arrays["sign"] == sign))
+        rows = chosen[arrays["sign"][chosen] == sign]
         sides.append(
             Side(
                 np.array([0, rows.size], np.int64),
@@ -296,4 +309,4 @@ def organ_keypoints(atlas: tuple[str, str], arrays: Mapping[str, NDArray[Any]]) 
                 *(arrays[name][rows] for name in ("label", "position", "scale", "descriptor")),
             )
         )
-    return Segment((atlas,), (sides[0], sides[1]))
+    return Segment((atlas,), np.array([annotated], np.bool_), (sides[0], sides[1]))

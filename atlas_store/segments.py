@@ -1,4 +1,4 @@
-"""A segment of the index: organ keypoints of some atlases, never changed once made.
+"""A segment of the index: keypoints of some atlases, never changed once made.
 
 Small segments are searched exactly, by BLAS. Large ones by a graph of neighbours
 (pynndescent), which proposes atlases that are then searched exactly.
@@ -23,9 +23,9 @@ from numpy.typing import NDArray
 from atlas_store.cache import keep, recall
 from atlas_store.info import canonical, digest
 from atlas_store.keypoints import DESCRIPTOR_BINS
-from atlas_store.nearest import of_every_atlas, of_listed_atlases
+from atlas_store.nearest import Best, of_every_atlas, of_listed_atlases
 
-ENCODING = {"encoding-type": "kpt-index-segment", "encoding-version": "1"}
+ENCODING = {"encoding-type": "kpt-index-segment", "encoding-version": "2"}
 
 PAYS_FROM = 1 << 18
 """Descriptors of one sign from which a graph beats BLAS; see scripts/benchmark_store.py."""
@@ -44,13 +44,13 @@ _FIELDS = ("keypoint", "label", "position", "scale", "descriptor")
 _one_at_a_time = threading.Lock()
 """pynndescent 0.7.0 gives wrong neighbours to two threads that query one graph."""
 
-Pairs = tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.float32], NDArray[np.float32]]
-"""Atlas (-1 for none), row, first and second squared distance; each (n, some)."""
+Limits = tuple[NDArray[np.float32], NDArray[np.float32]]
+"""The lowest and the highest scale that the match of each keypoint may have, mm."""
 
 
 @dataclass(frozen=True, eq=False)
 class Side:
-    """Organ keypoints of one sign, n of them, atlas by atlas.
+    """Keypoints of one sign, n of them, atlas by atlas.
 
     Attributes
     ----------
@@ -59,7 +59,7 @@ class Side:
     keypoint : ndarray (n), int32
         Which keypoint of its atlas it is.
     label : ndarray (n), uint16
-        Label value of its organ.
+        Label value of its organ, 0 for none.
     position : ndarray (n, 3), float32
         (z, y, x) in mm, in the world of its atlas.
     scale : ndarray (n), float32
@@ -89,91 +89,48 @@ class Side:
         return Side(offsets, *(getattr(self, name)[rows] for name in _FIELDS))
 
     def search(
-        self, descriptor: NDArray[np.uint8], scale: NDArray[np.float32], ratio: float
-    ) -> list[Pairs]:
-        """Search all atlases exactly; a part for every few atlases."""
-        low, high = _limits(scale, ratio)
-        test = descriptor.astype(np.float32)
-        squared = (test**2).sum(axis=1)[:, None]
-        parts = []
+        self,
+        descriptor: NDArray[np.uint8],
+        limits: Limits,
+        place: NDArray[np.int64],
+        segment: int,
+        best: Best,
+    ) -> None:
+        """Search all atlases exactly; see `atlas_store.nearest`."""
+        here = descriptor.astype(np.float32)
+        squared = (here**2).sum(axis=1)
         for a, b in _runs(self.offsets):
             columns = slice(int(self.offsets[a]), int(self.offsets[b]))
-            other = self.descriptor[columns].astype(np.float32)
-            distances = test @ other.T
-            distances *= -2
-            distances += (other**2).sum(axis=1)
-            distances += squared
-            shape = len(test), b - a
-            nearest = np.empty(shape, np.int64)
-            first, second = np.empty(shape, np.float32), np.empty(shape, np.float32)
-            offsets = self.offsets[a : b + 1] - self.offsets[a]
+            there = self.descriptor[columns].astype(np.float32)
             of_every_atlas(
-                distances, low, high, self.scale[columns], offsets, nearest, first, second
+                here @ there.T,
+                (squared, (there**2).sum(axis=1)),
+                limits,
+                self.scale[columns],
+                self.offsets[a : b + 1] - columns.start,
+                place[a:b],
+                segment,
+                columns.start,
+                best,
             )
-            atlas = np.where(nearest >= 0, np.arange(a, b), -1)
-            parts.append((atlas, nearest + columns.start, first, second))
-        return parts
-
-    def search_some(
-        self,
-        atlases: NDArray[np.int64],
-        descriptor: NDArray[np.uint8],
-        scale: NDArray[np.float32],
-        ratio: float,
-    ) -> list[Pairs]:
-        """Search some atlases exactly."""
-        some = self.only(atlases)
-        moved = self.offsets[atlases] - some.offsets[:-1]
-        return [
-            (np.where(atlas >= 0, atlases[atlas], -1), row + moved[atlas], first, second)
-            for atlas, row, first, second in some.search(descriptor, scale, ratio)
-        ]
-
-    def search_listed(
-        self,
-        listed: NDArray[np.int32],
-        descriptor: NDArray[np.uint8],
-        scale: NDArray[np.float32],
-        ratio: float,
-        wanted: NDArray[np.bool_],
-    ) -> Pairs:
-        """Search exactly the wanted atlases whose keypoints are listed for each descriptor."""
-        low, high = _limits(scale, ratio)
-        atlas = np.full(listed.shape, -1, np.int64)
-        nearest = np.zeros(listed.shape, np.int64)
-        first = np.full(listed.shape, np.inf, np.float32)
-        second = first.copy()
-        of_listed_atlases(
-            listed,
-            descriptor,
-            low,
-            high,
-            self.descriptor,
-            self.scale,
-            self.atlas_of,
-            self.offsets,
-            wanted,
-            atlas,
-            nearest,
-            first,
-            second,
-        )
-        return atlas, nearest, first, second
 
 
 @dataclass(frozen=True, eq=False)
 class Segment:
-    """Organ keypoints of A atlases.
+    """Keypoints of A atlases.
 
     Attributes
     ----------
     atlases : tuple of (str, str)
         Id and uuid of each; a uuid names content that never changes.
+    annotated : bool ndarray (A, O)
+        Which organs of the store's table each of them annotates.
     sides : tuple of Side
         Those of sign -1, and those of sign 1.
     """
 
     atlases: tuple[tuple[str, str], ...]
+    annotated: NDArray[np.bool_]
     sides: tuple[Side, Side]
 
     def __len__(self) -> int:
@@ -192,13 +149,18 @@ class Segment:
             )
 
         first, second = (joined([part.sides[i] for part in parts]) for i in (0, 1))
-        return cls(tuple(atlas for part in parts for atlas in part.atlases), (first, second))
+        return cls(
+            tuple(atlas for part in parts for atlas in part.atlases),
+            np.concatenate([part.annotated for part in parts]),
+            (first, second),
+        )
 
     def only(self, atlases: Sequence[int]) -> "Segment":
         """Those of some atlases, in that order."""
         rows = np.asarray(atlases, np.int64)
         first, second = (side.only(rows) for side in self.sides)
-        return Segment(tuple(self.atlases[i] for i in atlases), (first, second))
+        own = tuple(self.atlases[i] for i in atlases)
+        return Segment(own, self.annotated[rows], (first, second))
 
     @cached_property
     def name(self) -> str:
@@ -213,6 +175,7 @@ class Segment:
             for i, side in enumerate(self.sides)
             for name in ("offsets", *_FIELDS)
         }
+        arrays["annotated"] = self.annotated
         file = io.BytesIO()
         np.savez(file, allow_pickle=False, about=np.frombuffer(about, np.uint8), **arrays)
         return file.getvalue()
@@ -227,24 +190,33 @@ class Segment:
             first, second = (
                 Side(*(arrays[f"{name}_{i}"] for name in ("offsets", *_FIELDS))) for i in (0, 1)
             )
-        return cls(tuple((i, uuid) for i, uuid in about["atlases"]), (first, second))
+            annotated = arrays["annotated"]
+        return cls(tuple((i, uuid) for i, uuid in about["atlases"]), annotated, (first, second))
 
     def query(
         self,
         descriptor: NDArray[np.uint8],
-        scale: NDArray[np.float32],
+        limits: Limits,
         sign: int,
-        ratio: float,
-        wanted: NDArray[np.bool_],
+        place: NDArray[np.int64],
+        number: int,
+        best: Best,
         mode: str,
         folder: Path,
-    ) -> list[Pairs]:
+    ) -> None:
         """Search for keypoints of one sign.
 
         Parameters
         ----------
-        wanted : bool array (A)
-            Which atlases to look at; others may be given as well.
+        descriptor : uint8 array (n, 64)
+        limits : float32 arrays (n)
+            The lowest and highest scale that a match may have.
+        place : int64 array (A)
+            What to call each atlas; those below 0 are passed over.
+        number : int
+            What to call this segment.
+        best : Best
+            Receives what is nearer than what it holds, which is of other segments.
         mode : str
             ``auto``, ``pynndescent`` or ``exact``.
         folder : Path
@@ -252,14 +224,21 @@ class Segment:
         """
         side = self.sides[sign > 0]
         fewest = {"auto": PAYS_FROM, "pynndescent": _FEWEST}.get(mode, math.inf)
-        if 2 * wanted.sum() < wanted.size:
+        if 2 * np.count_nonzero(place >= 0) < place.size:
             # A list that mostly names atlases nobody wants would say too little.
-            return side.search_some(np.flatnonzero(wanted), descriptor, scale, ratio)
-        if len(side.scale) < fewest:
-            return side.search(descriptor, scale, ratio)
-        stem = f"{self.name}-{max(sign, 0)}-pynndescent-{version('pynndescent')}"
-        listed = _listed(side.descriptor, descriptor, folder, stem)
-        return [side.search_listed(listed, descriptor, scale, ratio, wanted)]
+            wanted = np.flatnonzero(place >= 0)
+            some = side.only(wanted)
+            some.search(descriptor, limits, place[wanted], number, best)
+            moved = side.offsets[wanted] - some.offsets[:-1]
+            own = best[1] == number
+            best[2][own] += moved[some.atlas_of[best[2][own]]]
+        elif len(side.scale) < fewest:
+            side.search(descriptor, limits, place, number, best)
+        else:
+            stem = f"{self.name}-{max(sign, 0)}-pynndescent-{version('pynndescent')}"
+            listed = _listed(side.descriptor, descriptor, folder, stem)
+            known = side.descriptor, side.scale, side.atlas_of, side.offsets
+            of_listed_atlases(listed, descriptor, limits, *known, place, number, best)
 
 
 def merges(sizes: Sequence[int]) -> list[list[int]]:
@@ -297,13 +276,6 @@ def _level(size: int) -> int:
     while size >= _FIRST_LEVEL * _FANOUT**level:
         level += 1
     return level
-
-
-def _limits(
-    scale: NDArray[np.float32], ratio: float
-) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
-    scale = np.asarray(scale, np.float32)
-    return scale / np.float32(ratio), scale * np.float32(ratio)
 
 
 def _runs(offsets: NDArray[np.int64]) -> list[tuple[int, int]]:

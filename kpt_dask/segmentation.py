@@ -218,7 +218,7 @@ def segment_volume(
     atlases = AtlasKeypoints.load(store, atlas_ids)
     matches = match(keypoints, atlases, client=client)
     if select is not None and select < len(atlases):
-        chosen = select_atlases(matches, len(atlases), select)
+        chosen = select_atlases(matches, keypoints, atlases, store, select)
         matches = only(matches, chosen, len(atlases))
         atlas_ids = [atlas_ids[i] for i in chosen]
         atlases = atlases.only(chosen)

@@ -1,9 +1,9 @@
 """Choose the atlases that agree best with a scan.
 
 In two steps, so that the cost hardly grows with the store: the index proposes a few times as
-many atlases as are wanted, these are matched, and those are kept that have most of the votes.
-Both times an organ's votes count as shares of all its votes: an organ of few keypoints has as
-much to say as one of many.
+many atlases as are wanted, these are matched, and those are kept that agree best. Both times
+one atlas after the other is chosen, and counts for less the more of those chosen annotate the
+same organs: so an organ that few atlases annotate is not lost.
 """
 
 from collections.abc import Sequence
@@ -12,12 +12,12 @@ import numpy as np
 import xarray as xr
 from numpy.typing import NDArray
 
-from atlas_store import AtlasStore
-from atlas_store.index import MODES, OrganIndex
+from atlas_store import AtlasKeypoints, AtlasStore
+from atlas_store.index import MODES, AtlasIndex
+from atlas_store.keypoints import first_frames
 from kpt_dask import progress
 from kpt_dask.errors import ParameterError
 from kpt_dask.matching import SCALE_RATIO, density
-from kpt_dask.voting import likelihood
 
 PROPOSED = 3
 """Atlases that are matched for each one that is kept."""
@@ -49,9 +49,9 @@ def propose_atlases(
 ) -> tuple[str, ...]:
     """Choose the atlases that are worth matching, by means of the index.
 
-    A keypoint of the scan votes for each of the atlases that have the nearest keypoints in
-    organs, with the likelihood of the descriptors' distance (eq. 4), and the more the nearer
-    the translation is to the mode of that atlas's translations.
+    A keypoint of the scan counts for each of the atlases that have the nearest keypoints, with
+    the likelihood of the descriptors' distance (eq. 4), and the more the nearer the translation
+    is to the mode of that atlas's translations.
 
     Parameters
     ----------
@@ -75,38 +75,86 @@ def propose_atlases(
         return tuple(atlas_ids)
     with progress.stage("Selecting atlases"):
         descriptor, scale, sign = (keypoints[n].values for n in ("descriptor", "scale", "sign"))
-        opened = OrganIndex.open(store, index)
+        opened = AtlasIndex.open(store, index)
         found = opened.query(descriptor, scale, sign, atlas_ids, scale_ratio=SCALE_RATIO)
         i, k = np.nonzero(found.atlas >= 0)
         atlas, squared = found.atlas[i, k], found.first[i, k]
         moved = keypoints.position.values[i] - found.position[i, k]
-        weight = likelihood(squared, float(squared.max(initial=0.0)))
+        weight = _likeness(squared, float(squared.max(initial=0.0)))
         weight *= _closeness(atlas, moved, len(atlas_ids))
-        score = shares(atlas, found.label[i, k], weight, len(atlas_ids))
-        best = np.argsort(-score, kind="stable")[: PROPOSED * select]
-    return tuple(atlas_ids[i] for i in sorted(best.tolist()))
+        score = np.bincount(atlas, weight, len(atlas_ids)).astype(np.float64)
+        best = cover(score, opened.annotated(atlas_ids), PROPOSED * select)
+    return tuple(atlas_ids[i] for i in best)
 
 
-def select_atlases(matches: xr.Dataset, n: int, select: int) -> list[int]:
-    """Choose the atlases with the largest shares of the organs' votes (eq. 7).
+def select_atlases(
+    matches: xr.Dataset,
+    keypoints: xr.Dataset,
+    atlases: AtlasKeypoints,
+    store: AtlasStore,
+    select: int,
+) -> list[int]:
+    """Choose the atlases whose keypoints agree best with the scan's.
+
+    Agreement is the soft Jaccard index Σ_m w_m / (n + n_a − Σ_m w_m) of the scan's n and the
+    atlas's n_a keypoints. A match m, in an organ or not, counts as w_m = exp(−d_m² / 2τ²) · p(m),
+    by the distance of the descriptors (eq. 4) and the density of its translation.
 
     Parameters
     ----------
     matches : xarray.Dataset
-        From `kpt_dask.match`, with `n` atlases.
-    n, select : int
-        How many atlases there are, and how many to keep.
+        From `kpt_dask.match`.
+    keypoints : xarray.Dataset
+        Of the scan.
+    atlases : AtlasKeypoints
+        Of the atlases that were matched.
+    store : AtlasStore
+        Where they are.
+    select : int
+        How many atlases to keep.
 
     Returns
     -------
     list of int
         Their indices, ascending.
     """
-    weight = likelihood(
-        matches.squared_distance.values, matches.attrs["largest_squared_distance"]
-    ) * matches.probability.values.astype(np.float64)
-    score = shares(matches.atlas.values, matches.label.values, weight, n)
-    return sorted(np.argsort(-score, kind="stable")[:select].tolist())
+    weight = _likeness(matches.squared_distance.values, matches.attrs["largest_squared_distance"])
+    weight *= matches.probability.values
+    both = np.bincount(matches.atlas.values, weight, len(atlases)).astype(np.float64)
+    here = first_frames(keypoints.position.values, keypoints.scale.values).size
+    first = first_frames(atlases.position, atlases.scale)
+    there = np.diff(np.searchsorted(first, atlases.offsets))
+    organs = store.organs.names
+    annotated = [[n in atlas.annotated for n in organs] for atlas in store.atlases(atlases.ids)]
+    return cover(both / np.maximum(here + there - both, 1.0), np.array(annotated), select)
+
+
+def cover(score: NDArray[np.float64], annotated: NDArray[np.bool_], select: int) -> list[int]:
+    """Choose atlases of high score that together show all organs.
+
+    The next is always the one with the largest score · Σ_l 1 / (1 + N_l), over the organs l
+    that it annotates, N_l of those chosen so far annotate l. Ties go to the first.
+
+    Parameters
+    ----------
+    score : ndarray (A), float64
+    annotated : ndarray (A, O), bool
+    select : int
+
+    Returns
+    -------
+    list of int
+        Ascending; all if there are no more than `select`.
+    """
+    chosen = np.zeros(score.size, np.bool_)
+    count = np.zeros(annotated.shape[1])
+    for _ in range(min(select, score.size)):
+        gain = np.where(chosen, -1.0, score * (annotated @ (1.0 / (1.0 + count))))
+        best = int(gain.argmax())
+        chosen[best] = True
+        count += annotated[best]
+    found: list[int] = np.flatnonzero(chosen).tolist()
+    return found
 
 
 def only(matches: xr.Dataset, atlases: Sequence[int], n: int) -> xr.Dataset:
@@ -119,30 +167,10 @@ def only(matches: xr.Dataset, atlases: Sequence[int], n: int) -> xr.Dataset:
     return kept.assign_attrs(largest_squared_distance=largest)
 
 
-def shares(
-    atlas: NDArray[np.integer], label: NDArray[np.integer], weight: NDArray[np.float64], n: int
-) -> NDArray[np.float64]:
-    """Sum over the organs of each atlas's share of the organ's votes.
-
-    Parameters
-    ----------
-    atlas, label : ndarray (m)
-        Of each vote: the atlas, and the organ's label value; 0 is no organ.
-    weight : ndarray (m), float64
-        Of each vote.
-    n : int
-        Number of atlases.
-
-    Returns
-    -------
-    ndarray (n), float64
-    """
-    score = np.zeros(n)
-    for value in np.unique(label[label > 0]):
-        votes = np.bincount(atlas[label == value], weight[label == value], minlength=n)
-        if (total := votes.sum()) > 0:
-            score += votes / total
-    return score
+def _likeness(squared: NDArray[np.float32], largest: float) -> NDArray[np.float64]:
+    """exp(−d² / 2τ²), the likelihood of eq. 4 up to its factor; between 0.6 and 1."""
+    likeness: NDArray[np.float64] = np.exp(squared.astype(np.float64) / (-2.0 * max(largest, 1.0)))
+    return likeness
 
 
 def _closeness(

@@ -24,7 +24,7 @@ from zarr.codecs import BloscCodec
 
 from atlas_store import AtlasKeypoints, AtlasStore, OrganInfo, load_organs
 from atlas_store.cache import index_folder
-from atlas_store.index import OrganIndex
+from atlas_store.index import AtlasIndex
 from atlas_store.keypoints import VARIABLES
 from kpt_dask import cluster
 from kpt_dask.atlases import add_atlas, store_parameters
@@ -141,29 +141,29 @@ def measure(
         return seconds
 
     grow(size - last)
-    row["index_from_nothing_s"], _ = timed(lambda: OrganIndex.open(store))
-    nothing_new = median(lambda: OrganIndex.open(store), repeats)
+    row["index_from_nothing_s"], _ = timed(lambda: AtlasIndex.open(store))
+    nothing_new = median(lambda: AtlasIndex.open(store), repeats)
     added = grow(size)
-    refresh, _ = timed(lambda: OrganIndex.open(store))
+    refresh, _ = timed(lambda: AtlasIndex.open(store))
     row["add_s"] = statistics.median(added) + max(refresh - nothing_new, 0) / last
     row["open_s"] = median(lambda: AtlasStore.open(store.url), repeats)
     row["list_s"] = median(store.atlases, repeats)
-    row["open_index_s"] = median(lambda: OrganIndex.open(store), repeats)
+    row["open_index_s"] = median(lambda: AtlasIndex.open(store), repeats)
     ids = store.ids()
 
     def select_and_match() -> None:
-        proposed = propose_atlases(scan, store, ids, SELECTED)
-        matches = match(scan, AtlasKeypoints.load(store, proposed), client=client)
-        only(matches, select_atlases(matches, len(proposed), SELECTED), len(proposed))
+        atlases = AtlasKeypoints.load(store, propose_atlases(scan, store, ids, SELECTED))
+        matches = match(scan, atlases, client=client)
+        only(matches, select_atlases(matches, scan, atlases, store, SELECTED), len(atlases))
 
     select_and_match()
     row["select_and_match_s"] = median(select_and_match, repeats)
     asked = [scan[name].values for name in ("descriptor", "scale", "sign")]
-    exact = OrganIndex.open(store, "exact")
+    exact = AtlasIndex.open(store, "exact")
     expected = exact.query(*asked, ids)
     row["exact_query_s"] = median(lambda: exact.query(*asked, ids), repeats)
     if size <= graph_up_to:
-        graph = OrganIndex.open(store, "pynndescent")
+        graph = AtlasIndex.open(store, "pynndescent")
         row["graph_build_s"], found = timed(lambda: graph.query(*asked, ids))
         row["graph_query_s"] = median(lambda: graph.query(*asked, ids), repeats)
         row["recall"] = recall(expected, found)

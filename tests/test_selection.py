@@ -11,7 +11,7 @@ from atlas_store import AtlasKeypoints, AtlasStore
 from kpt_dask.errors import ParameterError
 from kpt_dask.matching import match
 from kpt_dask.segmentation import segment
-from kpt_dask.selection import check_selection, only, propose_atlases, select_atlases, shares
+from kpt_dask.selection import check_selection, cover, only, propose_atlases, select_atlases
 
 
 @pytest.fixture(autouse=True)
@@ -19,12 +19,40 @@ def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
 
 
-def test_shares_are_counted_for_each_organ() -> None:
-    atlas = np.array([0, 0, 1, 2, 2, 2, 1])
-    label = np.array([1, 7, 1, 7, 7, 0, 3])
-    weight = np.array([3.0, 1.0, 1.0, 2.0, 1.0, 9.0, 0.0])
-    np.testing.assert_allclose(shares(atlas, label, weight, 4), [0.75 + 0.25, 0.25, 0.75, 0])
-    assert shares(atlas[:0], label[:0], weight[:0], 2).tolist() == [0, 0]
+def test_the_best_atlases_are_chosen_and_no_organ_is_lost() -> None:
+    score = np.array([0.9, 0.8, 0.7, 0.6, 0.3])
+    everything = np.ones((5, 3), bool)
+    assert cover(score, everything, 2) == [0, 1]
+    assert cover(score, everything, 9) == [0, 1, 2, 3, 4]
+    rare = everything.copy()
+    rare[:4, 2] = False
+    # First 1.8 against 0.9, then 0.8 against 0.6, then 0.47 against 0.5.
+    assert cover(score, rare, 2) == [0, 1]
+    assert cover(score, rare, 3) == [0, 1, 4]
+    assert cover(score[:0], everything[:0], 2) == []
+
+
+def test_agreement_is_the_soft_jaccard_index(patients: AtlasStore, one_process: Client) -> None:
+    scan, *others = patients.ids()
+    keypoints = patients[scan].keypoints()
+    atlases = AtlasKeypoints.load(patients, others)
+    matches = match(keypoints, atlases, client=one_process)
+    tau = matches.attrs["largest_squared_distance"]
+    score = []
+    for a, name in enumerate(others):
+        own = matches.isel(match=matches.atlas.values == a)
+        w = sum(
+            np.exp(-float(d) / (2 * tau)) * float(p)
+            for d, p in zip(own.squared_distance, own.probability, strict=True)
+        )
+        n = keypoints.sizes["keypoint"] + patients[name].info.keypoints
+        score.append(w / (n - w))
+    annotated = np.array(
+        [[n in patients[i].annotated for n in patients.organs.names] for i in others]
+    )
+    for k in (1, 2, 4):
+        chosen = select_atlases(matches, keypoints, atlases, patients, k)
+        assert chosen == cover(np.array(score), annotated, k)
 
 
 def test_matches_of_some_atlases_are_those_of_matching_only_them(
@@ -52,8 +80,10 @@ def test_of_a_store_that_holds_the_scan_itself_this_is_selected(
         proposed = propose_atlases(keypoints, patients, ids, 1, index=index)
         assert len(proposed) == 3
         assert scan in proposed
-        matches = match(keypoints, AtlasKeypoints.load(patients, proposed), client=one_process)
-        assert proposed[select_atlases(matches, 3, 1)[0]] == scan
+        atlases = AtlasKeypoints.load(patients, proposed)
+        matches = match(keypoints, atlases, client=one_process)
+        [best] = select_atlases(matches, keypoints, atlases, patients, 1)
+        assert proposed[best] == scan
 
 
 def test_a_segmentation_says_which_atlases_were_selected(

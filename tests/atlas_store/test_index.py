@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from atlas_store import AtlasNotFoundError, AtlasStore, index, segments
 from atlas_store.cache import cache_folder, index_folder, recall
-from atlas_store.index import LISTED_ATLASES, Neighbours, OrganIndex
+from atlas_store.index import LISTED_ATLASES, REPRESENTED_BY, AtlasIndex, Neighbours
 from atlas_store.segments import Segment, merges
 
 slow = pytest.mark.skipif(
@@ -46,7 +46,7 @@ def random_keypoints(rng: np.random.Generator, n: int) -> dict[str, Any]:
 
 
 def segment_of(atlases: dict[tuple[str, str], dict[str, Any]]) -> Segment:
-    return Segment.join([index.organ_keypoints(name, atlas) for name, atlas in atlases.items()])
+    return Segment.join([index.represent(name, [True], atlas) for name, atlas in atlases.items()])
 
 
 def asked(keypoints: dict[str, Any]) -> tuple[Any, ...]:
@@ -54,7 +54,7 @@ def asked(keypoints: dict[str, Any]) -> tuple[Any, ...]:
 
 
 def naive(
-    test: dict[str, Any], atlases: list[dict[str, Any]], i: int
+    test: dict[str, Any], atlases: list[dict[str, Any]], i: int, k: int = LISTED_ATLASES
 ) -> list[tuple[float, int, int, float]]:
     """First distance, atlas, keypoint and second distance, nearest first, for keypoint i."""
     found = []
@@ -62,14 +62,13 @@ def naive(
         fitting = sorted(
             (int(((test["descriptor"][i].astype(int) - d.astype(int)) ** 2).sum()), j)
             for j, d in enumerate(atlas["descriptor"])
-            if atlas["label"][j]
-            and atlas["sign"][j] == test["sign"][i]
+            if atlas["sign"][j] == test["sign"][i]
             and test["scale"][i] / 2 <= atlas["scale"][j] <= test["scale"][i] * 2
         )
         if fitting:
             second = fitting[1][0] if len(fitting) > 1 else np.inf
             found.append((fitting[0][0], a, fitting[0][1], second))
-    return sorted(found)[:LISTED_ATLASES]
+    return sorted(found)[:k]
 
 
 def rows(found: Neighbours, i: int) -> list[tuple[float, int, int, float]]:
@@ -88,7 +87,7 @@ def test_a_query_finds_what_the_definition_says(seed: int, n: int, a: int, parts
     cut = np.sort(rng.integers(0, a + 1, parts - 1)).tolist()
     runs = [range(x, y) for x, y in zip([0, *cut], [*cut, a], strict=True) if x < y]
     made = [segment_of({names[i]: atlases[i] for i in run}) for run in runs]
-    opened = OrganIndex(made, dict(names), "exact", Path("nowhere"))
+    opened = AtlasIndex(made, dict(names), "exact", Path("nowhere"))
     chosen = rng.permutation(a)[: int(rng.integers(1, a + 1))].tolist()
     found = opened.query(*asked(test), [names[i][0] for i in chosen])
     wanted = [atlases[i] for i in chosen]
@@ -100,28 +99,57 @@ def test_a_query_finds_what_the_definition_says(seed: int, n: int, a: int, parts
             assert found.label[i, k] == atlas["label"][found.keypoint[i, k]]
 
 
-@given(st.integers(0, 2**32 - 1), st.integers(1, 12))
+@given(st.integers(0, 2**32 - 1), st.integers(1, 40))
 @settings(max_examples=20, deadline=None)
 def test_listed_atlases_are_searched_exactly(seed: int, a: int) -> None:
+    """Whatever of an atlas is listed, its nearest and second nearest are the true ones."""
     rng = np.random.default_rng(seed)
     test = random_keypoints(rng, 8)
-    side = segment_of({(f"a{i}", f"{i:032x}"): random_keypoints(rng, 20) for i in range(a)}).sides[
-        1
-    ]
-    arguments = test["descriptor"], test["scale"], 2.0
-    [(atlas, row, first, second)] = side.search(*arguments)
-    listed = np.tile(np.arange(-1, len(side.scale), dtype=np.int32), (8, 1))
-    wanted = rng.random(a) < 0.7
-    found = side.search_listed(rng.permuted(listed, axis=1), *arguments, wanted)
+    atlases = {(f"a{i}", f"{i:032x}"): random_keypoints(rng, 20) for i in range(a)}
+    made = segment_of(atlases)
+    chosen = [f"a{i}" for i in range(a) if rng.random() < 0.7]
+    exact = AtlasIndex([made], dict(atlases.keys()), "exact", Path("nowhere"))
+    expected = exact.query(*asked(test), chosen)
+
+    def listed(known: np.ndarray, descriptor: np.ndarray, *_: object) -> np.ndarray:
+        columns = np.arange(-1, len(known), dtype=np.int32)
+        return rng.permuted(np.tile(columns, (len(descriptor), 1)), axis=1)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(segments, "_listed", listed)
+        patch.setattr(segments, "_FEWEST", 0)
+        graph = AtlasIndex([made], dict(atlases.keys()), "pynndescent", Path("nowhere"))
+        assert same(graph.query(*asked(test), chosen), expected)
+        # A list that ends early: atlases may be missing, but none is told wrongly.
+        patch.setattr(segments, "_listed", lambda *args: listed(*args)[:, :4])
+        found = graph.query(*asked(test), chosen)
     for i in range(8):
-        expected = [
-            (k, *(column[i, k].item() for column in (row, first, second)))
-            for k in range(a)
-            if atlas[i, k] >= 0 and wanted[k]
-        ]
-        here = np.flatnonzero(found[0][i] >= 0)
-        actual = sorted(tuple(column[i, k].item() for column in found) for k in here)
-        assert actual == expected
+        true = {
+            row[1]: row
+            for row in naive(test, [atlases[n, f"{int(n[1:]):032x}"] for n in chosen], i, a)
+        }
+        assert all(true[row[1]] == row for row in rows(found, i))
+
+
+def test_an_atlas_is_represented_by_its_organ_keypoints_and_its_largest_others() -> None:
+    rng = np.random.default_rng(0)
+    many, few = random_keypoints(rng, 900), random_keypoints(rng, 900)
+    few["label"][20:] = 0
+    for arrays in (many, few):
+        segment = index.represent(("a", "b"), [True, False], arrays)
+        assert segment.annotated.tolist() == [[True, False]]
+        rows = np.concatenate([side.keypoint for side in segment.sides])
+        organ = np.flatnonzero(arrays["label"])
+        assert set(organ) <= set(rows)
+        assert len(set(rows)) == len(rows) == max(len(organ), REPRESENTED_BY)
+        others = np.setdiff1d(np.flatnonzero(arrays["label"] == 0), rows)
+        taken = np.setdiff1d(rows, organ)
+        if taken.size:
+            assert arrays["scale"][taken].min() >= arrays["scale"][others].max()
+        for sign, side in zip((-1, 1), segment.sides, strict=True):
+            assert (arrays["sign"][side.keypoint] == sign).all()
+            for name in ("label", "position", "scale", "descriptor"):
+                np.testing.assert_array_equal(getattr(side, name), arrays[name][side.keypoint])
 
 
 @given(st.lists(st.integers(0, 10**6), max_size=60))
@@ -152,7 +180,7 @@ def test_growing_one_by_one_moves_a_descriptor_a_few_times() -> None:
 
 
 def query_all(store: AtlasStore, ids: list[str], seed: int = 9) -> Neighbours:
-    opened = OrganIndex.open(store)
+    opened = AtlasIndex.open(store)
     return opened.query(*asked(random_keypoints(np.random.default_rng(seed), 20)), ids)
 
 
@@ -168,10 +196,8 @@ def test_the_index_follows_the_store_and_reads_only_what_is_new(
     assert cache_folder() == own_cache / "kpt-dask"
     before = query_all(store, store.ids())
     read: list[str] = []
-    original = index.read_organ_keypoints
-    monkeypatch.setattr(
-        index, "read_organ_keypoints", lambda s, i: (read.append(i), original(s, i))[1]
-    )
+    original = index.read_atlas
+    monkeypatch.setattr(index, "read_atlas", lambda s, i: (read.append(i), original(s, i))[1])
     assert same(query_all(store, store.ids()), before)
     assert read == []
     synthetic.add(store, "a1", seed=11, replace=True)
@@ -264,7 +290,7 @@ def real_atlases(store: AtlasStore) -> dict[tuple[str, str], dict[str, Any]]:
 
 def ask(arguments: tuple[Any, ...]) -> Neighbours:
     made, names, mode, folder, test = arguments
-    return OrganIndex([made], names, mode, folder).query(*asked(test), list(names))
+    return AtlasIndex([made], names, mode, folder).query(*asked(test), list(names))
 
 
 @slow
