@@ -27,7 +27,7 @@ from atlas_store.nearest import Best, of_every_atlas, of_listed_atlases
 
 ENCODING = {"encoding-type": "kpt-index-segment", "encoding-version": "2"}
 
-PAYS_FROM = 1 << 18
+PAYS_FROM = 1 << 24
 """Descriptors of one sign from which a graph beats BLAS; see scripts/benchmark_store.py."""
 LISTED = 256
 """Neighbours that a graph is asked for."""
