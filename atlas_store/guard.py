@@ -7,14 +7,17 @@ to believe is looked at here first, so that no file makes the reader allocate mo
 
 import json
 import math
+import os
 import struct
+from contextlib import suppress
 
 import numpy as np
 from zarr.abc.store import ByteRequest, Store
 from zarr.core.buffer import Buffer, BufferPrototype
-from zarr.storage import WrapperStore
+from zarr.storage import LocalStore, WrapperStore
 
 from atlas_store.errors import StoreFormatError
+from atlas_store.objects import check_size
 
 MAX_CHUNK = 1 << 28
 """Bytes of a chunk once it is unpacked; those of an atlas have a few MiB."""
@@ -31,6 +34,9 @@ class Guarded(WrapperStore[Store]):
         self, key: str, prototype: BufferPrototype, byte_range: ByteRequest | None = None
     ) -> Buffer | None:
         """Read an object; `StoreFormatError` if unpacking it would take too much."""
+        if isinstance(self._store, LocalStore):
+            with suppress(OSError):
+                check_size(key, os.stat(f"{self._store.root}/{key}").st_size)
         buffer = await super().get(key, prototype, byte_range)
         if buffer is None or byte_range is not None:
             return buffer

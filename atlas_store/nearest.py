@@ -60,6 +60,18 @@ def _offer(
         seconds[i, k] = second
 
 
+def _lowest(row: NDArray[np.float32], half: NDArray[np.float32]) -> np.float32:
+    """Lowest ``half - row``; many at a time, as none is NaN."""
+    lowest = np.float32(np.inf)
+    for j in range(row.size):
+        d = half[j] - row[j]
+        lowest = d if d < lowest else lowest
+    return lowest
+
+
+_lowest = cast(Any, numba.njit(nogil=True, cache=True, fastmath={"nnan", "nsz"})(_lowest))
+
+
 @_kernel
 def of_every_atlas(
     products: NDArray[np.float32],
@@ -95,15 +107,21 @@ def of_every_atlas(
     """
     low, high = limits
     here, there = squares
+    farthest = best[3][:, -1]
+    half = there / np.float32(2)
     for i in range(products.shape[0]):
+        row = products[i]
         for a in range(offsets.size - 1):
-            if place[a] < 0:
+            # Most atlases are too far away whatever their scales.
+            own = slice(offsets[a], offsets[a + 1])
+            bound = (farthest[i] - here[i]) / np.float32(2)
+            if place[a] < 0 or _lowest(row[own], half[own]) > bound:
                 continue
             nearest = np.float32(np.inf)
             next_nearest = np.float32(np.inf)
             index = -1
             for j in range(offsets[a], offsets[a + 1]):
-                d = there[j] - np.float32(2) * products[i, j]
+                d = there[j] - np.float32(2) * row[j]
                 if d >= next_nearest or scale[j] < low[i] or scale[j] > high[i]:
                     continue
                 if d < nearest:

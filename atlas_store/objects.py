@@ -17,8 +17,13 @@ from zarr.core.buffer import Buffer, default_buffer_prototype
 from zarr.core.sync import sync
 from zarr.storage import FsspecStore, LocalStore
 
+from atlas_store.errors import StoreFormatError
+
 PARTIAL_SUFFIX = ".partial"
 """Ends the name of a local file that is being written; it is renamed when complete."""
+
+MAX_OBJECT = 1 << 29
+"""Bytes of an object; the largest of an atlas have a few MiB."""
 
 _DELETE_ATTEMPTS = 10
 _SYNCING_THREADS = 8
@@ -56,11 +61,12 @@ class Objects:
         return not self.names("")
 
     def read(self, key: str) -> bytes | None:
-        """Read one object; None if there is none."""
+        """Read one object; None if there is none, `StoreFormatError` if it is absurdly large."""
         if isinstance(self.store, LocalStore):
             # Twenty times faster than through the event loop, which counts for small objects.
             try:
                 with open(f"{self.store.root}/{key}", "rb") as file:
+                    check_size(key, os.fstat(file.fileno()).st_size)
                     return file.read()
             except (FileNotFoundError, IsADirectoryError, NotADirectoryError):
                 return None
@@ -155,6 +161,14 @@ class Objects:
             return sorted(path.relative_to(root).as_posix() for path in paths)
         found = sync(_collect(self.store.list_prefix(f"{folder}/")))
         return sorted(key.removeprefix(f"{folder}/") for key in found)
+
+
+def check_size(key: str, size: int) -> None:
+    """Refuse an object that would take too much memory, before it is read."""
+    if size > MAX_OBJECT:
+        raise StoreFormatError(
+            f"{key} is damaged, it has {size} bytes: remove the atlas and add it again."
+        )
 
 
 def _sync_to_disk(path: Path) -> None:

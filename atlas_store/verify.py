@@ -124,10 +124,10 @@ def _verify_atlas(
 ) -> tuple[list[Problem], str | None]:
     """Find what is wrong with an atlas, and which folder its marker names."""
     key = marker_key(atlas_id)
-    data = objects.read(key)
-    if data is None:
-        return [], None
     try:
+        data = objects.read(key)
+        if data is None:
+            return [], None
         info = AtlasInfo.load(data, atlas_id, f"{objects.url}/{key}")
     except StoreFormatError as error:
         return [Problem(atlas_id, str(error).rstrip("."), _ADD_AGAIN)], None
@@ -217,10 +217,12 @@ def _abandoned(objects: Objects, paths: Iterable[str]) -> list[str]:
 def _is_named(objects: Objects, path: str) -> bool:
     """Whether a marker names this folder, or is damaged and may have named it."""
     folder = parse_folder(path.removeprefix(f"{ATLASES}/"))
-    data = objects.read(marker_key(folder[0])) if folder else None
-    if folder is None or data is None:
+    if folder is None:
         return False
     try:
+        data = objects.read(marker_key(folder[0]))
+        if data is None:
+            return False
         return AtlasInfo.load(data, folder[0], path).uuid == folder[1]
     except StoreFormatError:
         return True
@@ -228,10 +230,10 @@ def _is_named(objects: Objects, path: str) -> bool:
 
 def _started(objects: Objects, path: str) -> Mapping[str, Json] | None:
     """Get the attributes of the group that an add is filling; None if there is none yet."""
-    data = objects.read(f"{path}/{ROOT}")
-    if data is None:
-        return None
     try:
+        data = objects.read(f"{path}/{ROOT}")
+        if data is None:
+            return None
         attributes = parse_json(data, path).get("attributes")
     except StoreFormatError:
         return {}

@@ -232,7 +232,10 @@ def list_atlases(store: str, as_json: bool) -> None:
     if as_json:
         print_json([_describe(info) for info in infos])
         return
-    header = ("id", "organs annotated", "keypoints", "in organs", "size (z, y, x)", "added", "from")
+    header = (
+        *("id", "organs annotated", "keypoints", "in organs"),
+        *("size (z, y, x)", "added (UTC)", "from"),
+    )
     rows = [
         (
             info.id,
@@ -240,7 +243,7 @@ def list_atlases(store: str, as_json: bool) -> None:
             str(info.keypoints),
             str(sum(organ.keypoints for organ in info.organs.values())),
             " × ".join(map(str, info.shape)),
-            info.added.replace("T", " ")[:16],
+            _moment(info),
             ", ".join(info.source[:1]),
         )
         for info in infos
@@ -359,17 +362,24 @@ def _organs(annotated: tuple[str, ...], known: tuple[str, ...]) -> str:
 
 
 def _show_store(store: "AtlasStore", as_json: bool) -> None:
+    infos = [found.info for found in store.atlases()]
+    annotated = {n: sum(n in info.annotated for info in infos) for n in store.organs.names}
     if as_json:
-        answer = {"url": store.url, "uuid": store.uuid, "atlases": store.ids()}
-        parameters = dict(store.parameters)
-        print_json(answer | {"organs": store.organs.to_json(), "parameters": parameters})
+        about: dict[str, Any] = {"url": store.url, "uuid": store.uuid}
+        about |= {"atlases": [info.id for info in infos], "annotated": annotated}
+        about |= {"organs": store.organs.to_json(), "parameters": dict(store.parameters)}
+        print_json(about)
         return
-    organs = table("organ", "SNOMED CT", "label", "ν (HU)", left=2)
+    organs = table("organ", "SNOMED CT", "label", "ν (HU)", "atlases", "keypoints", left=2)
     for organ in store.organs:
         code = " ".join(organ.snomed) if organ.snomed else ""
-        organs.add_row(organ.name, code, str(organ.value), f"{organ.nu:g}")
-    click.echo(f"{store.url}: {_count(len(store), 'atlas', 'atlases')}.")
+        shown = [info.organs[organ.name].keypoints for info in infos if organ.name in info.organs]
+        mean = f"{sum(shown) / len(shown):.1f}" if shown else ""
+        numbers = str(organ.value), f"{organ.nu:g}", str(annotated[organ.name]), mean
+        organs.add_row(organ.name, code, *numbers)
+    click.echo(f"{store.url}: {_count(len(infos), 'atlas', 'atlases')}.")
     console().print(organs)
+    click.echo("Atlases that annotate an organ, and keypoints in it on average where it shows.")
     made_with = ", ".join(f"{name} {value}" for name, value in store.parameters.items())
     click.echo(f"Made with {made_with}.")
 
@@ -388,7 +398,12 @@ def _show_atlas(info: "AtlasInfo", as_json: bool) -> None:
             organs.add_row(name, "not shown", "", "")
     click.echo(f"{info.id}: {_in_short(info)}.")
     console().print(organs)
-    click.echo(f"Made from {' and '.join(info.source)} with {info.software}, {info.added}.")
+    made_from = " and ".join(info.source)
+    click.echo(f"Added {_moment(info)} UTC from {made_from} with {info.software}.")
+
+
+def _moment(info: "AtlasInfo") -> str:
+    return info.added.replace("T", " ")[:16]
 
 
 def _count(number: int, one: str, many: str) -> str:

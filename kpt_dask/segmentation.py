@@ -33,6 +33,9 @@ from kpt_dask.voting import vote
 ENCODING_TYPE = "kpt-segmentation"
 ENCODING_VERSION = "1"
 
+SPACINGS = (0.1, 100.0)
+"""mm; a store of another spacing would make an absurd volume of a scan."""
+
 
 @dataclass(frozen=True, eq=False)
 class Stations:
@@ -283,6 +286,12 @@ def choose_atlases(store: AtlasStore, exclude: Sequence[str]) -> tuple[str, ...]
         raise ParameterError(
             f"{store.url} holds keypoints of another {', '.join(differing)} than this version "
             "extracts; make the store anew, or use the version that made it."
+        )
+    spacing: Any = store.parameters.get("spacing")
+    if type(spacing) not in (int, float) or not SPACINGS[0] <= spacing <= SPACINGS[1]:
+        raise ParameterError(
+            f"{store.url} has the spacing {spacing!r}, not one of {SPACINGS[0]:g} to"
+            f" {SPACINGS[1]:g} mm; make the store anew."
         )
     used = tuple(i for i in ids if i not in set(exclude))
     if not used:

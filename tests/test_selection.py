@@ -7,10 +7,11 @@ import pytest
 import xarray as xr
 from distributed import Client
 
-from atlas_store import AtlasKeypoints, AtlasStore
+from atlas_store import AtlasKeypoints, AtlasStore, load_organs
+from kpt_dask.atlases import store_parameters
 from kpt_dask.errors import ParameterError
 from kpt_dask.matching import match
-from kpt_dask.segmentation import segment
+from kpt_dask.segmentation import choose_atlases, segment
 from kpt_dask.selection import check_selection, cover, only, propose_atlases, select_atlases
 
 
@@ -95,6 +96,14 @@ def test_a_segmentation_says_which_atlases_were_selected(
     assert len(left) == 1
     other = segment(scan, body_store, tmp_path / "b.zarr", exclude=sorted(left), client=one_process)
     assert (selected.atlases, selected.organs) == (other.atlases, other.organs)
+
+
+@pytest.mark.parametrize("spacing", [1e-6, 1e6, float("inf"), "2", None, True])
+def test_a_store_of_an_absurd_spacing_is_refused(tmp_path: Path, spacing: object) -> None:
+    store = AtlasStore.create(tmp_path / "store", load_organs("openkbp"), store_parameters())
+    store.parameters = {**store.parameters, "spacing": spacing}
+    with pytest.raises(ParameterError, match="has the spacing"):
+        choose_atlases(store, ())
 
 
 def test_what_cannot_be_selected_is_refused() -> None:

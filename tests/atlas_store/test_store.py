@@ -433,6 +433,35 @@ def test_a_bomb_is_not_unpacked(
         _ = atlas.group[array][...]
 
 
+@pytest.mark.parametrize(
+    "name",
+    [
+        "zarr.json",
+        "markers/pt_1.json",
+        "{data}/zarr.json",
+        "{data}/image/labels/organs/0/zarr.json",
+        "{data}/image/labels/organs/0/c/0/0/0",
+        "{data}/keypoints/zarr.json",
+        "{data}/keypoints/descriptor/c/0/0",
+    ],
+)
+def test_an_endless_file_is_not_read(
+    store: AtlasStore, synthetic: SimpleNamespace, name: str
+) -> None:
+    synthetic.add(store, "pt_1")
+    with open(Path(store.url, name.format(data=store["pt_1"].path)), "r+b") as file:
+        file.truncate(1 << 42)
+
+    def read() -> None:
+        atlas = AtlasStore.open(store.url)["pt_1"]
+        _ = (atlas.labels[...], atlas.keypoints())
+
+    with pytest.raises((StoreFormatError, KeypointsFormatError), match=f"{1 << 42} bytes"):
+        read()
+    if name != "zarr.json":
+        assert {problem.atlas for problem in store.verify()} == {"pt_1"}
+
+
 def test_a_store_of_the_first_version_opens(tmp_path: Path) -> None:
     """An archive that an earlier version wrote; add one for each new version, change none."""
     with zipfile.ZipFile(Path(__file__).parent / "archived" / "version_1.zip") as archive:
