@@ -30,7 +30,7 @@ from atlas_store.layout import ATLASES, MARKERS, ROOT, marker_key, parse_folder
 from atlas_store.objects import PARTIAL_SUFFIX, Objects
 from atlas_store.organs import OrganTable
 
-_INSTANT = 2.0
+INSTANT = 2.0
 """Seconds in which a running add certainly gets from a folder to its first object."""
 
 _ADD_AGAIN = "remove the atlas and add it again"
@@ -204,7 +204,7 @@ def _abandoned(objects: Objects, paths: Iterable[str]) -> list[str]:
             found.append(path)
     if unknown:
         # A running add describes its folder, or renames its marker, within this time.
-        time.sleep(_INSTANT)
+        time.sleep(INSTANT)
         there = {
             f"{folder}/{name}" for folder in (ATLASES, MARKERS) for name in objects.names(folder)
         }

@@ -81,7 +81,7 @@ def propose_atlases(
         atlas, squared = found.atlas[i, k], found.first[i, k]
         moved = keypoints.position.values[i] - found.position[i, k]
         weight = _likeness(squared, float(squared.max(initial=0.0)))
-        weight *= _closeness(atlas, moved, len(atlas_ids))
+        weight *= _closeness(atlas, moved)
         score = np.bincount(atlas, weight, len(atlas_ids)).astype(np.float64)
         best = cover(score, opened.annotated(atlas_ids), PROPOSED * select)
     return tuple(atlas_ids[i] for i in best)
@@ -147,12 +147,13 @@ def cover(score: NDArray[np.float64], annotated: NDArray[np.bool_], select: int)
         Ascending; all if there are no more than `select`.
     """
     chosen = np.zeros(score.size, np.bool_)
+    shown = annotated.astype(np.float64)
     count = np.zeros(annotated.shape[1])
     for _ in range(min(select, score.size)):
-        gain = np.where(chosen, -1.0, score * (annotated @ (1.0 / (1.0 + count))))
+        gain = np.where(chosen, -1.0, score * (shown @ (1.0 / (1.0 + count))))
         best = int(gain.argmax())
         chosen[best] = True
-        count += annotated[best]
+        count += shown[best]
     found: list[int] = np.flatnonzero(chosen).tolist()
     return found
 
@@ -173,17 +174,13 @@ def _likeness(squared: NDArray[np.float32], largest: float) -> NDArray[np.float6
     return likeness
 
 
-def _closeness(
-    atlas: NDArray[np.int64], translation: NDArray[np.float32], n: int
-) -> NDArray[np.float64]:
+def _closeness(atlas: NDArray[np.int64], translation: NDArray[np.float32]) -> NDArray[np.float64]:
     """Gaussian of each translation's distance from the mode of those of its atlas."""
     close = np.zeros(atlas.size)
     order = np.argsort(atlas, kind="stable")
-    ends = np.searchsorted(atlas[order], np.arange(n + 1))
-    for a in range(n):
-        rows = order[ends[a] : ends[a + 1]]
-        if rows.size:
-            own = np.ascontiguousarray(translation[rows])
-            mode = own[density(own, own, BANDWIDTH).argmax()]
-            close[rows] = np.exp(-((own - mode) ** 2).sum(axis=1) / (2 * BANDWIDTH**2))
+    starts = np.flatnonzero(np.diff(atlas[order], prepend=-1))
+    for rows in np.split(order, starts[1:]) if order.size else ():
+        own = np.ascontiguousarray(translation[rows])
+        mode = own[density(own, own, BANDWIDTH).argmax()]
+        close[rows] = np.exp(-((own - mode) ** 2).sum(axis=1) / (2 * BANDWIDTH**2))
     return close
