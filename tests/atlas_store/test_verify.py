@@ -64,14 +64,6 @@ def test_four_processes_add_at_once(store: AtlasStore, adders: Adders) -> None:
     assert store.verify() == []
 
 
-@pytest.mark.parametrize("what", [("kill", "--rounds", "20"), ("flip", "--bytes", "100")])
-def test_a_tenth_of_the_campaigns(what: tuple[str, ...]) -> None:
-    script = Path(__file__).parents[2] / "scripts" / "campaign_store.py"
-    run = subprocess.run([sys.executable, script, *what], capture_output=True, text=True)
-    assert run.returncode == 0, run.stderr
-    print(run.stdout)
-
-
 def wait_for_end(process: int) -> None:
     with contextlib.suppress(ProcessLookupError):
         while True:
