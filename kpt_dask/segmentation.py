@@ -217,11 +217,11 @@ def segment_volume(
         client=client,
     )
     if select is not None:
-        atlas_ids = propose_atlases(keypoints, store, atlas_ids, select, index=index)
+        atlas_ids = propose_atlases(keypoints, store, atlas_ids, select, mode=mode, index=index)
     atlases = AtlasKeypoints.load(store, atlas_ids)
     matches = match(keypoints, atlases, client=client)
     if select is not None and select < len(atlases):
-        chosen = select_atlases(matches, keypoints, atlases, store, select)
+        chosen = select_atlases(matches, keypoints, atlases, store, select, mode=mode)
         matches = only(matches, chosen, len(atlases))
         atlas_ids = [atlas_ids[i] for i in chosen]
         atlases = atlases.only(chosen)

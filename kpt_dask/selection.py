@@ -1,9 +1,13 @@
 """Choose the atlases that agree best with a scan.
 
 In two steps, so that the cost hardly grows with the store: the index proposes a few times as
-many atlases as are wanted, these are matched, and those are kept that agree best. Both times
-one atlas after the other is chosen, and counts for less the more of those chosen annotate the
-same organs: so an organ that few atlases annotate is not lost.
+many atlases as are wanted, these are matched, and those are kept that agree best.
+
+What agreement is depends on the mode. Where all matches move an atlas, all keypoints count. One
+atlas after the other is chosen, and counts for less the more of those chosen annotate the same
+organs: so an organ that few atlases annotate is not lost. Where only matches in organs do,
+these alone count, as shares of all votes for their organ: so an organ of few keypoints has as
+much to say as one of many.
 """
 
 from collections.abc import Sequence
@@ -19,6 +23,8 @@ from kpt_dask import progress
 from kpt_dask.errors import ParameterError
 from kpt_dask.matching import SCALE_RATIO, density
 
+BY_ORGANS = ("organ", "affine")
+"""Modes in which only matches in organs move an atlas."""
 PROPOSED = 3
 """Atlases that are matched for each one that is kept."""
 BANDWIDTH = 15.0
@@ -45,6 +51,7 @@ def propose_atlases(
     atlas_ids: Sequence[str],
     select: int,
     *,
+    mode: str = "local",
     index: str = "auto",
 ) -> tuple[str, ...]:
     """Choose the atlases that are worth matching, by means of the index.
@@ -63,6 +70,8 @@ def propose_atlases(
         Those to choose from.
     select : int
         How many will be kept; `PROPOSED` times as many are chosen here.
+    mode : str
+        What they are chosen for, one of `kpt_dask.options.MODES`.
     index : str
         One of `atlas_store.index.MODES`.
 
@@ -82,8 +91,12 @@ def propose_atlases(
         moved = keypoints.position.values[i] - found.position[i, k]
         weight = _likeness(squared, float(squared.max(initial=0.0)))
         weight *= _closeness(atlas, moved)
-        score = np.bincount(atlas, weight, len(atlas_ids)).astype(np.float64)
-        best = cover(score, opened.annotated(atlas_ids), PROPOSED * select)
+        n, most = len(atlas_ids), PROPOSED * select
+        if mode in BY_ORGANS:
+            best = _best(shares(atlas, found.label[i, k], weight, n), most)
+        else:
+            score = np.bincount(atlas, weight, n).astype(np.float64)
+            best = cover(score, opened.annotated(atlas_ids), most)
     return tuple(atlas_ids[i] for i in best)
 
 
@@ -93,10 +106,13 @@ def select_atlases(
     atlases: AtlasKeypoints,
     store: AtlasStore,
     select: int,
+    *,
+    mode: str = "local",
 ) -> list[int]:
     """Choose the atlases whose keypoints agree best with the scan's.
 
-    Agreement is the soft Jaccard index Σ_m w_m / (n + n_a − Σ_m w_m) of the scan's n and the
+    In modes `BY_ORGANS`, those with the largest shares of the organs' votes (eq. 7). Otherwise
+    agreement is the soft Jaccard index Σ_m w_m / (n + n_a − Σ_m w_m) of the scan's n and the
     atlas's n_a keypoints. A match m, in an organ or not, counts as w_m = exp(−d_m² / 2τ²) · p(m),
     by the distance of the descriptors (eq. 4) and the density of its translation.
 
@@ -112,6 +128,8 @@ def select_atlases(
         Where they are.
     select : int
         How many atlases to keep.
+    mode : str
+        What they are chosen for, one of `kpt_dask.options.MODES`.
 
     Returns
     -------
@@ -120,6 +138,9 @@ def select_atlases(
     """
     weight = _likeness(matches.squared_distance.values, matches.attrs["largest_squared_distance"])
     weight *= matches.probability.values
+    if mode in BY_ORGANS:
+        votes = shares(matches.atlas.values, matches.label.values, weight, len(atlases))
+        return _best(votes, select)
     both = np.bincount(matches.atlas.values, weight, len(atlases)).astype(np.float64)
     here = first_frames(keypoints.position.values, keypoints.scale.values).size
     first = first_frames(atlases.position, atlases.scale)
@@ -166,6 +187,38 @@ def only(matches: xr.Dataset, atlases: Sequence[int], n: int) -> xr.Dataset:
     kept["atlas"] = kept.atlas.copy(data=place[kept.atlas.values])
     largest = float(kept.squared_distance.values.max(initial=0.0))
     return kept.assign_attrs(largest_squared_distance=largest)
+
+
+def shares(
+    atlas: NDArray[np.integer], label: NDArray[np.integer], weight: NDArray[np.float64], n: int
+) -> NDArray[np.float64]:
+    """Sum over the organs of each atlas's share of the organ's votes.
+
+    Parameters
+    ----------
+    atlas, label : ndarray (m)
+        Of each vote: the atlas, and the organ's label value; 0 is no organ.
+    weight : ndarray (m), float64
+        Of each vote.
+    n : int
+        Number of atlases.
+
+    Returns
+    -------
+    ndarray (n), float64
+    """
+    score = np.zeros(n)
+    for value in np.unique(label[label > 0]):
+        votes = np.bincount(atlas[label == value], weight[label == value], minlength=n)
+        if (total := votes.sum()) > 0:
+            score += votes / total
+    return score
+
+
+def _best(score: NDArray[np.float64], select: int) -> list[int]:
+    """Choose the largest, ascending; ties go to the first."""
+    found: list[int] = np.sort(np.argsort(-score, kind="stable")[:select]).tolist()
+    return found
 
 
 def _likeness(squared: NDArray[np.float32], largest: float) -> NDArray[np.float64]:

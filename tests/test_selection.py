@@ -12,7 +12,7 @@ from kpt_dask.atlases import store_parameters
 from kpt_dask.errors import ParameterError
 from kpt_dask.matching import match
 from kpt_dask.segmentation import choose_atlases, segment
-from kpt_dask.selection import check_selection, cover, only, propose_atlases, select_atlases
+from kpt_dask.selection import check_selection, cover, only, propose_atlases, select_atlases, shares
 
 
 @pytest.fixture(autouse=True)
@@ -31,6 +31,14 @@ def test_the_best_atlases_are_chosen_and_no_organ_is_lost() -> None:
     assert cover(score, rare, 2) == [0, 1]
     assert cover(score, rare, 3) == [0, 1, 4]
     assert cover(score[:0], everything[:0], 2) == []
+
+
+def test_shares_are_counted_for_each_organ() -> None:
+    atlas = np.array([0, 0, 1, 2, 2, 2, 1])
+    label = np.array([1, 7, 1, 7, 7, 0, 3])
+    weight = np.array([3.0, 1.0, 1.0, 2.0, 1.0, 9.0, 0.0])
+    np.testing.assert_allclose(shares(atlas, label, weight, 4), [0.75 + 0.25, 0.25, 0.75, 0])
+    assert shares(atlas[:0], label[:0], weight[:0], 2).tolist() == [0, 0]
 
 
 def test_agreement_is_the_soft_jaccard_index(patients: AtlasStore, one_process: Client) -> None:
@@ -68,9 +76,9 @@ def test_matches_of_some_atlases_are_those_of_matching_only_them(
     xr.testing.assert_identical(only(matches, chosen, len(others)), expected)
 
 
-@pytest.mark.parametrize("index", ["auto", "exact"])
+@pytest.mark.parametrize(("index", "mode"), [("auto", "local"), ("exact", "organ")])
 def test_of_a_store_that_holds_the_scan_itself_this_is_selected(
-    patients: AtlasStore, one_process: Client, index: str
+    patients: AtlasStore, one_process: Client, index: str, mode: str
 ) -> None:
     ids = patients.ids()
     # One that lacks an organ has no share of its votes, and may come after one that has all.
@@ -78,12 +86,12 @@ def test_of_a_store_that_holds_the_scan_itself_this_is_selected(
     assert whole
     for scan in whole:
         keypoints = patients[scan].keypoints()
-        proposed = propose_atlases(keypoints, patients, ids, 1, index=index)
+        proposed = propose_atlases(keypoints, patients, ids, 1, mode=mode, index=index)
         assert len(proposed) == 3
         assert scan in proposed
         atlases = AtlasKeypoints.load(patients, proposed)
         matches = match(keypoints, atlases, client=one_process)
-        [best] = select_atlases(matches, keypoints, atlases, patients, 1)
+        [best] = select_atlases(matches, keypoints, atlases, patients, 1, mode=mode)
         assert proposed[best] == scan
 
 
