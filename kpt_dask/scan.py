@@ -151,12 +151,23 @@ def write_labels(
         If the extension is unknown.
     """
     path = Path(path)
-    if not path.name.lower().endswith(tuple(READERS)):
+    check_ending(path)
+    with replacing(path, overwrite=overwrite) as partial:
+        write_nifti(partial, scan.file.header, scan.grid.shape, slabs)
+
+
+def check_ending(path: str | Path) -> None:
+    """Refuse a name under which no label map can be written.
+
+    Raises
+    ------
+    ScanFormatError
+        If the extension is unknown.
+    """
+    if not Path(path).name.lower().endswith(tuple(READERS)):
         raise ScanFormatError(
             f"{path} has an unknown extension; write labels to a {_known()} file."
         )
-    with replacing(path, overwrite=overwrite) as partial:
-        write_nifti(partial, scan.file.header, scan.grid.shape, slabs)
 
 
 def _known() -> str:

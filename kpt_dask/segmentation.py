@@ -22,7 +22,7 @@ from kpt_dask.omezarr import open_array, write_label_image
 from kpt_dask.options import DEFAULTS, TransferOptions
 from kpt_dask.output import check_absent, replacing
 from kpt_dask.rematching import rematch
-from kpt_dask.scan import open_scan, write_labels
+from kpt_dask.scan import check_ending, open_scan, write_labels
 from kpt_dask.scan_labels import labels_onto
 from kpt_dask.selection import check_selection, only, propose_atlases, select_atlases
 from kpt_dask.shares import create_probability
@@ -153,6 +153,7 @@ def segment(
     check_selection(select, index)
     check_absent(target, overwrite=overwrite)
     if labels is not None:
+        check_ending(labels)
         check_absent(Path(labels), overwrite=overwrite)
     with cluster.session(client) as session, replacing(target, overwrite=overwrite) as partial:
         group = zarr.create_group(str(partial), zarr_format=3)

@@ -371,7 +371,7 @@ def test_a_scan_that_ends_early_leaves_the_old(
 
 @pytest.mark.parametrize("mode", ["organ", "local"])
 def test_an_atlas_that_cannot_be_read_leaves_the_old(
-    folder: Path,
+    tmp_path_factory: pytest.TempPathFactory,
     tmp_path: Path,
     ct: Path,
     store: AtlasStore,
@@ -382,7 +382,7 @@ def test_an_atlas_that_cannot_be_read_leaves_the_old(
     with pytest.raises((AtlasStoreError, RuntimeError)):
         segment(
             ct,
-            broken(store, folder, "surroundings"),
+            broken(store, tmp_path_factory.mktemp("broken"), "surroundings"),
             tmp_path / "o.zarr",
             mode=mode,
             labels=tmp_path / "o.nii.gz",
