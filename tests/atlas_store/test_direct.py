@@ -1,0 +1,112 @@
+"""Chunks without Zarr's event loop, against Zarr itself."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import zarr
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from zarr.codecs import BloscCodec, ZstdCodec
+from zarr.storage import MemoryStore
+
+from atlas_store import direct
+
+LZ4 = BloscCodec(cname="lz4", shuffle="shuffle")
+
+
+def files(folder: Path) -> dict[Path, bytes]:
+    return {p.relative_to(folder): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+
+
+def make(store: Any, shape: Any, chunks: Any, dtype: Any, **more: Any) -> "zarr.Array[Any]":
+    more = {"compressors": LZ4, "fill_value": 0, **more}
+    return zarr.create_array(store, shape=shape, chunks=chunks, dtype=dtype, **more)
+
+
+axes = st.lists(
+    st.tuples(st.integers(1, 20), st.integers(1, 9), st.floats(0, 1), st.floats(0, 1)),
+    min_size=1,
+    max_size=3,
+)
+
+
+@given(
+    axes, st.sampled_from(["int16", "int32", "float32", "uint8"]), st.booleans(), st.integers(0, 9)
+)
+@settings(
+    max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+def test_what_is_written_and_read_is_what_zarr_writes_and_reads(
+    tmp_path_factory: pytest.TempPathFactory, axes: Any, dtype: str, every: bool, seed: int
+) -> None:
+    folder = tmp_path_factory.mktemp("direct")
+    rng = np.random.default_rng(seed)
+    shape, chunks = [n for n, *_ in axes], [min(c, n) for n, c, *_ in axes]
+    data = (rng.integers(-3, 4, shape) * (rng.random(shape) > 0.7)).astype(dtype)
+    region = []
+    for (n, _, a, b), c in zip(axes, chunks, strict=True):
+        first = int(a * (n - 1)) // c * c
+        region.append(slice(first, min(first + (1 + int(b * n / c)) * c, n)))
+    where = tuple(region)
+    config: Any = {"write_empty_chunks": every}
+    ours = make(str(folder / "ours"), shape, chunks, dtype, config=config)
+    theirs = make(str(folder / "theirs"), shape, chunks, dtype, config=config)
+    for values in (data, np.zeros_like(data) if seed % 3 == 0 else data[::1] + data):
+        direct.write(ours, where, values[where])
+        theirs[where] = values[where]
+        assert files(folder / "ours") == files(folder / "theirs")
+    part = tuple(
+        slice(int(a * (n - 1)), int(a * (n - 1)) + 1 + int(b * (n - 1 - int(a * (n - 1)))))
+        for n, _, a, b in axes
+    )
+    found = direct.read(ours, part)
+    assert found.dtype == dtype
+    np.testing.assert_array_equal(found, np.asarray(theirs[part]))
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        {"compressors": ZstdCodec()},
+        {"compressors": None},
+        {"fill_value": 7},
+        {"shards": (4, 6)},
+        {"chunk_key_encoding": {"name": "v2", "separator": "."}},
+    ],
+)
+def test_what_is_laid_out_otherwise_is_left_to_zarr(tmp_path: Path, other: dict[str, Any]) -> None:
+    data = np.arange(35, dtype=np.int32).reshape(5, 7)
+    for store in (str(tmp_path / "a"), MemoryStore()):
+        array = make(store, (5, 7), (2, 3), np.int32, **other)
+        whole = (slice(0, 5), slice(0, 7))
+        direct.write(array, whole, data)
+        np.testing.assert_array_equal(np.asarray(array[...]), data)
+        np.testing.assert_array_equal(direct.read(array, (slice(1, 4), slice(2, 7))), data[1:4, 2:])
+
+
+def test_damaged_chunks_are_refused(tmp_path: Path) -> None:
+    array = make(str(tmp_path / "a"), (8,), (4,), np.int32)
+    array[:] = np.arange(8)
+    chunk = tmp_path / "a/c/1"
+    packed = chunk.read_bytes()
+    bomb = packed[:4] + (1 << 30).to_bytes(4, "little") + packed[8:]
+    for damaged in (b"", packed[:-1], bomb):
+        chunk.write_bytes(damaged)
+        with pytest.raises(ValueError, match="a chunk unpacks"):
+            direct.read(array, (slice(0, 8),))
+
+
+def test_only_the_expected_layout_is_described(tmp_path: Path) -> None:
+    make(str(tmp_path / "a"), (6, 4), (2, 4), np.int32)
+    document = json.loads((tmp_path / "a/zarr.json").read_bytes())
+    expected = (6, 4), (2, 4), np.dtype(np.int32)
+    assert direct.describes(document, *expected)
+    assert not direct.describes(document, (6, 5), *expected[1:])
+    assert not direct.describes(document, *expected[:2], np.dtype(np.int16))
+    for wrong in (None, [], {**document, "codecs": []}, {**document, "codecs": ["bytes", "blosc"]}):
+        assert not direct.describes(wrong, *expected)
+    document["codecs"][0]["configuration"]["endian"] = "big"
+    assert not direct.describes(document, *expected)
