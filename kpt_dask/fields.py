@@ -55,7 +55,7 @@ def regress(
         Displacement (z, y, x) in mm, and the support; all 0 where no match is near, or where
         the support is below `UNSUPPORTED`. Points that share z and y are fastest side by side.
     """
-    order = np.argsort(position[:, 0], kind="stable")
+    order = np.argsort(position[:, 2], kind="stable")
     out = np.zeros((len(points), 4), np.float32)
     _regress(
         np.ascontiguousarray(points, np.float32),
@@ -77,7 +77,7 @@ def _regress(
     sigma_t: np.float32,
     out: NDArray[np.float32],
 ) -> None:
-    """Fill `out` as `regress` says; `position` (3, m) is sorted along its first axis.
+    """Fill `out` as `regress` says; `position` (3, m) is sorted along x.
 
     All in float32 and without branches, `LANES` matches at a time, each lane with sums of its
     own: their number is rounded up by matches that weigh nothing.
@@ -97,15 +97,13 @@ def _regress(
     weight = np.empty(m + LANES, np.float32)
     sums = np.empty((4, LANES), np.float32)
     total, sz, sy, sx = sums[0], sums[1], sums[2], sums[3]
-    blocks = 0
+    n = 0
     for i in range(points.shape[0]):
         z, y, x = points[i, 0], points[i, 1], points[i, 2]
         if i == 0 or z != points[i - 1, 0] or y != points[i - 1, 1]:
             n = 0
-            for j in range(np.searchsorted(position[0], z - reach), m):
+            for j in range(m):
                 dz = position[0, j] - z
-                if dz >= reach:
-                    break
                 dy = position[1, j] - y
                 squared = dz * dz + dy * dy
                 if squared < limit:
@@ -117,13 +115,14 @@ def _regress(
                     n += 1
             near[:, n : n + LANES] = nothing
             aside[n : n + LANES] = limit
-            blocks = (n + LANES - 1) // LANES
+        first = np.searchsorted(along[:n], x - reach)
+        blocks = (np.searchsorted(along[:n], x + reach) - first + LANES - 1) // LANES
         uz = uy = ux = support = nothing
         for k in range(ROUNDS + 1):
             sums[:] = nothing
             for b in range(blocks):
                 for lane in range(LANES):
-                    at = np.uint64(b * LANES + lane)
+                    at = np.uint64(first + b * LANES + lane)
                     if k == 0:
                         dx = along[at] - x
                         squared = aside[at] + dx * dx

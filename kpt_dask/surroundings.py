@@ -6,7 +6,7 @@ belongs. Derived from image and label map when the atlas is added.
 
 import json
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -18,7 +18,7 @@ from atlas_store import Atlas, OrganInfo, StoreFormatError
 from atlas_store.direct import describes, unpack_into
 from atlas_store.guard import MAX_CHUNK
 from kpt_dask.boxes import Box, enclosing, shape_of
-from kpt_dask.omezarr import COMPRESSOR, regions, write_region
+from kpt_dask.omezarr import COMPRESSOR, open_array, regions, write_region
 
 AROUND = 40.0
 """How far beyond the box around all its organs an atlas is kept for the transfer, mm."""
@@ -82,6 +82,8 @@ def read_planes(
 ) -> tuple[NDArray[np.int32], Box]:
     """Read the chunks of an atlas's `surroundings_of` that hold planes ``first`` to ``stop``.
 
+    Atlases of earlier versions have no such chunks: theirs are made from image and label map.
+
     Parameters
     ----------
     first, stop : int
@@ -101,7 +103,7 @@ def read_planes(
     AtlasNotFoundError
         If the atlas was removed.
     StoreFormatError
-        If what is there is not what its organs tell, or damaged.
+        If what is there is damaged.
     """
     (begin, end), *sides = box = surroundings_of(atlas)
     shape = shape_of(box)
@@ -117,13 +119,25 @@ def read_planes(
         planes = room[: (high - low) * math.prod(chunks)].reshape(-1, *plane)
         description, *parts = atlas.objects.read_many([f"{folder}/zarr.json", *keys])
         if not describes(json.loads(description or b"null"), shape, chunks, planes.dtype):
-            raise ValueError("its description is not what its organs tell")
+            stop = min(begin + high * depth, end)
+            _pack(atlas, (begin + low * depth, stop), sides, planes)
+            parts = []
         for c, part in enumerate(parts):
             if part is None:
                 raise ValueError("a chunk is missing")
             unpack_into(part, planes[c * depth : (c + 1) * depth])
     z = begin + low * depth, min(begin + high * depth, end)
     return planes, (z, sides[0], sides[1])
+
+
+def _pack(
+    atlas: Atlas, planes: tuple[int, int], sides: Sequence[tuple[int, int]], out: NDArray[np.int32]
+) -> None:
+    """Make of an atlas's image and label map what `write_surroundings` would have written."""
+    region = tuple(slice(*ends) for ends in (planes, *sides))
+    hu = np.asarray(open_array(atlas.image, "0")[region]).astype(np.int32)
+    label = np.asarray(atlas.labels[region]).astype(np.uint16)
+    out[: planes[1] - planes[0]] = (hu << 16) | label
 
 
 class Room:

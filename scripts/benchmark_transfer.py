@@ -123,19 +123,19 @@ def measure(
     votes = vote(matches, keypoints.sizes["keypoint"], store.organs)
 
     def run(mode: str) -> None:
-        with tempfile.TemporaryDirectory(dir=folder) as out:
-            group = zarr.create_group(str(Path(out) / "p.zarr"))
-            probability = create_probability(group, volume.grid, store.organs)
-            if mode == "local":
-                nearer: xr.Dataset = rematch(keypoints, atlases, matches, client=client)
-                local.transfer(volume, store, ids, keypoints, nearer, probability, client=client)
-            else:
-                transfer(
-                    *(volume, store, ids, keypoints, matches, votes, probability),
-                    mode=mode,
-                    options=DEFAULTS,
-                    client=client,
-                )
+        # Removed with the folder, when nobody looks at the time.
+        group = zarr.create_group(tempfile.mkdtemp(dir=folder, suffix=".zarr"))
+        probability = create_probability(group, volume.grid, store.organs)
+        if mode == "local":
+            nearer: xr.Dataset = rematch(keypoints, atlases, matches, client=client)
+            local.transfer(volume, store, ids, keypoints, nearer, probability, client=client)
+        else:
+            transfer(
+                *(volume, store, ids, keypoints, matches, votes, probability),
+                mode=mode,
+                options=DEFAULTS,
+                client=client,
+            )
 
     seconds = {
         "extraction": median(lambda: extract(volume, client=client), repeats),

@@ -35,7 +35,7 @@ def test_it_is_what_the_equations_say(seed: int, n: int) -> None:
         # votes there counts as much as the support.
         counts = min(expected[3], 1)
         np.testing.assert_allclose(row[:3] * counts, expected[:3] * counts, rtol=1e-4, atol=1e-3)
-        np.testing.assert_allclose(row[3], expected[3], rtol=1e-4, atol=1e-4)
+        np.testing.assert_allclose(row[3], expected[3], rtol=1e-4, atol=5e-4)
 
 
 def test_one_translation_is_found_everywhere_near() -> None:
