@@ -16,6 +16,9 @@ from kpt_dask.boxes import Box, enclosing, overlap, shape_of
 from kpt_dask.jit import kernel
 from kpt_dask.warps import in_cells
 
+LANES = 16
+"""Voxels of the widest vectors."""
+
 
 @dataclass(frozen=True)
 class Cells:
@@ -103,13 +106,19 @@ def plan_cells(domains: Sequence[Box | None], groups: Sequence[int], box: Box, s
     return Cells(index, np.append(0, np.cumsum(per_cell)), group[begins], organs, organ)
 
 
+def width_of(step: int) -> int:
+    """Room for the voxels of a cell: whole vectors, as the rest of one takes as long."""
+    return -(-(step**3) // LANES) * LANES
+
+
 def positions(step: int) -> NDArray[np.float32]:
-    """Where the voxels of a cell lie in it: (10, n) for `accumulate`.
+    """Where the voxels of a cell lie in it: (10, `width_of`), the last voxel repeated.
 
     Voxels z, y, x of the cell, then the products that a trilinear polynomial is made of: x, y,
     z, yx, zx, zy, zyx of the fractions of the way to the next node.
     """
-    z, y, x = np.indices((step, step, step)).reshape(3, -1).astype(np.float32)
+    voxels = np.indices((step, step, step)).reshape(3, -1).astype(np.float32)
+    z, y, x = np.pad(voxels, ((0, 0), (0, width_of(step) - voxels.shape[1])), mode="edge")
     fz, fy, fx = z / step, y / step, x / step
     return np.stack([z, y, x, fx, fy, fz, fy * fx, fz * fx, fz * fy, fz * fy * fx])
 
@@ -124,7 +133,7 @@ def gather(values: Any, corner: Any, index: Any, step: Any, out: Any) -> None:
         Its first voxel is `corner`; voxels of the cells that it does not hold stay as they are.
     index : int64 array (cell, 3)
         Lattice indices of the cells.
-    out : float32 array (cell, step³)
+    out : float32 array (cell, `width_of`)
         Changed.
     """
     for c in range(index.shape[0]):
@@ -148,7 +157,7 @@ def spread(
 
     Parameters
     ----------
-    votes, totals : float32 arrays (slot, step³), (group, step³)
+    votes, totals : float32 arrays (slot, n), (group, n)
     total_of : int64 array (slot)
         The row of `totals`.
     slots : int64 array (n)

@@ -69,6 +69,32 @@ def regress(
 
 
 @kernel
+def _decay(v: Any) -> Any:
+    """exp(−128 v), for v up to 85 / 128: a polynomial for exp(−v), squared seven times."""
+    one, half = np.float32(1), np.float32(0.5)
+    w = np.float32(1 / 120) - v * (np.float32(1 / 720) - v * np.float32(1 / 5040))
+    w = np.float32(1 / 6) - v * (np.float32(1 / 24) - v * w)
+    w = one - v * (one - v * (half - v * w))
+    w *= w
+    w *= w
+    w *= w
+    w *= w
+    w *= w
+    w *= w
+    w *= w
+    return w
+
+
+@kernel
+def _total(sums: Any, begin: int) -> Any:
+    """Sum of `LANES` numbers, four at a time."""
+    total = np.float32(0)
+    for lane in range(begin, begin + LANES, 4):
+        total += (sums[lane] + sums[lane + 1]) + (sums[lane + 2] + sums[lane + 3])
+    return total
+
+
+@kernel
 def _regress(
     points: NDArray[np.float32],
     position: NDArray[np.float32],
@@ -80,29 +106,31 @@ def _regress(
     """Fill `out` as `regress` says; `position` (3, m) is sorted along x.
 
     All in float32 and without branches, `LANES` matches at a time, each lane with sums of its
-    own: their number is rounded up by matches that weigh nothing.
+    own: their number is rounded up by matches that weigh nothing. Few arrays in each loop, and
+    all sums in one, or the loops would not become vectors.
     """
     reach = np.float32(REACH) * sigma_x
     limit = reach * reach
-    # exp(−u) as exp(−u / 128)¹²⁸, with a polynomial for the inner one.
     in_space = np.float32(0.5 / 128) / (sigma_x * sigma_x)
     in_translation = np.float32(0.5 / 128) / (sigma_t * sigma_t)
     farthest = np.float32(_FARTHEST / 128)
-    one, half, nothing = np.float32(1), np.float32(0.5), np.float32(0)
-    c3, c4, c5 = np.float32(1 / 6), np.float32(1 / 24), np.float32(1 / 120)
-    c6, c7 = np.float32(1 / 720), np.float32(1 / 5040)
+    nothing = np.float32(0)
     m = position.shape[1]
-    near = np.empty((5, m + LANES), np.float32)
-    aside, along, tz, ty, tx = near[0], near[1], near[2], near[3], near[4]
-    weight = np.empty(m + LANES, np.float32)
-    sums = np.empty((4, LANES), np.float32)
-    total, sz, sy, sx = sums[0], sums[1], sums[2], sums[3]
-    n = 0
+    layer = np.empty(m, np.int64)
+    near = np.empty((6, m + LANES), np.float32)
+    aside, along, tz, ty, tx, weight = near[0], near[1], near[2], near[3], near[4], near[5]
+    sums = np.empty(4 * LANES, np.float32)
+    n = in_layer = 0
     for i in range(points.shape[0]):
         z, y, x = points[i, 0], points[i, 1], points[i, 2]
+        if i == 0 or z != points[i - 1, 0]:
+            in_layer = 0
+            for j in range(m):
+                layer[in_layer] = j
+                in_layer += abs(position[0, j] - z) < reach
         if i == 0 or z != points[i - 1, 0] or y != points[i - 1, 1]:
             n = 0
-            for j in range(m):
+            for j in layer[:in_layer]:
                 dz = position[0, j] - z
                 dy = position[1, j] - y
                 squared = dz * dz + dy * dy
@@ -117,44 +145,37 @@ def _regress(
             aside[n : n + LANES] = limit
         first = np.searchsorted(along[:n], x - reach)
         blocks = (np.searchsorted(along[:n], x + reach) - first + LANES - 1) // LANES
+        for b in range(blocks):
+            begin = np.uint64(first + b * LANES)
+            for lane in range(np.uint64(LANES)):
+                dx = along[begin + lane] - x
+                squared = aside[begin + lane] + dx * dx
+                w = _decay(min(squared * in_space, farthest))
+                weight[begin + lane] = w if squared < limit else nothing
         uz = uy = ux = support = nothing
-        for k in range(ROUNDS + 1):
+        # Wider than any disagreement at first: the plain mean.
+        disagreement = nothing
+        for _ in range(ROUNDS + 1):
             sums[:] = nothing
             for b in range(blocks):
-                for lane in range(LANES):
-                    at = np.uint64(first + b * LANES + lane)
-                    if k == 0:
-                        dx = along[at] - x
-                        squared = aside[at] + dx * dx
-                        v = squared * in_space
-                    else:
-                        dz = tz[at] - uz
-                        dy = ty[at] - uy
-                        dx = tx[at] - ux
-                        squared = nothing
-                        v = (dz * dz + dy * dy + dx * dx) * in_translation
-                    w = c4 - v * (c5 - v * (c6 - v * c7))
-                    w = one - v * (one - v * (half - v * (c3 - v * w)))
-                    w *= w
-                    w *= w
-                    w *= w
-                    w *= w
-                    w *= w
-                    w *= w
-                    w *= w
-                    w = w if v < farthest and squared < limit else nothing
-                    if k == 0:
-                        weight[at] = w
-                    else:
-                        w *= weight[at]
-                    total[lane] += w
-                    sz[lane] += w * tz[at]
-                    sy[lane] += w * ty[at]
-                    sx[lane] += w * tx[at]
-            support = total.sum()
+                begin = np.uint64(first + b * LANES)
+                for lane in range(np.uint64(LANES)):
+                    az, ay, ax = tz[begin + lane], ty[begin + lane], tx[begin + lane]
+                    dz, dy, dx = az - uz, ay - uy, ax - ux
+                    v = (dz * dz + dy * dy + dx * dx) * disagreement
+                    w = _decay(min(v, farthest))
+                    w = weight[begin + lane] * (w if v < farthest else nothing)
+                    sums[lane] += w
+                    sums[LANES + lane] += w * az
+                    sums[2 * LANES + lane] += w * ay
+                    sums[3 * LANES + lane] += w * ax
+            support = _total(sums, 0)
             if support < UNSUPPORTED:
                 break
-            uz, uy, ux = sz.sum() / support, sy.sum() / support, sx.sum() / support
+            uz = _total(sums, LANES) / support
+            uy = _total(sums, 2 * LANES) / support
+            ux = _total(sums, 3 * LANES) / support
+            disagreement = in_translation
         if support < UNSUPPORTED:
             continue
         out[i, 0] = uz

@@ -28,7 +28,7 @@ from kpt_dask.boxes import (
     slices,
     volume_of,
 )
-from kpt_dask.cells import Cells, gather, plan_cells, positions, spread
+from kpt_dask.cells import Cells, gather, plan_cells, positions, spread, width_of
 from kpt_dask.fields import Widths
 from kpt_dask.grid import Grid
 from kpt_dask.jit import kernel
@@ -49,10 +49,8 @@ from kpt_dask.warps import (
     step_of,
 )
 
-PIECES = 2
+PIECES = 1
 """Blocks for each thread, so that the threads end at about the same time."""
-AT_ONCE = 4
-"""Atlases that visit a cell one after another, while its votes are in the cache."""
 BEND = 50
 """Planes of an atlas that a block reads, beyond as many as it has itself, about."""
 NOWHERE = np.float32(1e9)
@@ -133,7 +131,7 @@ def transfer(
     def size(box: Box) -> float:
         """Bytes that a block takes; its time goes with them."""
         here = [volume_of(overlap(in_voxels(d, step), box)) for d in domains if d is not None]
-        planes = AT_ONCE * per_plane * (shape_of(box)[0] + BEND)
+        planes = per_plane * (shape_of(box)[0] + BEND)
         return 4.0 * (2 * min(volume_of(box), sum(here)) + 2 * sum(here) + planes)
 
     with cluster.session(client) as session:
@@ -186,27 +184,32 @@ def transfer_block(
     cells = plan_cells(domains, group_of, box_of(region), step)
     whole = in_grid(cells.box, grid, step)
     scan = direct.read(image, slices(whole)).astype(np.float32, copy=False)
-    here = np.full((len(cells.index), step**3), NOWHERE, np.float32)
+    here = np.full((len(cells.index), width_of(step)), NOWHERE, np.float32)
     gather(scan, _begin(whole), cells.index, step, here)
-    votes = np.zeros((cells.organ.size, step**3), np.float32)
-    totals = np.zeros((cells.group.size, step**3), np.float32)
+    votes = np.zeros((cells.organ.size, width_of(step)), np.float32)
+    totals = np.zeros((cells.group.size, width_of(step)), np.float32)
     values = np.array(organs.values, np.uint16)[cells.organ]
     scale = np.array([1 / (64 * nu * nu) for nu in group_nus], np.float32)[cells.group]
     nodes, corners = cells.nodes()
     room = Room()
-    for first in range(0, len(atlases), AT_ONCE):
-        some = atlases[first : first + AT_ONCE]
-        fields = [fit(*one, grid, nodes, widths) for one in some]
-        accumulate(
-            (cells.index, corners, cells.groups, cells.organs, cells.organ),
-            (values, scale, says[first : first + AT_ONCE]),
-            positions(step),
-            here,
-            np.stack(fields),
-            *_read(some, [_source(field, nodes, corners, step) for field in fields], room),
-            votes,
-            totals,
-        )
+    for one, annotated in zip(atlases, says, strict=True):
+        field = fit(*one, grid, nodes, widths)
+        planes = _planes(one[0], field, nodes, corners, step)
+        if planes is not None:
+            own = room.of(room_for(one[0], planes[1] - planes[0]))
+            packed, held = read_planes(one[0], *planes, own)
+            accumulate(
+                (cells.index, corners, cells.groups, cells.organs),
+                (values, scale, annotated[cells.organ]),
+                step,
+                positions(step),
+                here,
+                field,
+                packed,
+                np.array(held),
+                votes,
+                totals,
+            )
     shares = _shares(cells, votes, totals, whole, region, domains, step)
     return finish_block(probability, shares, organs, smallest, region, (whole, scan))
 
@@ -224,49 +227,21 @@ def _groups(says: NDArray[np.bool_], nus: Sequence[float]) -> tuple[list[int], l
     return [known.index(kind) for kind in kinds], [nu for nu, _ in known]
 
 
-def _source(
-    field: NDArray[np.float32], nodes: NDArray[np.int64], corners: NDArray[np.int64], step: int
+def _planes(
+    atlas: Atlas,
+    field: NDArray[np.float32],
+    nodes: NDArray[np.int64],
+    corners: NDArray[np.int64],
+    step: int,
 ) -> tuple[int, int] | None:
-    """Planes of an atlas that a field can bring to the cells, if any."""
+    """Planes of an atlas, of those it holds, that its field can bring to the cells, if any."""
     reached = corners[(field[corners, 3] > 0).any(axis=1)]
     if not reached.size:
         return None
     z = (nodes[:, 0] * step + field[:, 0])[reached]
-    return int(np.floor(z.min())) - 1, int(np.ceil(z.max())) + 2
-
-
-def _read(
-    atlases: Sequence[tuple[Atlas, Matched]],
-    sources: Sequence[tuple[int, int] | None],
-    room: Room,
-) -> tuple[NDArray[np.int32], NDArray[np.int64], NDArray[np.int64]]:
-    """Read planes of some atlases, one after another, into one array.
-
-    Returns
-    -------
-    packed : int32 array (n)
-    offsets : int64 array (atlas)
-        Where in it each atlas begins.
-    held : int64 array (atlas, 2, 3)
-        First voxel of each, and the one past its last; empty if it has no say.
-    """
-    needed = []
-    for (atlas, _), source in zip(atlases, sources, strict=True):
-        first, stop = source or (0, 0)
-        begin, end = surroundings_of(atlas)[0]
-        needed.append((max(first, begin), min(stop, end)))
-    sizes = [
-        room_for(atlas, stop - first) if first < stop else 0
-        for (atlas, _), (first, stop) in zip(atlases, needed, strict=True)
-    ]
-    offsets = np.append(0, np.cumsum(sizes))
-    packed = room.of(max(int(offsets[-1]), 1))
-    held = np.zeros((len(atlases), 2, 3), np.int64)
-    for i, ((atlas, _), planes) in enumerate(zip(atlases, needed, strict=True)):
-        if sizes[i]:
-            _, box = read_planes(atlas, *planes, packed[offsets[i] : offsets[i + 1]])
-            held[i] = np.array(box).T
-    return packed, offsets[:-1], held
+    begin, end = surroundings_of(atlas)[0]
+    first, stop = max(int(np.floor(z.min())) - 1, begin), min(int(np.ceil(z.max())) + 2, end)
+    return (first, stop) if first < stop else None
 
 
 def _shares(
@@ -302,38 +277,42 @@ def _begin(box: Box) -> NDArray[np.int64]:
 def accumulate(
     cells: Any,
     organs: Any,
+    step: Any,
     where: Any,
     scan: Any,
     nodes: Any,
     packed: Any,
-    offsets: Any,
     held: Any,
     votes: Any,
     totals: Any,
 ) -> None:
-    """Add the votes of some atlases in all cells, and all their votes.
+    """Add the votes of an atlas in all cells, and all its votes.
 
     Parameters
     ----------
     cells : tuple of int64 arrays
         Lattice indices (cell, 3), nodes of each cell (cell, 8), and where its groups and their
-        organs begin and which they are: see `kpt_dask.cells.Cells`.
+        organs begin: see `kpt_dask.cells.Cells`.
     organs : tuple of ndarray
-        Label of each organ (slot), 1 / 64ν² of each group (group), and which atlas annotates
-        which organ of the table (atlas, organ).
+        Label of each organ (slot), 1 / 64ν² of each group (group), and whether the atlas
+        annotates each organ (slot).
+    step : int
+        Voxels along the edge of a cell.
     where : float32 array (10, n)
         From `kpt_dask.cells.positions`.
     scan : float32 array (cell, n)
         HU.
-    nodes : float32 array (atlas, node, 4)
+    nodes : float32 array (node, 4)
         From `kpt_dask.warps.fit`.
-    packed, offsets, held : ndarray
-        Voxels of the atlases, as `_read` gives them; outside of these an atlas has no say.
+    packed : int32 array (z, y, x)
+        From `kpt_dask.surroundings.read_planes`.
+    held : int64 array (3, 2)
+        The voxels of the atlas that it begins with; outside of these it has no say.
     votes, totals : float32 arrays (slot, n), (group, n)
         Changed.
     """
-    index, corners, groups, slots, organ = cells
-    values, scales, says = organs
+    index, corners, groups, slots = cells
+    values, scales, annotated = organs
     n = scan.shape[1]
     at = np.empty(n, np.uint32)
     support = np.empty(n, np.float32)
@@ -341,89 +320,84 @@ def accumulate(
     label = np.empty(n, np.uint16)
     weight = np.empty(n, np.float32)
     c = np.empty((4, 8), np.float32)
-    step = index.dtype.type(round(n ** (1 / 3)))
     one, half, nothing = np.float32(1), np.float32(0.5), np.float32(0)
     c3, c4, c5 = np.float32(1 / 6), np.float32(1 / 24), np.float32(1 / 120)
     vanishing = np.float32(VANISHING * VANISHING / 64)
+    oz, oy, ox = held[0, 0], held[1, 0], held[2, 0]
+    height, width = packed.shape[1], packed.shape[2]
+    bz, by, bx = np.float32(oz), np.float32(oy), np.float32(ox)
+    ez, ey, ex = np.float32(held[0, 1]), np.float32(held[1, 1]), np.float32(held[2, 1])
+    voxels = packed.ravel()
     for cell in range(index.shape[0]):
         z0 = np.float32(index[cell, 0] * step) + half
         y0 = np.float32(index[cell, 1] * step) + half
         x0 = np.float32(index[cell, 2] * step) + half
-        for atlas in range(nodes.shape[0]):
-            # The trilinear field as a polynomial: no branches, and few numbers for a cell.
-            supported = nothing
-            for d in range(4):
-                v0 = nodes[atlas, corners[cell, 0], d]
-                v1 = nodes[atlas, corners[cell, 1], d]
-                v2 = nodes[atlas, corners[cell, 2], d]
-                v3 = nodes[atlas, corners[cell, 3], d]
-                v4 = nodes[atlas, corners[cell, 4], d]
-                v5 = nodes[atlas, corners[cell, 5], d]
-                v6 = nodes[atlas, corners[cell, 6], d]
-                v7 = nodes[atlas, corners[cell, 7], d]
-                c[d, 0] = v0
-                c[d, 1] = v1 - v0
-                c[d, 2] = v2 - v0
-                c[d, 3] = v4 - v0
-                c[d, 4] = v3 - v2 - v1 + v0
-                c[d, 5] = v5 - v4 - v1 + v0
-                c[d, 6] = v6 - v4 - v2 + v0
-                c[d, 7] = v7 - v6 - v5 - v3 + v4 + v2 + v1 - v0
-                supported = max(max(max(v0, v1), max(v2, v3)), max(max(v4, v5), max(v6, v7)))
-            if supported == nothing:
+        # The trilinear field as a polynomial: no branches, and few numbers for a cell.
+        supported = nothing
+        for d in range(4):
+            v0 = nodes[corners[cell, 0], d]
+            v1 = nodes[corners[cell, 1], d]
+            v2 = nodes[corners[cell, 2], d]
+            v3 = nodes[corners[cell, 3], d]
+            v4 = nodes[corners[cell, 4], d]
+            v5 = nodes[corners[cell, 5], d]
+            v6 = nodes[corners[cell, 6], d]
+            v7 = nodes[corners[cell, 7], d]
+            c[d, 0] = v0
+            c[d, 1] = v1 - v0
+            c[d, 2] = v2 - v0
+            c[d, 3] = v4 - v0
+            c[d, 4] = v3 - v2 - v1 + v0
+            c[d, 5] = v5 - v4 - v1 + v0
+            c[d, 6] = v6 - v4 - v2 + v0
+            c[d, 7] = v7 - v6 - v5 - v3 + v4 + v2 + v1 - v0
+            supported = max(max(max(v0, v1), max(v2, v3)), max(max(v4, v5), max(v6, v7)))
+        if supported == nothing:
+            continue
+        a0, a1, a2, a3 = c[0, 0], c[0, 1], c[0, 2], c[0, 3]
+        a4, a5, a6, a7 = c[0, 4], c[0, 5], c[0, 6], c[0, 7]
+        b0, b1, b2, b3 = c[1, 0], c[1, 1], c[1, 2], c[1, 3]
+        b4, b5, b6, b7 = c[1, 4], c[1, 5], c[1, 6], c[1, 7]
+        d0, d1, d2, d3 = c[2, 0], c[2, 1], c[2, 2], c[2, 3]
+        d4, d5, d6, d7 = c[2, 4], c[2, 5], c[2, 6], c[2, 7]
+        e0, e1, e2, e3 = c[3, 0], c[3, 1], c[3, 2], c[3, 3]
+        e4, e5, e6, e7 = c[3, 4], c[3, 5], c[3, 6], c[3, 7]
+        for q in range(n):
+            x, y, z, yx = where[3, q], where[4, q], where[5, q], where[6, q]
+            zx, zy, zyx = where[7, q], where[8, q], where[9, q]
+            u = a0 + x * a1 + y * a2 + z * a3 + yx * a4 + zx * a5 + zy * a6 + zyx * a7
+            v = b0 + x * b1 + y * b2 + z * b3 + yx * b4 + zx * b5 + zy * b6 + zyx * b7
+            w = d0 + x * d1 + y * d2 + z * d3 + yx * d4 + zx * d5 + zy * d6 + zyx * d7
+            s = e0 + x * e1 + y * e2 + z * e3 + yx * e4 + zx * e5 + zy * e6 + zyx * e7
+            tz = z0 + where[0, q] + u
+            ty = y0 + where[1, q] + v
+            tx = x0 + where[2, q] + w
+            inside = (tz >= bz) & (tz < ez) & (ty >= by) & (ty < ey) & (tx >= bx) & (tx < ex)
+            k, j, i = np.int32(tz) - oz, np.int32(ty) - oy, np.int32(tx) - ox
+            at[q] = np.uint32((k * height + j) * width + i if inside else 0)
+            support[q] = max(s, nothing) if inside else nothing
+        for q in range(n):
+            value = voxels[at[q]]
+            hu[q] = np.float32(value >> 16)
+            label[q] = np.uint16(value)
+        for g in range(groups[cell], groups[cell + 1]):
+            if not annotated[slots[g]]:
                 continue
-            oz, oy, ox = held[atlas, 0, 0], held[atlas, 0, 1], held[atlas, 0, 2]
-            height = held[atlas, 1, 1] - oy
-            width = held[atlas, 1, 2] - ox
-            bz, by, bx = np.float32(oz), np.float32(oy), np.float32(ox)
-            ez = np.float32(held[atlas, 1, 0])
-            ey = np.float32(held[atlas, 1, 1])
-            ex = np.float32(held[atlas, 1, 2])
-            a0, a1, a2, a3 = c[0, 0], c[0, 1], c[0, 2], c[0, 3]
-            a4, a5, a6, a7 = c[0, 4], c[0, 5], c[0, 6], c[0, 7]
-            b0, b1, b2, b3 = c[1, 0], c[1, 1], c[1, 2], c[1, 3]
-            b4, b5, b6, b7 = c[1, 4], c[1, 5], c[1, 6], c[1, 7]
-            d0, d1, d2, d3 = c[2, 0], c[2, 1], c[2, 2], c[2, 3]
-            d4, d5, d6, d7 = c[2, 4], c[2, 5], c[2, 6], c[2, 7]
-            e0, e1, e2, e3 = c[3, 0], c[3, 1], c[3, 2], c[3, 3]
-            e4, e5, e6, e7 = c[3, 4], c[3, 5], c[3, 6], c[3, 7]
+            scale = scales[g]
             for q in range(n):
-                x, y, z, yx = where[3, q], where[4, q], where[5, q], where[6, q]
-                zx, zy, zyx = where[7, q], where[8, q], where[9, q]
-                u = a0 + x * a1 + y * a2 + z * a3 + yx * a4 + zx * a5 + zy * a6 + zyx * a7
-                v = b0 + x * b1 + y * b2 + z * b3 + yx * b4 + zx * b5 + zy * b6 + zyx * b7
-                w = d0 + x * d1 + y * d2 + z * d3 + yx * d4 + zx * d5 + zy * d6 + zyx * d7
-                s = e0 + x * e1 + y * e2 + z * e3 + yx * e4 + zx * e5 + zy * e6 + zyx * e7
-                tz = z0 + where[0, q] + u
-                ty = y0 + where[1, q] + v
-                tx = x0 + where[2, q] + w
-                inside = (tz >= bz) & (tz < ez) & (ty >= by) & (ty < ey) & (tx >= bx) & (tx < ex)
-                k, j, i = np.int32(tz) - oz, np.int32(ty) - oy, np.int32(tx) - ox
-                at[q] = np.uint32((k * height + j) * width + i if inside else 0)
-                support[q] = max(s, nothing) if inside else nothing
-            begin = np.uint64(offsets[atlas])
-            for q in range(n):
-                value = packed[begin + at[q]]
-                hu[q] = np.float32(value >> 16)
-                label[q] = np.uint16(value)
-            for g in range(groups[cell], groups[cell + 1]):
-                if not says[atlas, organ[slots[g]]]:
-                    continue
-                scale = scales[g]
+                d = scan[cell, q] - hu[q]
+                v = min(d * d * scale, vanishing)
+                # exp(−u) as exp(−u / 32)³²: plain arithmetic on many voxels at a time.
+                p = one - v * (one - v * (half - v * (c3 - v * (c4 - v * c5))))
+                p *= p
+                p *= p
+                p *= p
+                p *= p
+                p *= p
+                w = support[q] * (p if v < vanishing else nothing)
+                weight[q] = w
+                totals[g, q] += w
+            for o in range(slots[g], slots[g + 1]):
+                own = values[o]
                 for q in range(n):
-                    d = scan[cell, q] - hu[q]
-                    v = min(d * d * scale, vanishing)
-                    # exp(−u) as exp(−u / 32)³²: plain arithmetic on many voxels at a time.
-                    p = one - v * (one - v * (half - v * (c3 - v * (c4 - v * c5))))
-                    p *= p
-                    p *= p
-                    p *= p
-                    p *= p
-                    p *= p
-                    w = support[q] * (p if v < vanishing else nothing)
-                    weight[q] = w
-                    totals[g, q] += w
-                for o in range(slots[g], slots[g + 1]):
-                    own = values[o]
-                    for q in range(n):
-                        votes[o, q] += weight[q] if label[q] == own else nothing
+                    votes[o, q] += weight[q] if label[q] == own else nothing
