@@ -27,6 +27,7 @@ from kpt_dask.boxes import (
     shape_of,
     slices,
     volume_of,
+    within,
 )
 from kpt_dask.cells import Cells, gather, plan_cells, positions, spread, width_of
 from kpt_dask.fields import Widths
@@ -43,6 +44,7 @@ from kpt_dask.warps import (
     by_atlas,
     domains_of,
     fit,
+    in_cells,
     in_grid,
     in_voxels,
     landing_boxes,
@@ -51,6 +53,8 @@ from kpt_dask.warps import (
 
 PIECES = 1
 """Blocks for each thread, so that the threads end at about the same time."""
+VISIT = 15
+"""How much longer a voxel of a cell takes than one that is only read, about."""
 BEND = 50
 """Planes of an atlas that a block reads, beyond as many as it has itself, about."""
 NOWHERE = np.float32(1e9)
@@ -127,30 +131,55 @@ def transfer(
     landed = [landing_boxes(*one, organs, grid, widths) for one in own]
     domains = domains_of(landed, step)
     per_plane = max((math.prod(shape_of(surroundings_of(a))[1:]) for a in atlases), default=0)
-
-    def size(box: Box) -> float:
-        """Bytes that a block takes; its time goes with them."""
-        here = [volume_of(overlap(in_voxels(d, step), box)) for d in domains if d is not None]
-        planes = per_plane * (shape_of(box)[0] + BEND)
-        return 4.0 * (2 * min(volume_of(box), sum(here)) + 2 * sum(here) + planes)
-
     with cluster.session(client) as session:
         threads = session.nthreads().values()
-        room = memory / max(threads)
+        pieces, room = PIECES * sum(threads), memory / max(threads)
         tasks = []
-        if (whole := enclosing([box for box in domains if box is not None])) is not None:
-            for piece in cut(
-                in_grid(whole, grid, step),
-                CHUNKS,
-                PIECES * sum(threads),
-                size,
-                lambda b: size(b) <= room,
-            ):
-                if any(overlap(in_voxels(domain, step), piece) for domain in domains if domain):
-                    region = aligned(piece, CHUNKS, grid.shape)
-                    how = grid, own, domains, organs, nus, widths, smallest
-                    tasks.append((volume.levels[0], *how, probability, region))
+        for block in plan_blocks(domains, grid, step, per_plane, pieces, room):
+            how = grid, own, domains, organs, nus, widths, smallest
+            tasks.append((volume.levels[0], *how, probability, aligned(block, CHUNKS, grid.shape)))
         return run_blocks(transfer_block, tasks, atlases, organs, session)
+
+
+def plan_blocks(
+    domains: Sequence[Box | None], grid: Grid, step: int, per_plane: int, pieces: int, room: float
+) -> list[Box]:
+    """Cut the scan where organs may be into blocks that take about as long as each other.
+
+    Parameters
+    ----------
+    domains
+        Of each organ, where it is looked for, in cells.
+    per_plane : int
+        Voxels of a plane of the largest atlas.
+    pieces : int
+        How many blocks there are to be at least.
+    room : float
+        Bytes that a block may take, if it can be cut.
+    """
+    known = [domain for domain in domains if domain is not None]
+    whole = enclosing(known)
+    if whole is None:
+        return []
+    covered = np.zeros(shape_of(whole), bool)
+    for domain in known:
+        covered[within(domain, whole)] = True
+
+    def cells(box: Box) -> int:
+        here = overlap(in_cells(box, step), whole)
+        return 0 if here is None else int(covered[within(here, whole)].sum())
+
+    def planes(box: Box) -> float:
+        return float(per_plane * (shape_of(box)[0] + BEND))
+
+    def time(box: Box) -> float:
+        return VISIT * cells(box) * step**3 + planes(box)
+
+    def fits(box: Box) -> bool:
+        votes = sum(volume_of(overlap(in_voxels(domain, step), box)) for domain in known)
+        return 4 * (2 * cells(box) * step**3 + 2 * votes + planes(box)) <= room
+
+    return [b for b in cut(in_grid(whole, grid, step), CHUNKS, pieces, time, fits) if cells(b)]
 
 
 def transfer_block(
