@@ -182,7 +182,7 @@ def stations(scan: Path, store_path: Path, out: Path) -> dict[str, dict[str, flo
             votes = vote(matches, keypoints.sizes["keypoint"], store.organs)
         with watched(figures, "transfer", base):
             probability = create_probability(group, volume.grid, store.organs)
-            parts = transfer(
+            parts, _ = transfer(
                 volume, store, used, keypoints, matches, votes, probability, client=client
             )
         with watched(figures, "write", base):

@@ -12,6 +12,8 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 import atlas_store
 from atlas_store import AtlasStore
@@ -197,3 +199,34 @@ def test_a_missing_or_additional_object_is_named(
     missing, additional = store.verify()
     assert missing.what.endswith("image/0 has 1 object(s) that are missing")
     assert additional.what.endswith("zarr.json has 1 object(s) that are not part of what was added")
+
+
+@given(data=st.data())
+@settings(
+    max_examples=30,
+    deadline=None,
+    suppress_health_check=[HealthCheck.function_scoped_fixture],
+)
+def test_any_changed_byte_is_detected(
+    store: AtlasStore, synthetic: SimpleNamespace, data: st.DataObject
+) -> None:
+    if "pt_1" not in store:
+        synthetic.add(store, "pt_1")
+    root = Path(store.url)
+    files = sorted(
+        p for p in root.rglob("*") if p.is_file() and p.parent not in (root, root / "atlases")
+    )
+    file = data.draw(st.sampled_from(files))
+    whole = file.read_bytes()
+    changed = bytearray(whole)
+    changed[data.draw(st.integers(0, len(whole) - 1))] ^= data.draw(st.integers(1, 255))
+    try:
+        file.write_bytes(changed)
+        problems = store.verify(repair=True)
+    finally:
+        file.write_bytes(whole)
+    assert {problem.atlas for problem in problems} == {"pt_1"}
+    if "image" in file.parts:
+        array = file.relative_to(root / store["pt_1"].path).as_posix().partition("/c/")[0]
+        assert any(array in problem.what for problem in problems)
+    assert store.verify() == []
