@@ -40,8 +40,10 @@ from kpt_dask.summing import LANES, accumulate, cut_out, sample
 from kpt_dask.surroundings import Room, read_planes, room_for, surroundings_of
 from kpt_dask.volume import Volume
 
-PIECES = 2
+PIECES = 1
 """Blocks for each thread, so that the threads end at about the same time."""
+READING = 6
+"""How much longer a voxel takes to be read and cut out than to be added once, about."""
 BEND = 50
 """Planes of an atlas that a block reads, beyond as many as it has itself, about."""
 
@@ -137,8 +139,9 @@ def transfer(
         threads = session.nthreads().values()
 
         def time(box: Box) -> float:
-            """Voxels to be added, and those to be read."""
-            return float(moves.voxels_in(box).sum()) + per_plane * shape_of(box)[0]
+            """Voxels to be added, and those to be read and cut out, which takes longer."""
+            planes = len(atlases) * per_plane * (shape_of(box)[0] + BEND)
+            return float(moves.voxels_in(box).sum()) + READING * planes
 
         def fits(box: Box) -> bool:
             """Whether shares, the scan, planes of one atlas and an organ cut out of them do."""
