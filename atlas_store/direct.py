@@ -5,6 +5,7 @@ millisecond each mostly wait for each other. Here a thread does its own. What is
 this project lays it out is left to Zarr; the bytes on disk are the same either way.
 """
 
+import json
 import os
 import struct
 import uuid
@@ -28,10 +29,15 @@ Region = tuple[slice, ...]
 """One slice with plain bounds per axis."""
 
 
-def describes(
+def misfit(
     document: Any, shape: tuple[int, ...], chunks: tuple[int, ...], dtype: np.dtype[Any]
-) -> bool:
-    """Whether a parsed ``zarr.json`` is that of such an array: little-endian, blosc, no shards."""
+) -> str | None:
+    """Say what of a parsed ``zarr.json`` is not that of such an array, or nothing if all is.
+
+    Little-endian, packed by blosc, without shards.
+    """
+    if not isinstance(document, dict):
+        return "no description"
     expected = {
         "zarr_format": 3,
         "node_type": "array",
@@ -40,13 +46,15 @@ def describes(
         "chunk_grid": {"name": "regular", "configuration": {"chunk_shape": list(chunks)}},
         "chunk_key_encoding": {"name": "default", "configuration": {"separator": "/"}},
     }
-    if not isinstance(document, dict) or any(document.get(k) != v for k, v in expected.items()):
-        return False
+    for field, value in expected.items():
+        if document.get(field) != value:
+            return f"{field} {document.get(field)!r}, not {value!r}"
     codecs = document.get("codecs")
-    if not isinstance(codecs, list) or not all(isinstance(codec, dict) for codec in codecs):
-        return False
-    endian = (codecs[0].get("configuration") or {}).get("endian") if codecs else None
-    return [c.get("name") for c in codecs] == ["bytes", "blosc"] and endian in (None, "little")
+    named = isinstance(codecs, list) and all(isinstance(codec, dict) for codec in codecs)
+    stages = [codec.get("name") for codec in codecs or []] if named else None
+    if stages != ["bytes", "blosc"] or '"big"' in json.dumps(codecs):
+        return f"the codecs {codecs!r}"
+    return None
 
 
 def unpack_into(chunk: bytes, out: NDArray[Any]) -> None:

@@ -7,7 +7,6 @@ checked afterwards.
 """
 
 import json
-import struct
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -15,10 +14,10 @@ from typing import Any
 import numpy as np
 import xarray as xr
 import zarr
-from numcodecs.blosc import decompress  # type: ignore[import-untyped]
 from numpy.typing import DTypeLike, NDArray
 from zarr.codecs import BloscCodec
 
+from atlas_store.direct import misfit, unpack_into
 from atlas_store.errors import KeypointsFormatError
 from atlas_store.objects import Objects
 
@@ -252,49 +251,23 @@ def _check_description(name: str, document: dict[str, Any], count: int, where: s
     """Refuse an array whose description differs from what `write_keypoints` writes."""
     variable = VARIABLES[name]
     shape = variable.shape(count)
-    expected = {
-        "zarr_format": 3,
-        "node_type": "array",
-        "shape": list(shape),
-        "data_type": variable.dtype.name,
-        "chunk_grid": {
-            "name": "regular",
-            "configuration": {"chunk_shape": [max(count, 1), *shape[1:]]},
-        },
-        "chunk_key_encoding": {"name": "default", "configuration": {"separator": "/"}},
-    }
-    for field, value in expected.items():
-        if document.get(field) != value:
-            raise _damaged(where, f"{name!r} has {field} {document.get(field)!r}, not {value!r}")
-    codecs = document.get("codecs")
-    stages = (
-        [codec.get("name") for codec in codecs if isinstance(codec, dict)]
-        if isinstance(codecs, list)
-        else None
-    )
-    if stages != ["bytes", "blosc"] or '"big"' in json.dumps(codecs):
-        raise _damaged(where, f"{name!r} has the codecs {codecs!r}")
+    what = misfit(document, shape, (max(count, 1), *shape[1:]), variable.dtype)
+    if what is not None:
+        raise _damaged(where, f"{name!r} has {what}")
 
 
 def _unpack(name: str, chunk: bytes | None, count: int, where: str) -> NDArray[Any]:
     variable = VARIABLES[name]
-    shape = variable.shape(count)
-    size = int(np.prod(shape)) * variable.dtype.itemsize
+    values = np.zeros(variable.shape(count), variable.dtype.newbyteorder("<"))
     if count == 0:
-        return np.zeros(shape, variable.dtype)
+        return values.astype(variable.dtype)
     if chunk is None:
         raise _damaged(where, f"the values of {name!r} are missing")
-    # Blosc's header says how much memory unpacking takes; believe it only if it is ours.
-    if len(chunk) < 16 or struct.unpack_from("<I", chunk, 4) + struct.unpack_from(
-        "<I", chunk, 12
-    ) != (size, len(chunk)):
-        raise _damaged(where, f"the values of {name!r} have another size")
     try:
-        data = decompress(chunk)
-    except (RuntimeError, ValueError) as error:
-        raise _damaged(where, f"the values of {name!r} cannot be unpacked") from error
-    values = np.frombuffer(data, variable.dtype.newbyteorder("<")).reshape(shape)
-    return values.astype(variable.dtype)
+        unpack_into(chunk, values)
+    except ValueError as error:
+        raise _damaged(where, f"the values of {name!r} have another size, {error}") from error
+    return values.astype(variable.dtype, copy=False)
 
 
 def _check_values(

@@ -99,14 +99,16 @@ def test_damaged_chunks_are_refused(tmp_path: Path) -> None:
             direct.read(array, (slice(0, 8),))
 
 
-def test_only_the_expected_layout_is_described(tmp_path: Path) -> None:
+def test_what_does_not_fit_is_named(tmp_path: Path) -> None:
     make(str(tmp_path / "a"), (6, 4), (2, 4), np.int32)
     document = json.loads((tmp_path / "a/zarr.json").read_bytes())
-    expected = (6, 4), (2, 4), np.dtype(np.int32)
-    assert direct.describes(document, *expected)
-    assert not direct.describes(document, (6, 5), *expected[1:])
-    assert not direct.describes(document, *expected[:2], np.dtype(np.int16))
-    for wrong in (None, [], {**document, "codecs": []}, {**document, "codecs": ["bytes", "blosc"]}):
-        assert not direct.describes(wrong, *expected)
+    whole: tuple[Any, ...] = (6, 4), (2, 4), np.dtype(np.int32)
+    assert direct.misfit(document, *whole) is None
+    assert "shape [6, 4]" in str(direct.misfit(document, (6, 5), *whole[1:]))
+    assert "data_type 'int32'" in str(direct.misfit(document, *whole[:2], np.dtype(np.int16)))
+    for wrong in (None, []):
+        assert direct.misfit(wrong, *whole) == "no description"
+    for codecs in ([], None, ["bytes", "blosc"], document["codecs"][::-1]):
+        assert "the codecs" in str(direct.misfit({**document, "codecs": codecs}, *whole))
     document["codecs"][0]["configuration"]["endian"] = "big"
-    assert not direct.describes(document, *expected)
+    assert "the codecs" in str(direct.misfit(document, *whole))
