@@ -220,7 +220,7 @@ def transfer_block(
     values = np.array(organs.values, np.uint16)[cells.organ]
     scale = np.array([1 / (64 * nu * nu) for nu in group_nus], np.float32)[cells.group]
     nodes, corners = cells.nodes()
-    room = Room()
+    where, room = positions(step), Room()
     for one, annotated in zip(atlases, says, strict=True):
         field = fit(*one, grid, nodes, widths)
         planes = _planes(one[0], field, nodes, corners, step)
@@ -231,7 +231,7 @@ def transfer_block(
                 (cells.index, corners, cells.groups, cells.organs),
                 (values, scale, annotated[cells.organ]),
                 step,
-                positions(step),
+                where,
                 here,
                 field,
                 packed,

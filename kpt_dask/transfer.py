@@ -115,8 +115,10 @@ def transfer(
 
     Returns
     -------
-    list of (region, labels)
-        The parts of the label map that hold anything, uint16 (z, y, x).
+    parts : list of (region, labels)
+        The parts of the label map that may hold anything, uint16 (z, y, x).
+    tally : Tally
+        What they count together.
     """
     atlases = store.atlases(atlas_ids)
     organs, grid = store.organs, volume.grid
