@@ -74,19 +74,25 @@ def unpack_into(chunk: bytes, out: NDArray[Any]) -> None:
         raise ValueError(f"a chunk cannot be unpacked: {error}") from error
 
 
-def read(array: "zarr.Array[Any]", region: Region) -> NDArray[Any]:
-    """Read a region, like ``array[region]``.
+def serves(array: "zarr.Array[Any]") -> bool:
+    """Whether the calling thread reads and writes such an array itself."""
+    return _folder(array) is not None
+
+
+def read(array: "zarr.Array[Any]", region: Region, out: NDArray[Any] | None = None) -> NDArray[Any]:
+    """Read a region, like ``array[region]``, into `out` if it is given.
 
     Raises
     ------
     ValueError
         If a chunk is damaged.
     """
+    if out is None:
+        out = np.empty([part.stop - part.start for part in region], array.dtype)
     folder = _folder(array)
     if folder is None:
-        return np.asarray(array[region])
-    shape = [part.stop - part.start for part in region]
-    out = np.empty(shape, array.dtype)
+        out[...] = array[region]
+        return out
     for key, inside, outside in _chunks(array, region):
         try:
             chunk = (folder / key).read_bytes()

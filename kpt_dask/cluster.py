@@ -12,10 +12,12 @@ import uuid
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import CancelledError, ThreadPoolExecutor
 from contextlib import contextmanager
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any, TypeVar
 
+import dask
 from dask.system import CPU_COUNT
 from distributed import (
     Client,
@@ -71,17 +73,30 @@ def session(client: Client | None = None, scheduler: str | None = None) -> Itera
         with _connect(scheduler) as connected:
             yield connected
     else:
-        # No memory limit: it would count the whole process and pause its only worker.
-        # A port of its own: the default one warns when another session has it.
-        with Client(
+        with local(CPU_COUNT) as own:
+            yield own
+
+
+@contextmanager
+def local(threads: int) -> Iterator[Client]:
+    """Make this process a worker of so many threads, and give its client."""
+    # No memory limit: it would count the whole process and pause its only worker. A port of
+    # its own: the default one warns when another session has it. All tasks in flight on the
+    # worker, or it would wait for each to come.
+    with (
+        dask.config.set({"distributed.scheduler.worker-saturation": IN_FLIGHT_PER_THREAD}),
+        Client(
             processes=False,
             n_workers=1,
-            threads_per_worker=CPU_COUNT,
+            threads_per_worker=threads,
             memory_limit=None,
             dashboard_address="127.0.0.1:0",
             silence_logs=logging.ERROR,
-        ) as local:
-            yield local
+        ) as client,
+    ):
+        # Else a stage waits 10 ms because the one before it has just let go of its results.
+        client.scheduler_comm.interval = 0.0
+        yield client
 
 
 def run(
@@ -127,11 +142,19 @@ def run(
     landed = as_completed(loop=client.loop, with_results=True)
 
     def submit() -> None:
-        for index, task in islice(waiting, max(limit.now() - len(flying), 0)):
-            # Without priorities, tasks submitted at about the same time begin in any order.
-            future = client.submit(
-                function, *task, key=f"{name}-{index}", pure=False, priority=-index
-            )
+        batch = list(islice(waiting, max(limit.now() - len(flying), 0)))
+        if not batch:
+            return
+        # At once: messages to the scheduler and from it to a worker wait for some milliseconds
+        # after the one before. Keys are padded because tasks of a batch begin in their order.
+        futures = client.map(
+            partial(_call, function),
+            [task for _, task in batch],
+            key=[f"{name}-{index:09}" for index, _ in batch],
+            pure=False,
+            priority=-batch[0][0],
+        )
+        for future, (index, _) in zip(futures, batch, strict=True):
             flying[future] = index
             landed.add(future)
 
@@ -184,6 +207,10 @@ def run_small(
     batches = [(function, tasks[a : a + size]) for a in range(0, len(tasks), size)]
     done = dict(run(client, _each, batches, description))
     return [result for i in range(len(batches)) for result in done[i]]
+
+
+def _call(function: Callable[..., T], task: tuple[Any, ...]) -> T:
+    return function(*task)
 
 
 def _each(function: Callable[..., T], tasks: Sequence[tuple[Any, ...]]) -> list[T]:

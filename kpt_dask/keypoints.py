@@ -19,10 +19,12 @@ import zarr
 from distributed import Client
 from numpy.typing import NDArray
 
+from atlas_store import direct
 from atlas_store.keypoints import first_frames as first_frames
 from kpt_dask import cluster, progress
 from kpt_dask.descriptors import ANISOTROPY, HALF_WIDTH, PATCH
 from kpt_dask.errors import ParameterError
+from kpt_dask.omezarr import CHUNKS
 from kpt_dask.scalespace import INPUT_SIGMA, LEVELS, SIGMA0, TRUNCATE, level_sigma
 from kpt_dask.sweep import Found, Sweep, halo, planes_held
 from kpt_dask.volume import Volume
@@ -45,10 +47,8 @@ CHOICES: dict[str, tuple[Any, ...]] = {
 }
 """Further parameters, and what each may be, the default first."""
 
-SLAB = 64
-"""Planes read at a time: one chunk's depth."""
 SLABS_AHEAD = 2
-"""Slabs read, or being read, while one is swept."""
+"""Slabs read, or being read, while one is swept, if others read them."""
 FEWEST_PLANES = 32
 """A core thinner than this would be mostly halo."""
 
@@ -87,17 +87,50 @@ class Octave:
         z, y, x = (2 * n - 1 if self.finer else n for n in self.level.shape)
         return z, y, x
 
-    def read(self, box: Box) -> NDArray[np.float32]:
-        """Read a box of the octave's voxels, C order."""
+    def slabs(
+        self, first: int, last: int, across: tuple[tuple[int, int], tuple[int, int]]
+    ) -> Iterator[NDArray[np.float32]]:
+        """Read planes, each chunk once: slabs in C order, each gone when the next one comes.
+
+        Parameters
+        ----------
+        first, last : int
+            First plane, and the one after the last.
+        across : ((y0, y1), (x0, x1))
+            What of each plane.
+        """
+        depth = self.level.chunks[0]
+        boxes = [(planes, *across) for planes in _slabs(first, last, depth)]
+        if direct.serves(self.level):
+            # In this thread: others would only compete with those that sweep.
+            room = np.empty((depth, *(stop - start for start, stop in across)), np.float32)
+            for box in boxes:
+                yield self._read(box, room)
+            return
+        with ThreadPoolExecutor(1) as reader:
+            ahead: deque[Future[NDArray[np.float32]]] = deque()
+            for box in boxes:
+                ahead.append(reader.submit(self._read, box))
+                if len(ahead) > SLABS_AHEAD:
+                    yield ahead.popleft().result()
+            while ahead:
+                yield ahead.popleft().result()
+
+    def _read(self, box: Box, room: NDArray[np.float32] | None = None) -> NDArray[np.float32]:
+        """Read a box of the octave's voxels, where there is room for them."""
         if not self.finer:
-            return np.ascontiguousarray(self.level[tuple(slice(*ends) for ends in box)], np.float32)
+            out = None if room is None else room[: box[0][1] - box[0][0]]
+            return direct.read(self.level, tuple(slice(*ends) for ends in box), out)
         source = tuple(slice(start // 2, stop // 2 + 1) for start, stop in box)
-        values = np.asarray(self.level[source], np.float32)
+        values = direct.read(self.level, source)
         for axis, (start, stop) in enumerate(box):
             values = _halfway(values, axis)
             kept = slice(start % 2, start % 2 + stop - start)
             values = values[tuple(kept if a == axis else slice(None) for a in range(3))]
         return np.ascontiguousarray(values)
+
+
+Part = tuple[Octave, Block]
 
 
 def _halfway(values: NDArray[np.float32], axis: int) -> NDArray[np.float32]:
@@ -207,7 +240,7 @@ def core_width(
     ParameterError
         If not even a small core fits.
     """
-    voxels = memory / threads / 4 / (planes_held() + (SLABS_AHEAD + 2) * SLAB)
+    voxels = memory / threads / 4 / (planes_held() + (SLABS_AHEAD + 2) * CHUNKS[0])
     height, width = shape[1:]
     while (min(height + 2 * margin, shape[1])) * (min(width + 2 * margin, shape[2])) > voxels:
         if max(height, width) <= margin // 2:
@@ -275,15 +308,23 @@ def extract(
             _prepare()
         workers = session.nthreads().values()
         threads, per_process = sum(workers), max(workers)
-        tasks = []
         lengths = slab_lengths([octave.shape for octave in octaves], threads)
+        cuts: list[list[Part]] = []
         for octave, length in zip(octaves, lengths, strict=True):
             shape, margin = octave.shape, halo(octave.first, octave.finer)
             core = length, *core_width(shape, per_process, memory, margin)
-            tasks += [(octave, block, invariant) for block in plan_blocks(shape, core, margin)]
+            cuts.append([(octave, block) for block in plan_blocks(shape, core, margin)])
+        # The last octaves are small: those that are whole are one task.
+        whole = [len(cut) == 1 for cut in cuts]
+        rest = next(o for o in range(1, len(cuts) + 1) if all(whole[o:]))
+        together = [[part] for cut in cuts[:rest] for part in cut]
+        if rest < len(cuts):
+            together.append([part for cut in cuts[rest:] for part in cut])
+        tasks = [(parts, invariant) for parts in together]
         found: list[list[Found]] = [[] for _ in octaves]
-        for index, part in cluster.run(session, extract_block, tasks, "Extracting keypoints"):
-            found[octaves.index(tasks[index][0])].append(part)
+        for index, results in cluster.run(session, extract_blocks, tasks, "Extracting keypoints"):
+            for (octave, _), result in zip(together[index], results, strict=True):
+                found[octaves.index(octave)].append(result)
     return _dataset(volume, [Found.join(parts) for parts in found], finer)
 
 
@@ -296,6 +337,11 @@ def _prepare() -> None:
         sweep = Sweep(((0, 4), (0, 4), (0, 4)), (4, 4), 4, first_octave=True)
         sweep.feed(np.zeros((4, 4, 4), np.float32))
         sweep.finish()
+
+
+def extract_blocks(parts: Sequence[Part], invariant: bool) -> list[Found]:
+    """Find the keypoints of several blocks, each in its octave, as `extract_block` does."""
+    return [extract_block(*part, invariant) for part in parts]
 
 
 def extract_block(octave: Octave, block: Block, invariant: bool = False) -> Found:
@@ -311,25 +357,17 @@ def extract_block(octave: Octave, block: Block, invariant: bool = False) -> Foun
         finer=octave.finer,
         invariant=invariant,
     )
-    # Reading wakes several threads one after the other, and each may have to wait for a core
-    # that sweeps: so slabs are asked for well before they are needed.
-    with ThreadPoolExecutor(1) as reader:
-        ahead: deque[Future[NDArray[np.float32]]] = deque()
-        for planes in _slabs(sweep.first_plane, sweep.last_plane):
-            ahead.append(reader.submit(octave.read, (planes, *block.read[1:])))
-            if len(ahead) > SLABS_AHEAD:
-                sweep.feed(ahead.popleft().result())
-        while ahead:
-            sweep.feed(ahead.popleft().result())
+    for slab in octave.slabs(sweep.first_plane, sweep.last_plane, block.read[1:]):
+        sweep.feed(slab)
     found = sweep.finish()
     found.index[:, 1:] += (y0, x0)
     return found
 
 
-def _slabs(first: int, last: int) -> Iterator[tuple[int, int]]:
+def _slabs(first: int, last: int, depth: int) -> Iterator[tuple[int, int]]:
     """Cut planes where chunks end, so that each chunk is read once."""
     while first < last:
-        stop = min((first // SLAB + 1) * SLAB, last)
+        stop = min((first // depth + 1) * depth, last)
         yield first, stop
         first = stop
 

@@ -18,7 +18,7 @@ from kpt_dask.grid import Grid
 
 Region = tuple[slice, ...]
 
-CHUNKS = (64, 128, 128)
+CHUNKS = (32, 128, 128)
 """Chunk shape of image and label levels (z, y, x)."""
 
 COMPRESSOR = BloscCodec(cname="lz4", shuffle="shuffle")

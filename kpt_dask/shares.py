@@ -19,7 +19,7 @@ from kpt_dask.jit import kernel
 from kpt_dask.measures import Tally, count
 from kpt_dask.omezarr import COMPRESSOR, Region, write_region
 
-CHUNKS = (64, 64, 64)
+CHUNKS = (32, 64, 64)
 """Of one organ's probabilities; chunks without the organ are not stored."""
 
 VANISHING = 6.0

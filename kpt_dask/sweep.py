@@ -146,10 +146,13 @@ class Sweep:
             blur = 2 * radii[i + 1] + 1 if i + 1 < len(radii) else 1
             reach = REACH if 1 <= i <= LEVELS else 0
             sizes.append(max(blur, int(lag[i]) + reach + 3) + BATCH)
-        self._rings = tuple(np.empty((m, *plane_shape), np.float32) for m in sizes)
-        # The last vector of the last row reaches beyond it.
         dogs = LEVELS + 2, 3, *plane_shape
-        self._dogs = np.empty(math.prod(dogs) + LANES, np.float32)[:-LANES].reshape(dogs)
+        # All in one piece, which the system then gives in large pages. The last vector of the
+        # last row of differences reaches beyond it.
+        ends = np.cumsum([*sizes, math.prod(dogs[:2])]) * math.prod(plane_shape)
+        *rings, differences = np.split(np.empty(ends[-1] + LANES, np.float32), ends)[:-1]
+        self._rings = tuple(ring.reshape(-1, *plane_shape) for ring in rings)
+        self._dogs = differences.reshape(dogs)
         self._found: list[Found] = []
         self._room = Found.room_for(1024)
 

@@ -22,11 +22,11 @@ from typing import Any
 
 import numpy as np
 import xarray as xr
-from distributed import Client
 from scipy import ndimage
 
+from kpt_dask import cluster
 from kpt_dask.descriptors import BINS, PATCH, STEP, describe, sample_patch
-from kpt_dask.keypoints import SLAB, extract
+from kpt_dask.keypoints import Octave, extract
 from kpt_dask.omezarr import CHUNKS
 from kpt_dask.phantom import phantom_grid, phantom_slab
 from kpt_dask.pyramid import fill_pyramid
@@ -148,19 +148,9 @@ def make_volume(path: Path, shape: Shape) -> Volume:
         image, _ = phantom_slab(1, shape, 2.0, z, stop)
         region = (slice(z, stop), slice(0, shape[1]), slice(0, shape[2]))
         write_region(volume.levels[0], region, image.astype(np.float32))
-    with workers(os.cpu_count() or 1) as client:
+    with cluster.local(os.cpu_count() or 1) as client:
         fill_pyramid(volume.levels, client=client)
     return open_volume(path)
-
-
-def workers(threads: int) -> Client:
-    return Client(
-        processes=False,
-        n_workers=1,
-        threads_per_worker=threads,
-        memory_limit=None,
-        dashboard_address="127.0.0.1:0",
-    )
 
 
 def timed(function: Callable[[], Any], repeats: int) -> Times:
@@ -189,7 +179,7 @@ def measure(volumes: dict[str, Volume], folder: Path, repeats: int) -> dict[str,
     cores = sorted(os.sched_getaffinity(0))[:2]
     one, two = Server(cores[:1]), Server(cores)
     runs: dict[str, list[tuple[float, float]]] = {"1": [], "2": [], "W": []}
-    with workers(1) as client:
+    with cluster.local(1) as client:
         keypoints = extract(c, client=client)
         free: Times = []
         for server in (one, two):
@@ -324,9 +314,10 @@ def scipy_dog(level: np.ndarray) -> int:
 
 
 def read(volume: Volume) -> None:
-    for level in volume.levels:
-        for z in range(0, level.shape[0], SLAB):
-            np.asarray(level[z : z + SLAB])
+    for o, level in enumerate(volume.levels):
+        z, y, x = level.shape
+        for _ in Octave(level, o == 0, False).slabs(0, z, ((0, y), (0, x))):
+            pass
 
 
 def blur_all(pyramid: list[np.ndarray]) -> None:
@@ -362,8 +353,8 @@ def sweep_all(pyramid: list[np.ndarray]) -> None:
     for octave, level in enumerate(pyramid):
         z, y, x = level.shape
         sweep = Sweep(((0, z), (0, y), (0, x)), (y, x), z, octave == 0)
-        for first in range(0, z, SLAB):
-            sweep.feed(level[first : first + SLAB])
+        for first in range(0, z, CHUNKS[0]):
+            sweep.feed(level[first : first + CHUNKS[0]])
         sweep.finish()
 
 

@@ -20,11 +20,11 @@ from typing import Any
 import numpy as np
 import xarray as xr
 import zarr
-from benchmark_extraction import C, Shape, timed, workers
+from benchmark_extraction import C, Shape, timed
 from distributed import Client
 
 from atlas_store import AtlasKeypoints, AtlasStore, load_organs
-from kpt_dask import demo, local
+from kpt_dask import cluster, demo, local
 from kpt_dask.atlases import add_atlas, store_parameters
 from kpt_dask.keypoints import extract
 from kpt_dask.matching import match
@@ -58,7 +58,7 @@ def main() -> None:
         ids = store.ids()
         seconds: dict[int, dict[str, float]] = {}
         for threads in (1, os.cpu_count() or 1):
-            with workers(threads) as client:
+            with cluster.local(threads) as client:
                 seconds[threads] = measure(volume, store, ids, folder, repeats, client)
         one, all_cores = seconds[1], seconds[os.cpu_count() or 1]
         for mode in MODES:
@@ -97,7 +97,7 @@ def real(store: AtlasStore, folder: Path, repeats: int) -> dict[str, Any]:
     *others, name = store.ids()
     volume = open_volume(store[name].image)
     figures: dict[str, Any] = {}
-    with workers(os.cpu_count() or 1) as client:
+    with cluster.local(os.cpu_count() or 1) as client:
         for n in (FEW, MANY):
             figures[f"seconds_openkbp_{n}"] = measure(
                 volume, store, others[:n], folder, repeats, client
