@@ -19,6 +19,7 @@ import zarr
 from numcodecs.blosc import compress, decompress  # type: ignore[import-untyped]
 from numpy.typing import NDArray
 from zarr.codecs import BloscCodec, BytesCodec
+from zarr.core.chunk_key_encodings import DefaultChunkKeyEncoding
 from zarr.core.metadata.v3 import ArrayV3Metadata
 from zarr.storage import LocalStore
 
@@ -135,7 +136,7 @@ def write(array: "zarr.Array[Any]", region: Region, data: NDArray[Any]) -> None:
 
 
 def _folder(array: "zarr.Array[Any]") -> Path | None:
-    """Where the chunks lie, if they are local files and packed as this project packs them."""
+    """Where the array lies, if its chunks are local files, packed as this project packs them."""
     if not isinstance(array.store, LocalStore) or not isinstance(array.metadata, ArrayV3Metadata):
         return None
     codecs = array.metadata.codecs
@@ -144,29 +145,30 @@ def _folder(array: "zarr.Array[Any]") -> Path | None:
         and isinstance(codecs[0], BytesCodec)
         and (codecs[0].endian is None or codecs[0].endian.value == "little")
         and isinstance(codecs[1], BloscCodec)
-        and array.metadata.chunk_key_encoding.to_dict()
-        == {"name": "default", "configuration": {"separator": "/"}}
+        and isinstance(array.metadata.chunk_key_encoding, DefaultChunkKeyEncoding)
         and array.dtype.isnative
         and array.fill_value == 0
     )
-    return Path(array.store.root, array.path, "c") if plain else None
+    return Path(array.store.root, array.path) if plain else None
 
 
 def _chunks(
     array: "zarr.Array[Any]", region: Region
 ) -> Iterator[tuple[str, tuple[slice, ...], tuple[slice, ...]]]:
     """Key of each chunk that a region touches, its part of the chunk, and of the region."""
+    assert isinstance(array.metadata, ArrayV3Metadata)
+    key_of = array.metadata.chunk_key_encoding.encode_chunk_key
     axes = []
     for part, size in zip(region, array.chunks, strict=True):
         axis = []
         for c in range(part.start // size, -(-part.stop // size)):
             start, stop = max(part.start, c * size), min(part.stop, (c + 1) * size)
             inside = slice(start - c * size, stop - c * size)
-            axis.append((str(c), inside, slice(start - part.start, stop - part.start)))
+            axis.append((c, inside, slice(start - part.start, stop - part.start)))
         axes.append(axis)
     for each in product(*axes):
-        names, inside, outside = zip(*each, strict=True)
-        yield "/".join(names), inside, outside
+        numbers, inside, outside = zip(*each, strict=True)
+        yield key_of(numbers), inside, outside
 
 
 def _replace(path: Path, data: bytes) -> None:

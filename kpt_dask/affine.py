@@ -69,14 +69,21 @@ def _samples(n: int) -> NDArray[np.int64]:
     """Choose 4 of n: all ways (in order), or `TRIALS` of them."""
     if comb(n, 4) <= TRIALS:
         return np.array(list(combinations(range(n), 4)))
-    order = np.random.default_rng(SEED).random((TRIALS, n)).argsort(axis=1, kind="stable")
-    return order[:, :4]
+    drawn = np.random.default_rng(SEED).random((TRIALS, n))
+    least = np.argpartition(drawn, 3, axis=1)[:, :4]
+    order = np.take_along_axis(drawn, least, axis=1).argsort(axis=1, kind="stable")
+    return np.take_along_axis(least, order, axis=1)
 
 
 def _plausible(linear: NDArray[Any]) -> NDArray[np.bool_]:
-    stretches = np.linalg.svd(linear, compute_uv=False)
-    within = (stretches >= SCALES[0]).all(-1) & (stretches <= SCALES[1]).all(-1)
-    return np.asarray(within & (np.linalg.det(linear) > 0))
+    # Most fail already by what the stretches multiply to, or by the sum of their squares.
+    least, most = SCALES
+    volume, squares = np.linalg.det(linear), (linear**2).sum(axis=(-2, -1))
+    found = (volume >= 0.999 * least**3) & (volume <= 1.001 * most**3)
+    found = np.asarray(found & (squares <= 3.003 * most**2))
+    stretches = np.linalg.svd(linear[found], compute_uv=False)
+    found[found] = (stretches >= least).all(-1) & (stretches <= most).all(-1)
+    return found
 
 
 def _agree(mapped: NDArray[np.float64], target: NDArray[np.float64]) -> NDArray[np.bool_]:

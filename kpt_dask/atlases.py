@@ -30,6 +30,7 @@ from kpt_dask.omezarr import Region, open_array, write_label_image
 from kpt_dask.pairs import LABELS, SCANS, find_pairs, labelled_organs, open_pair
 from kpt_dask.profiles import organ_profiles
 from kpt_dask.scan import Scan, scan_name
+from kpt_dask.strips import write_strips
 from kpt_dask.surroundings import write_surroundings
 from kpt_dask.volume import convert_into, label_blocks
 
@@ -151,6 +152,7 @@ def add_atlas(
                 f"{labels} shows no organ that is left at {made_with['spacing']:g} mm; use a"
                 " store of a smaller spacing."
             )
+        write_strips(draft.group, volume.levels[0], voxels, organs, store.organs)
         write_surroundings(
             draft.group, volume.levels[0], voxels, organs, float(volume.grid.spacing[0])
         )

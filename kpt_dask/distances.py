@@ -8,9 +8,9 @@ from numpy.typing import NDArray
 from scipy.spatial import cKDTree
 
 from atlas_store import Atlas, OrganTable
-from kpt_dask.boxes import Box, enclosing, within
+from kpt_dask.boxes import shape_of
 from kpt_dask.jit import kernel
-from kpt_dask.surroundings import read_planes
+from kpt_dask.strips import OUTSIDE, read_strips
 
 REACH = 4.0
 """Standard deviations ρ beyond which a match has no say: it would weigh less than 0.0004."""
@@ -39,33 +39,31 @@ def organ_distances(
     Raises
     ------
     StoreFormatError
-        If its surroundings are not there or damaged.
+        If its organs are not there or damaged.
     """
     found = np.full((len(points), len(organs)), np.inf, np.float32)
     spacing = np.array(atlas.info.spacing)
     voxel = (points.astype(np.float64) - atlas.info.origin) / spacing
-    near: dict[int, tuple[Box, NDArray[np.int64]]] = {}
-    for o, name in enumerate(organs.names):
+    near: dict[str, NDArray[np.int64]] = {}
+    for name in organs.names:
         if name in atlas.organs:
-            box = atlas.organs[name].bounding_box
-            low, high = np.array(box).T
+            low, high = np.array(atlas.organs[name].bounding_box).T
             outside = np.maximum(np.maximum(low - voxel, voxel - (high - 1)), 0) * spacing
             own = np.flatnonzero(np.linalg.norm(outside, axis=1) < reach)
             if own.size:
-                near[o] = box, own
-    whole = enclosing([box for box, _ in near.values()])
-    if whole is None:
-        return found
-    planes, held = read_planes(atlas, *whole[0])
-    for o, (box, own) in near.items():
-        organ = (planes[within(box, held)] & 0xFFFF) == organs.values[o]
+                near[name] = own
+    boxes = {name: atlas.organs[name].bounding_box for name in near}
+    whole = {name: (0, z[1] - z[0]) for name, (z, _, _) in boxes.items()}
+    for name, strips in read_strips(atlas, whole, organs).items():
+        own, box = near[name], boxes[name]
+        organ = strips.dense(shape_of(box)) != OUTSIDE
         at = voxel[own] - [start for start, _ in box]
         tree = cKDTree(surface(organ) * spacing)
         distance = np.asarray(tree.query(at * spacing, distance_upper_bound=reach)[0])
         voxels = np.floor(at + 0.5).astype(np.int64)
         boxed = np.flatnonzero(((voxels >= 0) & (voxels < organ.shape)).all(axis=1))
         distance[boxed[organ[tuple(voxels[boxed].T)]]] = 0
-        found[own, o] = distance
+        found[own, organs.names.index(name)] = distance
     return found
 
 

@@ -34,9 +34,9 @@ from kpt_dask.fields import Widths
 from kpt_dask.grid import Grid
 from kpt_dask.jit import kernel
 from kpt_dask.measures import Tally
-from kpt_dask.omezarr import CHUNKS, Region
+from kpt_dask.omezarr import Region
 from kpt_dask.options import DEFAULTS, TransferOptions
-from kpt_dask.shares import VANISHING, Part, Share, finish_block, run_blocks
+from kpt_dask.shares import CHUNKS, VANISHING, Part, Share, finish_block, run_blocks
 from kpt_dask.surroundings import Room, read_planes, room_for, surroundings_of
 from kpt_dask.volume import Volume
 from kpt_dask.warps import (

@@ -1,6 +1,6 @@
 """Which organs move where, and with which weight: plans of the modes that move whole organs.
 
-Pure functions of matches and votes: planned before any voxel is visited, in one order of
+Functions of matches and votes alone: planned before any voxel is visited, in one order of
 summation, so that blocks are independent. Reads no voxel.
 """
 
@@ -10,9 +10,11 @@ from itertools import product
 
 import numpy as np
 import xarray as xr
+from distributed import Client
 from numpy.typing import NDArray
 
 from atlas_store import Atlas, OrganTable
+from kpt_dask import cluster
 from kpt_dask.affine import fit_affine
 from kpt_dask.boxes import Box
 from kpt_dask.distances import REACH
@@ -193,6 +195,7 @@ def plan_affines(
     atlases: Sequence[Atlas],
     organs: OrganTable,
     grid: Grid,
+    client: Client,
 ) -> Moves:
     """Move each atlas's organ by one affine where its matches support one, else as `plan_moves`.
 
@@ -204,9 +207,11 @@ def plan_affines(
     before = position - matches.translation.values[proposals.match]
     affines: list[tuple[int, int, float, Box, NDArray[np.float64]]] = []
     moved = np.zeros(atlas.size, bool)
-    for a, o in np.unique(np.column_stack([atlas, proposals.organ]), axis=0).tolist():
-        own = np.flatnonzero((atlas == a) & (proposals.organ == o))
-        found = fit_affine(before[own], position[own])
+    pairs = np.unique(np.column_stack([atlas, proposals.organ]), axis=0).tolist()
+    groups = [np.flatnonzero((atlas == a) & (proposals.organ == o)) for a, o in pairs]
+    tasks = [(before[own], position[own]) for own in groups]
+    fitted = cluster.run_small(client, fit_affine, tasks, "Fitting affines")
+    for (a, o), own, found in zip(pairs, groups, fitted, strict=True):
         if found is not None:
             affine, agree = found
             weight = float(proposals.weight[own[agree]].sum())

@@ -1,65 +1,101 @@
-"""Kernels that cut an organ out of an atlas and add it, moved, to its share of the votes.
+"""Kernels that add an organ of an atlas, moved, to its share of the votes.
 
 Know arrays only.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
+from llvmlite import ir
+from numba import types
+from numba.extending import intrinsic
 from numpy.typing import NDArray
 
 from kpt_dask.jit import kernel
 from kpt_dask.shares import VANISHING
+from kpt_dask.strips import LANES, OUTSIDE, PLACE
 
-OUTSIDE = np.iinfo(np.int16).min
-"""No HU: volumes are clipped well above it."""
+_FLOATS = ir.VectorType(ir.FloatType(), LANES)
+_SHORTS = ir.VectorType(ir.IntType(16), LANES)
+_FUSED = ("contract",)
 
-LANES = 16
-"""Voxels of a row that `accumulate` adds at a time; rows are longer by as many."""
+_intrinsic: Callable[[Callable[..., Any]], Callable[..., Any]] = intrinsic
 
 
-@kernel
-def cut_out(
-    packed: NDArray[np.int32], value: int, patch: NDArray[np.int16], extent: NDArray[np.int64]
-) -> None:
-    """Take one organ's HU out of the voxels of an atlas.
+@_intrinsic
+def add_strip(
+    _: Any,
+    share: Any,
+    to: Any,
+    scan: Any,
+    strips: Any,
+    of: Any,
+    weight: Any,
+    scale: Any,
+    vanishing: Any,
+) -> Any:
+    """Add a strip to its share: weight · exp(−32 v), v = min(scale · (I − I_a)², vanishing).
+
+    As loops over `LANES` voxels, compilers do not see that share and scan are not the same.
 
     Parameters
     ----------
-    packed : int32 array (z, y, x)
-        HU and labels of the organ's box, as `kpt_dask.surroundings.read_planes` gives them.
-    value : int
-        Label of the organ.
-    patch : int16 array (z, y, x + `LANES`)
-        Receives HU, `OUTSIDE` where the voxel is not the organ's.
-    extent : int64 array (z, y, 2)
-        Receives the first voxel of the organ in each row, and the one past its last.
+    share, scan : float32 arrays
+        Flat; voxels from `to` on.
+    strips : int16 array
+        Flat; HU from `of` on.
+    weight, scale, vanishing : float32
+        Nothing is added where a voxel is `OUTSIDE`, or v reaches `vanishing`.
     """
-    width = packed.shape[2]
-    for z in range(packed.shape[0]):
-        for y in range(packed.shape[1]):
-            row = packed[z, y]
-            out = patch[z, y]
-            for x in range(width):
-                v = row[x]
-                out[x] = np.int16(v >> 16) if (v & 0xFFFF) == value else OUTSIDE
-            for x in range(width, out.size):
-                out[x] = OUTSIDE
-            first, stop = 0, width
-            while first < width and out[first] == OUTSIDE:
-                first += 1
-            while stop > first and out[stop - 1] == OUTSIDE:
-                stop -= 1
-            extent[z, y, 0] = first
-            extent[z, y, 1] = stop
+    n, real = types.intp, types.float32
+
+    def code(context: Any, b: Any, own: Any, values: Any) -> Any:
+        data = {i: context.make_array(own.args[i])(context, b, values[i]).data for i in (0, 2, 3)}
+
+        def at(i: int, where: Any, kind: Any) -> Any:
+            return b.bitcast(b.gep(data[i], [where]), kind.as_pointer())
+
+        def everywhere(value: Any) -> Any:
+            index = ir.IntType(32)
+            one = b.insert_element(ir.Constant(_FLOATS, ir.Undefined), value, ir.Constant(index, 0))
+            spread = ir.Constant(ir.VectorType(index, LANES), LANES * [0])
+            return b.shuffle_vector(one, ir.Constant(_FLOATS, ir.Undefined), spread)
+
+        def number(value: float) -> Any:
+            return ir.Constant(_FLOATS, LANES * [float(np.float32(value))])
+
+        def multiply(x: Any, y: Any) -> Any:
+            return b.fmul(x, y, flags=_FUSED)
+
+        hu = b.load(at(3, values[4], _SHORTS), align=2)
+        apart = b.fsub(b.load(at(2, values[1], _FLOATS), align=4), b.sitofp(hu, _FLOATS))
+        v = multiply(multiply(apart, apart), everywhere(values[6]))
+        most = everywhere(values[7])
+        near = b.fcmp_ordered("<", v, most)
+        v = b.select(near, v, most)
+        # exp(−u) as exp(−u / 32)³²: a polynomial, squared five times.
+        p = number(1 / 24)
+        for term in (1 / 6, 1 / 2, 1, 1):
+            p = b.fsub(number(term), multiply(v, p), flags=_FUSED)
+        for _ in range(5):
+            p = multiply(p, p)
+        shown = b.icmp_signed("!=", hu, ir.Constant(_SHORTS, LANES * [OUTSIDE]))
+        p = b.select(b.and_(shown, near), p, number(0))
+        place = at(0, values[1], _FLOATS)
+        total = b.fadd(b.load(place, align=4), multiply(everywhere(values[5]), p), flags=_FUSED)
+        b.store(total, place, align=4)
+        return context.get_dummy_value()
+
+    return types.void(share, n, scan, strips, n, real, real, real), code
 
 
 @kernel
 def accumulate(
     share: NDArray[np.float32],
     scan: NDArray[np.float32],
-    patch: NDArray[np.int16],
-    extent: NDArray[np.int64],
+    strips: NDArray[np.int16],
+    planes: NDArray[np.int64],
     offsets: NDArray[np.int64],
     weights: NDArray[np.float32],
     nu: float,
@@ -68,73 +104,50 @@ def accumulate(
 
     Parameters
     ----------
-    share, scan : float32 arrays (z, y, x + `LANES`)
-        Of a box; `share` is changed.
-    patch, extent : ndarray
-        From `cut_out`.
+    share, scan : float32 arrays (z, y, `LANES` + x + `LANES`)
+        Of a box; `share` is changed, beside the box too.
+    strips, planes : ndarray
+        From `kpt_dask.strips.read_strips`.
     offsets : int64 array (n, 3)
-        Voxel v of the box is ``v + offset`` of the patch.
+        Voxel v of the organ's bounding box is ``v + offset`` of the box.
     weights : float32 array (n)
         Of the moves, as a share of the organ's.
     nu : float
         HU.
     """
-    # exp(−u) as exp(−u / 32)³²: plain arithmetic, which the compiler makes many voxels of.
     scale = np.float32(1 / (64 * nu * nu))
     vanishing = np.float32(VANISHING * VANISHING / 64)
-    one, half = np.float32(1), np.float32(0.5)
-    c3, c4 = np.float32(1 / 6), np.float32(1 / 24)
-    nothing = np.float32(0)
     depth, height, length = share.shape
-    width = length - LANES
     # Flat and unsigned: cutting a row out, or asking whether an index is negative, costs more
-    # than the few voxels of a row.
-    out, here, there = share.ravel(), scan.ravel(), patch.ravel()
+    # than a strip.
+    out, here, there = share.ravel(), scan.ravel(), strips.ravel()
+    last = planes.size - 1
     for z in range(depth):
         # All moves of a plane before the next plane: it stays in the cache.
         for m in range(offsets.shape[0]):
-            k = z + offsets[m, 0]
-            if k < 0 or k >= patch.shape[0]:
+            k = z - offsets[m, 0]
+            if k < 0 or k >= last:
                 continue
             weight = weights[m]
-            by = offsets[m, 2]
-            low = max(0, -offsets[m, 1])
-            for y in range(low, min(height, patch.shape[1] - offsets[m, 1])):
-                j = y + offsets[m, 1]
-                start = max(extent[k, j, 0] - by, 0)
-                stop = min(extent[k, j, 1] - by, width)
-                if start >= stop:
+            down, right = offsets[m, 1], offsets[m, 2] + LANES
+            for strip in range(planes[k], planes[k + 1]):
+                y = strips[strip, 1] + down
+                x = strips[strip, 2] + right
+                if y < 0 or y >= height or x < 0 or x > length - LANES:
                     continue
-                # Whole vectors: a rest would take as long again, by other instructions.
-                to = np.uint64((z * height + y) * length + start)
-                of = np.uint64((k * patch.shape[1] + j) * patch.shape[2] + start + by)
-                for _ in range((stop - start + LANES - 1) // LANES):
-                    for lane in range(np.uint64(LANES)):
-                        hu = there[of + lane]
-                        d = here[to + lane] - np.float32(hu)
-                        v = min(d * d * scale, vanishing)
-                        p = one - v * (one - v * (half - v * (c3 - v * c4)))
-                        p *= p
-                        p *= p
-                        p *= p
-                        p *= p
-                        p *= p
-                        # Chosen before it is added: else only some loops would fuse the two.
-                        p = p if hu != OUTSIDE and v < vanishing else nothing
-                        out[to + lane] += weight * p
-                    to += np.uint64(LANES)
-                    of += np.uint64(LANES)
+                to = np.uint64((z * height + y) * length + x)
+                of = np.uint64(strip * (PLACE + LANES) + PLACE)
+                add_strip(out, to, here, there, of, weight, scale, vanishing)
 
 
 @kernel
 def sample(
     share: Any,
     scan: Any,
-    patch: Any,
+    organ: Any,
     start: Any,
     stop: Any,
     corner: Any,
-    first: Any,
     inverse: Any,
     weight: Any,
     table: Any,
@@ -143,14 +156,16 @@ def sample(
 
     Parameters
     ----------
-    share, scan, patch
-        As for `accumulate`; a part of the organ's patch.
+    share, scan
+        As for `accumulate`.
+    organ : int16 array (z, y, x)
+        HU of its bounding box: see `kpt_dask.strips.Strips.dense`.
     start, stop : int64 arrays (3)
         Voxels of the box to be changed.
-    corner, first : int64 arrays (3)
-        First voxel of the box in the scan, and of `patch` in the organ's whole patch.
+    corner : int64 array (3)
+        First voxel of the box in the scan.
     inverse : float64 array (3, 4)
-        From voxels of the scan to those of the organ's whole patch.
+        From voxels of the scan to those of the organ's bounding box.
     weight : float32
         Of the move, as a share of the organ's.
     table : float32 array
@@ -166,13 +181,14 @@ def sample(
             rx = inverse[2, 3] + inverse[2, 0] * pz + inverse[2, 1] * py
             for x in range(start[2], stop[2]):
                 px = float(corner[2] + x)
-                k = int(np.floor(rz + inverse[0, 2] * px + 0.5)) - first[0]
-                j = int(np.floor(ry + inverse[1, 2] * px + 0.5)) - first[1]
-                i = int(np.floor(rx + inverse[2, 2] * px + 0.5)) - first[2]
+                k = int(np.floor(rz + inverse[0, 2] * px + 0.5))
+                j = int(np.floor(ry + inverse[1, 2] * px + 0.5))
+                i = int(np.floor(rx + inverse[2, 2] * px + 0.5))
                 if k < 0 or j < 0 or i < 0:
                     continue
-                if k >= patch.shape[0] or j >= patch.shape[1] or i >= patch.shape[2]:
+                if k >= organ.shape[0] or j >= organ.shape[1] or i >= organ.shape[2]:
                     continue
-                hu = patch[k, j, i]
+                hu = organ[k, j, i]
                 if hu != OUTSIDE:
-                    share[z, y, x] += weight * table[min(int(abs(scan[z, y, x] - hu)), last)]
+                    apart = abs(scan[z, y, LANES + x] - hu)
+                    share[z, y, LANES + x] += weight * table[min(int(apart), last)]

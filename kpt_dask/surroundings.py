@@ -73,8 +73,14 @@ def write_surroundings(
     )
     for region in regions(shape, _chunks(shape)):
         part = tuple(slice(a + r.start, a + r.stop) for (a, _), r in zip(box, region, strict=True))
-        hu = np.asarray(image[part]).astype(np.int32)
-        write_region(array, region, (hu << 16) | np.asarray(labels[part]).astype(np.uint16))
+        write_region(array, region, pack(image[part], labels[part]))
+
+
+def pack(hu: Any, labels: Any) -> NDArray[np.int32]:
+    """HU · 2¹⁶ + label of voxels; HU are whole."""
+    packed: NDArray[np.int32] = np.asarray(hu).astype(np.int32) << 16
+    packed |= np.asarray(labels).astype(np.uint16)
+    return packed
 
 
 def read_planes(
@@ -135,9 +141,7 @@ def _pack(
 ) -> None:
     """Make of an atlas's image and label map what `write_surroundings` would have written."""
     region = tuple(slice(*ends) for ends in (planes, *sides))
-    hu = np.asarray(open_array(atlas.image, "0")[region]).astype(np.int32)
-    label = np.asarray(atlas.labels[region]).astype(np.uint16)
-    out[: planes[1] - planes[0]] = (hu << 16) | label
+    out[: planes[1] - planes[0]] = pack(open_array(atlas.image, "0")[region], atlas.labels[region])
 
 
 class Room:

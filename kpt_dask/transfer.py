@@ -5,7 +5,6 @@ before any voxel is visited, so blocks are independent and their order of summat
 same however the volume is cut. A block reads only what it needs of the atlases' organs.
 """
 
-import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -33,20 +32,17 @@ from kpt_dask.distances import REACH, organ_distances
 from kpt_dask.matching import slices_by_atlas
 from kpt_dask.measures import Tally
 from kpt_dask.moves import Moves, plan_affines, plan_moves, propose, without_negligible
-from kpt_dask.omezarr import CHUNKS, Region
+from kpt_dask.omezarr import Region
 from kpt_dask.options import DEFAULTS, TransferOptions
-from kpt_dask.shares import Part, finish_block, intensity_table, run_blocks
-from kpt_dask.summing import LANES, accumulate, cut_out, sample
-from kpt_dask.surroundings import Room, read_planes, room_for, surroundings_of
+from kpt_dask.shares import CHUNKS, Part, finish_block, intensity_table, run_blocks
+from kpt_dask.strips import LANES, read_strips
+from kpt_dask.summing import accumulate, sample
 from kpt_dask.volume import Volume
 
+FINISHING = 45
+"""How much longer a voxel that an organ reaches takes than to be moved there once, about."""
 PIECES = 1
 """Blocks for each thread, so that the threads end at about the same time."""
-READING = 6
-"""How much longer a voxel takes to be read and cut out than to be added once, about."""
-BEND = 50
-"""Planes of an atlas that a block reads, beyond as many as it has itself, about."""
-
 DESCRIPTION = (
     "share of each organ's vote weight that places the organ at a voxel and agrees with the "
     "scan's intensity there"
@@ -131,25 +127,27 @@ def transfer(
             distance = _distances(keypoints, matches, atlases, organs, reach, session)
         proposals = propose(matches, votes, atlases, organs, options.across, distance, options.rho)
         if mode == "affine":
-            moves = plan_affines(proposals, keypoints, matches, atlases, organs, grid)
+            moves = plan_affines(proposals, keypoints, matches, atlases, organs, grid, session)
         else:
             moves = plan_moves(proposals, matches, atlases, organs, grid)
         if mode == "across":
             moves = without_negligible(moves, len(organs))
         totals = np.bincount(moves.organ, moves.weight, minlength=len(organs))
-        per_plane = max((math.prod(shape_of(surroundings_of(a))[1:]) for a in atlases), default=0)
         threads = session.nthreads().values()
+        full = _fullness(moves, atlases, organs)
+        by_organ = (np.flatnonzero(moves.organ == o) for o in range(len(organs)))
+        reaches = [moves.take(own).reach() for own in by_organ]
+        voxels = max((info.voxels for a in atlases for info in a.organs.values()), default=0)
+
+        def reached_in(box: Box) -> int:
+            return sum(volume_of(overlap(reach, box)) for reach in reaches)
 
         def time(box: Box) -> float:
-            """Voxels to be added, and those to be read and cut out, which takes longer."""
-            planes = len(atlases) * per_plane * (shape_of(box)[0] + BEND)
-            return float(moves.voxels_in(box).sum()) + READING * planes
+            return float(moves.voxels_in(box) @ full) + FINISHING * reached_in(box)
 
         def fits(box: Box) -> bool:
-            """Whether shares, the scan, planes of one atlas and an organ cut out of them do."""
-            organs_here = np.unique(moves.organ[moves.voxels_in(box) > 0]).size
-            planes = 3 * per_plane * (shape_of(box)[0] + BEND)
-            needed = 4 * ((2 + organs_here) * volume_of(box) + planes)
+            """Whether scan and labels, each organ's scan and share, and an organ of an atlas do."""
+            needed = 4 * (2 * volume_of(box) + 3 * reached_in(box) + 2 * voxels)
             return bool(needed <= memory / max(threads))
 
         reached = overlap(moves.reach(), box_of(tuple(slice(0, n) for n in grid.shape)))
@@ -162,6 +160,19 @@ def transfer(
                 what = local, here, organs, nus, totals, smallest
                 tasks.append((volume.levels[0], *what, probability, region))
         return run_blocks(transfer_block, tasks, atlases, organs, session)
+
+
+def _fullness(moves: Moves, atlases: Sequence[Atlas], organs: OrganTable) -> NDArray[np.float64]:
+    """Share of its bounding box that each move's organ fills; of affines, all is visited."""
+    found = np.ones(moves.atlas.size)
+    pairs, inverse = np.unique(
+        np.column_stack([moves.atlas, moves.organ]), axis=0, return_inverse=True
+    )
+    infos = [atlases[a].organs[organs.names[o]] for a, o in pairs.tolist()]
+    shares = np.array([info.voxels / volume_of(info.bounding_box) for info in infos])
+    shifted = [i not in moves.inverse for i in range(moves.atlas.size)]
+    found[shifted] = shares[inverse.ravel()][shifted]
+    return found
 
 
 def _distances(
@@ -212,14 +223,13 @@ def transfer_block(
     assert whole is not None
     scan = direct.read(image, slices(whole)).astype(np.float32, copy=False)
     # Longer rows, as the kernel wants them, and side by side: it is slow on a cut-out that is none.
-    padding = (0, 0), (0, 0), (0, LANES)
+    padding = (0, 0), (0, 0), (LANES, LANES)
     scans = {o: np.pad(scan[within(box, whole)], padding) for o, box in boxes.items()}
     sums = {o: np.zeros(here.shape, np.float32) for o, here in scans.items()}
-    room = Room()
     for a, atlas in atlases.items():
         own = moves.take(np.flatnonzero(moves.atlas == a))
-        _add(sums, scans, boxes, own, atlas, organs, nus, totals, room)
-    found = [(o, box, sums[o][..., :-LANES]) for o, box in boxes.items()]
+        _add(sums, scans, boxes, own, atlas, organs, nus, totals)
+    found = [(o, box, sums[o][..., LANES:-LANES]) for o, box in boxes.items()]
     return finish_block(probability, found, organs, smallest, region, (whole, scan))
 
 
@@ -232,51 +242,36 @@ def _add(
     organs: OrganTable,
     nus: Sequence[float],
     totals: NDArray[np.float64],
-    room: Room,
 ) -> None:
     """Add all moves of one atlas to the shares of its organs, each in a box of its own."""
-    wanted: dict[int, tuple[Moves, Box]] = {}
-    for o in np.unique(moves.organ).tolist():
-        own = moves.take(np.flatnonzero(moves.organ == o))
-        bounds = atlas.organs[organs.names[o]].bounding_box
-        planes = _planes(own, boxes[o], bounds)
-        if planes is not None:
-            wanted[o] = own, (planes, bounds[1], bounds[2])
-    needed = enclosing([source for _, source in wanted.values()])
-    if needed is None:
-        return
-    first_plane, last_plane = needed[0]
-    own_room = room.of(room_for(atlas, last_plane - first_plane))
-    values, held = read_planes(atlas, first_plane, last_plane, own_room)
-    for o, (own, source) in wanted.items():
-        packed = values[within(source, held)]
-        patch = np.empty((*packed.shape[:2], packed.shape[2] + LANES), np.int16)
-        extent = np.empty((*packed.shape[:2], 2), np.int64)
-        cut_out(packed, organs.values[o], patch, extent)
+    own_moves = {
+        o: moves.take(np.flatnonzero(moves.organ == o)) for o in np.unique(moves.organ).tolist()
+    }
+    bounds = {o: atlas.organs[organs.names[o]].bounding_box for o in own_moves}
+    wanted = {organs.names[o]: _planes(own, boxes[o], bounds[o]) for o, own in own_moves.items()}
+    strips = read_strips(atlas, wanted, organs)
+    for o, own in own_moves.items():
+        organ = strips[organs.names[o]]
         corner = np.array([start for start, _ in boxes[o]])
-        bounds = atlas.organs[organs.names[o]].bounding_box
-        # First voxel of the patch in the organ's bounding box.
-        first = np.array([a - b for (a, _), (b, _) in zip(source, bounds, strict=True)])
         weights = (own.weight / totals[o]).astype(np.float32)
         shifted = np.array([i not in own.inverse for i in range(own.atlas.size)])
-        offsets = corner - own.low[shifted] - first
-        accumulate(sums[o], scans[o], patch, extent, offsets, weights[shifted], nus[o])
+        offsets = own.low[shifted] - corner
+        what = sums[o], scans[o]
+        accumulate(*what, organ.values, organ.planes, offsets, weights[shifted], nus[o])
+        if own.inverse:
+            dense = organ.dense(shape_of(bounds[o]))
         for i, inverse in own.inverse.items():
             start = np.maximum(own.low[i] - corner, 0)
             stop = np.minimum(own.high[i] - corner, shape_of(boxes[o]))
-            where = start, stop, corner, first, inverse
-            sample(sums[o], scans[o], patch, *where, weights[i], intensity_table(nus[o]))
+            where = start, stop, corner, inverse
+            sample(*what, dense, *where, weights[i], intensity_table(nus[o]))
 
 
-def _planes(moves: Moves, box: Box, bounds: Box) -> tuple[int, int] | None:
-    """Planes of an atlas that moves of an organ, of these bounds in it, bring into a box."""
-    (begin, end), _, _ = bounds
-    reaching = np.flatnonzero(moves.voxels_in(box))
-    if not reaching.size:
-        return None
-    if any(i in moves.inverse for i in reaching.tolist()):
-        return begin, end
-    low, high = moves.low[reaching, 0], moves.high[reaching, 0]
+def _planes(moves: Moves, box: Box, bounds: Box) -> tuple[int, int]:
+    """Planes of an organ, of these bounds in its atlas, that its moves bring into a box."""
+    if moves.inverse:
+        return 0, bounds[0][1] - bounds[0][0]
+    low, high = moves.low[:, 0], moves.high[:, 0]
     first = np.maximum(low, box[0][0]) - low
     stop = np.minimum(high, box[0][1]) - low
-    return begin + int(first.min()), begin + int(stop.max())
+    return int(first.min()), int(stop.max())

@@ -369,7 +369,7 @@ def test_a_scan_that_ends_early_leaves_the_old(
     assert files(tmp_path) == old
 
 
-@pytest.mark.parametrize("mode", ["organ", "local"])
+@pytest.mark.parametrize(("mode", "what"), [("organ", "strips"), ("local", "surroundings")])
 def test_an_atlas_that_cannot_be_read_leaves_the_old(
     tmp_path_factory: pytest.TempPathFactory,
     tmp_path: Path,
@@ -378,11 +378,12 @@ def test_an_atlas_that_cannot_be_read_leaves_the_old(
     one_process: Client,
     old: dict[str, bytes],
     mode: str,
+    what: str,
 ) -> None:
     with pytest.raises((AtlasStoreError, RuntimeError)):
         segment(
             ct,
-            broken(store, tmp_path_factory.mktemp("broken"), "surroundings"),
+            broken(store, tmp_path_factory.mktemp("broken"), what),
             tmp_path / "o.zarr",
             mode=mode,
             labels=tmp_path / "o.nii.gz",

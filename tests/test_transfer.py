@@ -18,6 +18,7 @@ from kpt_dask.grid import Grid
 from kpt_dask.moves import plan_moves, propose
 from kpt_dask.omezarr import write_label_image
 from kpt_dask.shares import create_probability, decide
+from kpt_dask.strips import write_strips
 from kpt_dask.surroundings import write_surroundings
 from kpt_dask.transfer import transfer
 from kpt_dask.volume import Volume, create_volume
@@ -103,6 +104,7 @@ def make_store(path: Path, atlases: Sequence[AnnotatedImage]) -> AtlasStore:
             found = extents(atlas.labels)
             labels = image["labels/organs/0"]
             assert isinstance(labels, zarr.Array)
+            write_strips(draft.group, volume.levels[0], labels, found, ORGANS)
             write_surroundings(draft.group, volume.levels[0], labels, found, SPACING)
             draft.commit(
                 no_keypoints(),

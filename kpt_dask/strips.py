@@ -1,0 +1,254 @@
+"""What modes that move whole organs read of an atlas: each organ's voxels, in strips along x.
+
+A strip is `LANES` voxels of a row, so that a kernel adds an organ without asking where its rows
+begin and end, and reads nothing around it. Derived from image and label map when the atlas is
+added.
+"""
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import zarr
+from numpy.typing import NDArray
+from zarr.codecs import BloscCodec
+
+from atlas_store import Atlas, OrganInfo, OrganTable
+from atlas_store.direct import misfit, unpack_into
+from kpt_dask.boxes import Box, enclosing, overlap, shape_of, within
+from kpt_dask.jit import kernel
+from kpt_dask.surroundings import pack, read_planes, reading
+
+LANES = 16
+"""Voxels of a strip: those of the widest vectors."""
+PLACE = 3
+"""Columns of a strip before its voxels: z, y and x of the first, in the organ's bounding box."""
+OUTSIDE = np.iinfo(np.int16).min
+"""No HU: volumes are clipped well above it."""
+
+NAME = "strips"
+CHUNK = 1 << 13
+"""Strips of a chunk."""
+PLANES = 64
+"""Planes that are cut into strips at a time."""
+_COMPRESSOR = BloscCodec(cname="lz4", clevel=0)
+"""Copied, not packed: a fortieth of the atlas, which every block reads."""
+
+
+@dataclass(frozen=True)
+class Strips:
+    """An organ of an atlas.
+
+    Attributes
+    ----------
+    values : int16 array (n, `PLACE` + `LANES`)
+        Of each strip its place, then HU, `OUTSIDE` where a voxel is not the organ's. In C order
+        of the places.
+    planes : int64 array (depth + 1)
+        Where the strips of each plane of the organ's bounding box begin; those of planes that
+        were not asked for are not there.
+    """
+
+    values: NDArray[np.int16]
+    planes: NDArray[np.int64]
+
+    def dense(self, shape: tuple[int, int, int]) -> NDArray[np.int16]:
+        """Fill the organ's bounding box: HU (z, y, x), `OUTSIDE` where the organ is not."""
+        out = np.full((*shape[:2], shape[2] + LANES), OUTSIDE, np.int16)
+        _fill(self.values, out)
+        return out[..., : shape[2]]
+
+
+def write_strips(
+    group: zarr.Group,
+    image: zarr.Array[Any],
+    labels: zarr.Array[Any],
+    found: Mapping[str, OrganInfo],
+    organs: OrganTable,
+) -> None:
+    """Write ``strips`` (n, `PLACE` + `LANES`) int16 of an atlas, one organ after another.
+
+    Parameters
+    ----------
+    group : zarr.Group
+        The atlas's data.
+    image, labels : zarr.Array (z, y, x)
+        Level 0 of its volume, whole HU within int16, and its label map.
+    found : mapping of str to OrganInfo
+        Bounding boxes by organ name.
+    organs : OrganTable
+        What the labels stand for.
+    """
+    whole = enclosing([info.bounding_box for info in found.values()])
+    assert whole is not None
+    (begin, end), *sides = whole
+    parts: dict[str, list[NDArray[np.int16]]] = {name: [] for name in found}
+    for first in range(begin, end, PLANES):
+        slab = (first, min(first + PLANES, end)), sides[0], sides[1]
+        region = tuple(slice(*ends) for ends in slab)
+        packed = pack(image[region], labels[region])
+        for name, info in found.items():
+            box = overlap(info.bounding_box, slab)
+            if box is not None:
+                value, start = organs.by_name(name).value, box[0][0] - info.bounding_box[0][0]
+                parts[name].append(_cut_out(packed[within(box, slab)], start, value))
+    values = np.concatenate([part for name in found for part in parts[name]])
+    begins, planes = 0, {}
+    for name, info in found.items():
+        z = np.concatenate([part[:, 0] for part in parts[name]])
+        planes[name] = (begins + _planes_of(z, shape_of(info.bounding_box)[0])).tolist()
+        begins += len(z)
+    array = group.create_array(
+        NAME,
+        shape=values.shape,
+        dtype=values.dtype,
+        chunks=(min(CHUNK, len(values)), values.shape[1]),
+        compressors=_COMPRESSOR,
+        attributes={"planes": planes},
+        # A chunk that is not there is damage, never nothing.
+        config={"write_empty_chunks": True},
+    )
+    array[...] = values
+
+
+def read_strips(
+    atlas: Atlas, wanted: Mapping[str, tuple[int, int]], organs: OrganTable
+) -> dict[str, Strips]:
+    """Read organs of an atlas.
+
+    Those of atlases of earlier versions are cut out of their surroundings.
+
+    Parameters
+    ----------
+    wanted : mapping of str to (int, int)
+        Organs that the atlas shows, and of each the first plane of its bounding box and the one
+        after the last.
+    organs : OrganTable
+        What the atlas's labels stand for.
+
+    Raises
+    ------
+    AtlasNotFoundError
+        If the atlas was removed.
+    StoreFormatError
+        If what is there is damaged.
+    """
+    with reading(atlas, NAME):
+        found = _stored(atlas, wanted)
+    return found if found is not None else _from_surroundings(atlas, wanted, organs)
+
+
+def _stored(atlas: Atlas, wanted: Mapping[str, tuple[int, int]]) -> dict[str, Strips] | None:
+    folder = f"{atlas.path}/{NAME}"
+    description = atlas.objects.read(f"{folder}/zarr.json")
+    if description is None:
+        return None
+    document = json.loads(description)
+    n, columns = document["shape"][0], PLACE + LANES
+    chunk = min(CHUNK, n)
+    if fault := misfit(document, (n, columns), (chunk, columns), np.dtype(np.int16)):
+        raise ValueError(f"it is described with {fault}")
+    begins = {
+        name: np.array(document["attributes"]["planes"][name], np.int64)[first : stop + 1]
+        for name, (first, stop) in wanted.items()
+    }
+    for name, (first, stop) in wanted.items():
+        steps = np.diff(begins[name], prepend=0, append=n)
+        if len(steps) != stop - first + 2 or (steps < 0).any():
+            raise ValueError("its planes are described wrongly")
+        if begins[name][-1] - begins[name][0] > atlas.organs[name].voxels:
+            raise ValueError("it has more strips than its organs have voxels")
+    spans = {name: (int(own[0]), int(own[-1])) for name, own in begins.items()}
+    numbers = {name: range(a // chunk, -(-b // chunk)) for name, (a, b) in spans.items()}
+    every = sorted({c for own in numbers.values() for c in own})
+    chunks: dict[int, NDArray[np.int16]] = {}
+    parts = atlas.objects.read_many(f"{folder}/c/{c}/0" for c in every)
+    for c, part in zip(every, parts, strict=True):
+        if part is None:
+            raise ValueError("a chunk is missing")
+        chunks[c] = np.empty((chunk, columns), np.int16)
+        unpack_into(part, chunks[c])
+    nothing = np.empty((0, columns), np.int16)
+    found = {}
+    for name, (a, b) in spans.items():
+        own = [chunks[c][max(a - c * chunk, 0) : b - c * chunk] for c in numbers[name]]
+        found[name] = _checked(np.concatenate([nothing, *own]), atlas.organs[name].bounding_box)
+    return found
+
+
+def _from_surroundings(
+    atlas: Atlas, wanted: Mapping[str, tuple[int, int]], organs: OrganTable
+) -> dict[str, Strips]:
+    parts: dict[str, Box] = {}
+    for name, (first, stop) in wanted.items():
+        (begin, _), y, x = atlas.organs[name].bounding_box
+        parts[name] = (begin + first, begin + stop), y, x
+    whole = enclosing(list(parts.values()))
+    if whole is None:
+        return {}
+    packed, held = read_planes(atlas, *whole[0])
+    found = {}
+    for name, (planes, y, x) in parts.items():
+        box = atlas.organs[name].bounding_box
+        part = packed[within((planes, y, x), held)]
+        values = _cut_out(part, planes[0] - box[0][0], organs.by_name(name).value)
+        found[name] = _checked(values, box)
+    return found
+
+
+def _checked(values: NDArray[np.int16], box: Box) -> Strips:
+    """Find where planes begin; kernels believe that the places lie in the bounding box."""
+    shape = shape_of(box)
+    z, *_ = places = values[:, :PLACE].T
+    if not all((at >= 0).all() and (at < n).all() for at, n in zip(places, shape, strict=True)):
+        raise ValueError("strips lie outside of the organ")
+    if (z[1:] < z[:-1]).any():
+        raise ValueError("strips are not in order")
+    return Strips(values, _planes_of(z, shape[0]))
+
+
+def _planes_of(z: NDArray[np.int16], depth: int) -> NDArray[np.int64]:
+    return np.searchsorted(z, np.arange(depth + 1))
+
+
+def _cut_out(packed: NDArray[np.int32], first: int, value: int) -> NDArray[np.int16]:
+    """Cut an organ out of planes of its bounding box, from the `first` on."""
+    nothing = np.empty((0, PLACE + LANES), np.int16)
+    out = np.empty((_strips(packed, value, first, nothing), PLACE + LANES), np.int16)
+    _strips(packed, value, first, out)
+    return out
+
+
+@kernel
+def _strips(packed: NDArray[np.int32], value: int, first: int, out: NDArray[np.int16]) -> int:
+    """Cut voxels of a value into strips; counts them, and writes those that `out` has room for."""
+    depth, height, width = packed.shape
+    n = 0
+    for z in range(depth):
+        for y in range(height):
+            x = 0
+            while x < width:
+                if packed[z, y, x] & 0xFFFF != value:
+                    x += 1
+                    continue
+                if n < out.shape[0]:
+                    out[n, 0] = first + z
+                    out[n, 1] = y
+                    out[n, 2] = x
+                    for lane in range(LANES):
+                        own = x + lane < width and packed[z, y, x + lane] & 0xFFFF == value
+                        hu = packed[z, y, x + lane] >> 16 if own else OUTSIDE
+                        out[n, PLACE + lane] = np.int16(hu)
+                n += 1
+                x += LANES
+    return n
+
+
+@kernel
+def _fill(strips: NDArray[np.int16], out: NDArray[np.int16]) -> None:
+    for i in range(strips.shape[0]):
+        z, y, x = strips[i, 0], strips[i, 1], strips[i, 2]
+        for lane in range(LANES):
+            out[z, y, x + lane] = strips[i, PLACE + lane]

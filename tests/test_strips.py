@@ -1,0 +1,133 @@
+from pathlib import Path
+
+import numpy as np
+import pytest
+import zarr
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from numpy.typing import NDArray
+
+from atlas_store import Atlas, AtlasStore, StoreFormatError
+from kpt_dask import strips
+from kpt_dask.boxes import shape_of, slices
+from kpt_dask.shares import VANISHING
+from kpt_dask.strips import LANES, OUTSIDE, PLACE, read_strips
+from kpt_dask.summing import accumulate
+from tests.naive import AnnotatedImage
+from tests.test_local import ATLASES
+from tests.test_surroundings import data_of
+from tests.test_transfer import ORGANS, make_store
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory: pytest.TempPathFactory) -> AtlasStore:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(strips, "CHUNK", 7)
+        patch.setattr(strips, "PLANES", 3)
+        return make_store(tmp_path_factory.mktemp("strips") / "s", ATLASES)
+
+
+def dense(body: AnnotatedImage, atlas: Atlas, name: str) -> NDArray[np.int16]:
+    box = slices(atlas.organs[name].bounding_box)
+    own = body.labels[box] == ORGANS.by_name(name).value
+    return np.where(own, np.rint(body.image[box]), OUTSIDE).astype(np.int16)
+
+
+def test_an_organ_is_what_image_and_label_map_show(
+    store: AtlasStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(strips, "CHUNK", 7)
+    for atlas, body in zip(store.atlases(store.ids()), ATLASES, strict=True):
+        shapes = {name: shape_of(info.bounding_box) for name, info in atlas.organs.items()}
+        for wanted in (
+            {name: (0, shape[0]) for name, shape in shapes.items()},
+            {name: (shape[0] // 3, shape[0] - shape[0] // 3) for name, shape in shapes.items()},
+        ):
+            for name, found in read_strips(atlas, wanted, ORGANS).items():
+                expected = dense(body, atlas, name)
+                first, stop = wanted[name]
+                expected[:first] = expected[stop:] = OUTSIDE
+                np.testing.assert_array_equal(found.dense(shapes[name]), expected)
+                z = np.repeat(np.arange(shapes[name][0]), np.diff(found.planes))
+                np.testing.assert_array_equal(found.values[:, 0], z)
+                # No strip begins outside of the organ, so none is in vain.
+                assert (found.values[:, PLACE] != OUTSIDE).all()
+
+
+def test_atlases_of_earlier_versions_give_the_same(tmp_path: Path) -> None:
+    made = make_store(tmp_path / "s", ATLASES[:1])
+    [atlas] = made.atlases(made.ids())
+    wanted = {
+        name: (1, z[1] - z[0])
+        for name, info in atlas.organs.items()
+        for z in [info.bounding_box[0]]
+    }
+    expected = read_strips(atlas, wanted, ORGANS)
+    del zarr.open_group(str(data_of(tmp_path / "s")), mode="r+")["strips"]
+    found = read_strips(atlas, wanted, ORGANS)
+    assert found.keys() == expected.keys()
+    for name, own in found.items():
+        np.testing.assert_array_equal(own.values, expected[name].values)
+        np.testing.assert_array_equal(own.planes, expected[name].planes)
+
+
+@pytest.mark.parametrize("damage", ["missing", "short", "place", "order", "planes", "shape"])
+def test_damage_is_named(tmp_path: Path, damage: str) -> None:
+    made = make_store(tmp_path / "s", ATLASES[:1])
+    [atlas] = made.atlases(made.ids())
+    array = zarr.open_group(str(data_of(tmp_path / "s")), mode="r+")["strips"]
+    assert isinstance(array, zarr.Array)
+    chunk = data_of(tmp_path / "s") / "strips/c/0/0"
+    if damage == "missing":
+        chunk.unlink()
+    elif damage == "short":
+        chunk.write_bytes(chunk.read_bytes()[:10])
+    elif damage == "place":
+        array[0, 2] = 30_000
+    elif damage == "order":
+        array[:] = np.asarray(array[:])[::-1]
+    elif damage == "planes":
+        name = next(iter(atlas.organs))
+        array.update_attributes({"planes": {name: [5, 3]}})
+    else:
+        array.resize((3, PLACE + LANES))
+    wanted = {name: (0, shape_of(info.bounding_box)[0]) for name, info in atlas.organs.items()}
+    with pytest.raises(StoreFormatError, match="strips of the atlas 'a0' cannot be read"):
+        read_strips(atlas, wanted, ORGANS)
+
+
+@given(
+    st.tuples(*[st.integers(1, 5)] * 2, st.integers(1, 40)),
+    st.tuples(*[st.integers(1, 6)] * 2, st.integers(1, 50)),
+    st.lists(st.tuples(st.integers(-5, 5), st.integers(-5, 5), st.integers(-45, 45)), max_size=4),
+    st.integers(0, 999),
+)
+@settings(max_examples=60, deadline=None)
+def test_moved_strips_add_up_like_moved_voxels(
+    shape: tuple[int, int, int],
+    box: tuple[int, int, int],
+    offsets: list[tuple[int, int, int]],
+    seed: int,
+) -> None:
+    rng = np.random.default_rng(seed)
+    organ = rng.integers(-200, 200, shape).astype(np.int16)
+    organ[rng.random(shape) < 0.3] = OUTSIDE
+    scan = rng.integers(-200, 200, box).astype(np.float32)
+    weights = rng.random(len(offsets)).astype(np.float32)
+    nu = 60.0
+    expected = np.zeros(box)
+    for weight, offset in zip(weights, offsets, strict=True):
+        for voxel in np.argwhere(organ != OUTSIDE):
+            at = tuple(voxel + offset)
+            if all(0 <= i < n for i, n in zip(at, box, strict=True)):
+                d = float(scan[at]) - float(organ[tuple(voxel)])
+                if abs(d) < VANISHING * nu:
+                    expected[at] += weight * np.exp(-(d**2) / (2 * nu**2))
+    packed = (np.where(organ == OUTSIDE, 0, organ).astype(np.int32) << 16) | (organ != OUTSIDE)
+    values = strips._cut_out(packed, 0, 1)
+    padding = (0, 0), (0, 0), (LANES, LANES)
+    share = np.zeros((*box[:2], box[2] + 2 * LANES), np.float32)
+    where = np.array(offsets, np.int64).reshape(-1, 3)
+    planes = strips._planes_of(values[:, 0], shape[0])
+    accumulate(share, np.pad(scan, padding), values, planes, where, weights, nu)
+    np.testing.assert_allclose(share[..., LANES:-LANES], expected, atol=1e-3)
