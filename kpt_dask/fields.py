@@ -120,17 +120,26 @@ def _regress(
     near = np.empty((6, m + LANES), np.float32)
     aside, along, tz, ty, tx, weight = near[0], near[1], near[2], near[3], near[4], near[5]
     sums = np.empty(4 * LANES, np.float32)
-    n = in_layer = 0
+    n = in_layer = first = last = 0
+    layer_z = np.float32(np.nan)
     for i in range(points.shape[0]):
         z, y, x = points[i, 0], points[i, 1], points[i, 2]
-        if i == 0 or z != points[i - 1, 0]:
-            in_layer = 0
-            for j in range(m):
-                layer[in_layer] = j
-                in_layer += abs(position[0, j] - z) < reach
         if i == 0 or z != points[i - 1, 0] or y != points[i - 1, 1]:
             n = 0
-            for j in layer[:in_layer]:
+            start, stop = 0, m
+            follows = i + 1 < points.shape[0] and z == points[i + 1, 0] and y == points[i + 1, 1]
+            if not follows:
+                # A row of its own: only matches that may be near in x are looked at.
+                start = np.searchsorted(position[2], x - reach)
+                stop = np.searchsorted(position[2], x + reach)
+            elif z != layer_z:
+                layer_z = z
+                in_layer = 0
+                for j in range(m):
+                    layer[in_layer] = j
+                    in_layer += abs(position[0, j] - z) < reach
+            for at in range(start, in_layer if follows else stop):
+                j = layer[at] if follows else at
                 dz = position[0, j] - z
                 dy = position[1, j] - y
                 squared = dz * dz + dy * dy
@@ -143,8 +152,14 @@ def _regress(
                     n += 1
             near[:, n : n + LANES] = nothing
             aside[n : n + LANES] = limit
-        first = np.searchsorted(along[:n], x - reach)
-        blocks = (np.searchsorted(along[:n], x + reach) - first + LANES - 1) // LANES
+            first = last = 0
+        elif x < points[i - 1, 2]:
+            first = last = 0
+        while first < n and along[first] < x - reach:
+            first += 1
+        while last < n and along[last] < x + reach:
+            last += 1
+        blocks = (last - first + LANES - 1) // LANES
         for b in range(blocks):
             begin = np.uint64(first + b * LANES)
             for lane in range(np.uint64(LANES)):

@@ -40,9 +40,10 @@ def displacement(
 
 
 def field(scan: AnnotatedImage, spacing: float, position: Array, translation: Array) -> Array:
-    """u and the support at every voxel, linear between nodes 10 mm apart."""
+    """u and the support at every voxel, linear between nodes about 16 mm apart."""
     shape = scan.image.shape
-    axes = [10.0 * np.arange(int(n * spacing / 10) + 2) for n in shape]
+    node = round(16 / spacing) * spacing
+    axes = [node * np.arange(int(n * spacing / node) + 2) for n in shape]
     nodes = np.zeros([*map(len, axes), 4])
     for k, j, i in np.ndindex(*nodes.shape[:3]):
         mm = np.array([axes[0][k], axes[1][j], axes[2][i]])
@@ -79,7 +80,7 @@ def shares(
     A voxel that falls between two voxels of an atlas, within rounding, is not.
     """
     shape = scan.image.shape
-    step = round(10 / spacing)
+    step = round(16 / spacing)
     clear = np.ones(shape, bool)
     out = np.zeros((len(values), *shape))
     inside = np.zeros((len(values), *shape), bool)
