@@ -66,10 +66,15 @@ def main() -> None:
             figures[f"two_core_speedup_{mode}_C"] = one[mode] / all_cores[mode]
         figures["seconds_C"] = all_cores
         figures["seconds_C_1_thread"] = one
-        touched, copied = limit(store, ids)
-        figures["bytes_of_surroundings_C"] = touched
-        for mode in MODES:
-            figures[f"{mode}_over_copying_the_surroundings"] = all_cores[mode] / copied
+        for what, touched in (
+            ("surroundings", surroundings(store, ids)),
+            ("organs", organs(store, ids)),
+        ):
+            copied = seconds_to_copy(touched)
+            figures[f"bytes_of_{what}_C"] = touched
+            for mode in MODES:
+                if (mode == "local") == (what == "surroundings"):
+                    figures[f"{mode}_over_copying_the_{what}"] = all_cores[mode] / copied
         if options.store:
             figures |= real(AtlasStore.open(options.store), folder, repeats)
     for key, value in figures.items():
@@ -150,13 +155,22 @@ def median(function: Callable[[], Any], repeats: int) -> float:
     return statistics.median(timed(function, repeats))
 
 
-def limit(store: AtlasStore, ids: Sequence[str]) -> tuple[int, float]:
-    """Bytes of HU and labels around all atlases' organs, and seconds to copy as many once."""
+def surroundings(store: AtlasStore, ids: Sequence[str]) -> int:
+    """Bytes of HU and labels around all atlases' organs: what mode `local` must touch."""
     boxes = [surroundings_of(atlas) for atlas in store.atlases(ids)]
-    touched = sum(4 * int(np.prod([b - a for a, b in box])) for box in boxes)
-    source = np.ones(min(touched, 1 << 28), np.uint8)
+    return sum(4 * int(np.prod([b - a for a, b in box])) for box in boxes)
+
+
+def organs(store: AtlasStore, ids: Sequence[str]) -> int:
+    """Bytes of HU of all atlases' organs: what the other modes must touch."""
+    infos = [info for atlas in store.atlases(ids) for info in atlas.organs.values()]
+    return sum(2 * info.voxels for info in infos)
+
+
+def seconds_to_copy(size: int) -> float:
+    source = np.ones(min(size, 1 << 28), np.uint8)
     target = np.empty_like(source)
-    return touched, median(lambda: np.copyto(target, source), 3) * touched / source.size
+    return median(lambda: np.copyto(target, source), 3) * size / source.size
 
 
 if __name__ == "__main__":
