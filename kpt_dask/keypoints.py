@@ -131,6 +131,7 @@ class Octave:
 
 
 Part = tuple[Octave, Block]
+"""A block of an octave."""
 
 
 def _halfway(values: NDArray[np.float32], axis: int) -> NDArray[np.float32]:
@@ -240,7 +241,8 @@ def core_width(
     ParameterError
         If not even a small core fits.
     """
-    voxels = memory / threads / 4 / (planes_held() + (SLABS_AHEAD + 2) * CHUNKS[0])
+    # Slabs ahead, the one that is swept, the one before it, and two to unpack the next.
+    voxels = memory / threads / 4 / (planes_held() + (SLABS_AHEAD + 4) * CHUNKS[0])
     height, width = shape[1:]
     while (min(height + 2 * margin, shape[1])) * (min(width + 2 * margin, shape[2])) > voxels:
         if max(height, width) <= margin // 2:

@@ -34,7 +34,7 @@ CHUNK = 1 << 13
 PLANES = 64
 """Planes that are cut into strips at a time."""
 _COMPRESSOR = BloscCodec(cname="lz4", clevel=0)
-"""Copied, not packed: a fortieth of the atlas, which every block reads."""
+"""Copied, not packed: every block reads them, and they are a twentieth of an atlas."""
 
 
 @dataclass(frozen=True)

@@ -181,7 +181,7 @@ def reading(atlas: Atlas, what: str) -> Iterator[None]:
     """
     try:
         yield
-    except (KeyError, ValueError, RuntimeError) as error:
+    except (LookupError, ArithmeticError, TypeError, ValueError, RuntimeError) as error:
         atlas.ensure_present()
         raise StoreFormatError(
             f"{atlas.objects.url}: the {what} of the atlas {atlas.id!r} cannot be read"

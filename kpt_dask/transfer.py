@@ -137,7 +137,7 @@ def transfer(
         full = _fullness(moves, atlases, organs)
         by_organ = (np.flatnonzero(moves.organ == o) for o in range(len(organs)))
         reaches = [moves.take(own).reach() for own in by_organ]
-        voxels = max((info.voxels for a in atlases for info in a.organs.values()), default=0)
+        voxels = max((sum(o.voxels for o in a.organs.values()) for a in atlases), default=0)
 
         def reached_in(box: Box) -> int:
             return sum(volume_of(overlap(reach, box)) for reach in reaches)
@@ -146,7 +146,7 @@ def transfer(
             return float(moves.voxels_in(box) @ full) + FINISHING * reached_in(box)
 
         def fits(box: Box) -> bool:
-            """Whether scan and labels, each organ's scan and share, and an organ of an atlas do."""
+            """Whether scan, labels, the organs' scans and shares, and those of an atlas do."""
             needed = 4 * (2 * volume_of(box) + 3 * reached_in(box) + 2 * voxels)
             return bool(needed <= memory / max(threads))
 

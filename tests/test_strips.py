@@ -71,7 +71,9 @@ def test_atlases_of_earlier_versions_give_the_same(tmp_path: Path) -> None:
         np.testing.assert_array_equal(own.planes, expected[name].planes)
 
 
-@pytest.mark.parametrize("damage", ["missing", "short", "place", "order", "planes", "shape"])
+@pytest.mark.parametrize(
+    "damage", ["missing", "short", "place", "order", "planes", "shape", "empty"]
+)
 def test_damage_is_named(tmp_path: Path, damage: str) -> None:
     made = make_store(tmp_path / "s", ATLASES[:1])
     [atlas] = made.atlases(made.ids())
@@ -89,8 +91,10 @@ def test_damage_is_named(tmp_path: Path, damage: str) -> None:
     elif damage == "planes":
         name = next(iter(atlas.organs))
         array.update_attributes({"planes": {name: [5, 3]}})
-    else:
+    elif damage == "shape":
         array.resize((3, PLACE + LANES))
+    else:
+        array.resize((0, PLACE + LANES))
     wanted = {name: (0, shape_of(info.bounding_box)[0]) for name, info in atlas.organs.items()}
     with pytest.raises(StoreFormatError, match="strips of the atlas 'a0' cannot be read"):
         read_strips(atlas, wanted, ORGANS)
