@@ -9,7 +9,7 @@ import json
 import os
 import struct
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -73,6 +73,21 @@ def unpack_into(chunk: bytes, out: NDArray[Any]) -> None:
         decompress(chunk, out)
     except RuntimeError as error:
         raise ValueError(f"a chunk cannot be unpacked: {error}") from error
+
+
+def unpack_all(chunks: Sequence[bytes | None], out: NDArray[Any]) -> None:
+    """Unpack chunks one after another, along the first axis of an array of as many.
+
+    Raises
+    ------
+    ValueError
+        If a chunk is missing or damaged.
+    """
+    step = len(out) // max(len(chunks), 1)
+    for i, chunk in enumerate(chunks):
+        if chunk is None:
+            raise ValueError("a chunk is missing")
+        unpack_into(chunk, out[i * step : (i + 1) * step])
 
 
 def serves(array: "zarr.Array[Any]") -> bool:

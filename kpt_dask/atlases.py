@@ -152,10 +152,10 @@ def add_atlas(
                 f"{labels} shows no organ that is left at {made_with['spacing']:g} mm; use a"
                 " store of a smaller spacing."
             )
-        write_strips(draft.group, volume.levels[0], voxels, organs, store.organs)
-        write_surroundings(
+        held = write_surroundings(
             draft.group, volume.levels[0], voxels, organs, float(volume.grid.spacing[0])
         )
+        write_strips(draft.group, held, organs, store.organs)
         label = labels_at(keypoints.position.values, voxels, volume.grid)
         z, y, x = volume.grid.spacing.tolist()
         z0, y0, x0 = volume.grid.origin.tolist()

@@ -217,7 +217,7 @@ def _call(function: Callable[..., T], task: tuple[Any, ...]) -> T:
 
 
 def _each(function: Callable[..., T], tasks: Sequence[tuple[Any, ...]]) -> list[T]:
-    return [function(*task) for task in tasks]
+    return [_call(function, task) for task in tasks]
 
 
 class _Limit:

@@ -90,7 +90,9 @@ class Octave:
     def slabs(
         self, first: int, last: int, across: tuple[tuple[int, int], tuple[int, int]]
     ) -> Iterator[NDArray[np.float32]]:
-        """Read planes, each chunk once: slabs in C order, each gone when the next one comes.
+        """Read planes in slabs, C order, each gone when the next one comes.
+
+        Each chunk is read once; twice of a finer octave, whose slabs hold half a chunk.
 
         Parameters
         ----------

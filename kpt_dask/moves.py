@@ -62,6 +62,11 @@ class Moves:
             inverse,
         )
 
+    def by_organ(self) -> dict[int, "Moves"]:
+        """Take apart: the moves of each organ that any of them moves."""
+        organs = np.unique(self.organ).tolist()
+        return {o: self.take(np.flatnonzero(self.organ == o)) for o in organs}
+
     def voxels_in(self, box: Box) -> NDArray[np.int64]:
         """How many voxels of a box each move reaches (n)."""
         start, stop = np.array(box).T

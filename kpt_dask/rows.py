@@ -1,4 +1,4 @@
-"""Symmetric filters along whole rows, their sums kept in registers.
+"""What is done to rows in vectors: symmetric filters, comparisons, strips that are added.
 
 A symmetric filter adds up pairs of rows, each pair times its tap. As loops over rows, every
 tap would read and write the whole sum again. Here `LANES` voxels at a time are summed up over
@@ -23,12 +23,20 @@ VECTORS = 4
 """Vectors that are summed up side by side, so that none waits for its own last sum."""
 
 _VECTOR = ir.VectorType(ir.FloatType(), LANES)
+_SHORTS = ir.VectorType(ir.IntType(16), LANES)
 _FUSED = ("contract",)
-
 
 _intrinsic: Callable[[Callable[..., Any]], Callable[..., Any]] = intrinsic
 _register: Callable[[Any, Any], Any] = cgutils.alloca_once
 _declare: Callable[..., Any] = cgutils.get_or_insert_function
+
+
+def _everywhere(b: Any, value: Any, kind: Any) -> Any:
+    """Put a number into all lanes of a vector."""
+    index, nothing = ir.IntType(32), ir.Constant(kind, ir.Undefined)
+    one = b.insert_element(nothing, value, ir.Constant(index, 0))
+    first = ir.Constant(ir.VectorType(index, kind.count), kind.count * [0])
+    return b.shuffle_vector(one, nothing, first)
 
 
 class _Filter:
@@ -87,10 +95,7 @@ class _Filter:
         return [b.load(place, align=4) for place in places]
 
     def _tap(self, k: Any, kind: Any) -> Any:
-        b, index, nothing = self._b, ir.IntType(32), ir.Constant(kind, ir.Undefined)
-        one = b.insert_element(nothing, b.load(b.gep(self._taps, [k])), ir.Constant(index, 0))
-        everywhere = ir.Constant(ir.VectorType(index, kind.count), kind.count * [0])
-        return b.shuffle_vector(one, nothing, everywhere)
+        return _everywhere(self._b, self._b.load(self._b.gep(self._taps, [k])), kind)
 
     def _add(self, register: Any, tap: Any, before: Any, after: Any) -> None:
         b = self._b
@@ -245,6 +250,71 @@ def compare(_: Any, values: Any, at: Any, before: Any, after: Any) -> Any:
         return b.or_(bits[0], b.shl(bits[1], ir.Constant(ir.IntType(32), LANES)))
 
     return signature, code
+
+
+@_intrinsic
+def add_strip(
+    _: Any,
+    share: Any,
+    to: Any,
+    scan: Any,
+    strips: Any,
+    of: Any,
+    outside: Any,
+    weight: Any,
+    scale: Any,
+    vanishing: Any,
+) -> Any:
+    """Add a strip to its share: weight · exp(−32 v), v = min(scale · (I − I_a)², vanishing).
+
+    As loops over `LANES` voxels, compilers do not see that share and scan are not the same.
+
+    Parameters
+    ----------
+    share, scan : float32 arrays
+        Flat; voxels from `to` on.
+    strips : int16 array
+        Flat; HU from `of` on.
+    outside : int16
+        HU of voxels that add nothing.
+    weight, scale, vanishing : float32
+        Nothing is added where v reaches `vanishing`.
+    """
+    n, real = types.intp, types.float32
+
+    def code(context: Any, b: Any, own: Any, values: Any) -> Any:
+        data = {i: context.make_array(own.args[i])(context, b, values[i]).data for i in (0, 2, 3)}
+
+        def at(i: int, where: Any, kind: Any) -> Any:
+            return b.bitcast(b.gep(data[i], [where]), kind.as_pointer())
+
+        def number(value: float) -> Any:
+            return ir.Constant(_VECTOR, LANES * [value])
+
+        def multiply(x: Any, y: Any) -> Any:
+            return b.fmul(x, y, flags=_FUSED)
+
+        hu = b.load(at(3, values[4], _SHORTS), align=2)
+        apart = b.fsub(b.load(at(2, values[1], _VECTOR), align=4), b.sitofp(hu, _VECTOR))
+        v = multiply(multiply(apart, apart), _everywhere(b, values[7], _VECTOR))
+        most = _everywhere(b, values[8], _VECTOR)
+        near = b.fcmp_ordered("<", v, most)
+        v = b.select(near, v, most)
+        # exp(−u) as exp(−u / 32)³²: a polynomial, squared five times.
+        p = number(1 / 24)
+        for term in (1 / 6, 1 / 2, 1, 1):
+            p = b.fsub(number(term), multiply(v, p), flags=_FUSED)
+        for _ in range(5):
+            p = multiply(p, p)
+        shown = b.icmp_signed("!=", hu, _everywhere(b, values[5], _SHORTS))
+        p = b.select(b.and_(shown, near), p, number(0))
+        place = at(0, values[1], _VECTOR)
+        part = multiply(_everywhere(b, values[6], _VECTOR), p)
+        total = b.fadd(b.load(place, align=4), part, flags=_FUSED)
+        b.store(total, place, align=4)
+        return context.get_dummy_value()
+
+    return types.void(share, n, scan, strips, n, types.int16, real, real, real), code
 
 
 @_intrinsic

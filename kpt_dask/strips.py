@@ -1,28 +1,28 @@
 """What modes that move whole organs read of an atlas: each organ's voxels, in strips along x.
 
 A strip is `LANES` voxels of a row, so that a kernel adds an organ without asking where its rows
-begin and end, and reads nothing around it. Derived from image and label map when the atlas is
-added.
+begin and end, and reads nothing around it. Cut out of the surroundings when the atlas is added.
 """
 
 import json
+from bisect import bisect_left
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import zarr
 from numpy.typing import NDArray
 from zarr.codecs import BloscCodec
 
-from atlas_store import Atlas, OrganInfo, OrganTable
-from atlas_store.direct import misfit, unpack_into
+from atlas_store import Atlas, OrganInfo, OrganTable, direct
+from atlas_store.direct import misfit, unpack_all
 from kpt_dask.boxes import Box, enclosing, overlap, shape_of, within
 from kpt_dask.jit import kernel
-from kpt_dask.surroundings import pack, read_planes, reading
+from kpt_dask.omezarr import open_array, write_region
+from kpt_dask.rows import LANES
+from kpt_dask.surroundings import NAME as SURROUNDINGS
+from kpt_dask.surroundings import read_planes, reading
 
-LANES = 16
-"""Voxels of a strip: those of the widest vectors."""
 PLACE = 3
 """Columns of a strip before its voxels: z, y and x of the first, in the organ's bounding box."""
 OUTSIDE = np.iinfo(np.int16).min
@@ -62,33 +62,27 @@ class Strips:
 
 
 def write_strips(
-    group: zarr.Group,
-    image: zarr.Array[Any],
-    labels: zarr.Array[Any],
-    found: Mapping[str, OrganInfo],
-    organs: OrganTable,
+    group: zarr.Group, held: Box, found: Mapping[str, OrganInfo], organs: OrganTable
 ) -> None:
     """Write ``strips`` (n, `PLACE` + `LANES`) int16 of an atlas, one organ after another.
 
     Parameters
     ----------
     group : zarr.Group
-        The atlas's data.
-    image, labels : zarr.Array (z, y, x)
-        Level 0 of its volume, whole HU within int16, and its label map.
+        The atlas's data, with its surroundings.
+    held : Box
+        The voxels that these hold, from `kpt_dask.surroundings.write_surroundings`.
     found : mapping of str to OrganInfo
         Bounding boxes by organ name.
     organs : OrganTable
         What the labels stand for.
     """
-    whole = enclosing([info.bounding_box for info in found.values()])
-    assert whole is not None
-    (begin, end), *sides = whole
+    (begin, end), *sides = held
+    surroundings = open_array(group, SURROUNDINGS)
     parts: dict[str, list[NDArray[np.int16]]] = {name: [] for name in found}
     for first in range(begin, end, PLANES):
         slab = (first, min(first + PLANES, end)), sides[0], sides[1]
-        region = tuple(slice(*ends) for ends in slab)
-        packed = pack(image[region], labels[region])
+        packed = direct.read(surroundings, within(slab, held))
         for name, info in found.items():
             box = overlap(info.bounding_box, slab)
             if box is not None:
@@ -110,7 +104,7 @@ def write_strips(
         # A chunk that is not there is damage, never nothing.
         config={"write_empty_chunks": True},
     )
-    array[...] = values
+    write_region(array, tuple(slice(0, size) for size in values.shape), values)
 
 
 def read_strips(
@@ -161,20 +155,14 @@ def _stored(atlas: Atlas, wanted: Mapping[str, tuple[int, int]]) -> dict[str, St
         if begins[name][-1] - begins[name][0] > atlas.organs[name].voxels:
             raise ValueError("it has more strips than its organs have voxels")
     spans = {name: (int(own[0]), int(own[-1])) for name, own in begins.items()}
-    numbers = {name: range(a // chunk, -(-b // chunk)) for name, (a, b) in spans.items()}
-    every = sorted({c for own in numbers.values() for c in own})
-    chunks: dict[int, NDArray[np.int16]] = {}
-    parts = atlas.objects.read_many(f"{folder}/c/{c}/0" for c in every)
-    for c, part in zip(every, parts, strict=True):
-        if part is None:
-            raise ValueError("a chunk is missing")
-        chunks[c] = np.empty((chunk, columns), np.int16)
-        unpack_into(part, chunks[c])
-    nothing = np.empty((0, columns), np.int16)
+    numbers = sorted({c for a, b in spans.values() for c in range(a // chunk, -(-b // chunk))})
+    parts = atlas.objects.read_many(f"{folder}/c/{c}/0" for c in numbers)
+    values = np.empty((len(numbers) * chunk, columns), np.int16)
+    unpack_all(parts, values)
     found = {}
     for name, (a, b) in spans.items():
-        own = [chunks[c][max(a - c * chunk, 0) : b - c * chunk] for c in numbers[name]]
-        found[name] = _checked(np.concatenate([nothing, *own]), atlas.organs[name].bounding_box)
+        first = bisect_left(numbers, a // chunk) * chunk + a % chunk
+        found[name] = _checked(values[first : first + b - a], atlas.organs[name].bounding_box)
     return found
 
 

@@ -3,91 +3,15 @@
 Know arrays only.
 """
 
-from collections.abc import Callable
 from typing import Any
 
 import numpy as np
-from llvmlite import ir
-from numba import types
-from numba.extending import intrinsic
 from numpy.typing import NDArray
 
 from kpt_dask.jit import kernel
+from kpt_dask.rows import LANES, add_strip
 from kpt_dask.shares import VANISHING
-from kpt_dask.strips import LANES, OUTSIDE, PLACE
-
-_FLOATS = ir.VectorType(ir.FloatType(), LANES)
-_SHORTS = ir.VectorType(ir.IntType(16), LANES)
-_FUSED = ("contract",)
-
-_intrinsic: Callable[[Callable[..., Any]], Callable[..., Any]] = intrinsic
-
-
-@_intrinsic
-def add_strip(
-    _: Any,
-    share: Any,
-    to: Any,
-    scan: Any,
-    strips: Any,
-    of: Any,
-    weight: Any,
-    scale: Any,
-    vanishing: Any,
-) -> Any:
-    """Add a strip to its share: weight · exp(−32 v), v = min(scale · (I − I_a)², vanishing).
-
-    As loops over `LANES` voxels, compilers do not see that share and scan are not the same.
-
-    Parameters
-    ----------
-    share, scan : float32 arrays
-        Flat; voxels from `to` on.
-    strips : int16 array
-        Flat; HU from `of` on.
-    weight, scale, vanishing : float32
-        Nothing is added where a voxel is `OUTSIDE`, or v reaches `vanishing`.
-    """
-    n, real = types.intp, types.float32
-
-    def code(context: Any, b: Any, own: Any, values: Any) -> Any:
-        data = {i: context.make_array(own.args[i])(context, b, values[i]).data for i in (0, 2, 3)}
-
-        def at(i: int, where: Any, kind: Any) -> Any:
-            return b.bitcast(b.gep(data[i], [where]), kind.as_pointer())
-
-        def everywhere(value: Any) -> Any:
-            index = ir.IntType(32)
-            one = b.insert_element(ir.Constant(_FLOATS, ir.Undefined), value, ir.Constant(index, 0))
-            spread = ir.Constant(ir.VectorType(index, LANES), LANES * [0])
-            return b.shuffle_vector(one, ir.Constant(_FLOATS, ir.Undefined), spread)
-
-        def number(value: float) -> Any:
-            return ir.Constant(_FLOATS, LANES * [float(np.float32(value))])
-
-        def multiply(x: Any, y: Any) -> Any:
-            return b.fmul(x, y, flags=_FUSED)
-
-        hu = b.load(at(3, values[4], _SHORTS), align=2)
-        apart = b.fsub(b.load(at(2, values[1], _FLOATS), align=4), b.sitofp(hu, _FLOATS))
-        v = multiply(multiply(apart, apart), everywhere(values[6]))
-        most = everywhere(values[7])
-        near = b.fcmp_ordered("<", v, most)
-        v = b.select(near, v, most)
-        # exp(−u) as exp(−u / 32)³²: a polynomial, squared five times.
-        p = number(1 / 24)
-        for term in (1 / 6, 1 / 2, 1, 1):
-            p = b.fsub(number(term), multiply(v, p), flags=_FUSED)
-        for _ in range(5):
-            p = multiply(p, p)
-        shown = b.icmp_signed("!=", hu, ir.Constant(_SHORTS, LANES * [OUTSIDE]))
-        p = b.select(b.and_(shown, near), p, number(0))
-        place = at(0, values[1], _FLOATS)
-        total = b.fadd(b.load(place, align=4), multiply(everywhere(values[5]), p), flags=_FUSED)
-        b.store(total, place, align=4)
-        return context.get_dummy_value()
-
-    return types.void(share, n, scan, strips, n, real, real, real), code
+from kpt_dask.strips import OUTSIDE, PLACE
 
 
 @kernel
@@ -117,6 +41,7 @@ def accumulate(
     """
     scale = np.float32(1 / (64 * nu * nu))
     vanishing = np.float32(VANISHING * VANISHING / 64)
+    outside = np.int16(OUTSIDE)
     depth, height, length = share.shape
     # Flat and unsigned: cutting a row out, or asking whether an index is negative, costs more
     # than a strip.
@@ -137,7 +62,7 @@ def accumulate(
                     continue
                 to = np.uint64((z * height + y) * length + x)
                 of = np.uint64(strip * (PLACE + LANES) + PLACE)
-                add_strip(out, to, here, there, of, weight, scale, vanishing)
+                add_strip(out, to, here, there, of, outside, weight, scale, vanishing)
 
 
 @kernel

@@ -15,7 +15,7 @@ import zarr
 from numpy.typing import NDArray
 
 from atlas_store import Atlas, OrganInfo, StoreFormatError
-from atlas_store.direct import misfit, unpack_into
+from atlas_store.direct import misfit, unpack_all
 from atlas_store.guard import MAX_CHUNK
 from kpt_dask.boxes import Box, enclosing, shape_of
 from kpt_dask.omezarr import COMPRESSOR, open_array, regions, write_region
@@ -44,7 +44,7 @@ def write_surroundings(
     labels: zarr.Array[Any],
     found: Mapping[str, OrganInfo],
     spacing: float,
-) -> None:
+) -> Box:
     """Write ``surroundings`` (z, y, x) int32 of an atlas: HU · 2¹⁶ + label.
 
     Parameters
@@ -57,6 +57,11 @@ def write_surroundings(
         Bounding boxes by organ name.
     spacing : float
         Of the working grid, mm.
+
+    Returns
+    -------
+    Box
+        The voxels of the atlas that it holds.
     """
     depth, height, width = image.shape
     box = box_around(found, (depth, height, width), spacing)
@@ -73,10 +78,11 @@ def write_surroundings(
     )
     for region in regions(shape, _chunks(shape)):
         part = tuple(slice(a + r.start, a + r.stop) for (a, _), r in zip(box, region, strict=True))
-        write_region(array, region, pack(image[part], labels[part]))
+        write_region(array, region, _packed(image[part], labels[part]))
+    return box
 
 
-def pack(hu: Any, labels: Any) -> NDArray[np.int32]:
+def _packed(hu: Any, labels: Any) -> NDArray[np.int32]:
     """HU · 2¹⁶ + label of voxels; HU are whole."""
     packed: NDArray[np.int32] = np.asarray(hu).astype(np.int32) << 16
     packed |= np.asarray(labels).astype(np.uint16)
@@ -127,11 +133,8 @@ def read_planes(
         if misfit(json.loads(description or b"null"), shape, chunks, planes.dtype) is not None:
             stop = min(begin + high * depth, end)
             _pack(atlas, (begin + low * depth, stop), sides, planes)
-            parts = []
-        for c, part in enumerate(parts):
-            if part is None:
-                raise ValueError("a chunk is missing")
-            unpack_into(part, planes[c * depth : (c + 1) * depth])
+        else:
+            unpack_all(parts, planes)
     z = begin + low * depth, min(begin + high * depth, end)
     return planes, (z, sides[0], sides[1])
 
@@ -141,7 +144,8 @@ def _pack(
 ) -> None:
     """Make of an atlas's image and label map what `write_surroundings` would have written."""
     region = tuple(slice(*ends) for ends in (planes, *sides))
-    out[: planes[1] - planes[0]] = pack(open_array(atlas.image, "0")[region], atlas.labels[region])
+    hu = open_array(atlas.image, "0")[region]
+    out[: planes[1] - planes[0]] = _packed(hu, atlas.labels[region])
 
 
 class Room:

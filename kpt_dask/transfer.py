@@ -34,15 +34,17 @@ from kpt_dask.measures import Tally
 from kpt_dask.moves import Moves, plan_affines, plan_moves, propose, without_negligible
 from kpt_dask.omezarr import Region
 from kpt_dask.options import DEFAULTS, TransferOptions
+from kpt_dask.rows import LANES
 from kpt_dask.shares import CHUNKS, Part, finish_block, intensity_table, run_blocks
-from kpt_dask.strips import LANES, read_strips
+from kpt_dask.strips import read_strips
 from kpt_dask.summing import accumulate, sample
 from kpt_dask.volume import Volume
 
-FINISHING = 45
+FINISHING = 140
 """How much longer a voxel that an organ reaches takes than to be moved there once, about."""
 PIECES = 1
 """Blocks for each thread, so that the threads end at about the same time."""
+
 DESCRIPTION = (
     "share of each organ's vote weight that places the organ at a voxel and agrees with the "
     "scan's intensity there"
@@ -134,16 +136,14 @@ def transfer(
             moves = without_negligible(moves, len(organs))
         totals = np.bincount(moves.organ, moves.weight, minlength=len(organs))
         threads = session.nthreads().values()
-        full = _fullness(moves, atlases, organs)
-        by_organ = (np.flatnonzero(moves.organ == o) for o in range(len(organs)))
-        reaches = [moves.take(own).reach() for own in by_organ]
+        reaches = [own.reach() for own in moves.by_organ().values()]
         voxels = max((sum(o.voxels for o in a.organs.values()) for a in atlases), default=0)
 
         def reached_in(box: Box) -> int:
             return sum(volume_of(overlap(reach, box)) for reach in reaches)
 
         def time(box: Box) -> float:
-            return float(moves.voxels_in(box) @ full) + FINISHING * reached_in(box)
+            return float(moves.voxels_in(box).sum()) + FINISHING * reached_in(box)
 
         def fits(box: Box) -> bool:
             """Whether scan, labels, the organs' scans and shares, and those of an atlas do."""
@@ -160,19 +160,6 @@ def transfer(
                 what = local, here, organs, nus, totals, smallest
                 tasks.append((volume.levels[0], *what, probability, region))
         return run_blocks(transfer_block, tasks, atlases, organs, session)
-
-
-def _fullness(moves: Moves, atlases: Sequence[Atlas], organs: OrganTable) -> NDArray[np.float64]:
-    """Share of its bounding box that each move's organ fills; of affines, all is visited."""
-    found = np.ones(moves.atlas.size)
-    pairs, inverse = np.unique(
-        np.column_stack([moves.atlas, moves.organ]), axis=0, return_inverse=True
-    )
-    infos = [atlases[a].organs[organs.names[o]] for a, o in pairs.tolist()]
-    shares = np.array([info.voxels / volume_of(info.bounding_box) for info in infos])
-    shifted = [i not in moves.inverse for i in range(moves.atlas.size)]
-    found[shifted] = shares[inverse.ravel()][shifted]
-    return found
 
 
 def _distances(
@@ -215,8 +202,8 @@ def transfer_block(
         Share below which a voxel is background.
     """
     boxes: dict[int, Box] = {}
-    for o in np.unique(moves.organ).tolist():
-        box = overlap(moves.take(np.flatnonzero(moves.organ == o)).reach(), box_of(region))
+    for o, own in moves.by_organ().items():
+        box = overlap(own.reach(), box_of(region))
         assert box is not None
         boxes[o] = box
     whole = enclosing(list(boxes.values()))
@@ -227,8 +214,8 @@ def transfer_block(
     scans = {o: np.pad(scan[within(box, whole)], padding) for o, box in boxes.items()}
     sums = {o: np.zeros(here.shape, np.float32) for o, here in scans.items()}
     for a, atlas in atlases.items():
-        own = moves.take(np.flatnonzero(moves.atlas == a))
-        _add(sums, scans, boxes, own, atlas, organs, nus, totals)
+        of_atlas = moves.take(np.flatnonzero(moves.atlas == a))
+        _add(sums, scans, boxes, of_atlas, atlas, organs, nus, totals)
     found = [(o, box, sums[o][..., LANES:-LANES]) for o, box in boxes.items()]
     return finish_block(probability, found, organs, smallest, region, (whole, scan))
 
@@ -244,9 +231,7 @@ def _add(
     totals: NDArray[np.float64],
 ) -> None:
     """Add all moves of one atlas to the shares of its organs, each in a box of its own."""
-    own_moves = {
-        o: moves.take(np.flatnonzero(moves.organ == o)) for o in np.unique(moves.organ).tolist()
-    }
+    own_moves = moves.by_organ()
     bounds = {o: atlas.organs[organs.names[o]].bounding_box for o in own_moves}
     wanted = {organs.names[o]: _planes(own, boxes[o], bounds[o]) for o, own in own_moves.items()}
     strips = read_strips(atlas, wanted, organs)

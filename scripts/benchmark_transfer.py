@@ -66,15 +66,12 @@ def main() -> None:
             figures[f"two_core_speedup_{mode}_C"] = one[mode] / all_cores[mode]
         figures["seconds_C"] = all_cores
         figures["seconds_C_1_thread"] = one
-        for what, touched in (
-            ("surroundings", surroundings(store, ids)),
-            ("organs", organs(store, ids)),
-        ):
-            copied = seconds_to_copy(touched)
-            figures[f"bytes_of_{what}_C"] = touched
-            for mode in MODES:
-                if (mode == "local") == (what == "surroundings"):
-                    figures[f"{mode}_over_copying_the_{what}"] = all_cores[mode] / copied
+        touched = {"surroundings": surroundings(store, ids), "organs": organs(store, ids)}
+        for mode in MODES:
+            what = "surroundings" if mode == "local" else "organs"
+            copied = seconds_to_copy(touched[what])
+            figures[f"bytes_of_{what}_C"] = touched[what]
+            figures[f"{mode}_over_copying_the_{what}"] = all_cores[mode] / copied
         if options.store:
             figures |= real(AtlasStore.open(options.store), folder, repeats)
     for key, value in figures.items():

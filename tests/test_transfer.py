@@ -104,8 +104,8 @@ def make_store(path: Path, atlases: Sequence[AnnotatedImage]) -> AtlasStore:
             found = extents(atlas.labels)
             labels = image["labels/organs/0"]
             assert isinstance(labels, zarr.Array)
-            write_strips(draft.group, volume.levels[0], labels, found, ORGANS)
-            write_surroundings(draft.group, volume.levels[0], labels, found, SPACING)
+            held = write_surroundings(draft.group, volume.levels[0], labels, found, SPACING)
+            write_strips(draft.group, held, found, ORGANS)
             draft.commit(
                 no_keypoints(),
                 annotated=list(found),
