@@ -2,10 +2,12 @@
 
 One loop serves all threads of a process, so that two threads which read and write chunks of a
 millisecond each mostly wait for each other. Here a thread does its own. What is not laid out as
-this project lays it out is left to Zarr; the bytes on disk are the same either way.
+this project lays it out is left to Zarr. Chunks are the same bytes either way; in shards of ours
+they lie in C order.
 """
 
 import json
+import math
 import os
 import struct
 import uuid
@@ -14,16 +16,20 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
+import google_crc32c
 import numpy as np
 import zarr
 from numcodecs.blosc import compress, decompress  # type: ignore[import-untyped]
 from numpy.typing import NDArray
-from zarr.codecs import BloscCodec, BytesCodec
+from zarr.codecs import BloscCodec, BytesCodec, Crc32cCodec, ShardingCodec
 from zarr.core.chunk_key_encodings import DefaultChunkKeyEncoding
 from zarr.core.metadata.v3 import ArrayV3Metadata
 from zarr.storage import LocalStore
 
 _HEADER = 16
+_INDEX_ENTRY = 16
+_CHECKSUM = 4
+_NO_CHUNK = 2**64 - 1
 _SHUFFLES = {"noshuffle": 0, "shuffle": 1, "bitshuffle": 2}
 
 Region = tuple[slice, ...]
@@ -109,57 +115,130 @@ def read(array: "zarr.Array[Any]", region: Region, out: NDArray[Any] | None = No
     if folder is None:
         out[...] = array[region]
         return out
-    for key, inside, outside in _chunks(array, region):
+    for numbers, within, outside in _cut(region, array.shards or array.chunks):
+        path, target = folder / _key(array, numbers), out[outside]
         try:
-            chunk = (folder / key).read_bytes()
+            if array.shards:
+                _read_shard(array, path, within, target)
+            else:
+                _unpack_part(array, path.read_bytes(), within, target)
         except FileNotFoundError:
-            out[outside] = array.fill_value
-            continue
-        part = out[outside]
-        if part.shape == array.chunks and part.flags.c_contiguous:
-            unpack_into(chunk, part)
-        else:
-            whole = np.empty(array.chunks, array.dtype)
-            unpack_into(chunk, whole)
-            part[...] = whole[inside]
+            target[...] = array.fill_value
     return out
 
 
+def _read_shard(array: "zarr.Array[Any]", path: Path, within: Region, out: NDArray[Any]) -> None:
+    """Read a region of a shard; raises ValueError if it is damaged."""
+    per_axis = _chunks_per_shard(array)
+    with path.open("rb") as file:
+        index = _INDEX_ENTRY * math.prod(per_axis) + _CHECKSUM
+        size = file.seek(0, os.SEEK_END)
+        file.seek(max(size - index, 0))
+        ends = file.read()
+        places, checksum = ends[:-_CHECKSUM], ends[-_CHECKSUM:]
+        if len(ends) != index or google_crc32c.value(places) != int.from_bytes(checksum, "little"):
+            raise ValueError("a shard's index is damaged")
+        table = np.frombuffer(places, "<u8").reshape(*per_axis, 2)
+        for numbers, inside, outside in _cut(within, array.chunks):
+            offset, length = table[numbers].tolist()
+            if offset == length == _NO_CHUNK:
+                out[outside] = array.fill_value
+                continue
+            if offset + length > size:
+                raise ValueError("a shard's index points beyond its end")
+            file.seek(offset)
+            _unpack_part(array, file.read(length), inside, out[outside])
+
+
+def _unpack_part(array: "zarr.Array[Any]", chunk: bytes, inside: Region, out: NDArray[Any]) -> None:
+    """Unpack a region of a chunk."""
+    if out.shape == array.chunks and out.dtype == array.dtype and out.flags.c_contiguous:
+        unpack_into(chunk, out)
+    else:
+        whole = np.empty(array.chunks, array.dtype)
+        unpack_into(chunk, whole)
+        out[...] = whole[inside]
+
+
 def write(array: "zarr.Array[Any]", region: Region, data: NDArray[Any]) -> None:
-    """Write a region of whole chunks, like ``array[region] = data``."""
+    """Write a region, like ``array[region] = data``.
+
+    What it touches of an array, chunks or shards, holds nothing else afterwards.
+    """
     folder = _folder(array)
     if folder is None:
         array[region] = data
         return
     data = data.astype(array.dtype, copy=False)
-    assert isinstance(array.metadata, ArrayV3Metadata)
-    codec = array.metadata.codecs[1]
-    assert isinstance(codec, BloscCodec)
-    settings = codec.cname.value.encode(), codec.clevel, _SHUFFLES[codec.shuffle.value]
-    for key, inside, outside in _chunks(array, region):
-        path = folder / key
-        part = data[outside]
-        if not array.config.write_empty_chunks and not part.any():
+    for numbers, within, outside in _cut(region, array.shards or array.chunks):
+        path, part = folder / _key(array, numbers), data[outside]
+        packed = _pack_shard(array, within, part) if array.shards else _pack(array, within, part)
+        if packed is None:
             path.unlink(missing_ok=True)
-            continue
-        if part.shape != array.chunks:
-            whole = np.full(array.chunks, array.fill_value, array.dtype)
-            whole[inside] = part
-            part = whole
-        packed = compress(np.ascontiguousarray(part), *settings, codec.blocksize, codec.typesize)
-        _replace(path, packed)
+        else:
+            _replace(path, packed)
+
+
+def _pack_shard(array: "zarr.Array[Any]", within: Region, data: NDArray[Any]) -> list[bytes] | None:
+    """Pack a region of a shard; nothing if there is nothing to keep."""
+    first = [part.start // chunk for part, chunk in zip(within, array.chunks, strict=True)]
+    end = [-(-part.stop // chunk) for part, chunk in zip(within, array.chunks, strict=True)]
+    count = [b - a for a, b in zip(first, end, strict=True)]
+    whole = np.zeros([n * c for n, c in zip(count, array.chunks, strict=True)], array.dtype)
+    corner = [a * c for a, c in zip(first, array.chunks, strict=True)]
+    whole[tuple(slice(p.start - c, p.stop - c) for p, c in zip(within, corner, strict=True))] = data
+    # Chunk after chunk in memory, by few calls on much: each of them lets other threads in.
+    axes = range(2 * array.ndim)
+    split = whole.reshape([n for both in zip(count, array.chunks, strict=True) for n in both])
+    chunks = np.ascontiguousarray(split.transpose([*axes[::2], *axes[1::2]]))
+    chunks = chunks.reshape(-1, *array.chunks)
+    kept: NDArray[Any] = np.ones(len(chunks), bool)
+    if not array.config.write_empty_chunks:
+        kept = np.asarray(chunks.reshape(len(chunks), -1).any(axis=1))
+    table = np.full((*_chunks_per_shard(array), 2), _NO_CHUNK, "<u8")
+    shard, size = [], 0
+    for i in np.flatnonzero(kept).tolist():
+        packed = _compressed(array, chunks[i])
+        number = np.unravel_index(i, count)
+        table[tuple(a + n for a, n in zip(first, number, strict=True))] = size, len(packed)
+        shard.append(packed)
+        size += len(packed)
+    index = table.tobytes()
+    checksum = google_crc32c.value(index).to_bytes(_CHECKSUM, "little")
+    return [*shard, index, checksum] if shard else None
+
+
+def _pack(array: "zarr.Array[Any]", within: Region, data: NDArray[Any]) -> list[bytes] | None:
+    """Pack a region of a chunk; nothing if there is nothing to keep."""
+    if not array.config.write_empty_chunks and not data.any():
+        return None
+    if data.shape != array.chunks:
+        whole = np.full(array.chunks, array.fill_value, array.dtype)
+        whole[within] = data
+        data = whole
+    return [_compressed(array, np.ascontiguousarray(data))]
+
+
+def _compressed(array: "zarr.Array[Any]", chunk: NDArray[Any]) -> bytes:
+    codec = _stages(array)[1]
+    assert isinstance(codec, BloscCodec)
+    shuffle = _SHUFFLES[codec.shuffle.value]
+    packed: bytes = compress(
+        chunk, codec.cname.value.encode(), codec.clevel, shuffle, codec.blocksize, codec.typesize
+    )
+    return packed
 
 
 def _folder(array: "zarr.Array[Any]") -> Path | None:
     """Where the array lies, if its chunks are local files, packed as this project packs them."""
     if not isinstance(array.store, LocalStore) or not isinstance(array.metadata, ArrayV3Metadata):
         return None
-    codecs = array.metadata.codecs
+    stages = _stages(array)
     plain = (
-        len(codecs) == 2
-        and isinstance(codecs[0], BytesCodec)
-        and (codecs[0].endian is None or codecs[0].endian.value == "little")
-        and isinstance(codecs[1], BloscCodec)
+        len(stages) == 2
+        and isinstance(stages[0], BytesCodec)
+        and (stages[0].endian is None or stages[0].endian.value == "little")
+        and isinstance(stages[1], BloscCodec)
         and isinstance(array.metadata.chunk_key_encoding, DefaultChunkKeyEncoding)
         and array.dtype.isnative
         and array.fill_value == 0
@@ -167,14 +246,36 @@ def _folder(array: "zarr.Array[Any]") -> Path | None:
     return Path(array.store.root, array.path) if plain else None
 
 
-def _chunks(
-    array: "zarr.Array[Any]", region: Region
-) -> Iterator[tuple[str, tuple[slice, ...], tuple[slice, ...]]]:
-    """Key of each chunk that a region touches, its part of the chunk, and of the region."""
+def _stages(array: "zarr.Array[Any]") -> Sequence[Any]:
+    """List what a chunk goes through; nothing if its shard is laid out in another way than ours."""
     assert isinstance(array.metadata, ArrayV3Metadata)
-    key_of = array.metadata.chunk_key_encoding.encode_chunk_key
+    stages = array.metadata.codecs
+    if not array.shards:
+        return stages
+    [sharding] = stages
+    assert isinstance(sharding, ShardingCodec)
+    plain = (
+        sharding.index_location.value == "end"
+        and [type(codec) for codec in sharding.index_codecs] == [BytesCodec, Crc32cCodec]
+        and sharding.index_codecs[0].to_dict() == BytesCodec(endian="little").to_dict()
+    )
+    return sharding.codecs if plain else ()
+
+
+def _chunks_per_shard(array: "zarr.Array[Any]") -> tuple[int, ...]:
+    assert array.shards is not None
+    return tuple(shard // chunk for shard, chunk in zip(array.shards, array.chunks, strict=True))
+
+
+def _key(array: "zarr.Array[Any]", numbers: tuple[int, ...]) -> str:
+    assert isinstance(array.metadata, ArrayV3Metadata)
+    return array.metadata.chunk_key_encoding.encode_chunk_key(numbers)
+
+
+def _cut(region: Region, unit: tuple[int, ...]) -> Iterator[tuple[tuple[int, ...], Region, Region]]:
+    """Yield the number of each unit that a region touches, and its parts of unit and region."""
     axes = []
-    for part, size in zip(region, array.chunks, strict=True):
+    for part, size in zip(region, unit, strict=True):
         axis = []
         for c in range(part.start // size, -(-part.stop // size)):
             start, stop = max(part.start, c * size), min(part.stop, (c + 1) * size)
@@ -183,10 +284,10 @@ def _chunks(
         axes.append(axis)
     for each in product(*axes):
         numbers, inside, outside = zip(*each, strict=True)
-        yield key_of(numbers), inside, outside
+        yield numbers, inside, outside
 
 
-def _replace(path: Path, data: bytes) -> None:
+def _replace(path: Path, data: Sequence[bytes]) -> None:
     """Write a file that is there whole or not at all."""
     partial = f"{path}.{uuid.uuid4().hex}.partial"
     try:
@@ -195,5 +296,5 @@ def _replace(path: Path, data: bytes) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         file = open(partial, "xb")  # noqa: SIM115
     with file:
-        file.write(data)
+        file.writelines(data)
     os.replace(partial, path)

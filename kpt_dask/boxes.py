@@ -3,6 +3,9 @@
 import math
 from collections.abc import Callable, Sequence
 
+import numpy as np
+from numpy.typing import NDArray
+
 from kpt_dask.omezarr import Region
 
 Box = tuple[tuple[int, int], tuple[int, int], tuple[int, int]]
@@ -53,6 +56,11 @@ def shape_of(box: Box) -> tuple[int, int, int]:
     """Voxels along each axis."""
     z, y, x = (b - a for a, b in box)
     return z, y, x
+
+
+def begin_of(box: Box) -> NDArray[np.int64]:
+    """First voxel, int64 (3)."""
+    return np.array([start for start, _ in box])
 
 
 def cut(

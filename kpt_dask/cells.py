@@ -112,15 +112,12 @@ def width_of(step: int) -> int:
 
 
 def positions(step: int) -> NDArray[np.float32]:
-    """Where the voxels of a cell lie in it: (10, `width_of`), the last voxel repeated.
+    """Where the voxels of a plane of a cell lie in it: x, y and yx of each (3, step²).
 
-    Voxels z, y, x of the cell, then the products that a trilinear polynomial is made of: x, y,
-    z, yx, zx, zy, zyx of the fractions of the way to the next node.
+    Fractions of the way from node to node.
     """
-    voxels = np.indices((step, step, step)).reshape(3, -1).astype(np.float32)
-    z, y, x = np.pad(voxels, ((0, 0), (0, width_of(step) - voxels.shape[1])), mode="edge")
-    fz, fy, fx = z / step, y / step, x / step
-    return np.stack([z, y, x, fx, fy, fz, fy * fx, fz * fx, fz * fy, fz * fy * fx])
+    y, x = np.indices((step, step)).reshape(2, -1).astype(np.float32) / np.float32(step)
+    return np.stack([x, y, y * x])
 
 
 @kernel

@@ -41,9 +41,6 @@ CONNECT_SECONDS = 10
 IN_FLIGHT_PER_THREAD = 4
 """Tasks handed out at a time: enough that no thread waits, few enough to hold their results."""
 
-BATCHES_PER_THREAD = 2
-"""Of small tasks: a Dask task costs a millisecond of the one thread that hands all of them out."""
-
 
 @contextmanager
 def session(client: Client | None = None, scheduler: str | None = None) -> Iterator[Client]:
@@ -97,8 +94,12 @@ def local(threads: int) -> Iterator[Client]:
             silence_logs=logging.ERROR,
         ) as client,
     ):
-        # Else a stage waits 10 ms because the one before it has just let go of its results.
-        client.scheduler_comm.interval = 0.0
+        # Else whoever has just sent a message keeps the next one back for some milliseconds, on
+        # every way between client, scheduler and worker.
+        scheduler, workers = client.cluster.scheduler, client.cluster.workers.values()
+        ways = *scheduler.client_comms.values(), *scheduler.stream_comms.values()
+        for way in (client.scheduler_comm, *ways, *(w.batched_stream for w in workers)):
+            way.interval = 0.0
         yield client
 
 
@@ -198,7 +199,9 @@ def run_small(
     tasks: Sequence[tuple[Any, ...]],
     description: str,
 ) -> list[T]:
-    """Compute ``function(*task)`` like `run`, for work of milliseconds: several in one Dask task.
+    """Compute ``function(*task)`` like `run`, for work of milliseconds: a Dask task a thread.
+
+    A Dask task costs a millisecond of the one thread that hands all of them out.
 
     Returns
     -------
@@ -206,7 +209,7 @@ def run_small(
         The results, in the order of the tasks.
     """
     threads = sum(client.nthreads().values())
-    size = -(-len(tasks) // (BATCHES_PER_THREAD * max(threads, 1))) or 1
+    size = -(-len(tasks) // max(threads, 1)) or 1
     batches = [(function, tasks[a : a + size]) for a in range(0, len(tasks), size)]
     done = dict(run(client, _each, batches, description))
     return [result for i in range(len(batches)) for result in done[i]]

@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 
 from kpt_dask.jit import kernel
 from kpt_dask.options import SIGMA_T, SIGMA_X
+from kpt_dask.rows import LOG2_E, exp2
 
 Widths = tuple[float, float]
 """σ_x and σ_t: standard deviations of the kernels in space and in translation, mm."""
@@ -23,8 +24,8 @@ UNSUPPORTED = 1e-30
 """Matches that disagree so much support nothing."""
 LANES = 16
 """Matches that are weighed at a time."""
-_FARTHEST = 85.0
-"""−log of the smallest weight that float32 holds."""
+_FARTHEST = 120.0
+"""−log₂ of the smallest weight: float32 holds no smaller ones."""
 
 
 def regress(
@@ -69,23 +70,6 @@ def regress(
 
 
 @kernel
-def _decay(v: Any) -> Any:
-    """exp(−128 v), for v up to 85 / 128: a polynomial for exp(−v), squared seven times."""
-    one, half = np.float32(1), np.float32(0.5)
-    w = np.float32(1 / 120) - v * (np.float32(1 / 720) - v * np.float32(1 / 5040))
-    w = np.float32(1 / 6) - v * (np.float32(1 / 24) - v * w)
-    w = one - v * (one - v * (half - v * w))
-    w *= w
-    w *= w
-    w *= w
-    w *= w
-    w *= w
-    w *= w
-    w *= w
-    return w
-
-
-@kernel
 def _total(sums: Any, begin: int) -> Any:
     """Sum of `LANES` numbers, four at a time."""
     total = np.float32(0)
@@ -111,12 +95,12 @@ def _regress(
     """
     reach = np.float32(REACH) * sigma_x
     limit = reach * reach
-    in_space = np.float32(0.5 / 128) / (sigma_x * sigma_x)
-    in_translation = np.float32(0.5 / 128) / (sigma_t * sigma_t)
-    farthest = np.float32(_FARTHEST / 128)
+    in_space = np.float32(0.5 * LOG2_E) / (sigma_x * sigma_x)
+    in_translation = np.float32(0.5 * LOG2_E) / (sigma_t * sigma_t)
+    farthest = np.float32(_FARTHEST)
     nothing = np.float32(0)
     m = position.shape[1]
-    layer = np.empty(m, np.int64)
+    layer, chosen = np.empty(m + 1, np.int64), np.empty(m + 1, np.int64)
     near = np.empty((6, m + LANES), np.float32)
     aside, along, tz, ty, tx, weight = near[0], near[1], near[2], near[3], near[4], near[5]
     sums = np.empty(4 * LANES, np.float32)
@@ -138,18 +122,21 @@ def _regress(
                 for j in range(m):
                     layer[in_layer] = j
                     in_layer += abs(position[0, j] - z) < reach
+            # Without branches: which matches are near is as good as random.
             for at in range(start, in_layer if follows else stop):
                 j = layer[at] if follows else at
                 dz = position[0, j] - z
                 dy = position[1, j] - y
                 squared = dz * dz + dy * dy
-                if squared < limit:
-                    aside[n] = squared
-                    along[n] = position[2, j]
-                    tz[n] = translation[0, j]
-                    ty[n] = translation[1, j]
-                    tx[n] = translation[2, j]
-                    n += 1
+                aside[n] = squared
+                chosen[n] = j
+                n += 1 if squared < limit else 0
+            for k in range(n):
+                j = chosen[k]
+                along[k] = position[2, j]
+                tz[k] = translation[0, j]
+                ty[k] = translation[1, j]
+                tx[k] = translation[2, j]
             near[:, n : n + LANES] = nothing
             aside[n : n + LANES] = limit
             first = last = 0
@@ -165,7 +152,7 @@ def _regress(
             for lane in range(np.uint64(LANES)):
                 dx = along[begin + lane] - x
                 squared = aside[begin + lane] + dx * dx
-                w = _decay(min(squared * in_space, farthest))
+                w = exp2(-min(squared * in_space, farthest))
                 weight[begin + lane] = w if squared < limit else nothing
         uz = uy = ux = support = nothing
         # Wider than any disagreement at first: the plain mean.
@@ -178,7 +165,7 @@ def _regress(
                     az, ay, ax = tz[begin + lane], ty[begin + lane], tx[begin + lane]
                     dz, dy, dx = az - uz, ay - uy, ax - ux
                     v = (dz * dz + dy * dy + dx * dx) * disagreement
-                    w = _decay(min(v, farthest))
+                    w = exp2(-min(v, farthest))
                     w = weight[begin + lane] * (w if v < farthest else nothing)
                     sums[lane] += w
                     sums[LANES + lane] += w * az

@@ -20,6 +20,7 @@ from kpt_dask import cluster
 from kpt_dask.boxes import (
     Box,
     aligned,
+    begin_of,
     box_of,
     cut,
     enclosing,
@@ -36,8 +37,8 @@ from kpt_dask.jit import kernel
 from kpt_dask.measures import Tally
 from kpt_dask.omezarr import Region
 from kpt_dask.options import DEFAULTS, TransferOptions
-from kpt_dask.rows import fetch
-from kpt_dask.shares import CHUNKS, VANISHING, Part, Share, finish_block, run_blocks
+from kpt_dask.rows import LOG2_E, exp2, fetch
+from kpt_dask.shares import SHARD, VANISHING, Part, Share, finish_slab, run_blocks, slabs
 from kpt_dask.surroundings import Room, read_planes, room_for, surroundings_of
 from kpt_dask.volume import Volume
 from kpt_dask.warps import (
@@ -140,7 +141,7 @@ def transfer(
         tasks = []
         for block in plan_blocks(domains, grid, step, per_plane, pieces, room):
             how = grid, own, domains, organs, nus, widths, smallest
-            tasks.append((volume.levels[0], *how, probability, aligned(block, CHUNKS, grid.shape)))
+            tasks.append((volume.levels[0], *how, probability, aligned(block, SHARD, grid.shape)))
         return run_blocks(transfer_block, tasks, atlases, organs, session)
 
 
@@ -182,7 +183,7 @@ def plan_blocks(
         votes = sum(volume_of(overlap(in_voxels(domain, step), box)) for domain in known)
         return 4 * (2 * cells(box) * step**3 + 2 * votes + planes(box)) <= room
 
-    return [b for b in cut(in_grid(whole, grid, step), CHUNKS, pieces, time, fits) if cells(b)]
+    return [b for b in cut(in_grid(whole, grid, step), SHARD, pieces, time, fits) if cells(b)]
 
 
 def transfer_block(
@@ -196,7 +197,7 @@ def transfer_block(
     smallest: float,
     probability: zarr.Array[Any],
     region: Region,
-) -> tuple[Part, Tally]:
+) -> tuple[list[Part], Tally]:
     """Fill one block of the probabilities, and decide its voxels.
 
     Parameters
@@ -217,11 +218,11 @@ def transfer_block(
     whole = in_grid(cells.box, grid, step)
     scan = direct.read(image, slices(whole)).astype(np.float32, copy=False)
     here = np.full((len(cells.index), width_of(step)), NOWHERE, np.float32)
-    gather(scan, _begin(whole), cells.index, step, here)
+    gather(scan, begin_of(whole), cells.index, step, here)
     votes = np.zeros((cells.organ.size, width_of(step)), np.float32)
     totals = np.zeros((cells.group.size, width_of(step)), np.float32)
     values = np.array(organs.values, np.uint16)[cells.organ]
-    scale = np.array([1 / (64 * nu * nu) for nu in group_nus], np.float32)[cells.group]
+    scale = np.array([LOG2_E / (2 * nu * nu) for nu in group_nus], np.float32)[cells.group]
     nodes, corners = cells.nodes()
     where, room = positions(step), Room()
     for one, annotated in zip(atlases, says, strict=True):
@@ -242,8 +243,13 @@ def transfer_block(
                 votes,
                 totals,
             )
-    shares = _shares(cells, votes, totals, whole, region, domains, step)
-    return finish_block(probability, shares, organs, smallest, region, (whole, scan))
+    parts, tally = [], Tally.empty(len(organs))
+    for slab in slabs(region):
+        shares = _shares(cells, votes, totals, whole, slab, domains, step)
+        if shares:
+            around = whole, scan
+            parts.append(finish_slab(probability, shares, organs, smallest, slab, around, tally))
+    return parts, tally
 
 
 def _groups(says: NDArray[np.bool_], nus: Sequence[float]) -> tuple[list[int], list[float]]:
@@ -296,13 +302,15 @@ def _shares(
             slots = np.flatnonzero(cells.organ == o)
             share = np.zeros(shape_of(box), np.float32)
             index = cells.index[cell_of[slots]]
-            spread(votes, totals, total_of, slots, index, _begin(box), step, share)
+            spread(votes, totals, total_of, slots, index, begin_of(box), step, share)
             shares.append((o, box, share))
     return shares
 
 
-def _begin(box: Box) -> NDArray[np.int64]:
-    return np.array([start for start, _ in box])
+@kernel
+def _in_plane(c: Any, f: Any) -> Any:
+    """Coefficients of 1, x, y and yx where z is `f`, of those of a trilinear polynomial."""
+    return c[0] + f * c[3], c[1] + f * c[5], c[2] + f * c[6], c[4] + f * c[7]
 
 
 @kernel
@@ -326,11 +334,11 @@ def accumulate(
         Lattice indices (cell, 3), nodes of each cell (cell, 8), and where its groups and their
         organs begin: see `kpt_dask.cells.Cells`.
     organs : tuple of ndarray
-        Label of each organ (slot), 1 / 64ν² of each group (group), and whether the atlas
+        Label of each organ (slot), log₂ e / 2ν² of each group (group), and whether the atlas
         annotates each organ (slot).
     step : int
         Voxels along the edge of a cell.
-    where : float32 array (10, n)
+    where : float32 array (3, step²)
         From `kpt_dask.cells.positions`.
     scan : float32 array (cell, n)
         HU.
@@ -346,25 +354,22 @@ def accumulate(
     index, corners, groups, slots = cells
     values, scales, annotated = organs
     n = scan.shape[1]
-    at = np.empty(n, np.uint32)
-    support = np.empty(n, np.float32)
+    at = np.zeros(n, np.uint32)
+    support = np.zeros(n, np.float32)
     hu = np.empty(n, np.float32)
     label = np.empty(n, np.uint16)
     weight = np.empty(n, np.float32)
     c = np.empty((4, 8), np.float32)
-    one, half, nothing = np.float32(1), np.float32(0.5), np.float32(0)
-    c3, c4, c5 = np.float32(1 / 6), np.float32(1 / 24), np.float32(1 / 120)
-    vanishing = np.float32(VANISHING * VANISHING / 64)
+    half, nothing = np.float32(0.5), np.float32(0)
+    vanishing = np.float32(VANISHING * VANISHING / 2 * LOG2_E)
     oz, oy, ox = held[0, 0], held[1, 0], held[2, 0]
     height, width = packed.shape[1], packed.shape[2]
     bz, by, bx = np.float32(oz), np.float32(oy), np.float32(ox)
     ez, ey, ex = np.float32(held[0, 1]), np.float32(held[1, 1]), np.float32(held[2, 1])
     voxels = packed.ravel()
     for cell in range(index.shape[0]):
-        z0 = np.float32(index[cell, 0] * step) + half
-        y0 = np.float32(index[cell, 1] * step) + half
-        x0 = np.float32(index[cell, 2] * step) + half
-        # The trilinear field as a polynomial: no branches, and few numbers for a cell.
+        # The trilinear field as a polynomial, and so where voxels come from: no branches, and few
+        # numbers for a cell.
         supported = nothing
         for d in range(4):
             v0 = nodes[corners[cell, 0], d]
@@ -386,28 +391,27 @@ def accumulate(
             supported = max(max(max(v0, v1), max(v2, v3)), max(max(v4, v5), max(v6, v7)))
         if supported == nothing:
             continue
-        a0, a1, a2, a3 = c[0, 0], c[0, 1], c[0, 2], c[0, 3]
-        a4, a5, a6, a7 = c[0, 4], c[0, 5], c[0, 6], c[0, 7]
-        b0, b1, b2, b3 = c[1, 0], c[1, 1], c[1, 2], c[1, 3]
-        b4, b5, b6, b7 = c[1, 4], c[1, 5], c[1, 6], c[1, 7]
-        d0, d1, d2, d3 = c[2, 0], c[2, 1], c[2, 2], c[2, 3]
-        d4, d5, d6, d7 = c[2, 4], c[2, 5], c[2, 6], c[2, 7]
-        e0, e1, e2, e3 = c[3, 0], c[3, 1], c[3, 2], c[3, 3]
-        e4, e5, e6, e7 = c[3, 4], c[3, 5], c[3, 6], c[3, 7]
-        for q in range(n):
-            x, y, z, yx = where[3, q], where[4, q], where[5, q], where[6, q]
-            zx, zy, zyx = where[7, q], where[8, q], where[9, q]
-            u = a0 + x * a1 + y * a2 + z * a3 + yx * a4 + zx * a5 + zy * a6 + zyx * a7
-            v = b0 + x * b1 + y * b2 + z * b3 + yx * b4 + zx * b5 + zy * b6 + zyx * b7
-            w = d0 + x * d1 + y * d2 + z * d3 + yx * d4 + zx * d5 + zy * d6 + zyx * d7
-            s = e0 + x * e1 + y * e2 + z * e3 + yx * e4 + zx * e5 + zy * e6 + zyx * e7
-            tz = z0 + where[0, q] + u
-            ty = y0 + where[1, q] + v
-            tx = x0 + where[2, q] + w
-            inside = (tz >= bz) & (tz < ez) & (ty >= by) & (ty < ey) & (tx >= bx) & (tx < ex)
-            k, j, i = np.int32(tz) - oz, np.int32(ty) - oy, np.int32(tx) - ox
-            at[q] = np.uint32((k * height + j) * width + i if inside else 0)
-            support[q] = max(s, nothing) if inside else nothing
+        for d in range(3):
+            c[d, 0] += np.float32(index[cell, d] * step) + half
+            c[d, 3 - d] += np.float32(step)
+        for plane in range(step):
+            f = np.float32(plane) / np.float32(step)
+            u0, ux, uy, uyx = _in_plane(c[0], f)
+            v0, vx, vy, vyx = _in_plane(c[1], f)
+            w0, wx, wy, wyx = _in_plane(c[2], f)
+            s0, sx, sy, syx = _in_plane(c[3], f)
+            here = slice(plane * step * step, (plane + 1) * step * step)
+            at_here, support_here = at[here], support[here]
+            for q in range(step * step):
+                x, y, yx = where[0, q], where[1, q], where[2, q]
+                tz = u0 + x * ux + y * uy + yx * uyx
+                ty = v0 + x * vx + y * vy + yx * vyx
+                tx = w0 + x * wx + y * wy + yx * wyx
+                s = s0 + x * sx + y * sy + yx * syx
+                inside = (tz >= bz) & (tz < ez) & (ty >= by) & (ty < ey) & (tx >= bx) & (tx < ex)
+                k, j, i = np.int32(tz) - oz, np.int32(ty) - oy, np.int32(tx) - ox
+                at_here[q] = np.uint32((k * height + j) * width + i if inside else 0)
+                support_here[q] = max(s, nothing) if inside else nothing
         # Rows of a cell lie too far apart for the processor to see where the next ones are.
         for row in range(0, step * step * step, step):
             fetch(voxels, np.intp(at[row]) + AHEAD)
@@ -421,15 +425,8 @@ def accumulate(
             scale = scales[g]
             for q in range(n):
                 d = scan[cell, q] - hu[q]
-                v = min(d * d * scale, vanishing)
-                # exp(−u) as exp(−u / 32)³²: plain arithmetic on many voxels at a time.
-                p = one - v * (one - v * (half - v * (c3 - v * (c4 - v * c5))))
-                p *= p
-                p *= p
-                p *= p
-                p *= p
-                p *= p
-                w = support[q] * (p if v < vanishing else nothing)
+                x = d * d * scale
+                w = support[q] * (exp2(-x) if x < vanishing else nothing)
                 weight[q] = w
                 totals[g, q] += w
             for o in range(slots[g], slots[g + 1]):

@@ -110,7 +110,7 @@ def count(
     corner: tuple[int, ...],
     tally: Tally,
     organ: int,
-) -> None:
+) -> bool:
     """Count the voxels and shares of one organ in a box.
 
     Parameters
@@ -125,9 +125,14 @@ def count(
         Changed.
     organ : int
         The organ's row of it.
+
+    Returns
+    -------
+    bool
+        Whether any share is over 0.
     """
     own = tally.shares[organ], tally.sums[organ], tally.low[organ], tally.high[organ]
-    _count(share, labels, hu, value, np.array(corner), *own)
+    return _count(share, labels, hu, value, np.array(corner), *own) > 0
 
 
 @kernel
@@ -141,27 +146,36 @@ def _count(
     sums: Any,
     low: Any,
     high: Any,
-) -> None:
-    at = np.empty(3, np.int64)
+) -> int:
+    """Count row by row; returns how many shares are over 0."""
+    above = 0
     for z in range(share.shape[0]):
         for y in range(share.shape[1]):
+            voxels, total, places, first, last = 0, 0, 0, 0, 0
             for x in range(share.shape[2]):
                 p = share[z, y, x]
                 if p == 0:
                     continue
-                b = min(int(p * np.float32(BINS)), BINS)
-                shares[b] += 1
-                if labels[z, y, x] != value:
-                    continue
-                sums[0] += 1
-                sums[1] += int(hu[z, y, x])
-                at[0] = corner[0] + z
-                at[1] = corner[1] + y
-                at[2] = corner[2] + x
-                for a in range(3):
-                    sums[2 + a] += at[a]
-                    low[a] = min(low[a], at[a])
-                    high[a] = max(high[a], at[a])
+                above += 1
+                shares[min(int(p * np.float32(BINS)), BINS)] += 1
+                if labels[z, y, x] == value:
+                    first = x if voxels == 0 else first
+                    last = x
+                    voxels += 1
+                    total += int(hu[z, y, x])
+                    places += x
+            if voxels == 0:
+                continue
+            at = corner[0] + z, corner[1] + y, corner[2]
+            sums[0] += voxels
+            sums[1] += total
+            sums[2] += voxels * at[0]
+            sums[3] += voxels * at[1]
+            sums[4] += voxels * at[2] + places
+            for a in range(3):
+                low[a] = min(low[a], at[a] + (first if a == 2 else 0))
+                high[a] = max(high[a], at[a] + (last if a == 2 else 0))
+    return above
 
 
 def organ_measures(

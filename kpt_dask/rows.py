@@ -9,6 +9,7 @@ Each voxel goes through the same operations in the same order, wherever it lies 
 whichever function makes it; as in all kernels, multiply-adds may be fused.
 """
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -37,6 +38,31 @@ def _everywhere(b: Any, value: Any, kind: Any) -> Any:
     one = b.insert_element(nothing, value, ir.Constant(index, 0))
     first = ir.Constant(ir.VectorType(index, kind.count), kind.count * [0])
     return b.shuffle_vector(one, nothing, first)
+
+
+LOG2_E = 1 / math.log(2)
+_ROUNDING = 1.5 * 2.0**23
+"""Added to a float32, leaves the nearest whole number in its last bits."""
+_POWERS = (1.0, 0.693146978, 0.240222421, 0.0555073374, 0.00967151279, 0.00132647273)
+"""Of the polynomial that is 2^x for −½ ≤ x ≤ ½, to 1e-7, and exactly 1 at 0."""
+
+
+def _exp2(b: Any, x: Any) -> Any:
+    """Raise 2 to a power, a float32 or a vector of them: see `exp2`."""
+    lanes = getattr(x.type, "count", 0)
+    bits = ir.VectorType(ir.IntType(32), lanes) if lanes else ir.IntType(32)
+
+    def number(value: float, kind: Any = x.type) -> Any:
+        return ir.Constant(kind, lanes * [value] if lanes else value)
+
+    moved = b.fadd(x, number(_ROUNDING))
+    rest = b.fsub(x, b.fsub(moved, number(_ROUNDING)))
+    power = number(_POWERS[-1])
+    for coefficient in _POWERS[-2::-1]:
+        power = b.fadd(b.fmul(power, rest, flags=_FUSED), number(coefficient), flags=_FUSED)
+    # The whole number, as an exponent.
+    exponent = b.shl(b.bitcast(moved, bits), number(23, bits))
+    return b.bitcast(b.add(b.bitcast(power, bits), exponent), x.type)
 
 
 class _Filter:
@@ -253,68 +279,66 @@ def compare(_: Any, values: Any, at: Any, before: Any, after: Any) -> Any:
 
 
 @_intrinsic
+def exp2(_: Any, x: Any) -> Any:
+    """Raise 2 to a power, float32, −126 … 127, to 3e-7 of itself; whole powers exactly.
+
+    Compilers can do it to many numbers at a time, as there is no branch and no table. Not for
+    kernels that may reassociate.
+    """
+
+    def code(context: Any, b: Any, own: Any, values: Any) -> Any:
+        return _exp2(b, values[0])
+
+    signature = types.float32(types.float32)
+    return signature, code
+
+
+@_intrinsic
 def add_strip(
     _: Any,
     share: Any,
-    to: Any,
     scan: Any,
+    at: Any,
     strips: Any,
     of: Any,
-    outside: Any,
-    weight: Any,
-    scale: Any,
-    vanishing: Any,
+    height: Any,
+    slope: Any,
+    most: Any,
 ) -> Any:
-    """Add a strip to its share: weight · exp(−32 v), v = min(scale · (I − I_a)², vanishing).
+    """Add a strip to its share: 2^(height − slope · d²), d = I − I_a, where d² is below `most`.
 
     As loops over `LANES` voxels, compilers do not see that share and scan are not the same.
 
     Parameters
     ----------
-    share, scan : float32 arrays
-        Flat; voxels from `to` on.
-    strips : int16 array
-        Flat; HU from `of` on.
-    outside : int16
-        HU of voxels that add nothing.
-    weight, scale, vanishing : float32
-        Nothing is added where v reaches `vanishing`.
+    share : float32 array
+    scan, strips : int16 arrays
+        HU; all flat, from `at` and `of` on.
+    height, slope, most : float32
+        Nothing is added where d² reaches `most`, and the power must be one for `exp2` elsewhere.
     """
     n, real = types.intp, types.float32
 
     def code(context: Any, b: Any, own: Any, values: Any) -> Any:
-        data = {i: context.make_array(own.args[i])(context, b, values[i]).data for i in (0, 2, 3)}
+        def place(array: int, at: Any, kind: Any) -> Any:
+            data = context.make_array(own.args[array])(context, b, values[array]).data
+            return b.bitcast(b.gep(data, [at]), kind.as_pointer())
 
-        def at(i: int, where: Any, kind: Any) -> Any:
-            return b.bitcast(b.gep(data[i], [where]), kind.as_pointer())
-
-        def number(value: float) -> Any:
-            return ir.Constant(_VECTOR, LANES * [value])
-
-        def multiply(x: Any, y: Any) -> Any:
-            return b.fmul(x, y, flags=_FUSED)
-
-        hu = b.load(at(3, values[4], _SHORTS), align=2)
-        apart = b.fsub(b.load(at(2, values[1], _VECTOR), align=4), b.sitofp(hu, _VECTOR))
-        v = multiply(multiply(apart, apart), _everywhere(b, values[7], _VECTOR))
-        most = _everywhere(b, values[8], _VECTOR)
-        near = b.fcmp_ordered("<", v, most)
-        v = b.select(near, v, most)
-        # exp(−u) as exp(−u / 32)³²: a polynomial, squared five times.
-        p = number(1 / 24)
-        for term in (1 / 6, 1 / 2, 1, 1):
-            p = b.fsub(number(term), multiply(v, p), flags=_FUSED)
-        for _ in range(5):
-            p = multiply(p, p)
-        shown = b.icmp_signed("!=", hu, _everywhere(b, values[5], _SHORTS))
-        p = b.select(b.and_(shown, near), p, number(0))
-        place = at(0, values[1], _VECTOR)
-        part = multiply(_everywhere(b, values[6], _VECTOR), p)
-        total = b.fadd(b.load(place, align=4), part, flags=_FUSED)
-        b.store(total, place, align=4)
+        height, slope, most = (_everywhere(b, value, _VECTOR) for value in values[5:])
+        here = b.load(place(1, values[2], _SHORTS), align=2)
+        there = b.load(place(3, values[4], _SHORTS), align=2)
+        kind = ir.FunctionType(_SHORTS, [_SHORTS, _SHORTS])
+        subtract = _declare(b.module, kind, f"llvm.ssub.sat.v{LANES}i16")
+        apart = b.sitofp(b.call(subtract, [here, there]), _VECTOR)
+        squared = b.fmul(apart, apart)
+        power = _exp2(b, b.fsub(height, b.fmul(slope, squared, flags=_FUSED), flags=_FUSED))
+        counts = b.fcmp_ordered("<", squared, most)
+        part = b.select(counts, power, ir.Constant(_VECTOR, LANES * [0]))
+        out = place(0, values[2], _VECTOR)
+        b.store(b.fadd(b.load(out, align=4), part), out, align=4)
         return context.get_dummy_value()
 
-    return types.void(share, n, scan, strips, n, types.int16, real, real, real), code
+    return types.void(share, scan, n, strips, n, real, real, real), code
 
 
 @_intrinsic

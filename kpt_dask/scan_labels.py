@@ -10,8 +10,10 @@ from itertools import product
 from typing import Any
 
 import numpy as np
+import zarr
 from numpy.typing import NDArray
 
+from atlas_store import direct
 from kpt_dask.grid import Grid
 from kpt_dask.interpolate import Region, Window, blend, cell, numbers, window
 from kpt_dask.jit import kernel
@@ -57,7 +59,7 @@ def labels_onto(
         labels = np.zeros([s.stop - s.start for s in slab], np.uint16)
         largest = np.full(labels.shape, below, np.float32)
         for organ, value in enumerate(values):
-            part = np.asarray(probability[(organ, *plan.region)], np.float32)
+            part = _read(probability, (slice(organ, organ + 1), *plan.region))[0]
             box = _reached(part > below, plan)
             if box is None:
                 continue
@@ -72,6 +74,12 @@ def labels_onto(
                 labels[inside],
             )
         yield labels
+
+
+def _read(probability: Any, region: tuple[slice, ...]) -> NDArray[np.float32]:
+    if isinstance(probability, zarr.Array):
+        return direct.read(probability, region).astype(np.float32, copy=False)
+    return np.asarray(probability[region], np.float32)
 
 
 def _reached(mask: NDArray[np.bool_], plan: Window) -> Region | None:

@@ -1,6 +1,6 @@
-"""Shares of the votes: what the probabilities hold, how a block is finished, what decides.
+"""Shares of the votes: what the probabilities hold, how a slab is finished, what decides.
 
-What all modes have in common, once a mode has summed the votes of a block.
+What all modes have in common, once a mode has summed the votes of a slab.
 """
 
 from collections.abc import Callable, Sequence
@@ -11,17 +11,20 @@ import zarr
 from distributed import Client
 from numpy.typing import NDArray
 
-from atlas_store import Atlas, OrganTable
+from atlas_store import Atlas, OrganTable, direct
 from kpt_dask import cluster
-from kpt_dask.boxes import Box, aligned, box_of, shape_of, within
+from kpt_dask.boxes import Box, box_of, enclosing, shape_of, slices, within
 from kpt_dask.grid import Grid
 from kpt_dask.jit import kernel
 from kpt_dask.measures import Tally, count
-from kpt_dask.omezarr import COMPRESSOR, Region, write_region
+from kpt_dask.omezarr import COMPRESSOR, Region
 
-CHUNKS = (32, 256, 256)
-"""Of one organ's probabilities, and whole chunks of a label map; chunks without the organ are
-not stored. Large: to make a file takes as long as to pack a MB."""
+SHARD = (32, 256, 256)
+"""A file of one organ's probabilities, and whole chunks of a label map. Large: to make a file
+takes as long as to pack a MB."""
+CHUNKS = (32, 32, 32)
+"""What of a shard is packed together. Those without the organ are not stored, and shards without
+any neither. Small: of an organ's bounding box as much is empty as not."""
 
 VANISHING = 6.0
 """Standard deviations from which on the intensity likelihood is 0."""
@@ -34,12 +37,15 @@ Share = tuple[int, Box, NDArray[np.float32]]
 
 
 def create_probability(group: zarr.Group, grid: Grid, organs: OrganTable) -> zarr.Array[Any]:
-    """Make ``probability`` (organ, z, y, x) float32; chunks without the organ cost nothing."""
+    """Make ``probability`` (organ, z, y, x) float32; shards without the organ cost nothing."""
+    chunks = [min(n, c) for n, c in zip(grid.shape, CHUNKS, strict=True)]
+    sizes = [min(n, s) for n, s in zip(grid.shape, SHARD, strict=True)]
     return group.create_array(
         "probability",
         shape=(len(organs), *grid.shape),
         dtype=np.float32,
-        chunks=(1, *(min(n, c) for n, c in zip(grid.shape, CHUNKS, strict=True))),
+        chunks=(1, *chunks),
+        shards=(1, *(-(-n // c) * c for n, c in zip(sizes, chunks, strict=True))),
         # All in one folder: folders for each organ and plane take as long to make as the files.
         chunk_key_encoding={"name": "default", "separator": "."},
         compressors=COMPRESSOR,
@@ -49,8 +55,18 @@ def create_probability(group: zarr.Group, grid: Grid, organs: OrganTable) -> zar
     )
 
 
+def slabs(region: Region) -> list[Region]:
+    """Cut a block, from below, into slabs one shard deep.
+
+    What is done to a slab, and to its shares, is done while it is in the cache.
+    """
+    z, y, x = region
+    cuts = range(z.start, z.stop, SHARD[0])
+    return [(slice(a, min(a + SHARD[0], z.stop)), y, x) for a in cuts]
+
+
 def run_blocks(
-    function: Callable[..., tuple[Part, Tally]],
+    function: Callable[..., tuple[list[Part], Tally]],
     tasks: Sequence[tuple[Any, ...]],
     atlases: Sequence[Atlas],
     organs: OrganTable,
@@ -63,24 +79,26 @@ def run_blocks(
     AtlasNotFoundError
         If an atlas was removed meanwhile.
     """
-    parts, total = [], Tally.empty(len(organs))
-    for _, (part, tally) in cluster.run(client, function, tasks, "Transferring organs"):
-        parts.append(part)
+    parts: list[Part] = []
+    total = Tally.empty(len(organs))
+    for _, (own, tally) in cluster.run(client, function, tasks, "Transferring organs"):
+        parts += own
         total += tally
     for atlas in atlases:
         atlas.ensure_present()
     return parts, total
 
 
-def finish_block(
+def finish_slab(
     probability: zarr.Array[Any],
     shares: Sequence[Share],
     organs: OrganTable,
     smallest: float,
     region: Region,
     scan: tuple[Box, NDArray[np.float32]],
-) -> tuple[Part, Tally]:
-    """Write the shares of a block, decide its labels, and count them.
+    tally: Tally,
+) -> Part:
+    """Write the shares of a slab, decide its labels, and count them.
 
     Parameters
     ----------
@@ -92,20 +110,21 @@ def finish_block(
     smallest : float
         As for `decide`.
     region : tuple of slice
-        The block: whole chunks of `probability`.
+        The slab: whole shards of `probability`.
     scan : tuple
         A box that holds those of the shares, and its HU (z, y, x).
+    tally : Tally
+        Changed.
     """
     labels = decide(shares, organs.values, smallest, region)
-    tally = Tally.empty(len(organs))
     around, hu = scan
     for organ, box, share in shares:
-        if share.any():
-            _write(probability, organ, box, share, region)
-            decided, here = labels[within(box, box_of(region))], hu[within(box, around)]
-            corner = tuple(start for start, _ in box)
-            count(share, decided, here, organs.values[organ], corner, tally, organ)
-    return (region, labels), tally
+        decided, here = labels[within(box, box_of(region))], hu[within(box, around)]
+        corner = tuple(start for start, _ in box)
+        if count(share, decided, here, organs.values[organ], corner, tally, organ):
+            # The slab owns the shards that this touches.
+            direct.write(probability, (slice(organ, organ + 1), *slices(box)), share[None])
+    return region, labels
 
 
 def decide(
@@ -128,10 +147,14 @@ def decide(
     """
     block = box_of(region)
     labels = np.zeros(shape_of(block), np.uint16)
-    largest = np.full(labels.shape, np.nextafter(np.float32(smallest), np.float32(0)))
+    reached = enclosing([box for _, box, _ in shares])
+    if reached is None:
+        return labels
+    below = np.nextafter(np.float32(smallest), np.float32(0))
+    largest = np.full(shape_of(reached), below)
     for organ, box, share in shares:
-        inside = within(box, block)
-        _claim(share, np.uint16(values[organ]), largest[inside], labels[inside])
+        value = np.uint16(values[organ])
+        _claim(share, value, largest[within(box, reached)], labels[within(box, block)])
     return labels
 
 
@@ -152,15 +175,3 @@ def intensity_table(nu: float) -> NDArray[np.float32]:
     table = np.exp(-(d**2) / (2 * nu**2)).astype(np.float32)
     table[-1] = 0
     return table
-
-
-def _write(
-    probability: zarr.Array[Any], organ: int, box: Box, share: NDArray[np.float32], region: Region
-) -> None:
-    """Write the whole chunks that the box of an organ touches."""
-    chunks = probability.chunks[1], probability.chunks[2], probability.chunks[3]
-    written = aligned(box, chunks, (region[0].stop, region[1].stop, region[2].stop))
-    around = box_of(written)
-    whole = np.zeros(shape_of(around), np.float32)
-    whole[within(box, around)] = share
-    write_region(probability, (slice(organ, organ + 1), *written), whole[None])

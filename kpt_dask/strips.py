@@ -91,9 +91,9 @@ def write_strips(
     values = np.concatenate([part for name in found for part in parts[name]])
     begins, planes = 0, {}
     for name, info in found.items():
-        z = np.concatenate([part[:, 0] for part in parts[name]])
-        planes[name] = (begins + _planes_of(z, shape_of(info.bounding_box)[0])).tolist()
-        begins += len(z)
+        own = _checked(np.concatenate(parts[name]), info.bounding_box)
+        planes[name] = (begins + own.planes).tolist()
+        begins += len(own.values)
     array = group.create_array(
         NAME,
         shape=values.shape,
@@ -189,16 +189,27 @@ def _from_surroundings(
 def _checked(values: NDArray[np.int16], box: Box) -> Strips:
     """Find where planes begin; kernels believe that the places lie in the bounding box."""
     shape = shape_of(box)
-    z, *_ = places = values[:, :PLACE].T
-    if not all((at >= 0).all() and (at < n).all() for at, n in zip(places, shape, strict=True)):
-        raise ValueError("strips lie outside of the organ")
-    if (z[1:] < z[:-1]).any():
-        raise ValueError("strips are not in order")
-    return Strips(values, _planes_of(z, shape[0]))
+    planes = np.empty(shape[0] + 1, np.int64)
+    if not _find_planes(values, shape, planes):
+        raise ValueError("strips lie outside of the organ, or are not in order")
+    return Strips(values, planes)
 
 
-def _planes_of(z: NDArray[np.int16], depth: int) -> NDArray[np.int64]:
-    return np.searchsorted(z, np.arange(depth + 1))
+@kernel
+def _find_planes(
+    values: NDArray[np.int16], shape: tuple[int, int, int], planes: NDArray[np.int64]
+) -> bool:
+    """Find where planes begin; whether all strips lie in the shape, and in order of planes."""
+    plane = 0
+    for i in range(values.shape[0]):
+        z, y, x = values[i, 0], values[i, 1], values[i, 2]
+        if z < max(plane - 1, 0) or z >= shape[0] or not (0 <= y < shape[1] and 0 <= x < shape[2]):
+            return False
+        for _ in range(plane, z + 1):
+            planes[plane] = i
+            plane += 1
+    planes[plane:] = values.shape[0]
+    return True
 
 
 def _cut_out(packed: NDArray[np.int32], first: int, value: int) -> NDArray[np.int16]:

@@ -9,18 +9,24 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kpt_dask.jit import kernel
-from kpt_dask.rows import LANES, add_strip
+from kpt_dask.rows import LANES, LOG2_E, add_strip
 from kpt_dask.shares import VANISHING
 from kpt_dask.strips import OUTSIDE, PLACE
+
+LIGHTEST = np.float32(1e-20)
+"""A move that weighs less changes nothing, and would leave the powers that `add_strip` takes."""
+FARTHEST = 30000.0
+"""HU: farther than any scan's from each other, nearer than `OUTSIDE` from any of them."""
 
 
 @kernel
 def accumulate(
     share: NDArray[np.float32],
-    scan: NDArray[np.float32],
+    scan: NDArray[np.int16],
+    first: NDArray[np.int64],
     strips: NDArray[np.int16],
     planes: NDArray[np.int64],
-    offsets: NDArray[np.int64],
+    shifts: NDArray[np.int64],
     weights: NDArray[np.float32],
     nu: float,
 ) -> None:
@@ -28,51 +34,61 @@ def accumulate(
 
     Parameters
     ----------
-    share, scan : float32 arrays (z, y, `LANES` + x + `LANES`)
-        Of a box; `share` is changed, beside the box too.
-    strips, planes : ndarray
-        From `kpt_dask.strips.read_strips`.
-    offsets : int64 array (n, 3)
-        Voxel v of the organ's bounding box is ``v + offset`` of the box.
-    weights : float32 array (n)
+    share, scan : float32 and int16 arrays (z, y, `LANES` + x + `LANES`)
+        Of a box; `share` is changed, beside the box too. HU.
+    first : int64 array (3)
+        First voxel of the box in the volume.
+    strips : int16 array (n, `PLACE` + `LANES`)
+        See `kpt_dask.strips.Strips`; of one atlas after another.
+    planes : int64 array (p)
+        Where the strips of each plane of each atlas begin, and end.
+    shifts : int64 array (m, 7)
+        Of each move: first voxel of the organ's bounding box in the volume, size of this box,
+        and where its planes begin in `planes`.
+    weights : float32 array (m)
         Of the moves, as a share of the organ's.
     nu : float
         HU.
     """
-    scale = np.float32(1 / (64 * nu * nu))
-    vanishing = np.float32(VANISHING * VANISHING / 64)
-    outside = np.int16(OUTSIDE)
+    slope = np.float32(LOG2_E / (2 * nu * nu))
+    most = np.float32(min(VANISHING * nu, FARTHEST) ** 2)
     depth, height, length = share.shape
-    # Flat and unsigned: cutting a row out, or asking whether an index is negative, costs more
-    # than a strip.
+    # Flat and unsigned: cutting a row out, or asking whether an index is negative, costs as much
+    # as a strip.
     out, here, there = share.ravel(), scan.ravel(), strips.ravel()
-    last = planes.size - 1
+    columns, voxels = np.uint64(PLACE + LANES), np.uint64(PLACE)
     for z in range(depth):
         # All moves of a plane before the next plane: it stays in the cache.
-        for m in range(offsets.shape[0]):
-            k = z - offsets[m, 0]
-            if k < 0 or k >= last:
+        for m in range(shifts.shape[0]):
+            k = first[0] + z - shifts[m, 0]
+            if k < 0 or k >= shifts[m, 3] or weights[m] < LIGHTEST:
                 continue
-            weight = weights[m]
-            down, right = offsets[m, 1], offsets[m, 2] + LANES
-            for strip in range(planes[k], planes[k + 1]):
-                y = strips[strip, 1] + down
-                x = strips[strip, 2] + right
-                if y < 0 or y >= height or x < 0 or x > length - LANES:
-                    continue
-                to = np.uint64((z * height + y) * length + x)
-                of = np.uint64(strip * (PLACE + LANES) + PLACE)
-                add_strip(out, to, here, there, of, outside, weight, scale, vanishing)
+            power = np.log2(weights[m])
+            down, right = shifts[m, 1] - first[1], shifts[m, 2] - first[2] + LANES
+            inside = 0 <= down <= height - shifts[m, 4] and right >= 0
+            inside = inside and right <= length - LANES - shifts[m, 5]
+            base = (z * height + down) * length + right
+            own = shifts[m, 6] + k
+            for strip in range(planes[own], planes[own + 1]):
+                y, x = np.int64(strips[strip, 1]), np.int64(strips[strip, 2])
+                if not inside:
+                    if y < -down or y >= height - down:
+                        continue
+                    if x < -right or x > length - LANES - right:
+                        continue
+                at = np.uint64(base + y * length + x)
+                of = np.uint64(strip) * columns + voxels
+                add_strip(out, here, at, there, of, power, slope, most)
 
 
 @kernel
 def sample(
     share: Any,
     scan: Any,
+    first: Any,
     organ: Any,
     start: Any,
     stop: Any,
-    corner: Any,
     inverse: Any,
     weight: Any,
     table: Any,
@@ -81,16 +97,14 @@ def sample(
 
     Parameters
     ----------
-    share, scan
+    share, scan, first
         As for `accumulate`.
     organ : int16 array (z, y, x)
         HU of its bounding box: see `kpt_dask.strips.Strips.dense`.
     start, stop : int64 arrays (3)
-        Voxels of the box to be changed.
-    corner : int64 array (3)
-        First voxel of the box in the scan.
+        Voxels of the share's box to be changed.
     inverse : float64 array (3, 4)
-        From voxels of the scan to those of the organ's bounding box.
+        From voxels of the volume to those of the organ's bounding box.
     weight : float32
         Of the move, as a share of the organ's.
     table : float32 array
@@ -98,14 +112,14 @@ def sample(
     """
     last = table.size - 1
     for z in range(start[0], stop[0]):
-        pz = float(corner[0] + z)
+        pz = float(first[0] + z)
         for y in range(start[1], stop[1]):
-            py = float(corner[1] + y)
+            py = float(first[1] + y)
             rz = inverse[0, 3] + inverse[0, 0] * pz + inverse[0, 1] * py
             ry = inverse[1, 3] + inverse[1, 0] * pz + inverse[1, 1] * py
             rx = inverse[2, 3] + inverse[2, 0] * pz + inverse[2, 1] * py
             for x in range(start[2], stop[2]):
-                px = float(corner[2] + x)
+                px = float(first[2] + x)
                 k = int(np.floor(rz + inverse[0, 2] * px + 0.5))
                 j = int(np.floor(ry + inverse[1, 2] * px + 0.5))
                 i = int(np.floor(rx + inverse[2, 2] * px + 0.5))
@@ -115,5 +129,5 @@ def sample(
                     continue
                 hu = organ[k, j, i]
                 if hu != OUTSIDE:
-                    apart = abs(scan[z, y, LANES + x] - hu)
-                    share[z, y, LANES + x] += weight * table[min(int(apart), last)]
+                    apart = abs(int(scan[z, y, LANES + x]) - int(hu))
+                    share[z, y, LANES + x] += weight * table[min(apart, last)]

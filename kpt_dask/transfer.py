@@ -5,7 +5,9 @@ before any voxel is visited, so blocks are independent and their order of summat
 same however the volume is cut. A block reads only what it needs of the atlases' organs.
 """
 
+import math
 from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -19,6 +21,7 @@ from kpt_dask import cluster
 from kpt_dask.boxes import (
     Box,
     aligned,
+    begin_of,
     box_of,
     cut,
     enclosing,
@@ -35,13 +38,17 @@ from kpt_dask.moves import Moves, plan_affines, plan_moves, propose, without_neg
 from kpt_dask.omezarr import Region
 from kpt_dask.options import DEFAULTS, TransferOptions
 from kpt_dask.rows import LANES
-from kpt_dask.shares import CHUNKS, Part, finish_block, intensity_table, run_blocks
-from kpt_dask.strips import read_strips
+from kpt_dask.shares import SHARD, Part, finish_slab, intensity_table, run_blocks, slabs
+from kpt_dask.strips import Strips, read_strips
 from kpt_dask.summing import accumulate, sample
 from kpt_dask.volume import Volume
 
-FINISHING = 140
+FINISHING = 70
 """How much longer a voxel that an organ reaches takes than to be moved there once, about."""
+BYTES = 8
+"""What a voxel of an atlas's organ takes while it is read, about, and at most half afterwards."""
+SAMPLING = 15
+"""How much longer it takes to move a voxel by an affine, about."""
 PIECES = 1
 """Blocks for each thread, so that the threads end at about the same time."""
 
@@ -136,28 +143,35 @@ def transfer(
             moves = without_negligible(moves, len(organs))
         totals = np.bincount(moves.organ, moves.weight, minlength=len(organs))
         threads = session.nthreads().values()
+        room = memory / max(threads)
         reaches = [own.reach() for own in moves.by_organ().values()]
         voxels = max((sum(o.voxels for o in a.organs.values()) for a in atlases), default=0)
+
+        each = np.ones(moves.atlas.size)
+        each[list(moves.inverse)] = SAMPLING
 
         def reached_in(box: Box) -> int:
             return sum(volume_of(overlap(reach, box)) for reach in reaches)
 
         def time(box: Box) -> float:
-            return float(moves.voxels_in(box).sum()) + FINISHING * reached_in(box)
+            return float(moves.voxels_in(box) @ each) + FINISHING * reached_in(box)
 
         def fits(box: Box) -> bool:
-            """Whether scan, labels, the organs' scans and shares, and those of an atlas do."""
-            needed = 4 * (2 * volume_of(box) + 3 * reached_in(box) + 2 * voxels)
-            return bool(needed <= memory / max(threads))
+            """Whether labels, and a slab's scan and shares, and the organs of an atlas do."""
+            region = aligned(box, SHARD, grid.shape)
+            slab = max(
+                2 * math.prod(shape_of(s)) + reached_in(s) for s in map(box_of, slabs(region))
+            )
+            return bool(2 * volume_of(box_of(region)) + 4 * slab + BYTES * voxels <= room)
 
         reached = overlap(moves.reach(), box_of(tuple(slice(0, n) for n in grid.shape)))
         tasks = []
-        for piece in cut(reached, CHUNKS, PIECES * sum(threads), time, fits) if reached else []:
+        for piece in cut(reached, SHARD, PIECES * sum(threads), time, fits) if reached else []:
             here = moves.take(np.flatnonzero(moves.voxels_in(piece)))
             if here.atlas.size:
                 local = {a: atlases[a] for a in np.unique(here.atlas).tolist()}
-                region = aligned(piece, CHUNKS, grid.shape)
-                what = local, here, organs, nus, totals, smallest
+                region = aligned(piece, SHARD, grid.shape)
+                what = local, here, organs, nus, totals, smallest, room
                 tasks.append((volume.levels[0], *what, probability, region))
         return run_blocks(transfer_block, tasks, atlases, organs, session)
 
@@ -187,10 +201,11 @@ def transfer_block(
     nus: Sequence[float],
     totals: NDArray[np.float64],
     smallest: float,
+    room: float,
     probability: zarr.Array[Any],
     region: Region,
-) -> tuple[Part, Tally]:
-    """Fill one block of the probabilities, and decide its voxels.
+) -> tuple[list[Part], Tally]:
+    """Fill one block of the probabilities, and decide its voxels, slab by slab.
 
     Parameters
     ----------
@@ -200,63 +215,145 @@ def transfer_block(
         Of each organ, ν in HU, and the sum of the weights of all its moves.
     smallest : float
         Share below which a voxel is background.
+    room : float
+        Bytes that the block may take. The atlases' organs are kept from slab to slab if they
+        fit, and else read again.
     """
-    boxes: dict[int, Box] = {}
-    for o, own in moves.by_organ().items():
-        box = overlap(own.reach(), box_of(region))
-        assert box is not None
-        boxes[o] = box
-    whole = enclosing(list(boxes.values()))
-    assert whole is not None
-    scan = direct.read(image, slices(whole)).astype(np.float32, copy=False)
-    # Longer rows, as the kernel wants them, and side by side: it is slow on a cut-out that is none.
-    padding = (0, 0), (0, 0), (LANES, LANES)
-    scans = {o: np.pad(scan[within(box, whole)], padding) for o, box in boxes.items()}
-    sums = {o: np.zeros(here.shape, np.float32) for o, here in scans.items()}
-    for a, atlas in atlases.items():
-        of_atlas = moves.take(np.flatnonzero(moves.atlas == a))
-        _add(sums, scans, boxes, of_atlas, atlas, organs, nus, totals)
-    found = [(o, box, sums[o][..., LANES:-LANES]) for o, box in boxes.items()]
-    return finish_block(probability, found, organs, smallest, region, (whole, scan))
+    moves = replace(moves, weight=moves.weight / totals[moves.organ])
+    movers = {a: moves.take(np.flatnonzero(moves.atlas == a)).by_organ() for a in atlases}
+    reaches = {o: own.reach() for o, own in moves.by_organ().items()}
+    voxels = sum(atlases[a].organs[organs.names[o]].voxels for a in movers for o in movers[a])
+    # Atlases that are kept are added together: few calls on much.
+    keep = BYTES * voxels <= room / 2
+    kept = _read(atlases, movers, region, organs) if keep else {}
+    parts: list[Part] = []
+    tally = Tally.empty(len(organs))
+    for slab in slabs(region):
+        found = {o: overlap(reach, box_of(slab)) for o, reach in reaches.items()}
+        boxes = {o: box for o, box in found.items() if box is not None}
+        whole = enclosing(list(boxes.values()))
+        if whole is None:
+            continue
+        hu = direct.read(image, slices(whole)).astype(np.float32, copy=False)
+        # Longer rows, as the kernel wants them, and of the same length in share and scan.
+        padding = (0, 0), (0, 0), (LANES, LANES)
+        short = hu.astype(np.int16)
+        scans = {o: np.pad(short[within(box, whole)], padding) for o, box in boxes.items()}
+        sums = {o: np.zeros(scan.shape, np.float32) for o, scan in scans.items()}
+        groups = (
+            [kept]
+            if keep
+            else (_read({a: atlases[a]}, {a: own}, slab, organs) for a, own in movers.items())
+        )
+        for group in groups:
+            for o, organ in group.items():
+                if o in boxes:
+                    _add(sums[o], scans[o], boxes[o], organ, nus[o])
+        shares = [(o, box, sums[o][..., LANES:-LANES]) for o, box in boxes.items()]
+        parts.append(finish_slab(probability, shares, organs, smallest, slab, (whole, hu), tally))
+    return parts, tally
 
 
-def _add(
-    sums: dict[int, NDArray[np.float32]],
-    scans: dict[int, NDArray[np.float32]],
-    boxes: dict[int, Box],
-    moves: Moves,
-    atlas: Atlas,
+@dataclass(frozen=True)
+class _Organ:
+    """An organ of some atlases, and its moves.
+
+    Attributes
+    ----------
+    strips : int16 array (n, `PLACE` + `LANES`)
+        Of one atlas after another.
+    planes : int64 array (p)
+        Where the strips of each plane of each atlas begin, and where the last one's end.
+    shifts : int64 array (m, 7)
+        Of moves by whole voxels: where the bounding box begins in the volume, its size, and
+        where its planes begin in `planes`.
+    weights : float32 array (m)
+        Of these moves.
+    affines : list of (dense, low, high, inverse, weight)
+        Of the moves by affines: the bounding box, int16 (z, y, x), and as in `Moves`.
+    """
+
+    strips: NDArray[np.int16]
+    planes: NDArray[np.int64]
+    shifts: NDArray[np.int64]
+    weights: NDArray[np.float32]
+    affines: list[tuple[Any, Any, Any, Any, Any]]
+
+    @classmethod
+    def of(cls, parts: Sequence[tuple[Strips, Moves, Box]]) -> "_Organ":
+        """Put together the strips of an organ, its moves, and its bounds, of each atlas."""
+        strips, planes, shifts, weights, affines = [], [], [], [], []
+        n_strips = n_planes = 0
+        for own, moves, bounds in parts:
+            size = shape_of(bounds)
+            strips.append(own.values)
+            planes.append(n_strips + own.planes)
+            shifted = np.ones(moves.weight.size, bool)
+            shifted[list(moves.inverse)] = False
+            low = moves.low[shifted]
+            shifts.append(np.column_stack([low, np.tile((*size, n_planes), (len(low), 1))]))
+            weight = moves.weight.astype(np.float32)
+            weights.append(weight[shifted])
+            if moves.inverse:
+                dense = own.dense(size)
+                for i, inverse in moves.inverse.items():
+                    affines.append((dense, moves.low[i], moves.high[i], inverse, weight[i]))
+            n_strips += len(own.values)
+            n_planes += own.planes.size
+        return cls(
+            np.concatenate(strips),
+            np.concatenate(planes),
+            np.concatenate(shifts),
+            np.concatenate(weights),
+            affines,
+        )
+
+
+def _read(
+    atlases: dict[int, Atlas],
+    movers: dict[int, dict[int, Moves]],
+    region: Region,
     organs: OrganTable,
-    nus: Sequence[float],
-    totals: NDArray[np.float64],
-) -> None:
-    """Add all moves of one atlas to the shares of its organs, each in a box of its own."""
-    own_moves = moves.by_organ()
-    bounds = {o: atlas.organs[organs.names[o]].bounding_box for o in own_moves}
-    wanted = {organs.names[o]: _planes(own, boxes[o], bounds[o]) for o, own in own_moves.items()}
-    strips = read_strips(atlas, wanted, organs)
-    for o, own in own_moves.items():
-        organ = strips[organs.names[o]]
-        corner = np.array([start for start, _ in boxes[o]])
-        weights = (own.weight / totals[o]).astype(np.float32)
-        shifted = np.array([i not in own.inverse for i in range(own.atlas.size)])
-        offsets = own.low[shifted] - corner
-        what = sums[o], scans[o]
-        accumulate(*what, organ.values, organ.planes, offsets, weights[shifted], nus[o])
-        if own.inverse:
-            dense = organ.dense(shape_of(bounds[o]))
-        for i, inverse in own.inverse.items():
-            start = np.maximum(own.low[i] - corner, 0)
-            stop = np.minimum(own.high[i] - corner, shape_of(boxes[o]))
-            where = start, stop, corner, inverse
-            sample(*what, dense, *where, weights[i], intensity_table(nus[o]))
+) -> dict[int, _Organ]:
+    """Read what the moves of each organ of some atlases bring into a region."""
+    parts: dict[int, list[tuple[Strips, Moves, Box]]] = {}
+    for a, own in movers.items():
+        bounds = {o: atlases[a].organs[organs.names[o]].bounding_box for o in own}
+        planes = {o: _planes(moves, box_of(region), bounds[o]) for o, moves in own.items()}
+        wanted = {organs.names[o]: part for o, part in planes.items() if part is not None}
+        found = read_strips(atlases[a], wanted, organs)
+        for o, moves in own.items():
+            if planes[o] is not None:
+                parts.setdefault(o, []).append((found[organs.names[o]], moves, bounds[o]))
+    return {o: _Organ.of(own) for o, own in parts.items()}
 
 
-def _planes(moves: Moves, box: Box, bounds: Box) -> tuple[int, int]:
-    """Planes of an organ, of these bounds in its atlas, that its moves bring into a box."""
+def _planes(moves: Moves, box: Box, bounds: Box) -> tuple[int, int] | None:
+    """Planes of an organ, of these bounds in its atlas, that its moves bring into a box, if any."""
+    here = moves.voxels_in(box) > 0
+    if not here.any():
+        return None
     if moves.inverse:
         return 0, bounds[0][1] - bounds[0][0]
-    low, high = moves.low[:, 0], moves.high[:, 0]
+    low, high = moves.low[here, 0], moves.high[here, 0]
     first = np.maximum(low, box[0][0]) - low
     stop = np.minimum(high, box[0][1]) - low
     return int(first.min()), int(stop.max())
+
+
+def _add(
+    share: NDArray[np.float32],
+    scan: NDArray[np.int16],
+    box: Box,
+    organ: _Organ,
+    nu: float,
+) -> None:
+    """Add the moves of an organ to its share, that of a box in the volume."""
+    first = begin_of(box)
+    if organ.weights.size:
+        moved = organ.strips, organ.planes, organ.shifts, organ.weights
+        accumulate(share, scan, first, *moved, nu)
+    for dense, low, high, inverse, weight in organ.affines:
+        start, stop = np.maximum(low - first, 0), np.minimum(high - first, shape_of(box))
+        where = start, stop, inverse
+        sample(share, scan, first, dense, *where, weight, intensity_table(nu))

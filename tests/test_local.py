@@ -137,7 +137,8 @@ def test_blocks_give_what_the_whole_gives(
     pieces: int,
     chunks: tuple[int, ...],
 ) -> None:
-    monkeypatch.setattr(module, "CHUNKS", block)
+    monkeypatch.setattr(module, "SHARD", block)
+    monkeypatch.setattr(share_module, "SHARD", block)
     monkeypatch.setattr(module, "PIECES", pieces)
     monkeypatch.setattr(share_module, "CHUNKS", chunks)
     found, labels = run(volume, store, MATCHES, tmp_path / "blocks", one_process)

@@ -192,7 +192,8 @@ def test_shares_are_what_the_equations_say_in_any_blocks(
     sure &= clear(shares)
     np.testing.assert_array_equal(labels[sure], decide(shares, ORGANS.values)[sure])
     for i, (block, chunks) in enumerate([((8, 12, 10), (4, 6, 5)), ((1, 128, 9), (1, 64, 9))]):
-        monkeypatch.setattr(module, "CHUNKS", block)
+        monkeypatch.setattr(module, "SHARD", block)
+        monkeypatch.setattr(share_module, "SHARD", block)
         monkeypatch.setattr(module, "PIECES", 100)
         monkeypatch.setattr(share_module, "CHUNKS", chunks)
         path = tmp_path / f"blocks{i}"
@@ -211,7 +212,8 @@ def test_processes_give_the_same_bytes_as_threads(
     two_processes: Client,
     case: str,
 ) -> None:
-    monkeypatch.setattr(module, "CHUNKS", (8, 8, 16))
+    monkeypatch.setattr(module, "SHARD", (8, 8, 16))
+    monkeypatch.setattr(share_module, "SHARD", (8, 8, 16))
     monkeypatch.setattr(module, "PIECES", 100)
     monkeypatch.setattr(share_module, "CHUNKS", (8, 8, 8))
     mode, matches, across = CASES[case]

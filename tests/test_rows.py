@@ -5,7 +5,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kpt_dask.jit import kernel
-from kpt_dask.rows import LANES, VECTORS, compare, sum_row, sum_two_rows
+from kpt_dask.rows import LANES, VECTORS, compare, exp2, sum_row, sum_two_rows
 
 WIDTHS = st.integers(1, 2 * VECTORS * LANES + LANES + 3)
 
@@ -23,6 +23,20 @@ def two_rows(source, base, low, high, row, taps, out, at, step, n):  # type: ign
 @kernel
 def compared(values, at, before, after):  # type: ignore[no-untyped-def]
     return compare(values, at, before, after)
+
+
+@kernel
+def powers(x, out):  # type: ignore[no-untyped-def]
+    for i in range(x.size):
+        out[i] = exp2(x[i])
+
+
+def test_powers_of_two() -> None:
+    x = np.concatenate([np.linspace(-126, 127, 99_991), np.arange(-126, 128)]).astype(np.float32)
+    found = np.empty_like(x)
+    powers(x, found)
+    np.testing.assert_allclose(found, np.exp2(x.astype(np.float64)), rtol=3e-7)
+    np.testing.assert_array_equal(found[-254:], np.exp2(np.arange(-126.0, 128)))
 
 
 @given(WIDTHS, st.integers(0, 12), st.integers(0, 20), st.integers(0, 9))

@@ -117,7 +117,7 @@ def test_moved_strips_add_up_like_moved_voxels(
     rng = np.random.default_rng(seed)
     organ = rng.integers(-200, 200, shape).astype(np.int16)
     organ[rng.random(shape) < 0.3] = OUTSIDE
-    scan = rng.integers(-200, 200, box).astype(np.float32)
+    scan = rng.integers(-200, 200, box).astype(np.int16)
     weights = rng.random(len(offsets)).astype(np.float32)
     nu = 60.0
     expected = np.zeros(box)
@@ -132,7 +132,11 @@ def test_moved_strips_add_up_like_moved_voxels(
     values = strips._cut_out(packed, 0, 1)
     padding = (0, 0), (0, 0), (LANES, LANES)
     share = np.zeros((*box[:2], box[2] + 2 * LANES), np.float32)
-    where = np.array(offsets, np.int64).reshape(-1, 3)
-    planes = strips._planes_of(values[:, 0], shape[0])
-    accumulate(share, np.pad(scan, padding), values, planes, where, weights, nu)
-    np.testing.assert_allclose(share[..., LANES:-LANES], expected, atol=1e-3)
+    corner = np.array([7, -8, 9])
+    planes = strips._checked(values, ((0, shape[0]), (0, shape[1]), (0, shape[2]))).planes
+    where = np.array(offsets, np.int64).reshape(-1, 3) + corner
+    # Of two atlases; the first one shows nothing.
+    planes = np.concatenate([[0, 0], planes])
+    shifts = np.column_stack([where, np.tile((*shape, 2), (len(offsets), 1))])
+    accumulate(share, np.pad(scan, padding), corner, values, planes, shifts, weights, nu)
+    np.testing.assert_allclose(share[..., LANES:-LANES], expected, atol=1e-6)

@@ -236,7 +236,8 @@ def test_blocks_give_what_the_equations_give(
 ) -> None:
     proposals = several(7)
     whole = run(volume, store, proposals, tmp_path / "whole", one_process)
-    monkeypatch.setattr(module, "CHUNKS", block)
+    monkeypatch.setattr(module, "SHARD", block)
+    monkeypatch.setattr(share_module, "SHARD", block)
     monkeypatch.setattr(module, "PIECES", 100)
     monkeypatch.setattr(share_module, "CHUNKS", chunks)
     found, labels = run(volume, store, proposals, tmp_path / "blocks", one_process)
@@ -278,7 +279,8 @@ def test_processes_give_the_same_bytes_as_threads(
     one_process: Client,
     two_processes: Client,
 ) -> None:
-    monkeypatch.setattr(module, "CHUNKS", (8, 8, 16))
+    monkeypatch.setattr(module, "SHARD", (8, 8, 16))
+    monkeypatch.setattr(share_module, "SHARD", (8, 8, 16))
     monkeypatch.setattr(module, "PIECES", 100)
     monkeypatch.setattr(share_module, "CHUNKS", (8, 8, 8))
     run(volume, store, several(8), tmp_path / "threads", one_process)

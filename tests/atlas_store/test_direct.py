@@ -67,13 +67,74 @@ def test_what_is_written_and_read_is_what_zarr_writes_and_reads(
     np.testing.assert_array_equal(found, np.asarray(theirs[part]))
 
 
+@given(
+    st.lists(
+        st.tuples(st.integers(1, 20), st.integers(1, 4), st.integers(1, 3), st.data()),
+        min_size=1,
+        max_size=3,
+    ),
+    st.booleans(),
+    st.integers(0, 9),
+)
+@settings(
+    max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+def test_shards_are_what_zarr_reads_and_hold_what_was_written_last(
+    tmp_path_factory: pytest.TempPathFactory, axes: Any, every: bool, seed: int
+) -> None:
+    folder = tmp_path_factory.mktemp("direct")
+    rng = np.random.default_rng(seed)
+    shape, chunks = [n for n, *_ in axes], [c for _, c, *_ in axes]
+    shards = [c * k for _, c, k, _ in axes]
+    data = (rng.integers(-3, 4, shape) * (rng.random(shape) > 0.7)).astype(np.float32)
+
+    def region() -> Any:
+        firsts = [draw.draw(st.integers(0, n - 1)) for n, *_, draw in axes]
+        ends = [
+            draw.draw(st.integers(first + 1, n))
+            for first, (n, *_, draw) in zip(firsts, axes, strict=True)
+        ]
+        return tuple(map(slice, firsts, ends))
+
+    config: Any = {"write_empty_chunks": every}
+    ours = make(str(folder / "ours"), shape, chunks, np.float32, shards=shards, config=config)
+    expected = np.zeros_like(data)
+    for where in (region(), region()):
+        direct.write(ours, where, data[where])
+        touched = (
+            slice(p.start // s * s, -(-p.stop // s) * s) for p, s in zip(where, shards, strict=True)
+        )
+        expected[tuple(touched)] = 0
+        expected[where] = data[where]
+        np.testing.assert_array_equal(np.asarray(ours[...]), expected)
+    theirs = make(str(folder / "theirs"), shape, chunks, np.float32, shards=shards, config=config)
+    theirs[...] = data
+    part = region()
+    np.testing.assert_array_equal(direct.read(theirs, part), data[part])
+    np.testing.assert_array_equal(direct.read(ours, part), expected[part])
+
+
+def test_damaged_shards_are_refused(tmp_path: Path) -> None:
+    array = make(str(tmp_path / "a"), (8,), (4,), np.int32, shards=(8,))
+    direct.write(array, (slice(0, 8),), np.arange(1, 9))
+    shard = tmp_path / "a/c/0"
+    packed = shard.read_bytes()
+    for damaged in (b"", packed[:-1], packed[:-6] + bytes([packed[-6] ^ 1]) + packed[-5:]):
+        shard.write_bytes(damaged)
+        with pytest.raises(ValueError, match="a shard's index is damaged"):
+            direct.read(array, (slice(0, 8),))
+    shard.write_bytes(packed[16:])
+    with pytest.raises(ValueError, match=r"a chunk unpacks|beyond its end"):
+        direct.read(array, (slice(0, 8),))
+
+
 @pytest.mark.parametrize(
     "other",
     [
         {"compressors": ZstdCodec()},
         {"compressors": None},
         {"fill_value": 7},
-        {"shards": (4, 6)},
+        {"shards": {"shape": (4, 6), "index_location": "start"}},
         {"chunk_key_encoding": {"name": "v2", "separator": "."}},
     ],
 )
