@@ -287,10 +287,8 @@ def _check_values(
         raise _damaged(where, "'sign' has values other than -1 and 1")
     if (arrays["descriptor"] >= DESCRIPTOR_BINS).any():
         raise _damaged(where, f"'descriptor' has ranks of {DESCRIPTOR_BINS} or more")
-    if (
-        np.abs(arrays["frame"] @ arrays["frame"].transpose(0, 2, 1) - np.eye(3)).max(initial=0)
-        > 1e-3
-    ):
+    frame = arrays["frame"].astype(np.float64)
+    if np.abs(frame @ frame.transpose(0, 2, 1) - np.eye(3)).max(initial=0) > 1e-3:
         raise _damaged(where, "'frame' has values that are no rotations")
     if labels is not None:
         if "label" not in arrays:

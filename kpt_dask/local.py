@@ -6,7 +6,7 @@ cut, and a block reads only the planes of an atlas that its field brings here.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
@@ -59,6 +59,10 @@ VISIT = 4
 """How much longer a voxel of a cell takes than one that is only read, about."""
 BEND = 50
 """Planes of an atlas that a block reads, beyond as many as it has itself, about."""
+TOGETHER = 4
+"""Atlases that are read before any of them votes, where there is room."""
+CELLS = 256
+"""Cells in which they vote one after the other."""
 AHEAD = 16
 """Voxels of an atlas from those that are read to those that are fetched: a cache line."""
 NOWHERE = np.float32(1e9)
@@ -134,13 +138,13 @@ def transfer(
     own = list(zip(atlases, by_atlas(keypoints, matches, len(atlases)), strict=True))
     landed = [landing_boxes(*one, organs, grid, widths) for one in own]
     domains = domains_of(landed, step)
-    per_plane = max((math.prod(shape_of(surroundings_of(a))[1:]) for a in atlases), default=0)
+    per_plane = _per_plane(atlases)
     with cluster.session(client) as session:
         threads = session.nthreads().values()
         pieces, room = PIECES * sum(threads), memory / max(threads)
         tasks = []
         for block in plan_blocks(domains, grid, step, per_plane, pieces, room):
-            how = grid, own, domains, organs, nus, widths, smallest
+            how = grid, own, domains, organs, nus, widths, smallest, room
             tasks.append((volume.levels[0], *how, probability, aligned(block, SHARD, grid.shape)))
         return run_blocks(transfer_block, tasks, atlases, organs, session)
 
@@ -195,6 +199,7 @@ def transfer_block(
     nus: Sequence[float],
     widths: Widths,
     smallest: float,
+    room: float,
     probability: zarr.Array[Any],
     region: Region,
 ) -> tuple[list[Part], Tally]:
@@ -210,6 +215,8 @@ def transfer_block(
         σ_x and σ_t, mm.
     smallest : float
         Share below which a voxel is background.
+    room : float
+        Bytes that the block may take, if so few do; more are used to read several atlases at once.
     """
     step = step_of(grid)
     says = np.array([[name in atlas.annotated for name in organs.names] for atlas, _ in atlases])
@@ -224,25 +231,35 @@ def transfer_block(
     values = np.array(organs.values, np.uint16)[cells.organ]
     scale = np.array([LOG2_E / (2 * nu * nu) for nu in group_nus], np.float32)[cells.group]
     nodes, corners = cells.nodes()
-    where, room = positions(step), Room()
-    for one, annotated in zip(atlases, says, strict=True):
-        field = fit(*one, grid, nodes, widths)
-        planes = _planes(one[0], field, nodes, corners, step)
-        if planes is not None:
-            own = room.of(room_for(one[0], planes[1] - planes[0]))
-            packed, held = read_planes(one[0], *planes, own)
-            accumulate(
-                (cells.index, corners, cells.groups, cells.organs),
-                (values, scale, annotated[cells.organ]),
-                step,
-                where,
-                here,
-                field,
-                packed,
-                np.array(held),
-                votes,
-                totals,
-            )
+    per_atlas = _per_plane(atlas for atlas, _ in atlases) * (shape_of(whole)[0] + BEND)
+    left = room / 4 - scan.size - here.size - votes.size - totals.size
+    together = max(min(int(left / per_atlas), TOGETHER), 1) if per_atlas else 1
+    where, rooms = positions(step), [Room() for _ in range(together)]
+    for first in range(0, len(atlases), together):
+        read = []
+        for i, own in zip(range(first, len(atlases)), rooms, strict=False):
+            field = fit(*atlases[i], grid, nodes, widths)
+            planes = _planes(atlases[i][0], field, nodes, corners, step)
+            if planes is not None:
+                held = own.of(room_for(atlases[i][0], planes[1] - planes[0]))
+                packed, there = read_planes(atlases[i][0], *planes, held)
+                read.append((says[i][cells.organ], field, packed, np.array(there)))
+        # Some cells for all these atlases, so that their votes stay in the cache.
+        for begin in range(0, len(cells.index), CELLS):
+            for annotated, field, packed, ends in read:
+                accumulate(
+                    (begin, min(begin + CELLS, len(cells.index))),
+                    (cells.index, corners, cells.groups, cells.organs),
+                    (values, scale, annotated),
+                    step,
+                    where,
+                    here,
+                    field,
+                    packed,
+                    ends,
+                    votes,
+                    totals,
+                )
     parts, tally = [], Tally.empty(len(organs))
     for slab in slabs(region):
         shares = _shares(cells, votes, totals, whole, slab, domains, step)
@@ -250,6 +267,11 @@ def transfer_block(
             around = whole, scan
             parts.append(finish_slab(probability, shares, organs, smallest, slab, around, tally))
     return parts, tally
+
+
+def _per_plane(atlases: Iterable[Atlas]) -> int:
+    """Count the voxels of a plane of the largest atlas."""
+    return max((math.prod(shape_of(surroundings_of(a))[1:]) for a in atlases), default=0)
 
 
 def _groups(says: NDArray[np.bool_], nus: Sequence[float]) -> tuple[list[int], list[float]]:
@@ -315,6 +337,7 @@ def _in_plane(c: Any, f: Any) -> Any:
 
 @kernel
 def accumulate(
+    part: Any,
     cells: Any,
     organs: Any,
     step: Any,
@@ -326,10 +349,12 @@ def accumulate(
     votes: Any,
     totals: Any,
 ) -> None:
-    """Add the votes of an atlas in all cells, and all its votes.
+    """Add the votes of an atlas in some cells, and all its votes there.
 
     Parameters
     ----------
+    part : (int, int)
+        The first of these cells, and the one after the last.
     cells : tuple of int64 arrays
         Lattice indices (cell, 3), nodes of each cell (cell, 8), and where its groups and their
         organs begin: see `kpt_dask.cells.Cells`.
@@ -367,7 +392,7 @@ def accumulate(
     bz, by, bx = np.float32(oz), np.float32(oy), np.float32(ox)
     ez, ey, ex = np.float32(held[0, 1]), np.float32(held[1, 1]), np.float32(held[2, 1])
     voxels = packed.ravel()
-    for cell in range(index.shape[0]):
+    for cell in range(part[0], part[1]):
         # The trilinear field as a polynomial, and so where voxels come from: no branches, and few
         # numbers for a cell.
         supported = nothing

@@ -61,6 +61,7 @@ def test_keypoints_come_back_as_they_were(
         (lambda k: k.assign(sign=k.sign * 0), "other than -1 and 1"),
         (lambda k: k.assign(descriptor=k.descriptor + np.uint8(1)), "ranks of 64 or more"),
         (lambda k: k.assign(frame=k.frame * np.float32(1.1)), "no rotations"),
+        (lambda k: k.assign(frame=k.frame * np.float32(1e30)), "no rotations"),
     ],
 )
 def test_what_is_no_keypoints_is_not_written(
