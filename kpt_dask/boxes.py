@@ -120,6 +120,25 @@ def _halves(
     return best
 
 
+def deal(pieces: Sequence[Box], hands: int, cost: Callable[[Box], float]) -> list[list[Box]]:
+    """Deal pieces so that no hand costs much more than another: the costliest first.
+
+    Returns
+    -------
+    list of list of Box
+        At most so many hands, the costliest first; the pieces of each in their order.
+    """
+    costs = [cost(piece) for piece in pieces]
+    sums = [0.0] * hands
+    dealt: list[list[int]] = [[] for _ in range(hands)]
+    for i in sorted(range(len(pieces)), key=lambda i: -costs[i]):
+        hand = sums.index(min(sums))
+        sums[hand] += costs[i]
+        dealt[hand].append(i)
+    order = sorted(range(hands), key=lambda hand: -sums[hand])
+    return [[pieces[i] for i in sorted(dealt[hand])] for hand in order if dealt[hand]]
+
+
 def aligned(box: Box, unit: tuple[int, int, int], shape: tuple[int, int, int]) -> Region:
     """Smallest region of whole units around a box, within an array of a shape."""
     z, y, x = (

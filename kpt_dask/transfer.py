@@ -24,6 +24,7 @@ from kpt_dask.boxes import (
     begin_of,
     box_of,
     cut,
+    deal,
     enclosing,
     overlap,
     shape_of,
@@ -49,8 +50,6 @@ BYTES = 8
 """What a voxel of an atlas's organ takes while it is read, about, and at most half afterwards."""
 SAMPLING = 15
 """How much longer it takes to move a voxel by an affine, about."""
-PIECES = 1
-"""Blocks for each thread, so that the threads end at about the same time."""
 
 DESCRIPTION = (
     "share of each organ's vote weight that places the organ at a voxel and agrees with the "
@@ -145,8 +144,7 @@ def transfer(
         threads = session.nthreads().values()
         room = memory / max(threads)
         reaches = [own.reach() for own in moves.by_organ().values()]
-        voxels = max((sum(o.voxels for o in a.organs.values()) for a in atlases), default=0)
-
+        largest = max((sum(o.voxels for o in a.organs.values()) for a in atlases), default=0)
         each = np.ones(moves.atlas.size)
         each[list(moves.inverse)] = SAMPLING
 
@@ -157,23 +155,25 @@ def transfer(
             return float(moves.voxels_in(box) @ each) + FINISHING * reached_in(box)
 
         def fits(box: Box) -> bool:
-            """Whether labels, and a slab's scan and shares, and the organs of an atlas do."""
-            region = aligned(box, SHARD, grid.shape)
-            slab = max(
-                2 * math.prod(shape_of(s)) + reached_in(s) for s in map(box_of, slabs(region))
-            )
-            return bool(2 * volume_of(box_of(region)) + 4 * slab + BYTES * voxels <= room)
+            """Whether scan, labels and shares, and the organs of an atlas do."""
+            voxels = math.prod(shape_of(box_of(aligned(box, SHARD, grid.shape))))
+            return bool(12 * voxels + 4 * reached_in(box) + BYTES * largest <= room)
 
         reached = overlap(moves.reach(), box_of(tuple(slice(0, n) for n in grid.shape)))
+        pieces: list[Box] = []
+        for slab in slabs(aligned(reached, SHARD, grid.shape)) if reached else []:
+            part = overlap(reached, box_of(slab))
+            pieces += cut(part, SHARD, 1, time, fits) if part else []
         tasks = []
-        for piece in cut(reached, SHARD, PIECES * sum(threads), time, fits) if reached else []:
-            here = moves.take(np.flatnonzero(moves.voxels_in(piece)))
+        for hand in deal(pieces, sum(threads), time):
+            reaching = [moves.voxels_in(piece) for piece in hand]
+            here = moves.take(np.flatnonzero(np.sum(reaching, axis=0)))
             if here.atlas.size:
                 local = {a: atlases[a] for a in np.unique(here.atlas).tolist()}
-                region = aligned(piece, SHARD, grid.shape)
+                regions = [aligned(piece, SHARD, grid.shape) for piece in hand]
                 what = local, here, organs, nus, totals, smallest, room
-                tasks.append((volume.levels[0], *what, probability, region))
-        return run_blocks(transfer_block, tasks, atlases, organs, session)
+                tasks.append((volume.levels[0], *what, probability, regions))
+        return run_blocks(transfer_slabs, tasks, atlases, organs, session)
 
 
 def _distances(
@@ -193,7 +193,7 @@ def _distances(
     return np.concatenate(cluster.run_small(client, organ_distances, tasks, "Measuring distances"))
 
 
-def transfer_block(
+def transfer_slabs(
     image: zarr.Array[Any],
     atlases: dict[int, Atlas],
     moves: Moves,
@@ -203,21 +203,25 @@ def transfer_block(
     smallest: float,
     room: float,
     probability: zarr.Array[Any],
-    region: Region,
+    regions: Sequence[Region],
 ) -> tuple[list[Part], Tally]:
-    """Fill one block of the probabilities, and decide its voxels, slab by slab.
+    """Fill some slabs of the probabilities, and decide their voxels.
+
+    What is done to a slab, and to its shares, is done while it is in the cache.
 
     Parameters
     ----------
     moves : Moves
-        Those that reach the region.
+        Those that reach the slabs.
     nus, totals
         Of each organ, ν in HU, and the sum of the weights of all its moves.
     smallest : float
         Share below which a voxel is background.
     room : float
-        Bytes that the block may take. The atlases' organs are kept from slab to slab if they
+        Bytes that all this may take. The atlases' organs are kept from slab to slab if they
         fit, and else read again.
+    regions : sequence of tuple of slice
+        The slabs: whole shards, one shard deep.
     """
     moves = replace(moves, weight=moves.weight / totals[moves.organ])
     movers = {a: moves.take(np.flatnonzero(moves.atlas == a)).by_organ() for a in atlases}
@@ -225,10 +229,10 @@ def transfer_block(
     voxels = sum(atlases[a].organs[organs.names[o]].voxels for a in movers for o in movers[a])
     # Atlases that are kept are added together: few calls on much.
     keep = BYTES * voxels <= room / 2
-    kept = _read(atlases, movers, region, organs) if keep else {}
+    kept = _read(atlases, movers, regions, organs) if keep else {}
     parts: list[Part] = []
     tally = Tally.empty(len(organs))
-    for slab in slabs(region):
+    for slab in regions:
         found = {o: overlap(reach, box_of(slab)) for o, reach in reaches.items()}
         boxes = {o: box for o, box in found.items() if box is not None}
         whole = enclosing(list(boxes.values()))
@@ -243,7 +247,7 @@ def transfer_block(
         groups = (
             [kept]
             if keep
-            else (_read({a: atlases[a]}, {a: own}, slab, organs) for a, own in movers.items())
+            else (_read({a: atlases[a]}, {a: own}, [slab], organs) for a, own in movers.items())
         )
         for group in groups:
             for o, organ in group.items():
@@ -312,14 +316,16 @@ class _Organ:
 def _read(
     atlases: dict[int, Atlas],
     movers: dict[int, dict[int, Moves]],
-    region: Region,
+    regions: Sequence[Region],
     organs: OrganTable,
 ) -> dict[int, _Organ]:
-    """Read what the moves of each organ of some atlases bring into a region."""
+    """Read what the moves of each organ of some atlases bring into some slabs."""
+    box = enclosing([box_of(region) for region in regions])
+    assert box is not None
     parts: dict[int, list[tuple[Strips, Moves, Box]]] = {}
     for a, own in movers.items():
         bounds = {o: atlases[a].organs[organs.names[o]].bounding_box for o in own}
-        planes = {o: _planes(moves, box_of(region), bounds[o]) for o, moves in own.items()}
+        planes = {o: _planes(moves, box, bounds[o]) for o, moves in own.items()}
         wanted = {organs.names[o]: part for o, part in planes.items() if part is not None}
         found = read_strips(atlases[a], wanted, organs)
         for o, moves in own.items():

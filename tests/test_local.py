@@ -75,11 +75,17 @@ def tables(found: Sequence[Matches]) -> tuple[xr.Dataset, xr.Dataset]:
 
 
 def run(
-    volume: Volume, store: AtlasStore, found: Sequence[Matches], path: Path, client: Client
+    volume: Volume,
+    store: AtlasStore,
+    found: Sequence[Matches],
+    path: Path,
+    client: Client,
+    memory: int = 1 << 30,
 ) -> tuple[Array, Array]:
     """Probabilities and label map."""
     probability = create_probability(zarr.create_group(str(path)), volume.grid, store.organs)
-    parts, _ = transfer(volume, store, store.ids(), *tables(found), probability, client=client)
+    what = *tables(found), probability
+    parts, _ = transfer(volume, store, store.ids(), *what, memory=memory, client=client)
     labels = np.zeros(volume.grid.shape, np.uint16)
     for region, part in parts:
         labels[region] += part
@@ -141,9 +147,13 @@ def test_blocks_give_what_the_whole_gives(
     monkeypatch.setattr(share_module, "SHARD", block)
     monkeypatch.setattr(module, "PIECES", pieces)
     monkeypatch.setattr(share_module, "CHUNKS", chunks)
-    found, labels = run(volume, store, MATCHES, tmp_path / "blocks", one_process)
-    np.testing.assert_array_equal(found.view(np.uint32), whole[0].view(np.uint32))
-    np.testing.assert_array_equal(labels, whole[1])
+    monkeypatch.setattr(module, "TOGETHER", 2)
+    monkeypatch.setattr(module, "CELLS", 3)
+    for memory in (1 << 30, 1):
+        path = tmp_path / f"{memory}"
+        found, labels = run(volume, store, MATCHES, path, one_process, memory)
+        np.testing.assert_array_equal(found.view(np.uint32), whole[0].view(np.uint32))
+        np.testing.assert_array_equal(labels, whole[1])
 
 
 def test_an_atlas_without_the_organ_abstains(

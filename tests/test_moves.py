@@ -194,7 +194,6 @@ def test_shares_are_what_the_equations_say_in_any_blocks(
     for i, (block, chunks) in enumerate([((8, 12, 10), (4, 6, 5)), ((1, 128, 9), (1, 64, 9))]):
         monkeypatch.setattr(module, "SHARD", block)
         monkeypatch.setattr(share_module, "SHARD", block)
-        monkeypatch.setattr(module, "PIECES", 100)
         monkeypatch.setattr(share_module, "CHUNKS", chunks)
         path = tmp_path / f"blocks{i}"
         found, cut = run(volume, store, matches, path, one_process, mode, across)
@@ -214,7 +213,6 @@ def test_processes_give_the_same_bytes_as_threads(
 ) -> None:
     monkeypatch.setattr(module, "SHARD", (8, 8, 16))
     monkeypatch.setattr(share_module, "SHARD", (8, 8, 16))
-    monkeypatch.setattr(module, "PIECES", 100)
     monkeypatch.setattr(share_module, "CHUNKS", (8, 8, 8))
     mode, matches, across = CASES[case]
     run(volume, store, matches, tmp_path / "threads", one_process, mode, across)

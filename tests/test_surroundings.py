@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from atlas_store import AtlasStore, StoreFormatError
 from kpt_dask import surroundings
-from kpt_dask.boxes import Box, aligned, cut, shape_of, slices, volume_of
+from kpt_dask.boxes import Box, aligned, cut, deal, shape_of, slices, volume_of
 from kpt_dask.surroundings import read_planes, surroundings_of
 from tests.test_local import ATLASES
 from tests.test_transfer import SPACING, make_store
@@ -86,6 +86,20 @@ def test_damaged_chunks_are_named(tmp_path: Path, damage: str) -> None:
         chunk.write_bytes(packed)
     with pytest.raises(StoreFormatError, match="surroundings of the atlas 'a0' cannot be read"):
         read_planes(atlas, *surroundings_of(atlas)[0])
+
+
+@given(st.lists(st.integers(1, 100), max_size=20), st.integers(1, 6))
+def test_hands_cost_about_the_same(costs: list[int], hands: int) -> None:
+    pieces = [((i, i + 1), (0, 1), (0, cost)) for i, cost in enumerate(costs)]
+    dealt = deal(pieces, hands, volume_of)
+    assert len(dealt) == min(hands, len(pieces))
+    assert sorted(piece for hand in dealt for piece in hand) == pieces
+    assert all(hand == sorted(hand) for hand in dealt)
+    sums = [sum(map(volume_of, hand)) for hand in dealt]
+    assert sums == sorted(sums, reverse=True)
+    # Graham's bound for dealing the costliest first.
+    least = max([sum(costs) / hands, *costs], default=0)
+    assert max(sums, default=0) <= (4 / 3) * least + max(costs, default=0) / 3
 
 
 @given(boxes, st.tuples(*[st.integers(1, 20)] * 3), st.integers(1, 2000), st.integers(1, 12))

@@ -154,7 +154,12 @@ def tables(proposals: Sequence[Proposal]) -> tuple[xr.Dataset, xr.Dataset]:
 
 
 def run(
-    volume: Volume, store: AtlasStore, proposals: Sequence[Proposal], path: Path, client: Client
+    volume: Volume,
+    store: AtlasStore,
+    proposals: Sequence[Proposal],
+    path: Path,
+    client: Client,
+    memory: int = 1 << 30,
 ) -> tuple[Array, Array]:
     """Probabilities and label map."""
     matches, votes = tables(proposals)
@@ -162,9 +167,8 @@ def run(
     probability = create_probability(group, volume.grid, store.organs)
     # Where keypoints lie plays no part in mode organ.
     keypoints = xr.Dataset()
-    parts, _ = transfer(
-        volume, store, store.ids(), keypoints, matches, votes, probability, client=client
-    )
+    what = keypoints, matches, votes, probability
+    parts, _ = transfer(volume, store, store.ids(), *what, memory=memory, client=client)
     labels = np.zeros(volume.grid.shape, np.uint16)
     for region, part in parts:
         labels[region] += part
@@ -238,10 +242,13 @@ def test_blocks_give_what_the_equations_give(
     whole = run(volume, store, proposals, tmp_path / "whole", one_process)
     monkeypatch.setattr(module, "SHARD", block)
     monkeypatch.setattr(share_module, "SHARD", block)
-    monkeypatch.setattr(module, "PIECES", 100)
     monkeypatch.setattr(share_module, "CHUNKS", chunks)
     found, labels = run(volume, store, proposals, tmp_path / "blocks", one_process)
     np.testing.assert_array_equal(found.view(np.uint32), whole[0].view(np.uint32))
+    np.testing.assert_array_equal(labels, whole[1])
+    # Each atlas's organs are read again for each slab.
+    scarce, labels = run(volume, store, proposals, tmp_path / "scarce", one_process, memory=1)
+    np.testing.assert_array_equal(scarce.view(np.uint32), whole[0].view(np.uint32))
     np.testing.assert_array_equal(labels, whole[1])
     shares, decided = expected(proposals)
     assert (shares > 0).sum() > 1000
@@ -281,7 +288,6 @@ def test_processes_give_the_same_bytes_as_threads(
 ) -> None:
     monkeypatch.setattr(module, "SHARD", (8, 8, 16))
     monkeypatch.setattr(share_module, "SHARD", (8, 8, 16))
-    monkeypatch.setattr(module, "PIECES", 100)
     monkeypatch.setattr(share_module, "CHUNKS", (8, 8, 8))
     run(volume, store, several(8), tmp_path / "threads", one_process)
     run(volume, store, several(8), tmp_path / "processes", two_processes)
