@@ -27,6 +27,8 @@ from zarr.core.metadata.v3 import ArrayV3Metadata
 from zarr.storage import LocalStore
 
 _HEADER = 16
+_COPIED = 2
+"""Flag of a blosc chunk whose bytes are as they were."""
 _INDEX_ENTRY = 16
 _CHECKSUM = 4
 _NO_CHUNK = 2**64 - 1
@@ -81,6 +83,26 @@ def unpack_into(chunk: bytes, out: NDArray[Any]) -> None:
         raise ValueError(f"a chunk cannot be unpacked: {error}") from error
 
 
+def unpack_file(path: str | Path, out: NDArray[Any]) -> None:
+    """Unpack a blosc chunk that is a file into a contiguous array.
+
+    Raises
+    ------
+    FileNotFoundError
+        If it is missing.
+    ValueError
+        As `unpack_into`.
+    """
+    with open(path, "rb", buffering=0) as file:
+        header = file.read(_HEADER)
+        copied = len(header) == _HEADER and header[2] & _COPIED
+        if copied and struct.unpack_from("<I4xI", header, 4) == (out.nbytes, _HEADER + out.nbytes):
+            if file.readinto(memoryview(out.data).cast("B")) != out.nbytes:
+                raise ValueError("a chunk is cut off")
+            return
+        unpack_into(header + file.read(out.nbytes + 1), out)
+
+
 def unpack_all(chunks: Sequence[bytes | None], out: NDArray[Any]) -> None:
     """Unpack chunks one after another, along the first axis of an array of as many.
 
@@ -89,11 +111,24 @@ def unpack_all(chunks: Sequence[bytes | None], out: NDArray[Any]) -> None:
     ValueError
         If a chunk is missing or damaged.
     """
-    step = len(out) // max(len(chunks), 1)
-    for i, chunk in enumerate(chunks):
+    for chunk, part in zip(chunks, _parts(out, len(chunks)), strict=True):
         if chunk is None:
             raise ValueError("a chunk is missing")
-        unpack_into(chunk, out[i * step : (i + 1) * step])
+        unpack_into(chunk, part)
+
+
+def unpack_files(paths: Sequence[str | Path], out: NDArray[Any]) -> None:
+    """Do what `unpack_all` does, for chunks that are files."""
+    for path, part in zip(paths, _parts(out, len(paths)), strict=True):
+        try:
+            unpack_file(path, part)
+        except FileNotFoundError as error:
+            raise ValueError("a chunk is missing") from error
+
+
+def _parts(out: NDArray[Any], n: int) -> list[NDArray[Any]]:
+    step = len(out) // max(n, 1)
+    return [out[i * step : (i + 1) * step] for i in range(n)]
 
 
 def serves(array: "zarr.Array[Any]") -> bool:

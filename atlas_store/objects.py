@@ -6,17 +6,19 @@ place to zarr's stores. Keys are relative to the root of the store, with ``/``.
 
 import asyncio
 import os
-from collections.abc import AsyncIterator, Iterable
+from collections.abc import AsyncIterator, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from numpy.typing import NDArray
 from zarr.abc.store import Store
 from zarr.core.buffer import Buffer, default_buffer_prototype
 from zarr.core.sync import sync
 from zarr.storage import FsspecStore, LocalStore
 
+from atlas_store import direct
 from atlas_store.errors import StoreFormatError
 
 PARTIAL_SUFFIX = ".partial"
@@ -84,6 +86,19 @@ class Objects:
             return [None if buffer is None else buffer.to_bytes() for buffer in buffers]
 
         return sync(gather())
+
+    def unpack(self, keys: Sequence[str], out: NDArray[Any]) -> None:
+        """Unpack objects that are blosc chunks one after another, along the first axis of `out`.
+
+        Raises
+        ------
+        ValueError
+            If one is missing or damaged.
+        """
+        if isinstance(self.store, LocalStore):
+            direct.unpack_files([f"{self.store.root}/{key}" for key in keys], out)
+        else:
+            direct.unpack_all(self.read_many(keys), out)
 
     def write(self, key: str, data: bytes) -> None:
         """Write an object atomically, replacing what was there."""

@@ -54,7 +54,8 @@ def organ_distances(
                 near[name] = own
     boxes = {name: atlas.organs[name].bounding_box for name in near}
     whole = {name: (0, z[1] - z[0]) for name, (z, _, _) in boxes.items()}
-    for name, strips in read_strips(atlas, whole, organs).items():
+    [found_strips] = read_strips([(atlas, whole)], organs)
+    for name, strips in found_strips.items():
         own, box = near[name], boxes[name]
         organ = strips.dense(shape_of(box)) != OUTSIDE
         at = voxel[own] - [start for start, _ in box]

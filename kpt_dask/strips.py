@@ -6,7 +6,7 @@ begin and end, and reads nothing around it. Cut out of the surroundings when the
 
 import json
 from bisect import bisect_left
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -15,7 +15,8 @@ from numpy.typing import NDArray
 from zarr.codecs import BloscCodec
 
 from atlas_store import Atlas, OrganInfo, OrganTable, direct
-from atlas_store.direct import misfit, unpack_all
+from atlas_store.direct import misfit
+from atlas_store.guard import MAX_CHUNK
 from kpt_dask.boxes import Box, enclosing, overlap, shape_of, within
 from kpt_dask.jit import kernel
 from kpt_dask.omezarr import open_array, write_region
@@ -29,8 +30,8 @@ OUTSIDE = np.iinfo(np.int16).min
 """No HU: volumes are clipped well above it."""
 
 NAME = "strips"
-CHUNK = 1 << 13
-"""Strips of a chunk."""
+CHUNK = 1 << 15
+"""Strips of a chunk: most atlases have few. To open a file takes as long as to read 1000."""
 PLANES = 64
 """Planes that are cut into strips at a time."""
 _COMPRESSOR = BloscCodec(cname="lz4", clevel=0)
@@ -44,11 +45,11 @@ class Strips:
     Attributes
     ----------
     values : int16 array (n, `PLACE` + `LANES`)
-        Of each strip its place, then HU, `OUTSIDE` where a voxel is not the organ's. In C order
-        of the places.
+        Of each strip its place, then HU, `OUTSIDE` where a voxel is not the organ's. All that was
+        read together; of an organ in C order of the places.
     planes : int64 array (depth + 1)
-        Where the strips of each plane of the organ's bounding box begin; those of planes that
-        were not asked for are not there.
+        Where in `values` the strips of each plane of the organ's bounding box begin; those of
+        planes that were not asked for are not there.
     """
 
     values: NDArray[np.int16]
@@ -57,7 +58,7 @@ class Strips:
     def dense(self, shape: tuple[int, int, int]) -> NDArray[np.int16]:
         """Fill the organ's bounding box: HU (z, y, x), `OUTSIDE` where the organ is not."""
         out = np.full((*shape[:2], shape[2] + LANES), OUTSIDE, np.int16)
-        _fill(self.values, out)
+        _fill(self.values[self.planes[0] : self.planes[-1]], out)
         return out[..., : shape[2]]
 
 
@@ -91,9 +92,9 @@ def write_strips(
     values = np.concatenate([part for name in found for part in parts[name]])
     begins, planes = 0, {}
     for name, info in found.items():
-        own = _checked(np.concatenate(parts[name]), info.bounding_box)
-        planes[name] = (begins + own.planes).tolist()
-        begins += len(own.values)
+        own = np.concatenate(parts[name])
+        planes[name] = (begins + _checked(own, 0, len(own), info.bounding_box).planes).tolist()
+        begins += len(own)
     array = group.create_array(
         NAME,
         shape=values.shape,
@@ -107,43 +108,84 @@ def write_strips(
     write_region(array, tuple(slice(0, size) for size in values.shape), values)
 
 
+Wanted = Mapping[str, tuple[int, int]]
+"""Organs that an atlas shows, and of each the first plane of its bounding box and the one after
+the last."""
+
+
 def read_strips(
-    atlas: Atlas, wanted: Mapping[str, tuple[int, int]], organs: OrganTable
-) -> dict[str, Strips]:
-    """Read organs of an atlas.
+    wanted: Sequence[tuple[Atlas, Wanted]], organs: OrganTable
+) -> list[dict[str, Strips]]:
+    """Read organs of atlases, all into one array.
 
     Those of atlases of earlier versions are cut out of their surroundings.
 
     Parameters
     ----------
-    wanted : mapping of str to (int, int)
-        Organs that the atlas shows, and of each the first plane of its bounding box and the one
-        after the last.
+    wanted : sequence of (Atlas, mapping of str to (int, int))
+        Atlases, and what of each.
     organs : OrganTable
-        What the atlas's labels stand for.
+        What the atlases' labels stand for.
 
     Raises
     ------
     AtlasNotFoundError
-        If the atlas was removed.
+        If an atlas was removed.
     StoreFormatError
         If what is there is damaged.
     """
-    with reading(atlas, NAME):
-        found = _stored(atlas, wanted)
-    return found if found is not None else _from_surroundings(atlas, wanted, organs)
+    sources: list[_Stored | dict[str, NDArray[np.int16]]] = []
+    for atlas, planes in wanted:
+        with reading(atlas, NAME):
+            stored = _find(atlas, planes)
+        sources.append(_from_surroundings(atlas, planes, organs) if stored is None else stored)
+    rows = [
+        source.rows if isinstance(source, _Stored) else sum(map(len, source.values()))
+        for source in sources
+    ]
+    values = np.empty((sum(rows), PLACE + LANES), np.int16)
+    begins = np.cumsum([0, *rows]).tolist()
+    found = []
+    for (atlas, _), source, begin, end in zip(wanted, sources, begins, begins[1:], strict=False):
+        with reading(atlas, NAME):
+            if isinstance(source, _Stored):
+                atlas.objects.unpack(source.keys, values[begin:end])
+                spans = {name: (begin + a, begin + b) for name, (a, b) in source.spans.items()}
+            else:
+                spans = {}
+                for name, own in source.items():
+                    spans[name] = begin, begin + len(own)
+                    values[begin : begin + len(own)] = own
+                    begin += len(own)
+            boxes = {name: atlas.organs[name].bounding_box for name in spans}
+            found.append(
+                {name: _checked(values, *ends, boxes[name]) for name, ends in spans.items()}
+            )
+    return found
 
 
-def _stored(atlas: Atlas, wanted: Mapping[str, tuple[int, int]]) -> dict[str, Strips] | None:
+@dataclass(frozen=True)
+class _Stored:
+    """Chunks of an atlas's strips: their keys, rows, and where in these each organ lies."""
+
+    keys: list[str]
+    rows: int
+    spans: dict[str, tuple[int, int]]
+
+
+def _find(atlas: Atlas, wanted: Wanted) -> _Stored | None:
+    """Find the chunks that hold what is wanted; nothing if the atlas has no strips."""
     folder = f"{atlas.path}/{NAME}"
     description = atlas.objects.read(f"{folder}/zarr.json")
     if description is None:
         return None
     document = json.loads(description)
     n, columns = document["shape"][0], PLACE + LANES
-    chunk = min(CHUNK, n)
+    chunk: int = document["chunk_grid"]["configuration"]["chunk_shape"][0]
     if fault := misfit(document, (n, columns), (chunk, columns), np.dtype(np.int16)):
         raise ValueError(f"it is described with {fault}")
+    if not 0 < 2 * chunk * columns <= MAX_CHUNK:
+        raise ValueError(f"it has chunks of {chunk}")
     begins = {
         name: np.array(document["attributes"]["planes"][name], np.int64)[first : stop + 1]
         for name, (first, stop) in wanted.items()
@@ -156,19 +198,20 @@ def _stored(atlas: Atlas, wanted: Mapping[str, tuple[int, int]]) -> dict[str, St
             raise ValueError("it has more strips than its organs have voxels")
     spans = {name: (int(own[0]), int(own[-1])) for name, own in begins.items()}
     numbers = sorted({c for a, b in spans.values() for c in range(a // chunk, -(-b // chunk))})
-    parts = atlas.objects.read_many(f"{folder}/c/{c}/0" for c in numbers)
-    values = np.empty((len(numbers) * chunk, columns), np.int16)
-    unpack_all(parts, values)
-    found = {}
-    for name, (a, b) in spans.items():
-        first = bisect_left(numbers, a // chunk) * chunk + a % chunk
-        found[name] = _checked(values[first : first + b - a], atlas.organs[name].bounding_box)
-    return found
+
+    def row(strip: int) -> int:
+        return bisect_left(numbers, strip // chunk) * chunk + strip % chunk
+
+    return _Stored(
+        [f"{folder}/c/{c}/0" for c in numbers],
+        len(numbers) * chunk,
+        {name: (row(a), row(a) + b - a) for name, (a, b) in spans.items()},
+    )
 
 
 def _from_surroundings(
-    atlas: Atlas, wanted: Mapping[str, tuple[int, int]], organs: OrganTable
-) -> dict[str, Strips]:
+    atlas: Atlas, wanted: Wanted, organs: OrganTable
+) -> dict[str, NDArray[np.int16]]:
     parts: dict[str, Box] = {}
     for name, (first, stop) in wanted.items():
         (begin, _), y, x = atlas.organs[name].bounding_box
@@ -179,20 +222,19 @@ def _from_surroundings(
     packed, held = read_planes(atlas, *whole[0])
     found = {}
     for name, (planes, y, x) in parts.items():
-        box = atlas.organs[name].bounding_box
         part = packed[within((planes, y, x), held)]
-        values = _cut_out(part, planes[0] - box[0][0], organs.by_name(name).value)
-        found[name] = _checked(values, box)
+        start = planes[0] - atlas.organs[name].bounding_box[0][0]
+        found[name] = _cut_out(part, start, organs.by_name(name).value)
     return found
 
 
-def _checked(values: NDArray[np.int16], box: Box) -> Strips:
+def _checked(values: NDArray[np.int16], begin: int, end: int, box: Box) -> Strips:
     """Find where planes begin; kernels believe that the places lie in the bounding box."""
     shape = shape_of(box)
     planes = np.empty(shape[0] + 1, np.int64)
-    if not _find_planes(values, shape, planes):
+    if not _find_planes(values[begin:end], shape, planes):
         raise ValueError("strips lie outside of the organ, or are not in order")
-    return Strips(values, planes)
+    return Strips(values, begin + planes)
 
 
 @kernel

@@ -15,7 +15,7 @@ import zarr
 from numpy.typing import NDArray
 
 from atlas_store import Atlas, OrganInfo, StoreFormatError
-from atlas_store.direct import misfit, unpack_all
+from atlas_store.direct import misfit
 from atlas_store.guard import MAX_CHUNK
 from kpt_dask.boxes import Box, enclosing, shape_of
 from kpt_dask.omezarr import COMPRESSOR, open_array, regions, write_region
@@ -129,12 +129,12 @@ def read_planes(
         if room is None:
             room = np.empty(room_for(atlas, stop - first), np.int32)
         planes = room[: (high - low) * math.prod(chunks)].reshape(-1, *plane)
-        description, *parts = atlas.objects.read_many([f"{folder}/zarr.json", *keys])
+        description = atlas.objects.read(f"{folder}/zarr.json")
         if misfit(json.loads(description or b"null"), shape, chunks, planes.dtype) is not None:
             stop = min(begin + high * depth, end)
             _pack(atlas, (begin + low * depth, stop), sides, planes)
         else:
-            unpack_all(parts, planes)
+            atlas.objects.unpack(keys, planes)
     z = begin + low * depth, min(begin + high * depth, end)
     return planes, (z, sides[0], sides[1])
 

@@ -265,9 +265,9 @@ class _Organ:
     Attributes
     ----------
     strips : int16 array (n, `PLACE` + `LANES`)
-        Of one atlas after another.
+        All that was read of these atlases.
     planes : int64 array (p)
-        Where the strips of each plane of each atlas begin, and where the last one's end.
+        Where in it the strips of each plane of each atlas's organ begin, and where they end.
     shifts : int64 array (m, 7)
         Of moves by whole voxels: where the bounding box begins in the volume, its size, and
         where its planes begin in `planes`.
@@ -286,12 +286,11 @@ class _Organ:
     @classmethod
     def of(cls, parts: Sequence[tuple[Strips, Moves, Box]]) -> "_Organ":
         """Put together the strips of an organ, its moves, and its bounds, of each atlas."""
-        strips, planes, shifts, weights, affines = [], [], [], [], []
-        n_strips = n_planes = 0
+        planes, shifts, weights, affines = [], [], [], []
+        n_planes = 0
         for own, moves, bounds in parts:
             size = shape_of(bounds)
-            strips.append(own.values)
-            planes.append(n_strips + own.planes)
+            planes.append(own.planes)
             shifted = np.ones(moves.weight.size, bool)
             shifted[list(moves.inverse)] = False
             low = moves.low[shifted]
@@ -302,10 +301,9 @@ class _Organ:
                 dense = own.dense(size)
                 for i, inverse in moves.inverse.items():
                     affines.append((dense, moves.low[i], moves.high[i], inverse, weight[i]))
-            n_strips += len(own.values)
             n_planes += own.planes.size
         return cls(
-            np.concatenate(strips),
+            parts[0][0].values,
             np.concatenate(planes),
             np.concatenate(shifts),
             np.concatenate(weights),
@@ -322,15 +320,18 @@ def _read(
     """Read what the moves of each organ of some atlases bring into some slabs."""
     box = enclosing([box_of(region) for region in regions])
     assert box is not None
-    parts: dict[int, list[tuple[Strips, Moves, Box]]] = {}
+    wanted = []
     for a, own in movers.items():
         bounds = {o: atlases[a].organs[organs.names[o]].bounding_box for o in own}
         planes = {o: _planes(moves, box, bounds[o]) for o, moves in own.items()}
-        wanted = {organs.names[o]: part for o, part in planes.items() if part is not None}
-        found = read_strips(atlases[a], wanted, organs)
-        for o, moves in own.items():
-            if planes[o] is not None:
-                parts.setdefault(o, []).append((found[organs.names[o]], moves, bounds[o]))
+        of_atlas = {organs.names[o]: part for o, part in planes.items() if part is not None}
+        wanted.append((atlases[a], of_atlas))
+    parts: dict[int, list[tuple[Strips, Moves, Box]]] = {}
+    for (a, own), found in zip(movers.items(), read_strips(wanted, organs), strict=True):
+        for name, strips in found.items():
+            o = organs.names.index(name)
+            bounds_of = atlases[a].organs[name].bounding_box
+            parts.setdefault(o, []).append((strips, own[o], bounds_of))
     return {o: _Organ.of(own) for o, own in parts.items()}
 
 
