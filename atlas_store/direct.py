@@ -11,10 +11,10 @@ import math
 import os
 import struct
 import uuid
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from itertools import product
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import google_crc32c
 import numpy as np
@@ -231,9 +231,10 @@ def _pack_shard(array: "zarr.Array[Any]", within: Region, data: NDArray[Any]) ->
     if not array.config.write_empty_chunks:
         kept = np.asarray(chunks.reshape(len(chunks), -1).any(axis=1))
     table = np.full((*_chunks_per_shard(array), 2), _NO_CHUNK, "<u8")
+    compressed = _compressor(array)
     shard, size = [], 0
     for i in np.flatnonzero(kept).tolist():
-        packed = _compressed(array, chunks[i])
+        packed = compressed(chunks[i])
         number = np.unravel_index(i, count)
         table[tuple(a + n for a, n in zip(first, number, strict=True))] = size, len(packed)
         shard.append(packed)
@@ -251,17 +252,14 @@ def _pack(array: "zarr.Array[Any]", within: Region, data: NDArray[Any]) -> list[
         whole = np.full(array.chunks, array.fill_value, array.dtype)
         whole[within] = data
         data = whole
-    return [_compressed(array, np.ascontiguousarray(data))]
+    return [_compressor(array)(np.ascontiguousarray(data))]
 
 
-def _compressed(array: "zarr.Array[Any]", chunk: NDArray[Any]) -> bytes:
+def _compressor(array: "zarr.Array[Any]") -> Callable[[NDArray[Any]], bytes]:
     codec = _stages(array)[1]
     assert isinstance(codec, BloscCodec)
-    shuffle = _SHUFFLES[codec.shuffle.value]
-    packed: bytes = compress(
-        chunk, codec.cname.value.encode(), codec.clevel, shuffle, codec.blocksize, codec.typesize
-    )
-    return packed
+    how = codec.cname.value.encode(), codec.clevel, _SHUFFLES[codec.shuffle.value], codec.blocksize
+    return lambda chunk: cast(bytes, compress(chunk, *how, codec.typesize))
 
 
 def _folder(array: "zarr.Array[Any]") -> Path | None:
