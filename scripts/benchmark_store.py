@@ -194,7 +194,8 @@ def measure(
     nothing_new = median(lambda: AtlasIndex.open(store), repeats)
     added = grow(size)
     refresh, _ = timed(lambda: AtlasIndex.open(store))
-    row["add_s"] = statistics.median(added) + max(refresh - nothing_new, 0) / last
+    if added:
+        row["add_s"] = statistics.median(added) + max(refresh - nothing_new, 0) / last
     row["open_s"] = median(lambda: AtlasStore.open(store.url), repeats)
     row["list_s"] = median(store.atlases, repeats)
     row["open_index_s"] = median(lambda: AtlasIndex.open(store), repeats)

@@ -71,6 +71,21 @@ def test_the_edge_of_the_padding_attracts_no_keypoints(
     assert on_edge[1] <= on_edge[0]
 
 
+@pytest.mark.parametrize("padding", [-1000, -3024])
+def test_a_table_alone_is_nothing(tmp_path: Path, one_process: Client, padding: int) -> None:
+    """A hollow plate in air, as long as the scan, whose sides the field of view cuts off."""
+    shape = 110, 110, 60
+    at = np.indices(shape)
+    values = np.full(shape, -1000)
+    height = np.abs(at[1] - 20)
+    values[height <= 4] = 150
+    values[height <= 3] = -850
+    values[from_axis(at, shape) > RADIUS] = padding
+    volume = converted(tmp_path, values, np.diag([3.0, 3.0, 3.0, 1.0]), one_process)
+    assert np.ptp(volume.levels[0][20]) > 500
+    assert extract(volume, client=one_process).sizes["keypoint"] == 0
+
+
 def test_nothing_is_found_where_an_oblique_scan_saw_nothing(
     trunk: nib.Nifti1Image, tmp_path: Path, one_process: Client
 ) -> None:
