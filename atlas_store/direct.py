@@ -233,10 +233,10 @@ def _pack_shard(array: "zarr.Array[Any]", within: Region, data: NDArray[Any]) ->
     table = np.full((*_chunks_per_shard(array), 2), _NO_CHUNK, "<u8")
     compressed = _compressor(array)
     shard, size = [], 0
-    for i in np.flatnonzero(kept).tolist():
+    numbers = np.argwhere(kept.reshape(count)) + first
+    for i, number in zip(np.flatnonzero(kept).tolist(), numbers.tolist(), strict=True):
         packed = compressed(chunks[i])
-        number = np.unravel_index(i, count)
-        table[tuple(a + n for a, n in zip(first, number, strict=True))] = size, len(packed)
+        table[tuple(number)] = size, len(packed)
         shard.append(packed)
         size += len(packed)
     index = table.tobytes()

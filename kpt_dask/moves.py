@@ -52,7 +52,10 @@ class Moves:
 
     def take(self, index: NDArray[np.int64]) -> "Moves":
         """Keep some moves, given by their indices, in that order."""
-        inverse = {i: self.inverse[j] for i, j in enumerate(index.tolist()) if j in self.inverse}
+        inverse = {}
+        if self.inverse:
+            kept = enumerate(index.tolist())
+            inverse = {i: self.inverse[j] for i, j in kept if j in self.inverse}
         return Moves(
             self.atlas[index],
             self.organ[index],
@@ -62,10 +65,10 @@ class Moves:
             inverse,
         )
 
-    def by_organ(self) -> dict[int, "Moves"]:
-        """Take apart: the moves of each organ that any of them moves."""
-        organs = np.unique(self.organ).tolist()
-        return {o: self.take(np.flatnonzero(self.organ == o)) for o in organs}
+    def begins(self) -> NDArray[np.int64]:
+        """Where the moves of each organ of each atlas begin."""
+        ahead = (np.diff(self.atlas) != 0) | (np.diff(self.organ) != 0)
+        return np.flatnonzero(np.append(self.atlas.size > 0, ahead))
 
     def voxels_in(self, box: Box) -> NDArray[np.int64]:
         """How many voxels of a box each move reaches (n)."""
@@ -74,12 +77,15 @@ class Moves:
         voxels: NDArray[np.int64] = np.maximum(sides, 0).prod(axis=1)
         return voxels
 
-    def reach(self) -> Box | None:
-        """Box around where all of them come to lie, None if there is none."""
-        if not self.atlas.size:
-            return None
-        z, y, x = zip(self.low.min(axis=0).tolist(), self.high.max(axis=0).tolist(), strict=True)
-        return z, y, x
+    def reaches(self) -> dict[int, Box]:
+        """Box around where each organ comes to lie that any of them moves."""
+        found: dict[int, Box] = {}
+        for o in np.unique(self.organ).tolist():
+            own = self.organ == o
+            low, high = self.low[own].min(axis=0), self.high[own].max(axis=0)
+            z, y, x = zip(low.tolist(), high.tolist(), strict=True)
+            found[o] = z, y, x
+        return found
 
 
 @dataclass(frozen=True)

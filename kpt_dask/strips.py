@@ -191,8 +191,9 @@ def _find(atlas: Atlas, wanted: Wanted) -> _Stored | None:
         for name, (first, stop) in wanted.items()
     }
     for name, (first, stop) in wanted.items():
-        steps = np.diff(begins[name], prepend=0, append=n)
-        if len(steps) != stop - first + 2 or (steps < 0).any():
+        own = begins[name]
+        rising = own.size and own[0] >= 0 and own[-1] <= n and (own[1:] >= own[:-1]).all()
+        if own.size != stop - first + 1 or not rising:
             raise ValueError("its planes are described wrongly")
         if begins[name][-1] - begins[name][0] > atlas.organs[name].voxels:
             raise ValueError("it has more strips than its organs have voxels")

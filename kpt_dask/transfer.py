@@ -6,8 +6,8 @@ same however the volume is cut. A block reads only what it needs of the atlases'
 """
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -21,7 +21,6 @@ from kpt_dask import cluster
 from kpt_dask.boxes import (
     Box,
     aligned,
-    begin_of,
     box_of,
     cut,
     deal,
@@ -35,13 +34,12 @@ from kpt_dask.boxes import (
 from kpt_dask.distances import REACH, organ_distances
 from kpt_dask.matching import slices_by_atlas
 from kpt_dask.measures import Tally
+from kpt_dask.moved import MovedOrgan, read_moved
 from kpt_dask.moves import Moves, plan_affines, plan_moves, propose, without_negligible
 from kpt_dask.omezarr import Region
 from kpt_dask.options import DEFAULTS, TransferOptions
 from kpt_dask.rows import LANES
-from kpt_dask.shares import SHARD, Part, finish_slab, intensity_table, run_blocks, slabs
-from kpt_dask.strips import Strips, read_strips
-from kpt_dask.summing import accumulate, sample
+from kpt_dask.shares import SHARD, Part, finish_slab, run_blocks, slabs
 from kpt_dask.volume import Volume
 
 FINISHING = 70
@@ -143,7 +141,7 @@ def transfer(
         totals = np.bincount(moves.organ, moves.weight, minlength=len(organs))
         threads = session.nthreads().values()
         room = memory / max(threads)
-        reaches = [own.reach() for own in moves.by_organ().values()]
+        reaches = list(moves.reaches().values())
         largest = max((sum(o.voxels for o in a.organs.values()) for a in atlases), default=0)
         each = np.ones(moves.atlas.size)
         each[list(moves.inverse)] = SAMPLING
@@ -159,7 +157,8 @@ def transfer(
             voxels = math.prod(shape_of(box_of(aligned(box, SHARD, grid.shape))))
             return bool(12 * voxels + 4 * reached_in(box) + BYTES * largest <= room)
 
-        reached = overlap(moves.reach(), box_of(tuple(slice(0, n) for n in grid.shape)))
+        everywhere = box_of(tuple(slice(0, n) for n in grid.shape))
+        reached = overlap(enclosing(reaches), everywhere)
         pieces: list[Box] = []
         for slab in slabs(aligned(reached, SHARD, grid.shape)) if reached else []:
             part = overlap(reached, box_of(slab))
@@ -224,12 +223,14 @@ def transfer_slabs(
         The slabs: whole shards, one shard deep.
     """
     moves = replace(moves, weight=moves.weight / totals[moves.organ])
-    movers = {a: moves.take(np.flatnonzero(moves.atlas == a)).by_organ() for a in atlases}
-    reaches = {o: own.reach() for o, own in moves.by_organ().items()}
-    voxels = sum(atlases[a].organs[organs.names[o]].voxels for a in movers for o in movers[a])
+    reaches = moves.reaches()
+    begins = moves.begins()
+    pairs = zip(moves.atlas[begins].tolist(), moves.organ[begins].tolist(), strict=True)
+    voxels = sum(atlases[a].organs[organs.names[o]].voxels for a, o in pairs)
     # Atlases that are kept are added together: few calls on much.
     keep = BYTES * voxels <= room / 2
-    kept = _read(atlases, movers, regions, organs) if keep else {}
+    whole = enclosing([box_of(region) for region in regions])
+    kept = read_moved(atlases, moves, whole, organs) if keep and whole is not None else {}
     parts: list[Part] = []
     tally = Tally.empty(len(organs))
     for slab in regions:
@@ -239,128 +240,27 @@ def transfer_slabs(
         if whole is None:
             continue
         hu = direct.read(image, slices(whole)).astype(np.float32, copy=False)
-        # Longer rows, as the kernel wants them, and of the same length in share and scan.
-        padding = (0, 0), (0, 0), (LANES, LANES)
         short = hu.astype(np.int16)
-        scans = {o: np.pad(short[within(box, whole)], padding) for o, box in boxes.items()}
-        sums = {o: np.zeros(scan.shape, np.float32) for o, scan in scans.items()}
-        groups = (
-            [kept]
-            if keep
-            else (_read({a: atlases[a]}, {a: own}, [slab], organs) for a, own in movers.items())
-        )
-        for group in groups:
-            for o, organ in group.items():
+        scans, sums = {}, {}
+        for o, box in boxes.items():
+            depth, height, width = shape_of(box)
+            # Longer rows, as the kernel wants them, and of the same length in share and scan.
+            shape = depth, height, LANES + width + LANES
+            scans[o], sums[o] = np.zeros(shape, np.int16), np.zeros(shape, np.float32)
+            scans[o][..., LANES:-LANES] = short[within(box, whole)]
+        for organs_here in [kept] if keep else _one_by_one(atlases, moves, box_of(slab), organs):
+            for o, organ in organs_here.items():
                 if o in boxes:
-                    _add(sums[o], scans[o], boxes[o], organ, nus[o])
+                    organ.add(sums[o], scans[o], boxes[o], nus[o])
         shares = [(o, box, sums[o][..., LANES:-LANES]) for o, box in boxes.items()]
         parts.append(finish_slab(probability, shares, organs, smallest, slab, (whole, hu), tally))
     return parts, tally
 
 
-@dataclass(frozen=True)
-class _Organ:
-    """An organ of some atlases, and its moves.
-
-    Attributes
-    ----------
-    strips : int16 array (n, `PLACE` + `LANES`)
-        All that was read of these atlases.
-    planes : int64 array (p)
-        Where in it the strips of each plane of each atlas's organ begin, and where they end.
-    shifts : int64 array (m, 7)
-        Of moves by whole voxels: where the bounding box begins in the volume, its size, and
-        where its planes begin in `planes`.
-    weights : float32 array (m)
-        Of these moves.
-    affines : list of (dense, low, high, inverse, weight)
-        Of the moves by affines: the bounding box, int16 (z, y, x), and as in `Moves`.
-    """
-
-    strips: NDArray[np.int16]
-    planes: NDArray[np.int64]
-    shifts: NDArray[np.int64]
-    weights: NDArray[np.float32]
-    affines: list[tuple[Any, Any, Any, Any, Any]]
-
-    @classmethod
-    def of(cls, parts: Sequence[tuple[Strips, Moves, Box]]) -> "_Organ":
-        """Put together the strips of an organ, its moves, and its bounds, of each atlas."""
-        planes, shifts, weights, affines = [], [], [], []
-        n_planes = 0
-        for own, moves, bounds in parts:
-            size = shape_of(bounds)
-            planes.append(own.planes)
-            shifted = np.ones(moves.weight.size, bool)
-            shifted[list(moves.inverse)] = False
-            low = moves.low[shifted]
-            shifts.append(np.column_stack([low, np.tile((*size, n_planes), (len(low), 1))]))
-            weight = moves.weight.astype(np.float32)
-            weights.append(weight[shifted])
-            if moves.inverse:
-                dense = own.dense(size)
-                for i, inverse in moves.inverse.items():
-                    affines.append((dense, moves.low[i], moves.high[i], inverse, weight[i]))
-            n_planes += own.planes.size
-        return cls(
-            parts[0][0].values,
-            np.concatenate(planes),
-            np.concatenate(shifts),
-            np.concatenate(weights),
-            affines,
-        )
-
-
-def _read(
-    atlases: dict[int, Atlas],
-    movers: dict[int, dict[int, Moves]],
-    regions: Sequence[Region],
-    organs: OrganTable,
-) -> dict[int, _Organ]:
-    """Read what the moves of each organ of some atlases bring into some slabs."""
-    box = enclosing([box_of(region) for region in regions])
-    assert box is not None
-    wanted = []
-    for a, own in movers.items():
-        bounds = {o: atlases[a].organs[organs.names[o]].bounding_box for o in own}
-        planes = {o: _planes(moves, box, bounds[o]) for o, moves in own.items()}
-        of_atlas = {organs.names[o]: part for o, part in planes.items() if part is not None}
-        wanted.append((atlases[a], of_atlas))
-    parts: dict[int, list[tuple[Strips, Moves, Box]]] = {}
-    for (a, own), found in zip(movers.items(), read_strips(wanted, organs), strict=True):
-        for name, strips in found.items():
-            o = organs.names.index(name)
-            bounds_of = atlases[a].organs[name].bounding_box
-            parts.setdefault(o, []).append((strips, own[o], bounds_of))
-    return {o: _Organ.of(own) for o, own in parts.items()}
-
-
-def _planes(moves: Moves, box: Box, bounds: Box) -> tuple[int, int] | None:
-    """Planes of an organ, of these bounds in its atlas, that its moves bring into a box, if any."""
-    here = moves.voxels_in(box) > 0
-    if not here.any():
-        return None
-    if moves.inverse:
-        return 0, bounds[0][1] - bounds[0][0]
-    low, high = moves.low[here, 0], moves.high[here, 0]
-    first = np.maximum(low, box[0][0]) - low
-    stop = np.minimum(high, box[0][1]) - low
-    return int(first.min()), int(stop.max())
-
-
-def _add(
-    share: NDArray[np.float32],
-    scan: NDArray[np.int16],
-    box: Box,
-    organ: _Organ,
-    nu: float,
-) -> None:
-    """Add the moves of an organ to its share, that of a box in the volume."""
-    first = begin_of(box)
-    if organ.weights.size:
-        moved = organ.strips, organ.planes, organ.shifts, organ.weights
-        accumulate(share, scan, first, *moved, nu)
-    for dense, low, high, inverse, weight in organ.affines:
-        start, stop = np.maximum(low - first, 0), np.minimum(high - first, shape_of(box))
-        where = start, stop, inverse
-        sample(share, scan, first, dense, *where, weight, intensity_table(nu))
+def _one_by_one(
+    atlases: dict[int, Atlas], moves: Moves, box: Box, organs: OrganTable
+) -> Iterator[dict[int, MovedOrgan]]:
+    """Read what moves bring into a box, one atlas after the other."""
+    for a in atlases:
+        own = moves.take(np.flatnonzero(moves.atlas == a))
+        yield read_moved({a: atlases[a]}, own, box, organs)
