@@ -176,11 +176,9 @@ def plan_moves(
     origins = np.array([a.info.origin for a in atlases]).reshape(-1, 3)
     moved = matches.translation.values[match].astype(np.float64) + origins[atlas] - grid.origin
     shift = np.rint(moved / grid.spacing).astype(np.int64)
-    keys, inverse = np.unique(
-        np.column_stack([atlas, proposals.organ, shift]), axis=0, return_inverse=True
-    )
-    weights = np.bincount(inverse.ravel(), proposals.weight, minlength=len(keys))
-    atlas, organ, shift = keys[:, 0], keys[:, 1], keys[:, 2:]
+    first, inverse = _distinct(np.column_stack([atlas, proposals.organ, shift]))
+    weights = np.bincount(inverse, proposals.weight, minlength=first.size)
+    atlas, organ, shift = atlas[first], proposals.organ[first], shift[first]
     bounds = _bounds(atlas, organ, atlases, organs)
     low, high = bounds[..., 0] + shift, bounds[..., 1] + shift
     return Moves(atlas, organ, weights.astype(np.float64), low, high, {})
@@ -194,9 +192,24 @@ def _bounds(
 ) -> NDArray[np.int64]:
     """Bounding boxes of organs of atlases, (n, 3, 2)."""
     names = organs.names
-    pairs, inverse = np.unique(np.column_stack([atlas, organ]), axis=0, return_inverse=True)
-    boxes = [atlases[a].organs[names[o]].bounding_box for a, o in pairs.tolist()]
-    return np.array(boxes, np.int64).reshape(-1, 3, 2)[inverse.ravel()]
+    first, inverse = _distinct(np.column_stack([atlas, organ]))
+    pairs = zip(atlas[first].tolist(), organ[first].tolist(), strict=True)
+    boxes = [atlases[a].organs[names[o]].bounding_box for a, o in pairs]
+    return np.array(boxes, np.int64).reshape(-1, 3, 2)[inverse]
+
+
+def _distinct(rows: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Where each distinct row is first, in their order, and which of them each row is.
+
+    Several times faster than numpy, which compares whole rows to sort them.
+    """
+    order = np.lexsort(rows.T[::-1])
+    ordered = rows[order]
+    new = np.ones(len(rows), bool)
+    new[1:] = (ordered[1:] != ordered[:-1]).any(axis=1)
+    inverse = np.empty(len(rows), np.int64)
+    inverse[order] = np.cumsum(new) - 1
+    return order[new], inverse
 
 
 def plan_affines(

@@ -162,7 +162,8 @@ def transfer(
         pieces: list[Box] = []
         for slab in slabs(aligned(reached, SHARD, grid.shape)) if reached else []:
             part = overlap(reached, box_of(slab))
-            pieces += cut(part, SHARD, 1, time, fits) if part else []
+            if part is not None:
+                pieces += [part] if fits(part) else cut(part, SHARD, 1, time, fits)
         tasks = []
         for hand in deal(pieces, sum(threads), time):
             reaching = [moves.voxels_in(piece) for piece in hand]
