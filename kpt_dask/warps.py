@@ -6,14 +6,13 @@ same whatever block asks for it. Between eight nodes lies a cell. Reads no voxel
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import product
 
 import numpy as np
 import xarray as xr
 from numpy.typing import NDArray
 
 from atlas_store import Atlas, OrganTable
-from kpt_dask.boxes import Box, box_of, enclosing, overlap
+from kpt_dask.boxes import Box, enclosing, overlap
 from kpt_dask.fields import Widths, regress
 from kpt_dask.grid import Grid
 from kpt_dask.matching import slices_by_atlas
@@ -59,25 +58,27 @@ def landing_boxes(
     organ's box go, as far as matches support that.
     """
     boxes: list[Box | None] = [None] * len(organs)
+    names, shows = organs.names, atlas.organs
+    shown = [o for o, name in enumerate(names) if name in shows]
+    if not shown:
+        return boxes
     source = Grid.isotropic(atlas.info.shape, float(grid.spacing[0]), atlas.info.origin)
-    shown = [o for o, name in enumerate(organs.names) if name in atlas.organs]
-    along = []
-    for o in shown:
-        ends = np.array(atlas.organs[organs.names[o]].bounding_box, np.float64) - (0, 1)
-        along.append([(low, (low + high) / 2, high) for low, high in ends])
-    points = np.array([source.to_mm(list(product(*sides))) for sides in along]).reshape(-1, 3)
+    bounds = np.array([shows[names[o]].bounding_box for o in shown], np.float64)
+    low, high = bounds[..., 0], bounds[..., 1] - 1
+    along = np.stack([low, (low + high) / 2, high])
+    # Low, middle or high along each axis.
+    at = along[np.indices((3, 3, 3)).reshape(3, 27).T, :, range(3)]
+    points = source.to_mm(at.transpose(2, 0, 1).reshape(-1, 3))
     moved = regress(points, matched.position - matched.translation, matched.translation, widths)
-    landed = grid.to_index(points + moved[:, :3])
+    landed = grid.to_index(points + moved[:, :3]).reshape(-1, 27, 3)
+    sure = moved[:, 3].reshape(-1, 27, 1) >= LEAST_SUPPORT
     margin = MARGIN / grid.spacing
-    for o, at, support in zip(
-        shown, landed.reshape(-1, 27, 3), moved[:, 3].reshape(-1, 27), strict=True
-    ):
-        sure = at[support >= LEAST_SUPPORT]
-        if len(sure):
-            low = np.maximum(np.floor(sure.min(axis=0) - margin), 0).astype(int).tolist()
-            high = np.minimum(np.ceil(sure.max(axis=0) + margin) + 1, grid.shape)
-            z, y, x = zip(low, high.astype(int).tolist(), strict=True)
-            boxes[o] = overlap((z, y, x), box_of(tuple(slice(0, n) for n in grid.shape)))
+    first = np.floor(np.where(sure, landed, np.inf).min(axis=1) - margin)
+    stop = np.ceil(np.where(sure, landed, -np.inf).max(axis=1) + margin) + 1
+    first, stop = np.maximum(first, 0), np.minimum(stop, grid.shape)
+    for i in np.flatnonzero((first < stop).all(axis=1)).tolist():
+        z, y, x = zip(first[i].astype(int).tolist(), stop[i].astype(int).tolist(), strict=True)
+        boxes[shown[i]] = z, y, x
     return boxes
 
 
