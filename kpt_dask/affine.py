@@ -7,6 +7,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from kpt_dask.jit import kernel
+
 LEAST = 8
 """Matches that must agree, at least: twice the 4 that any affine fits exactly."""
 TOLERANCE = 5.0
@@ -47,15 +49,10 @@ def fit_affine(
     if n < LEAST:
         return None
     homogeneous = np.column_stack([source, np.ones(n)])
-    samples = _samples(n)
-    corners = homogeneous[samples]
-    spread = np.abs(np.linalg.det(corners)) > _FLAT
-    affines = np.linalg.solve(corners[spread], target[samples[spread]])
-    affines = affines[_plausible(affines[:, :3])]
-    if not len(affines):
+    found = np.empty((4, 3))
+    if not _best(source, target, _samples(n), found):
         return None
-    counts = _agree(homogeneous @ affines, target).sum(axis=1)
-    best = _agree(homogeneous @ affines[np.argmax(counts)], target)
+    best = _agree(homogeneous @ found, target)
     if best.sum() < LEAST:
         return None
     refined = np.linalg.lstsq(homogeneous[best], target[best], rcond=None)[0]
@@ -69,21 +66,109 @@ def _samples(n: int) -> NDArray[np.int64]:
     """Choose 4 of n: all ways (in order), or `TRIALS` of them."""
     if comb(n, 4) <= TRIALS:
         return np.array(list(combinations(range(n), 4)))
-    drawn = np.random.default_rng(SEED).random((TRIALS, n))
-    least = np.argpartition(drawn, 3, axis=1)[:, :4]
-    order = np.take_along_axis(drawn, least, axis=1).argsort(axis=1, kind="stable")
-    return np.take_along_axis(least, order, axis=1)
+    drawn = np.random.default_rng(SEED).integers(0, n - np.arange(4), (TRIALS, 4))
+    # The k-th of those that are left, so that none is chosen twice.
+    for k in range(1, 4):
+        for before in np.sort(drawn[:, :k], axis=1).T:
+            drawn[:, k] += drawn[:, k] >= before
+    return drawn
 
 
-def _plausible(linear: NDArray[Any]) -> NDArray[np.bool_]:
-    # Most fail already by what the stretches multiply to, or by the sum of their squares.
-    least, most = SCALES
-    volume, squares = np.linalg.det(linear), (linear**2).sum(axis=(-2, -1))
-    found = (volume >= 0.999 * least**3) & (volume <= 1.001 * most**3)
-    found = np.asarray(found & (squares <= 3.003 * most**2))
-    stretches = np.linalg.svd(linear[found], compute_uv=False)
-    found[found] = (stretches >= least).all(-1) & (stretches <= most).all(-1)
-    return found
+@kernel
+def _best(
+    source: NDArray[np.float64],
+    target: NDArray[np.float64],
+    samples: NDArray[np.int64],
+    out: NDArray[np.float64],
+) -> bool:
+    """Find the plausible affine through 4 pairs that most agree with, the first in a tie.
+
+    Parameters
+    ----------
+    samples : int64 array (m, 4)
+        Which pairs.
+    out : float64 array (4, 3)
+        Receives it: x becomes ``(x, 1) @ out``.
+
+    Returns
+    -------
+    bool
+        Whether any is plausible.
+    """
+    least, most = SCALES[0] ** 2, SCALES[1] ** 2
+    edges, moved, linear = np.empty((3, 3)), np.empty((3, 3)), np.empty((3, 3))
+    inverse, low, high = np.empty((3, 3)), np.empty((3, 3)), np.empty((3, 3))
+    most_agree = 0
+    for s in range(samples.shape[0]):
+        first = samples[s, 0]
+        for k in range(3):
+            for a in range(3):
+                edges[k, a] = source[samples[s, k + 1], a] - source[first, a]
+                moved[k, a] = target[samples[s, k + 1], a] - target[first, a]
+        volume = _determinant(edges)
+        if not abs(volume) > _FLAT:
+            continue
+        for i in range(3):
+            for j in range(3):
+                p, q, r, t = (j + 1) % 3, (j + 2) % 3, (i + 1) % 3, (i + 2) % 3
+                inverse[i, j] = (edges[p, r] * edges[q, t] - edges[p, t] * edges[q, r]) / volume
+        for i in range(3):
+            for j in range(3):
+                linear[i, j] = 0.0
+                for k in range(3):
+                    linear[i, j] += inverse[i, k] * moved[k, j]
+        if not _determinant(linear) > 0:
+            continue
+        # All squared stretches, the eigenvalues of L Lᵀ, lie between two bounds.
+        for i in range(3):
+            for j in range(3):
+                squared = 0.0
+                for k in range(3):
+                    squared += linear[i, k] * linear[j, k]
+                low[i, j] = squared - (least if i == j else 0.0)
+                high[i, j] = (most if i == j else 0.0) - squared
+        if not (_is_positive(low) and _is_positive(high)):
+            continue
+        agree = 0
+        for m in range(source.shape[0]):
+            apart = 0.0
+            for a in range(3):
+                d = target[first, a] - target[m, a]
+                for k in range(3):
+                    d += (source[m, k] - source[first, k]) * linear[k, a]
+                apart += d * d
+            agree += 1 if apart < TOLERANCE * TOLERANCE else 0
+        if agree > most_agree:
+            most_agree = agree
+            out[:3] = linear
+            for a in range(3):
+                out[3, a] = target[first, a]
+                for k in range(3):
+                    out[3, a] -= source[first, k] * linear[k, a]
+    return most_agree > 0
+
+
+@kernel
+def _determinant(m: NDArray[np.float64]) -> float:
+    value: float = (
+        m[0, 0] * (m[1, 1] * m[2, 2] - m[1, 2] * m[2, 1])
+        - m[0, 1] * (m[1, 0] * m[2, 2] - m[1, 2] * m[2, 0])
+        + m[0, 2] * (m[1, 0] * m[2, 1] - m[1, 1] * m[2, 0])
+    )
+    return value
+
+
+@kernel
+def _is_positive(m: NDArray[np.float64]) -> bool:
+    """Whether all eigenvalues of a symmetric matrix are over 0: Sylvester's criterion."""
+    corner = m[0, 0] * m[1, 1] - m[0, 1] * m[1, 0]
+    return bool(m[0, 0] > 0 and corner > 0 and _determinant(m) > 0)
+
+
+def _plausible(linear: NDArray[Any]) -> bool:
+    stretches = np.linalg.svd(linear, compute_uv=False)
+    inside = stretches[-1] >= SCALES[0] and stretches[0] <= SCALES[1]
+    return bool(inside and np.linalg.det(linear) > 0)
 
 
 def _agree(mapped: NDArray[np.float64], target: NDArray[np.float64]) -> NDArray[np.bool_]:

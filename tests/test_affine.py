@@ -1,0 +1,59 @@
+"""Affines that most matches agree with, against plain numpy over the same choices of four."""
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from kpt_dask import affine
+from kpt_dask.affine import LEAST, SCALES, TOLERANCE, TRIALS, fit_affine
+
+
+@given(
+    st.integers(LEAST, 40),
+    st.integers(0, 999),
+    st.floats(0.6, 1.5),
+    st.floats(0, 0.6),
+    st.booleans(),
+)
+@settings(max_examples=60, deadline=None)
+def test_the_best_of_the_tries_is_found(
+    n: int, seed: int, stretch: float, wrong: float, mirrored: bool
+) -> None:
+    rng = np.random.default_rng(seed)
+    source = rng.uniform(-50, 50, (n, 3))
+    turn = np.linalg.qr(rng.normal(size=(3, 3)))[0]
+    turn *= np.sign(np.linalg.det(turn)) * (-1 if mirrored else 1)
+    target = source @ (turn * stretch) + rng.normal(0, 1, (n, 3)) + 20
+    bad = rng.random(n) < wrong
+    target[bad] = rng.uniform(-50, 50, (bad.sum(), 3))
+    rows = np.column_stack([source, np.ones(n)])
+    counts = []
+    for four in affine._samples(n):
+        tried, *_ = np.linalg.lstsq(rows[four], target[four], rcond=None)
+        stretches = np.linalg.svd(tried[:3], compute_uv=False)
+        plausible = SCALES[0] < stretches.min() and stretches.max() < SCALES[1]
+        plausible &= np.linalg.det(tried[:3]) > 0 and abs(np.linalg.det(rows[four])) > 1
+        apart = np.linalg.norm(rows @ tried - target, axis=1)
+        counts.append((apart < TOLERANCE).sum() if plausible else 0)
+    out = np.empty((4, 3))
+    assert affine._best(source, target, affine._samples(n), out) == (max(counts) > 0)
+    if max(counts) > 0:
+        assert (np.linalg.norm(rows @ out - target, axis=1) < TOLERANCE).sum() == max(counts)
+    found = fit_affine(source, target)
+    if found is not None:
+        matrix, agree = found
+        assert agree.sum() >= LEAST
+        np.testing.assert_array_equal(
+            np.linalg.norm(rows @ matrix.T - target, axis=1) < TOLERANCE, agree
+        )
+
+
+@pytest.mark.parametrize("n", [9, 12, 13, 100])
+def test_no_match_is_chosen_twice(n: int) -> None:
+    samples = affine._samples(n)
+    assert (np.diff(np.sort(samples, axis=1)) > 0).all()
+    assert samples.min() == 0
+    assert samples.max() == n - 1
+    assert len(samples) <= TRIALS
+    assert (samples == affine._samples(n)).all()
