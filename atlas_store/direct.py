@@ -100,7 +100,11 @@ def unpack_file(path: str | Path, out: NDArray[Any]) -> None:
             if file.readinto(memoryview(out.data).cast("B")) != out.nbytes:
                 raise ValueError("a chunk is cut off")
             return
-        unpack_into(header + file.read(out.nbytes + 1), out)
+        size = os.fstat(file.fileno()).st_size
+        if size > _HEADER + out.nbytes:
+            raise ValueError(f"a chunk has {size} bytes, too many for {out.nbytes}")
+        file.seek(0)
+        unpack_into(file.read(size), out)
 
 
 def unpack_all(chunks: Sequence[bytes | None], out: NDArray[Any]) -> None:

@@ -13,12 +13,13 @@ from typing import Any
 import numpy as np
 import zarr
 from numpy.typing import NDArray
+from zarr.codecs import BloscCodec
 
 from atlas_store import Atlas, OrganInfo, StoreFormatError
 from atlas_store.direct import misfit
 from atlas_store.guard import MAX_CHUNK
 from kpt_dask.boxes import Box, enclosing, shape_of
-from kpt_dask.omezarr import COMPRESSOR, open_array, regions, write_region
+from kpt_dask.omezarr import open_array, regions, write_region
 
 AROUND = 40.0
 """How far beyond the box around all its organs an atlas is kept for the transfer, mm."""
@@ -27,6 +28,8 @@ PLANES = 16
 """Of a chunk; blocks of the transfer are slabs, so few planes are read in vain."""
 
 NAME = "surroundings"
+_COMPRESSOR = BloscCodec(cname="lz4hc", clevel=5, shuffle="shuffle")
+"""Packed once and unpacked for every scan: slower to pack than others, and faster to unpack."""
 
 
 def box_around(organs: Mapping[str, OrganInfo], shape: tuple[int, int, int], spacing: float) -> Box:
@@ -71,7 +74,7 @@ def write_surroundings(
         shape=shape,
         dtype=np.int32,
         chunks=_chunks(shape),
-        compressors=COMPRESSOR,
+        compressors=_COMPRESSOR,
         dimension_names=("z", "y", "x"),
         # A chunk that is not there is damage, never nothing.
         config={"write_empty_chunks": True},
