@@ -16,7 +16,7 @@ from kpt_dask.strips import OUTSIDE, PLACE
 LIGHTEST = np.float32(1e-20)
 """A move that weighs less changes nothing, and would leave the powers that `add_strip` takes."""
 FARTHEST = 30000.0
-"""HU: farther than any scan's from each other, nearer than `OUTSIDE` from any of them."""
+"""HU: so far apart no voxels agree, whatever ν is; `OUTSIDE` is farther from all that scans hold."""
 
 
 @kernel
@@ -39,7 +39,7 @@ def accumulate(
     first : int64 array (3)
         First voxel of the box in the volume.
     strips : int16 array (n, `PLACE` + `LANES`)
-        See `kpt_dask.strips.Strips`; of one atlas after another.
+        See `kpt_dask.strips.Strips`.
     planes : int64 array (p)
         Where the strips of each plane of each atlas begin, and end.
     shifts : int64 array (m, 7)

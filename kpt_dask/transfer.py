@@ -1,8 +1,8 @@
-"""Move whole organs of the atlases onto the scan, block by block: `organ`, `affine`, `across`.
+"""Move whole organs of the atlases onto the scan, slab by slab: `organ`, `affine`, `across`.
 
 After Wachinger et al. 2015, eqs. 8–11. What moves where, and with which weight, is planned
-before any voxel is visited, so blocks are independent and their order of summation is the
-same however the volume is cut. A block reads only what it needs of the atlases' organs.
+before any voxel is visited, so slabs are independent and their order of summation is the
+same however the volume is cut. Nothing is read of the atlases' organs that no slab needs.
 """
 
 import math
@@ -155,7 +155,7 @@ def transfer(
         def fits(box: Box) -> bool:
             """Whether scan, labels and shares, and the organs of an atlas do."""
             voxels = math.prod(shape_of(box_of(aligned(box, SHARD, grid.shape))))
-            return bool(12 * voxels + 4 * reached_in(box) + BYTES * largest <= room)
+            return bool(12 * voxels + 6 * reached_in(box) + BYTES * largest <= room)
 
         everywhere = box_of(tuple(slice(0, n) for n in grid.shape))
         reached = overlap(enclosing(reaches), everywhere)
@@ -225,11 +225,8 @@ def transfer_slabs(
     """
     moves = replace(moves, weight=moves.weight / totals[moves.organ])
     reaches = moves.reaches()
-    begins = moves.begins()
-    pairs = zip(moves.atlas[begins].tolist(), moves.organ[begins].tolist(), strict=True)
-    voxels = sum(atlases[a].organs[organs.names[o]].voxels for a, o in pairs)
     # Atlases that are kept are added together: few calls on much.
-    keep = BYTES * voxels <= room / 2
+    keep = _bytes_to_keep(atlases, moves, organs) <= room / 2
     whole = enclosing([box_of(region) for region in regions])
     kept = read_moved(atlases, moves, whole, organs) if keep and whole is not None else {}
     parts: list[Part] = []
@@ -256,6 +253,17 @@ def transfer_slabs(
         shares = [(o, box, sums[o][..., LANES:-LANES]) for o, box in boxes.items()]
         parts.append(finish_slab(probability, shares, organs, smallest, slab, (whole, hu), tally))
     return parts, tally
+
+
+def _bytes_to_keep(atlases: dict[int, Atlas], moves: Moves, organs: OrganTable) -> int:
+    """About how many bytes all organs that are moved take, while they are read."""
+    begins = moves.begins()
+    bent = np.searchsorted(begins, list(moves.inverse), side="right") - 1
+    size = 0
+    for i, begin in enumerate(begins.tolist()):
+        info = atlases[int(moves.atlas[begin])].organs[organs.names[int(moves.organ[begin])]]
+        size += BYTES * info.voxels + (2 * volume_of(info.bounding_box) if i in bent else 0)
+    return size
 
 
 def _one_by_one(
