@@ -16,7 +16,7 @@ from kpt_dask.strips import OUTSIDE, PLACE
 LIGHTEST = np.float32(1e-20)
 """A move that weighs less changes nothing, and would leave the powers that `add_strip` takes."""
 FARTHEST = 30000.0
-"""HU: so far apart no voxels agree, whatever ν is; `OUTSIDE` is farther from all that scans hold."""
+"""HU: so far apart no voxels agree, whatever ν is. `OUTSIDE` is farther from all in a scan."""
 
 
 @kernel
