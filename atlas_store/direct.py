@@ -94,17 +94,16 @@ def unpack_file(path: str | Path, out: NDArray[Any]) -> None:
         As `unpack_into`.
     """
     with open(path, "rb", buffering=0) as file:
-        header = file.read(_HEADER)
-        copied = len(header) == _HEADER and header[2] & _COPIED
-        if copied and struct.unpack_from("<I4xI", header, 4) == (out.nbytes, _HEADER + out.nbytes):
-            if file.readinto(memoryview(out.data).cast("B")) != out.nbytes:
-                raise ValueError("a chunk is cut off")
-            return
         size = os.fstat(file.fileno()).st_size
         if size > _HEADER + out.nbytes:
             raise ValueError(f"a chunk has {size} bytes, too many for {out.nbytes}")
-        file.seek(0)
-        unpack_into(file.read(size), out)
+        header = file.read(_HEADER)
+        copied = len(header) == _HEADER and header[2] & _COPIED and size == _HEADER + out.nbytes
+        if not copied or struct.unpack_from("<I4xI", header, 4) != (out.nbytes, size):
+            file.seek(0)
+            unpack_into(file.read(size), out)
+        elif file.readinto(memoryview(out.data).cast("B")) != out.nbytes:
+            raise ValueError("a chunk is cut off")
 
 
 def unpack_all(chunks: Sequence[bytes | None], out: NDArray[Any]) -> None:
@@ -126,7 +125,7 @@ def unpack_files(paths: Sequence[str | Path], out: NDArray[Any]) -> None:
     for path, part in zip(paths, _parts(out, len(paths)), strict=True):
         try:
             unpack_file(path, part)
-        except FileNotFoundError as error:
+        except (FileNotFoundError, IsADirectoryError, NotADirectoryError) as error:
             raise ValueError("a chunk is missing") from error
 
 

@@ -78,7 +78,7 @@ def test_atlases_of_earlier_versions_give_the_same(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "damage", ["missing", "short", "place", "order", "planes", "shape", "empty"]
+    "damage", ["missing", "folder", "short", "long", "place", "order", "planes", "shape", "empty"]
 )
 def test_damage_is_named(tmp_path: Path, damage: str) -> None:
     made = make_store(tmp_path / "s", ATLASES[:1])
@@ -88,6 +88,11 @@ def test_damage_is_named(tmp_path: Path, damage: str) -> None:
     chunk = data_of(tmp_path / "s") / "strips/c/0/0"
     if damage == "missing":
         chunk.unlink()
+    elif damage == "folder":
+        chunk.unlink()
+        chunk.mkdir()
+    elif damage == "long":
+        chunk.write_bytes(chunk.read_bytes() + bytes(1))
     elif damage == "short":
         chunk.write_bytes(chunk.read_bytes()[:10])
     elif damage == "place":
