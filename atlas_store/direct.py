@@ -14,7 +14,7 @@ import uuid
 from collections.abc import Callable, Iterator, Sequence
 from itertools import product
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import google_crc32c
 import numpy as np
@@ -25,6 +25,8 @@ from zarr.codecs import BloscCodec, BytesCodec, Crc32cCodec, ShardingCodec
 from zarr.core.chunk_key_encodings import DefaultChunkKeyEncoding
 from zarr.core.metadata.v3 import ArrayV3Metadata
 from zarr.storage import LocalStore
+
+from atlas_store.jit import kernel
 
 _HEADER = 16
 _COPIED = 2
@@ -83,55 +85,84 @@ def unpack_into(chunk: bytes, out: NDArray[Any]) -> None:
         raise ValueError(f"a chunk cannot be unpacked: {error}") from error
 
 
-def unpack_file(path: str | Path, out: NDArray[Any]) -> None:
-    """Unpack a blosc chunk that is a file into a contiguous array.
+class Rows(NamedTuple):
+    """Rows of a blosc chunk that are wanted.
 
-    Raises
-    ------
-    FileNotFoundError
-        If it is missing.
-    ValueError
-        As `unpack_into`.
+    Attributes
+    ----------
+    key : str
+        Where the chunk lies: key of an object, path of a file.
+    chunk : int
+        How many rows the chunk has.
+    spans : sequence of (int, int)
+        The first row, and the one after the last.
     """
-    with open(path, "rb", buffering=0) as file:
-        size = os.fstat(file.fileno()).st_size
-        if size > _HEADER + out.nbytes:
-            raise ValueError(f"a chunk has {size} bytes, too many for {out.nbytes}")
-        header = file.read(_HEADER)
-        copied = len(header) == _HEADER and header[2] & _COPIED and size == _HEADER + out.nbytes
-        if not copied or struct.unpack_from("<I4xI", header, 4) != (out.nbytes, size):
-            file.seek(0)
-            unpack_into(file.read(size), out)
-        elif file.readinto(memoryview(out.data).cast("B")) != out.nbytes:
-            raise ValueError("a chunk is cut off")
+
+    key: str
+    chunk: int
+    spans: Sequence[tuple[int, int]]
 
 
-def unpack_all(chunks: Sequence[bytes | None], out: NDArray[Any]) -> None:
-    """Unpack chunks one after another, along the first axis of an array of as many.
+def unpack_files(wanted: Sequence[Rows], out: NDArray[Any]) -> None:
+    """Unpack rows of chunks that are files, one after another, along the first axis of an array.
 
     Raises
     ------
     ValueError
         If a chunk is missing or damaged.
     """
-    for chunk, part in zip(chunks, _parts(out, len(chunks)), strict=True):
-        if chunk is None:
-            raise ValueError("a chunk is missing")
-        unpack_into(chunk, part)
-
-
-def unpack_files(paths: Sequence[str | Path], out: NDArray[Any]) -> None:
-    """Do what `unpack_all` does, for chunks that are files."""
-    for path, part in zip(paths, _parts(out, len(paths)), strict=True):
+    for rows, part in zip(wanted, _parts(wanted, out), strict=True):
         try:
-            unpack_file(path, part)
+            _unpack_file(rows, part)
         except (FileNotFoundError, IsADirectoryError, NotADirectoryError) as error:
             raise ValueError("a chunk is missing") from error
 
 
-def _parts(out: NDArray[Any], n: int) -> list[NDArray[Any]]:
-    step = len(out) // max(n, 1)
-    return [out[i * step : (i + 1) * step] for i in range(n)]
+def unpack_all(wanted: Sequence[Rows], chunks: Sequence[bytes | None], out: NDArray[Any]) -> None:
+    """Do what `unpack_files` does, for chunks that have been read."""
+    for rows, chunk, part in zip(wanted, chunks, _parts(wanted, out), strict=True):
+        if chunk is None:
+            raise ValueError("a chunk is missing")
+        _unpack_rows(rows, chunk, part)
+
+
+def _parts(wanted: Sequence[Rows], out: NDArray[Any]) -> Iterator[NDArray[Any]]:
+    begin = 0
+    for rows in wanted:
+        end = begin + sum(b - a for a, b in rows.spans)
+        yield out[begin:end]
+        begin = end
+
+
+def _unpack_rows(rows: Rows, chunk: bytes, out: NDArray[Any]) -> None:
+    if rows.spans == [(0, rows.chunk)]:
+        unpack_into(chunk, out)
+        return
+    whole = np.empty((rows.chunk, *out.shape[1:]), out.dtype)
+    unpack_into(chunk, whole)
+    np.concatenate([whole[a:b] for a, b in rows.spans], out=out)
+
+
+def _unpack_file(rows: Rows, out: NDArray[Any]) -> None:
+    """Unpack rows of a file; of one whose bytes are as they were, no others are read."""
+    row = out.nbytes // max(len(out), 1)
+    with open(rows.key, "rb", buffering=0) as file:
+        size, whole = os.fstat(file.fileno()).st_size, rows.chunk * row
+        if size > _HEADER + whole:
+            raise ValueError(f"a chunk has {size} bytes, too many for {whole}")
+        header = file.read(_HEADER)
+        copied = len(header) == _HEADER and header[2] & _COPIED and size == _HEADER + whole
+        if not copied or struct.unpack_from("<I4xI", header, 4) != (whole, size):
+            file.seek(0)
+            _unpack_rows(rows, file.read(size), out)
+            return
+        begin = 0
+        for a, b in rows.spans:
+            file.seek(_HEADER + a * row)
+            part = memoryview(out[begin : begin + b - a].data).cast("B")
+            if file.readinto(part) != part.nbytes:
+                raise ValueError("a chunk is cut off")
+            begin += b - a
 
 
 def serves(array: "zarr.Array[Any]") -> bool:
@@ -219,32 +250,53 @@ def write(array: "zarr.Array[Any]", region: Region, data: NDArray[Any]) -> None:
 
 def _pack_shard(array: "zarr.Array[Any]", within: Region, data: NDArray[Any]) -> list[bytes] | None:
     """Pack a region of a shard; nothing if there is nothing to keep."""
-    first = [part.start // chunk for part, chunk in zip(within, array.chunks, strict=True)]
-    end = [-(-part.stop // chunk) for part, chunk in zip(within, array.chunks, strict=True)]
-    count = [b - a for a, b in zip(first, end, strict=True)]
-    whole = np.zeros([n * c for n, c in zip(count, array.chunks, strict=True)], array.dtype)
-    corner = [a * c for a, c in zip(first, array.chunks, strict=True)]
-    whole[tuple(slice(p.start - c, p.stop - c) for p, c in zip(within, corner, strict=True))] = data
-    # Chunk after chunk in memory, by few calls on much: each of them lets other threads in.
-    axes = range(2 * array.ndim)
-    split = whole.reshape([n for both in zip(count, array.chunks, strict=True) for n in both])
-    chunks = np.ascontiguousarray(split.transpose([*axes[::2], *axes[1::2]]))
-    chunks = chunks.reshape(-1, *array.chunks)
-    kept: NDArray[Any] = np.ones(len(chunks), bool)
-    if not array.config.write_empty_chunks:
-        kept = np.asarray(chunks.reshape(len(chunks), -1).any(axis=1))
+    kept = _occupied(data, [part.start for part in within], array.chunks)
+    if array.config.write_empty_chunks:
+        kept[...] = True
     table = np.full((*_chunks_per_shard(array), 2), _NO_CHUNK, "<u8")
     compressed = _compressor(array)
+    whole = np.empty(array.chunks, array.dtype)
     shard, size = [], 0
-    numbers = np.argwhere(kept.reshape(count)) + first
-    for i, number in zip(np.flatnonzero(kept).tolist(), numbers.tolist(), strict=True):
-        packed = compressed(chunks[i])
-        table[tuple(number)] = size, len(packed)
+    for keep, (number, inside, outside) in zip(kept.flat, _cut(within, array.chunks), strict=True):
+        if not keep:
+            continue
+        if data[outside].shape != whole.shape:
+            whole[...] = 0
+        whole[inside] = data[outside]
+        packed = compressed(whole)
+        table[number] = size, len(packed)
         shard.append(packed)
         size += len(packed)
     index = table.tobytes()
     checksum = google_crc32c.value(index).to_bytes(_CHECKSUM, "little")
     return [*shard, index, checksum] if shard else None
+
+
+def _occupied(data: NDArray[Any], begin: Sequence[int], unit: Sequence[int]) -> NDArray[np.bool_]:
+    """Whether anything is not 0 in each unit that a region touches."""
+    owners = [
+        (a + np.arange(n)) // size - a // size
+        for a, n, size in zip(begin, data.shape, unit, strict=True)
+    ]
+    count = [int(own[-1]) + 1 for own in owners]
+    rows = np.ravel_multi_index(np.ix_(*owners[:-1]), count[:-1]) if data.ndim > 1 else np.zeros(1)
+    ends = np.searchsorted(owners[-1], np.arange(count[-1] + 1))
+    kept = np.zeros((math.prod(count[:-1]), count[-1]), np.bool_)
+    _mark(data.reshape(-1, data.shape[-1]), rows.ravel().astype(np.int64), ends, kept)
+    return kept.reshape(count)
+
+
+@kernel
+def _mark(rows: Any, owner: Any, ends: Any, kept: Any) -> None:
+    """Mark each unit with a number that is not 0: `owner` of a row, between two `ends` in it."""
+    for row in range(rows.shape[0]):
+        own = kept[owner[row]]
+        for unit in range(own.size):
+            if not own[unit]:
+                found = False
+                for number in rows[row, ends[unit] : ends[unit + 1]]:
+                    found |= number != 0
+                own[unit] = found
 
 
 def _pack(array: "zarr.Array[Any]", within: Region, data: NDArray[Any]) -> list[bytes] | None:

@@ -4,14 +4,13 @@ Plain arrays in, plain arrays out. Descriptors are ranks, so their squared dista
 numbers that float32 holds exactly, in whatever order BLAS adds; both kernels give the same.
 """
 
-from collections.abc import Callable
-from typing import Any, TypeVar, cast
+from typing import Any, cast
 
 import numba
 import numpy as np
 from numpy.typing import NDArray
 
-F = TypeVar("F", bound=Callable[..., Any])
+from atlas_store.jit import kernel
 
 Best = tuple[
     NDArray[np.int64],
@@ -25,10 +24,6 @@ which segment, which row of it is the nearest, squared distances of the nearest 
 nearest of the atlas (infinite for none). Ties go to the lower atlas. Each (n, k)."""
 
 
-def _kernel(function: F) -> F:
-    return cast(F, numba.njit(nogil=True, cache=True)(function))
-
-
 def nothing(n: int, k: int) -> Best:
     """No atlas is known for any of n keypoints yet."""
     none = np.full((n, k), -1, np.int64)
@@ -36,7 +31,7 @@ def nothing(n: int, k: int) -> Best:
     return none, none.copy(), none.copy(), far, far.copy()
 
 
-@_kernel
+@kernel
 def _offer(
     best: Best, i: int, atlas: int, segment: int, row: int, first: np.float32, second: np.float32
 ) -> None:
@@ -72,7 +67,7 @@ def _lowest(row: NDArray[np.float32], half: NDArray[np.float32]) -> np.float32:
 _lowest = cast(Any, numba.njit(nogil=True, cache=True, fastmath={"nnan", "nsz"})(_lowest))
 
 
-@_kernel
+@kernel
 def of_every_atlas(
     products: NDArray[np.float32],
     squares: tuple[NDArray[np.float32], NDArray[np.float32]],
@@ -135,7 +130,7 @@ def of_every_atlas(
                 _offer(best, i, place[a], segment, start + index, first, second)
 
 
-@_kernel
+@kernel
 def of_listed_atlases(
     listed: NDArray[np.int32],
     descriptor: NDArray[np.uint8],

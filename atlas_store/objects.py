@@ -87,18 +87,20 @@ class Objects:
 
         return sync(gather())
 
-    def unpack(self, keys: Sequence[str], out: NDArray[Any]) -> None:
-        """Unpack objects that are blosc chunks one after another, along the first axis of `out`.
+    def unpack(self, wanted: Sequence[direct.Rows], out: NDArray[Any]) -> None:
+        """Unpack rows of blosc chunks one after another, along the first axis of `out`.
 
         Raises
         ------
         ValueError
-            If one is missing or damaged.
+            If a chunk is missing or damaged.
         """
         if isinstance(self.store, LocalStore):
-            direct.unpack_files([f"{self.store.root}/{key}" for key in keys], out)
+            root = self.store.root
+            files = [rows._replace(key=f"{root}/{rows.key}") for rows in wanted]
+            direct.unpack_files(files, out)
         else:
-            direct.unpack_all(self.read_many(keys), out)
+            direct.unpack_all(wanted, self.read_many(rows.key for rows in wanted), out)
 
     def write(self, key: str, data: bytes) -> None:
         """Write an object atomically, replacing what was there."""

@@ -121,7 +121,7 @@ def _halves(
 
 
 def deal(pieces: Sequence[Box], hands: int, cost: Callable[[Box], float]) -> list[list[Box]]:
-    """Deal pieces so that no hand costs much more than another: the costliest first.
+    """Deal pieces so that no hand costs much more than another, most of them in a row.
 
     Returns
     -------
@@ -129,14 +129,46 @@ def deal(pieces: Sequence[Box], hands: int, cost: Callable[[Box], float]) -> lis
         At most so many hands, the costliest first; the pieces of each in their order.
     """
     costs = [cost(piece) for piece in pieces]
-    sums = [0.0] * hands
-    dealt: list[list[int]] = [[] for _ in range(hands)]
-    for i in sorted(range(len(pieces)), key=lambda i: -costs[i]):
-        hand = sums.index(min(sums))
-        sums[hand] += costs[i]
-        dealt[hand].append(i)
-    order = sorted(range(hands), key=lambda hand: -sums[hand])
-    return [[pieces[i] for i in sorted(dealt[hand])] for hand in order if dealt[hand]]
+    # No hand costs less than the costliest piece, or than all hands on average.
+    least, most = max(sum(costs) / hands, *costs, 0.0), sum(costs)
+    while len(_runs(costs, least)) > hands and most - least > 1e-3 * most:
+        middle = (least + most) / 2
+        if len(_runs(costs, middle)) > hands:
+            least = middle
+        else:
+            most = middle
+    dealt = _runs(costs, least)
+    if len(dealt) > hands:
+        dealt = _runs(costs, most)
+    dealt += [[] for _ in range(hands - len(dealt))]
+
+    def cost_of(hand: list[int]) -> float:
+        return sum(costs[i] for i in hand)
+
+    while True:
+        dealt.sort(key=cost_of, reverse=True)
+        first, last = dealt[0], dealt[-1]
+        excess = cost_of(first) - cost_of(last)
+        movable = [i for i in first if 0 < costs[i] < excess]
+        if not movable:
+            return [[pieces[i] for i in sorted(hand)] for hand in dealt if hand]
+        # What leaves the two most alike.
+        moved = min(movable, key=lambda i: abs(excess - 2 * costs[i]))
+        first.remove(moved)
+        last.append(moved)
+
+
+def _runs(costs: Sequence[float], most: float) -> list[list[int]]:
+    """Cut a sequence into runs that cost at most so much, if every single one does."""
+    runs: list[list[int]] = []
+    total = math.inf
+    for i, one in enumerate(costs):
+        if total + one > most:
+            runs.append([])
+            total = 0.0
+        runs[-1].append(i)
+        total += one
+    return runs
 
 
 def aligned(box: Box, unit: tuple[int, int, int], shape: tuple[int, int, int]) -> Region:

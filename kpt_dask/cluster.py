@@ -82,9 +82,15 @@ def local(threads: int) -> Iterator[Client]:
     """Make this process a worker of so many threads, and give its client."""
     # No memory limit: it would count the whole process and pause its only worker. A port of
     # its own: the default one warns when another session has it. All tasks in flight on the
-    # worker, or it would wait for each to come.
+    # worker, or it would wait for each to come. What Dask measures of itself a hundred times a
+    # second takes the cores from the tasks.
+    settings = {
+        "distributed.scheduler.worker-saturation": IN_FLIGHT_PER_THREAD,
+        "distributed.worker.profile.enabled": False,
+        "distributed.admin.tick.interval": "1s",
+    }
     with (
-        dask.config.set({"distributed.scheduler.worker-saturation": IN_FLIGHT_PER_THREAD}),
+        dask.config.set(settings),
         Client(
             processes=False,
             n_workers=1,

@@ -53,7 +53,7 @@ def organ_distances(
             if own.size:
                 near[name] = own
     boxes = {name: atlas.organs[name].bounding_box for name in near}
-    whole = {name: (0, z[1] - z[0]) for name, (z, _, _) in boxes.items()}
+    whole = {name: [(0, z[1] - z[0])] for name, (z, _, _) in boxes.items()}
     [found_strips] = read_strips([(atlas, whole)], organs)
     for name, strips in found_strips.items():
         own, box = near[name], boxes[name]

@@ -91,9 +91,9 @@ class MovedOrgan:
 
 
 def read_moved(
-    atlases: Mapping[int, Atlas], moves: Moves, box: Box, organs: OrganTable
+    atlases: Mapping[int, Atlas], moves: Moves, boxes: Sequence[Box], organs: OrganTable
 ) -> dict[int, MovedOrgan]:
-    """Read of each organ what its moves bring into a box.
+    """Read of each organ what its moves bring into some boxes.
 
     Parameters
     ----------
@@ -101,23 +101,28 @@ def read_moved(
         By index.
     moves : Moves
         At least one.
+    boxes : sequence of Box
+        In order along z.
     """
     begins = moves.begins()
     ends = [*begins[1:].tolist(), moves.atlas.size]
-    here = moves.voxels_in(box) > 0
     low, high = moves.low[:, 0], moves.high[:, 0]
-    first = np.where(here, np.maximum(low, box[0][0]) - low, np.iinfo(np.int64).max)
-    stop = np.where(here, np.minimum(high, box[0][1]) - low, 0)
-    first, stop = np.minimum.reduceat(first, begins), np.maximum.reduceat(stop, begins)
-    wanted: dict[int, dict[str, tuple[int, int]]] = {}
+    ranges = []
+    for box in boxes:
+        here = moves.reach(box)
+        first = np.where(here, np.maximum(low, box[0][0]) - low, np.iinfo(np.int64).max)
+        stop = np.where(here, np.minimum(high, box[0][1]) - low, 0)
+        first, stop = np.minimum.reduceat(first, begins), np.maximum.reduceat(stop, begins)
+        ranges.append(zip(first.tolist(), stop.tolist(), strict=True))
+    wanted: dict[int, dict[str, list[tuple[int, int]]]] = {}
     mine: dict[int, list[tuple[int, slice]]] = {}
-    for i, own in enumerate(map(slice, begins.tolist(), ends)):
-        if not stop[i]:
+    for own, *parts in zip(map(slice, begins.tolist(), ends), *ranges, strict=True):
+        planes = _joined([(a, b) for a, b in parts if b])
+        if not planes:
             continue
         a, o = int(moves.atlas[own.start]), int(moves.organ[own.start])
-        planes = int(first[i]), int(stop[i])
         if any(m in moves.inverse for m in range(own.start, own.stop)):
-            planes = 0, shape_of(atlases[a].organs[organs.names[o]].bounding_box)[0]
+            planes = [(0, shape_of(atlases[a].organs[organs.names[o]].bounding_box)[0])]
         wanted.setdefault(a, {})[organs.names[o]] = planes
         mine.setdefault(o, []).append((a, own))
     read = read_strips([(atlases[a], own) for a, own in wanted.items()], organs)
@@ -128,3 +133,14 @@ def read_moved(
         parts = [(strips[a][name], atlases[a].organs[name].bounding_box, own) for a, own in owns]
         found[o] = MovedOrgan.of(parts, moves)
     return found
+
+
+def _joined(ranges: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:
+    """Ranges that cover what some others cover, in order and apart."""
+    joined: list[tuple[int, int]] = []
+    for first, stop in sorted(ranges):
+        if joined and first <= joined[-1][1]:
+            joined[-1] = joined[-1][0], max(joined[-1][1], stop)
+        else:
+            joined.append((first, stop))
+    return joined

@@ -38,6 +38,8 @@ class Moves:
         Sums of the weights of the matches that propose a move.
     low, high : int64 arrays (n, 3)
         Where the organ comes to lie: first voxels of the scan, and the ones past the last.
+    voxels : int64 array (n)
+        Voxels of the organ.
     inverse : mapping of int to float64 array (3, 4)
         Of the moves by affines: from voxels of the scan to those of the organ's bounding box.
         In the others this box comes to lie between `low` and `high`.
@@ -48,6 +50,7 @@ class Moves:
     weight: NDArray[np.float64]
     low: NDArray[np.int64]
     high: NDArray[np.int64]
+    voxels: NDArray[np.int64]
     inverse: Mapping[int, NDArray[np.float64]]
 
     def take(self, index: NDArray[np.int64]) -> "Moves":
@@ -62,6 +65,7 @@ class Moves:
             self.weight[index],
             self.low[index],
             self.high[index],
+            self.voxels[index],
             inverse,
         )
 
@@ -70,11 +74,23 @@ class Moves:
         ahead = (np.diff(self.atlas) != 0) | (np.diff(self.organ) != 0)
         return np.flatnonzero(np.append(self.atlas.size > 0, ahead))
 
-    def voxels_in(self, box: Box) -> NDArray[np.int64]:
-        """How many voxels of a box each move reaches (n)."""
+    def reach(self, box: Box) -> NDArray[np.bool_]:
+        """Whether each move reaches a box (n)."""
         start, stop = np.array(box).T
-        sides = np.minimum(self.high, stop) - np.maximum(self.low, start)
-        voxels: NDArray[np.int64] = np.maximum(sides, 0).prod(axis=1)
+        reached: NDArray[np.bool_] = ((self.low < stop) & (self.high > start)).all(axis=1)
+        return reached
+
+    def voxels_in(self, box: Box) -> NDArray[np.float64]:
+        """About how many voxels of the organ each move brings into a box (n).
+
+        As if each organ were round: half of a ball lies in its middle third.
+        """
+        start, stop = np.array(box).T
+        size = self.high - self.low
+        ends = [np.clip((at - self.low) / size, 0, 1) for at in (start, stop)]
+        # Of a ball of height 1, what lies below t.
+        below, above = (t * t * (3 - 2 * t) for t in ends)
+        voxels: NDArray[np.float64] = self.voxels * (above - below).prod(axis=1)
         return voxels
 
     def reaches(self) -> dict[int, Box]:
@@ -179,23 +195,23 @@ def plan_moves(
     first, inverse = _distinct(np.column_stack([atlas, proposals.organ, shift]))
     weights = np.bincount(inverse, proposals.weight, minlength=first.size)
     atlas, organ, shift = atlas[first], proposals.organ[first], shift[first]
-    bounds = _bounds(atlas, organ, atlases, organs)
+    bounds, voxels = _organs(atlas, organ, atlases, organs)
     low, high = bounds[..., 0] + shift, bounds[..., 1] + shift
-    return Moves(atlas, organ, weights.astype(np.float64), low, high, {})
+    return Moves(atlas, organ, weights.astype(np.float64), low, high, voxels, {})
 
 
-def _bounds(
+def _organs(
     atlas: NDArray[np.int64],
     organ: NDArray[np.int64],
     atlases: Sequence[Atlas],
     organs: OrganTable,
-) -> NDArray[np.int64]:
-    """Bounding boxes of organs of atlases, (n, 3, 2)."""
-    names = organs.names
+) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Bounding boxes (n, 3, 2) and voxels (n) of organs of atlases."""
     first, inverse = _distinct(np.column_stack([atlas, organ]))
     pairs = zip(atlas[first].tolist(), organ[first].tolist(), strict=True)
-    boxes = [atlases[a].organs[names[o]].bounding_box for a, o in pairs]
-    return np.array(boxes, np.int64).reshape(-1, 3, 2)[inverse]
+    found = [atlases[a].organs[organs.names[o]] for a, o in pairs]
+    boxes = np.array([info.bounding_box for info in found], np.int64).reshape(-1, 3, 2)
+    return boxes[inverse], np.array([info.voxels for info in found], np.int64)[inverse]
 
 
 def _distinct(rows: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
@@ -245,12 +261,15 @@ def plan_affines(
     rest = Proposals(proposals.match[~moved], proposals.organ[~moved], proposals.weight[~moved])
     shifted = plan_moves(rest, matches, atlases, organs, grid)
     boxes = np.array([box for _, _, _, box, _ in affines], np.int64).reshape(-1, 3, 2)
+    bent = np.array([(a, o) for a, o, *_ in affines], np.int64).reshape(-1, 2)
+    _, voxels = _organs(bent[:, 0], bent[:, 1], atlases, organs)
     both = Moves(
-        np.append([a for a, *_ in affines], shifted.atlas).astype(np.int64),
-        np.append([o for _, o, *_ in affines], shifted.organ).astype(np.int64),
+        np.append(bent[:, 0], shifted.atlas),
+        np.append(bent[:, 1], shifted.organ),
         np.append([w for _, _, w, *_ in affines], shifted.weight),
         np.concatenate([boxes[..., 0], shifted.low]),
         np.concatenate([boxes[..., 1], shifted.high]),
+        np.append(voxels, shifted.voxels),
         {i: inverse for i, (*_, inverse) in enumerate(affines)},
     )
     return both.take(np.lexsort((both.organ, both.atlas)))

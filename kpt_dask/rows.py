@@ -47,22 +47,26 @@ _POWERS = (1.0, 0.693146978, 0.240222421, 0.0555073374, 0.00967151279, 0.0013264
 """Of the polynomial that is 2^x for −½ ≤ x ≤ ½, to 1e-7, and exactly 1 at 0."""
 
 
-def _exp2(b: Any, x: Any) -> Any:
-    """Raise 2 to a power, a float32 or a vector of them: see `exp2`."""
-    lanes = getattr(x.type, "count", 0)
+def _exp2(b: Any, x: Sequence[Any]) -> list[Any]:
+    """Raise 2 to powers, float32 or vectors of them: see `exp2`. Each step of all together."""
+    kind = x[0].type
+    lanes = getattr(kind, "count", 0)
     bits = ir.VectorType(ir.IntType(32), lanes) if lanes else ir.IntType(32)
 
-    def number(value: float, kind: Any = x.type) -> Any:
+    def number(value: float, kind: Any = kind) -> Any:
         return ir.Constant(kind, lanes * [value] if lanes else value)
 
-    moved = b.fadd(x, number(_ROUNDING))
-    rest = b.fsub(x, b.fsub(moved, number(_ROUNDING)))
-    power = number(_POWERS[-1])
+    moved = [b.fadd(one, number(_ROUNDING)) for one in x]
+    whole = [b.fsub(one, number(_ROUNDING)) for one in moved]
+    rest = [b.fsub(*both) for both in zip(x, whole, strict=True)]
+    power = len(x) * [number(_POWERS[-1])]
     for coefficient in _POWERS[-2::-1]:
-        power = b.fadd(b.fmul(power, rest, flags=_FUSED), number(coefficient), flags=_FUSED)
+        product = [b.fmul(*both, flags=_FUSED) for both in zip(power, rest, strict=True)]
+        power = [b.fadd(one, number(coefficient), flags=_FUSED) for one in product]
     # The whole number, as an exponent.
-    exponent = b.shl(b.bitcast(moved, bits), number(23, bits))
-    return b.bitcast(b.add(b.bitcast(power, bits), exponent), x.type)
+    exponent = [b.shl(b.bitcast(one, bits), number(23, bits)) for one in moved]
+    both = zip(power, exponent, strict=True)
+    return [b.bitcast(b.add(b.bitcast(p, bits), e), kind) for p, e in both]
 
 
 class _Filter:
@@ -287,14 +291,14 @@ def exp2(_: Any, x: Any) -> Any:
     """
 
     def code(context: Any, b: Any, own: Any, values: Any) -> Any:
-        return _exp2(b, values[0])
+        return _exp2(b, values)[0]
 
     signature = types.float32(types.float32)
     return signature, code
 
 
 @_intrinsic
-def add_strip(
+def add_strips(
     _: Any,
     share: Any,
     scan: Any,
@@ -305,40 +309,51 @@ def add_strip(
     slope: Any,
     most: Any,
 ) -> Any:
-    """Add a strip to its share: 2^(height − slope · d²), d = I − I_a, where d² is below `most`.
+    """Add strips to a share: 2^(height − slope · d²), d = I − I_a, where d² is below `most`.
 
-    As loops over `LANES` voxels, compilers do not see that share and scan are not the same.
+    As loops over `LANES` voxels, compilers do not see that share and scan are not the same. Of
+    several strips each step is taken together, so that none waits for its own last step.
 
     Parameters
     ----------
     share : float32 array
     scan, strips : int16 arrays
-        HU; all flat, from `at` and `of` on.
+        HU; all flat.
+    at, of : tuples of int
+        Where each strip begins in share and scan, and in `strips`. They do not overlap there.
     height, slope, most : float32
         Nothing is added where d² reaches `most`, and the power must be one for `exp2` elsewhere.
     """
-    n, real = types.intp, types.float32
+    real = types.float32
 
     def code(context: Any, b: Any, own: Any, values: Any) -> Any:
-        def place(array: int, at: Any, kind: Any) -> Any:
+        def places(array: int, at: Any, kind: Any) -> list[Any]:
             data = context.make_array(own.args[array])(context, b, values[array]).data
-            return b.bitcast(b.gep(data, [at]), kind.as_pointer())
+            begins = [b.extract_value(at, i) for i in range(at.type.count)]
+            return [b.bitcast(b.gep(data, [begin]), kind.as_pointer()) for begin in begins]
 
         height, slope, most = (_everywhere(b, value, _VECTOR) for value in values[5:])
-        here = b.load(place(1, values[2], _SHORTS), align=2)
-        there = b.load(place(3, values[4], _SHORTS), align=2)
+        here = [b.load(place, align=2) for place in places(1, values[2], _SHORTS)]
+        there = [b.load(place, align=2) for place in places(3, values[4], _SHORTS)]
         kind = ir.FunctionType(_SHORTS, [_SHORTS, _SHORTS])
         subtract = _declare(b.module, kind, f"llvm.ssub.sat.v{LANES}i16")
-        apart = b.sitofp(b.call(subtract, [here, there]), _VECTOR)
-        squared = b.fmul(apart, apart)
-        power = _exp2(b, b.fsub(height, b.fmul(slope, squared, flags=_FUSED), flags=_FUSED))
-        counts = b.fcmp_ordered("<", squared, most)
-        part = b.select(counts, power, ir.Constant(_VECTOR, LANES * [0]))
-        out = place(0, values[2], _VECTOR)
-        b.store(b.fadd(b.load(out, align=4), part), out, align=4)
+        apart = [b.call(subtract, pair) for pair in zip(here, there, strict=True)]
+        apart = [b.sitofp(d, _VECTOR) for d in apart]
+        squared = [b.fmul(d, d) for d in apart]
+        lower = [b.fmul(slope, d, flags=_FUSED) for d in squared]
+        powers = _exp2(b, [b.fsub(height, d, flags=_FUSED) for d in lower])
+        nothing = ir.Constant(_VECTOR, LANES * [0])
+        parts = [
+            b.select(b.fcmp_ordered("<", d, most), power, nothing)
+            for d, power in zip(squared, powers, strict=True)
+        ]
+        out = places(0, values[2], _VECTOR)
+        sums = [b.fadd(b.load(o, align=4), part) for o, part in zip(out, parts, strict=True)]
+        for o, total in zip(out, sums, strict=True):
+            b.store(total, o, align=4)
         return context.get_dummy_value()
 
-    return types.void(share, scan, n, strips, n, real, real, real), code
+    return types.void(share, scan, at, strips, of, real, real, real), code
 
 
 @_intrinsic

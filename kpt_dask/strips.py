@@ -5,7 +5,6 @@ begin and end, and reads nothing around it. Cut out of the surroundings when the
 """
 
 import json
-from bisect import bisect_left
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -108,9 +107,9 @@ def write_strips(
     write_region(array, tuple(slice(0, size) for size in values.shape), values)
 
 
-Wanted = Mapping[str, tuple[int, int]]
-"""Organs that an atlas shows, and of each the first plane of its bounding box and the one after
-the last."""
+Wanted = Mapping[str, Sequence[tuple[int, int]]]
+"""Organs that an atlas shows, and of each which planes of its bounding box: in order and apart, the
+first of some and the one after their last."""
 
 
 def read_strips(
@@ -122,7 +121,7 @@ def read_strips(
 
     Parameters
     ----------
-    wanted : sequence of (Atlas, mapping of str to (int, int))
+    wanted : sequence of (Atlas, Wanted)
         Atlases, and what of each.
     organs : OrganTable
         What the atlases' labels stand for.
@@ -149,7 +148,7 @@ def read_strips(
     for (atlas, _), source, begin, end in zip(wanted, sources, begins, begins[1:], strict=False):
         with reading(atlas, NAME):
             if isinstance(source, _Stored):
-                atlas.objects.unpack(source.keys, values[begin:end])
+                atlas.objects.unpack(source.chunks, values[begin:end])
                 spans = {name: (begin + a, begin + b) for name, (a, b) in source.spans.items()}
             else:
                 spans = {}
@@ -166,15 +165,15 @@ def read_strips(
 
 @dataclass(frozen=True)
 class _Stored:
-    """Chunks of an atlas's strips: their keys, rows, and where in these each organ lies."""
+    """Strips of an atlas: rows of chunks, how many, and where among these each organ lies."""
 
-    keys: list[str]
+    chunks: list[direct.Rows]
     rows: int
     spans: dict[str, tuple[int, int]]
 
 
 def _find(atlas: Atlas, wanted: Wanted) -> _Stored | None:
-    """Find the chunks that hold what is wanted; nothing if the atlas has no strips."""
+    """Find the rows that hold what is wanted; nothing if the atlas has no strips."""
     folder = f"{atlas.path}/{NAME}"
     description = atlas.objects.read(f"{folder}/zarr.json")
     if description is None:
@@ -186,46 +185,48 @@ def _find(atlas: Atlas, wanted: Wanted) -> _Stored | None:
         raise ValueError(f"it is described with {fault}")
     if not 0 < 2 * chunk * columns <= MAX_CHUNK:
         raise ValueError(f"it has chunks of {chunk}")
-    begins = {
-        name: np.array(document["attributes"]["planes"][name], np.int64)[first : stop + 1]
-        for name, (first, stop) in wanted.items()
-    }
-    for name, (first, stop) in wanted.items():
-        own = begins[name]
-        rising = own.size and own[0] >= 0 and own[-1] <= n and (own[1:] >= own[:-1]).all()
-        if own.size != stop - first + 1 or not rising:
-            raise ValueError("its planes are described wrongly")
-        if begins[name][-1] - begins[name][0] > atlas.organs[name].voxels:
+    planes: dict[str, list[int]] = document["attributes"]["planes"]
+    depths = {name: shape_of(atlas.organs[name].bounding_box)[0] for name in wanted}
+    if any(len(planes[name]) != depth + 1 for name, depth in depths.items()):
+        raise ValueError("its planes are described wrongly")
+    parts: dict[int, list[tuple[int, int]]] = {}
+    rows, end, spans = 0, 0, {}
+    for name in sorted(wanted, key=lambda name: planes[name][0]):
+        before = rows
+        for first, stop in wanted[name]:
+            begin, behind, end = planes[name][first], end, planes[name][stop]
+            if type(begin) is not int or type(end) is not int or not behind <= begin <= end <= n:
+                raise ValueError("its planes are described wrongly")
+            for c in range(begin // chunk, -(-end // chunk)) if begin < end else ():
+                a, b = max(begin - c * chunk, 0), min(end - c * chunk, chunk)
+                own = parts.setdefault(c, [])
+                if own and own[-1][1] == a:
+                    a = own.pop()[0]
+                own.append((a, b))
+            rows += end - begin
+        if rows - before > atlas.organs[name].voxels:
             raise ValueError("it has more strips than its organs have voxels")
-    spans = {name: (int(own[0]), int(own[-1])) for name, own in begins.items()}
-    numbers = sorted({c for a, b in spans.values() for c in range(a // chunk, -(-b // chunk))})
-
-    def row(strip: int) -> int:
-        return bisect_left(numbers, strip // chunk) * chunk + strip % chunk
-
-    return _Stored(
-        [f"{folder}/c/{c}/0" for c in numbers],
-        len(numbers) * chunk,
-        {name: (row(a), row(a) + b - a) for name, (a, b) in spans.items()},
-    )
+        spans[name] = before, rows
+    chunks = [direct.Rows(f"{folder}/c/{c}/0", chunk, own) for c, own in parts.items()]
+    return _Stored(chunks, rows, spans)
 
 
 def _from_surroundings(
     atlas: Atlas, wanted: Wanted, organs: OrganTable
 ) -> dict[str, NDArray[np.int16]]:
-    parts: dict[str, Box] = {}
-    for name, (first, stop) in wanted.items():
+    parts: dict[str, list[tuple[int, Box]]] = {}
+    for name, planes in wanted.items():
         (begin, _), y, x = atlas.organs[name].bounding_box
-        parts[name] = (begin + first, begin + stop), y, x
-    whole = enclosing(list(parts.values()))
+        parts[name] = [(a, ((begin + a, begin + b), y, x)) for a, b in planes]
+    whole = enclosing([box for own in parts.values() for _, box in own])
     if whole is None:
         return {}
     packed, held = read_planes(atlas, *whole[0])
     found = {}
-    for name, (planes, y, x) in parts.items():
-        part = packed[within((planes, y, x), held)]
-        start = planes[0] - atlas.organs[name].bounding_box[0][0]
-        found[name] = _cut_out(part, start, organs.by_name(name).value)
+    for name, own in parts.items():
+        value = organs.by_name(name).value
+        cuts = [_cut_out(packed[within(box, held)], first, value) for first, box in own]
+        found[name] = np.concatenate(cuts)
     return found
 
 

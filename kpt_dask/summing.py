@@ -9,12 +9,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kpt_dask.jit import kernel
-from kpt_dask.rows import LANES, LOG2_E, add_strip
+from kpt_dask.rows import LANES, LOG2_E, add_strips
 from kpt_dask.shares import VANISHING
 from kpt_dask.strips import OUTSIDE, PLACE
 
 LIGHTEST = np.float32(1e-20)
-"""A move that weighs less changes nothing, and would leave the powers that `add_strip` takes."""
+"""A move that weighs less changes nothing, and would leave the powers that `add_strips` takes."""
 FARTHEST = 30000.0
 """HU: so far apart no voxels agree, whatever ν is. `OUTSIDE` is farther from all in a scan."""
 
@@ -57,6 +57,7 @@ def accumulate(
     # as a strip.
     out, here, there = share.ravel(), scan.ravel(), strips.ravel()
     columns, voxels = np.uint64(PLACE + LANES), np.uint64(PLACE)
+    two, three = np.uint64(2), np.uint64(3)
     for z in range(depth):
         # All moves of a plane before the next plane: it stays in the cache.
         for m in range(shifts.shape[0]):
@@ -69,16 +70,34 @@ def accumulate(
             inside = inside and right <= length - LANES - shifts[m, 5]
             base = (z * height + down) * length + right
             own = shifts[m, 6] + k
-            for strip in range(planes[own], planes[own + 1]):
+            strip, stop = planes[own], planes[own + 1]
+            while strip < stop:
+                a = np.uint64(strip) * columns + voxels
+                if inside and strip + 4 <= stop:
+                    of = a, a + columns, a + two * columns, a + three * columns
+                    places = (
+                        _place(there, of[0], base, length),
+                        _place(there, of[1], base, length),
+                        _place(there, of[2], base, length),
+                        _place(there, of[3], base, length),
+                    )
+                    add_strips(out, here, places, there, of, power, slope, most)
+                    strip += 4
+                    continue
                 y, x = np.int64(strips[strip, 1]), np.int64(strips[strip, 2])
-                if not inside:
-                    if y < -down or y >= height - down:
-                        continue
-                    if x < -right or x > length - LANES - right:
-                        continue
-                at = np.uint64(base + y * length + x)
-                of = np.uint64(strip) * columns + voxels
-                add_strip(out, here, at, there, of, power, slope, most)
+                beside = y < -down or y >= height - down
+                beside = beside or x < -right or x > length - LANES - right
+                if inside or not beside:
+                    place = _place(there, a, base, length)
+                    add_strips(out, here, (place,), there, (a,), power, slope, most)
+                strip += 1
+
+
+@kernel
+def _place(strips: Any, of: Any, base: Any, length: Any) -> Any:
+    """Where in share and scan the strip begins whose voxels begin there."""
+    y, x = strips[of - np.uint64(2)], strips[of - np.uint64(1)]
+    return np.uint64(base + np.int64(y) * length + np.int64(x))
 
 
 @kernel

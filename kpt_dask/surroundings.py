@@ -15,7 +15,7 @@ import zarr
 from numpy.typing import NDArray
 from zarr.codecs import BloscCodec
 
-from atlas_store import Atlas, OrganInfo, StoreFormatError
+from atlas_store import Atlas, OrganInfo, StoreFormatError, direct
 from atlas_store.direct import misfit
 from atlas_store.guard import MAX_CHUNK
 from kpt_dask.boxes import Box, enclosing, shape_of
@@ -125,7 +125,8 @@ def read_planes(
     depth, *plane = chunks = _chunks(shape)
     low, high = (first - begin) // depth, -((begin - stop) // depth)
     folder = f"{atlas.path}/{NAME}"
-    keys = [f"{folder}/c/{c}/0/0" for c in range(low, high)]
+    chunk = [(0, depth)]
+    wanted = [direct.Rows(f"{folder}/c/{c}/0/0", depth, chunk) for c in range(low, high)]
     with reading(atlas, NAME):
         if 4 * math.prod(chunks) > MAX_CHUNK:
             raise ValueError(f"its organs tell of chunks of {chunks}")
@@ -137,7 +138,7 @@ def read_planes(
             stop = min(begin + high * depth, end)
             _pack(atlas, (begin + low * depth, stop), sides, planes)
         else:
-            atlas.objects.unpack(keys, planes)
+            atlas.objects.unpack(wanted, planes)
     z = begin + low * depth, min(begin + high * depth, end)
     return planes, (z, sides[0], sides[1])
 

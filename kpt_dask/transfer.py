@@ -42,11 +42,12 @@ from kpt_dask.rows import LANES
 from kpt_dask.shares import SHARD, Part, finish_slab, run_blocks, slabs
 from kpt_dask.volume import Volume
 
-FINISHING = 70
-"""How much longer a voxel that an organ reaches takes than to be moved there once, about."""
+READING, FINISHING = 40, 22
+"""How much longer it takes than to move a voxel of an organ to read a voxel of the scan, and what
+is left to do where an organ may be, about."""
 BYTES = 8
 """What a voxel of an atlas's organ takes while it is read, about, and at most half afterwards."""
-SAMPLING = 15
+SAMPLING = 20
 """How much longer it takes to move a voxel by an affine, about."""
 
 DESCRIPTION = (
@@ -146,16 +147,20 @@ def transfer(
         each = np.ones(moves.atlas.size)
         each[list(moves.inverse)] = SAMPLING
 
-        def reached_in(box: Box) -> int:
-            return sum(volume_of(overlap(reach, box)) for reach in reaches)
+        def reached_in(box: Box) -> list[Box]:
+            parts = [overlap(reach, box) for reach in reaches]
+            return [part for part in parts if part is not None]
 
         def time(box: Box) -> float:
-            return float(moves.voxels_in(box) @ each) + FINISHING * reached_in(box)
+            own = reached_in(box)
+            moved, there = moves.voxels_in(box) @ each, sum(map(volume_of, own))
+            return float(moved + FINISHING * there + READING * volume_of(enclosing(own)))
 
         def fits(box: Box) -> bool:
             """Whether scan, labels and shares, and the organs of an atlas do."""
             voxels = math.prod(shape_of(box_of(aligned(box, SHARD, grid.shape))))
-            return bool(12 * voxels + 6 * reached_in(box) + BYTES * largest <= room)
+            there = sum(map(volume_of, reached_in(box)))
+            return bool(12 * voxels + 6 * there + BYTES * largest <= room)
 
         everywhere = box_of(tuple(slice(0, n) for n in grid.shape))
         reached = overlap(enclosing(reaches), everywhere)
@@ -166,8 +171,9 @@ def transfer(
                 pieces += [part] if fits(part) else cut(part, SHARD, 1, time, fits)
         tasks = []
         for hand in deal(pieces, sum(threads), time):
-            reaching = [moves.voxels_in(piece) for piece in hand]
-            here = moves.take(np.flatnonzero(np.sum(reaching, axis=0)))
+            here = moves.take(
+                np.flatnonzero(np.any([moves.reach(piece) for piece in hand], axis=0))
+            )
             if here.atlas.size:
                 local = {a: atlases[a] for a in np.unique(here.atlas).tolist()}
                 regions = [aligned(piece, SHARD, grid.shape) for piece in hand]
@@ -225,34 +231,56 @@ def transfer_slabs(
     """
     moves = replace(moves, weight=moves.weight / totals[moves.organ])
     reaches = moves.reaches()
-    # Atlases that are kept are added together: few calls on much.
     keep = _bytes_to_keep(atlases, moves, organs) <= room / 2
-    whole = enclosing([box_of(region) for region in regions])
-    kept = read_moved(atlases, moves, whole, organs) if keep and whole is not None else {}
     parts: list[Part] = []
     tally = Tally.empty(len(organs))
-    for slab in regions:
-        found = {o: overlap(reach, box_of(slab)) for o, reach in reaches.items()}
-        boxes = {o: box for o, box in found.items() if box is not None}
-        whole = enclosing(list(boxes.values()))
+    boxes = [_within_slab(reaches, box_of(slab)) for slab in regions]
+    # One piece of memory for all slabs: to get new memory from the system takes as long as to
+    # fill it. What a slab leaves beside the rows of the next is HU too.
+    most = max(sum(math.prod(_padded(box)) for box in own.values()) for own in boxes)
+    all_scans, all_sums = np.zeros(most, np.int16), np.empty(most, np.float32)
+    # Atlases that are kept are added together: few calls on much.
+    everywhere = [box_of(slab) for slab in regions]
+    kept = read_moved(atlases, moves, everywhere, organs) if keep else {}
+    for slab, own in zip(regions, boxes, strict=True):
+        whole = enclosing(list(own.values()))
         if whole is None:
             continue
         hu = direct.read(image, slices(whole)).astype(np.float32, copy=False)
         short = hu.astype(np.int16)
-        scans, sums = {}, {}
-        for o, box in boxes.items():
-            depth, height, width = shape_of(box)
-            # Longer rows, as the kernel wants them, and of the same length in share and scan.
-            shape = depth, height, LANES + width + LANES
-            scans[o], sums[o] = np.zeros(shape, np.int16), np.zeros(shape, np.float32)
+        scans, sums = _lay_out(own, all_scans), _lay_out(own, all_sums)
+        for o, box in own.items():
             scans[o][..., LANES:-LANES] = short[within(box, whole)]
+            sums[o][...] = 0
         for organs_here in [kept] if keep else _one_by_one(atlases, moves, box_of(slab), organs):
             for o, organ in organs_here.items():
-                if o in boxes:
-                    organ.add(sums[o], scans[o], boxes[o], nus[o])
-        shares = [(o, box, sums[o][..., LANES:-LANES]) for o, box in boxes.items()]
+                if o in own:
+                    organ.add(sums[o], scans[o], own[o], nus[o])
+        shares = [(o, box, sums[o][..., LANES:-LANES]) for o, box in own.items()]
         parts.append(finish_slab(probability, shares, organs, smallest, slab, (whole, hu), tally))
     return parts, tally
+
+
+def _within_slab(reaches: dict[int, Box], slab: Box) -> dict[int, Box]:
+    """Where organs may be in a slab."""
+    found = {o: overlap(reach, slab) for o, reach in reaches.items()}
+    return {o: box for o, box in found.items() if box is not None}
+
+
+def _padded(box: Box) -> tuple[int, int, int]:
+    """Longer rows, as the kernel wants them, and of the same length in share and scan."""
+    depth, height, width = shape_of(box)
+    return depth, height, LANES + width + LANES
+
+
+def _lay_out(boxes: dict[int, Box], memory: NDArray[Any]) -> dict[int, NDArray[Any]]:
+    """Make arrays for boxes out of a piece of memory."""
+    found, begin = {}, 0
+    for o, box in boxes.items():
+        end = begin + math.prod(_padded(box))
+        found[o] = memory[begin:end].reshape(_padded(box))
+        begin = end
+    return found
 
 
 def _bytes_to_keep(atlases: dict[int, Atlas], moves: Moves, organs: OrganTable) -> int:
@@ -272,4 +300,4 @@ def _one_by_one(
     """Read what moves bring into a box, one atlas after the other."""
     for a in atlases:
         own = moves.take(np.flatnonzero(moves.atlas == a))
-        yield read_moved({a: atlases[a]}, own, box, organs)
+        yield read_moved({a: atlases[a]}, own, [box], organs)

@@ -1,0 +1,13 @@
+"""How this package compiles kernels."""
+
+from collections.abc import Callable
+from typing import Any, TypeVar, cast
+
+import numba
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+
+def kernel(function: F) -> F:
+    """Compile `function` without the GIL, cached on disk."""
+    return cast(F, numba.njit(nogil=True, cache=True)(function))
