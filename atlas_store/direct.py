@@ -273,17 +273,18 @@ def _pack_shard(array: "zarr.Array[Any]", within: Region, data: NDArray[Any]) ->
 
 
 def _occupied(data: NDArray[Any], begin: Sequence[int], unit: Sequence[int]) -> NDArray[np.bool_]:
-    """Whether anything is not 0 in each unit that a region touches."""
-    owners = [
-        (a + np.arange(n)) // size - a // size
+    """Whether anything is not 0 in each unit that a region touches; in C order."""
+    *axes, columns = [
+        (np.arange(a, a + n) // size - a // size, (a + n - 1) // size - a // size + 1)
         for a, n, size in zip(begin, data.shape, unit, strict=True)
     ]
-    count = [int(own[-1]) + 1 for own in owners]
-    rows = np.ravel_multi_index(np.ix_(*owners[:-1]), count[:-1]) if data.ndim > 1 else np.zeros(1)
-    ends = np.searchsorted(owners[-1], np.arange(count[-1] + 1))
-    kept = np.zeros((math.prod(count[:-1]), count[-1]), np.bool_)
-    _mark(data.reshape(-1, data.shape[-1]), rows.ravel().astype(np.int64), ends, kept)
-    return kept.reshape(count)
+    owner = np.zeros(1, np.int64)
+    for own, count in axes:
+        owner = (owner[:, None] * count + own).ravel()
+    ends = np.searchsorted(columns[0], np.arange(columns[1] + 1))
+    kept = np.zeros((math.prod(count for _, count in axes), columns[1]), np.bool_)
+    _mark(data.reshape(-1, data.shape[-1]), owner, ends, kept)
+    return kept
 
 
 @kernel

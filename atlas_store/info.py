@@ -62,6 +62,10 @@ class OrganInfo:
         z, y, x = self.bounding_box
         return slice(*z), slice(*y), slice(*x)
 
+    def __reduce__(self) -> tuple[type[Self], tuple[Any, ...]]:
+        """Pickle: tasks travel with many of them, and dataclasses look up their fields each time."""
+        return type(self), (self.voxels, self.bounding_box, self.centroid, self.keypoints)
+
 
 @dataclass(frozen=True, slots=True)
 class AtlasInfo:

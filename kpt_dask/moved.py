@@ -53,12 +53,13 @@ class MovedOrgan:
         index = np.concatenate([np.arange(own.start, own.stop) for _, _, own in parts])
         low, high = moves.low[index], moves.high[index]
         weights = moves.weight[index].astype(np.float32)
-        shifted = ~np.isin(index, list(moves.inverse))
+        bent = moves.bent()
+        shifted = ~bent[index]
         affines = []
         for strips, bounds, own in parts:
-            bent = [i for i in range(own.start, own.stop) if i in moves.inverse]
-            dense = strips.dense(shape_of(bounds)) if bent else None
-            for i in bent:
+            by_affine = (own.start + np.flatnonzero(bent[own])).tolist()
+            dense = strips.dense(shape_of(bounds)) if by_affine else None
+            for i in by_affine:
                 weight = np.float32(moves.weight[i])
                 affines.append((dense, moves.low[i], moves.high[i], moves.inverse[i], weight))
         return cls(
@@ -102,7 +103,6 @@ def read_moved(
     moves : Moves
         At least one.
     boxes : sequence of Box
-        In order along z.
     """
     begins = moves.begins()
     ends = [*begins[1:].tolist(), moves.atlas.size]
@@ -114,14 +114,16 @@ def read_moved(
         stop = np.where(here, np.minimum(high, box[0][1]) - low, 0)
         first, stop = np.minimum.reduceat(first, begins), np.maximum.reduceat(stop, begins)
         ranges.append(zip(first.tolist(), stop.tolist(), strict=True))
+    bent = np.logical_or.reduceat(moves.bent(), begins).tolist()
     wanted: dict[int, dict[str, list[tuple[int, int]]]] = {}
     mine: dict[int, list[tuple[int, slice]]] = {}
-    for own, *parts in zip(map(slice, begins.tolist(), ends), *ranges, strict=True):
+    groups = map(slice, begins.tolist(), ends)
+    for own, by_affine, *parts in zip(groups, bent, *ranges, strict=True):
         planes = _joined([(a, b) for a, b in parts if b])
         if not planes:
             continue
         a, o = int(moves.atlas[own.start]), int(moves.organ[own.start])
-        if any(m in moves.inverse for m in range(own.start, own.stop)):
+        if by_affine:
             planes = [(0, shape_of(atlases[a].organs[organs.names[o]].bounding_box)[0])]
         wanted.setdefault(a, {})[organs.names[o]] = planes
         mine.setdefault(o, []).append((a, own))

@@ -74,6 +74,12 @@ class Moves:
         ahead = (np.diff(self.atlas) != 0) | (np.diff(self.organ) != 0)
         return np.flatnonzero(np.append(self.atlas.size > 0, ahead))
 
+    def bent(self) -> NDArray[np.bool_]:
+        """Whether each move is by an affine (n)."""
+        found = np.zeros(self.atlas.size, np.bool_)
+        found[list(self.inverse)] = True
+        return found
+
     def reach(self, box: Box) -> NDArray[np.bool_]:
         """Whether each move reaches a box (n)."""
         start, stop = np.array(box).T

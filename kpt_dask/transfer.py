@@ -42,7 +42,7 @@ from kpt_dask.rows import LANES
 from kpt_dask.shares import SHARD, Part, finish_slab, run_blocks, slabs
 from kpt_dask.volume import Volume
 
-READING, FINISHING = 40, 22
+READING, FINISHING = 27, 32
 """How much longer it takes than to move a voxel of an organ to read a voxel of the scan, and what
 is left to do where an organ may be, about."""
 BYTES = 8
@@ -144,8 +144,7 @@ def transfer(
         room = memory / max(threads)
         reaches = list(moves.reaches().values())
         largest = max((sum(o.voxels for o in a.organs.values()) for a in atlases), default=0)
-        each = np.ones(moves.atlas.size)
-        each[list(moves.inverse)] = SAMPLING
+        each = np.where(moves.bent(), SAMPLING, 1)
 
         def reached_in(box: Box) -> list[Box]:
             parts = [overlap(reach, box) for reach in reaches]
@@ -286,11 +285,12 @@ def _lay_out(boxes: dict[int, Box], memory: NDArray[Any]) -> dict[int, NDArray[A
 def _bytes_to_keep(atlases: dict[int, Atlas], moves: Moves, organs: OrganTable) -> int:
     """About how many bytes all organs that are moved take, while they are read."""
     begins = moves.begins()
-    bent = np.searchsorted(begins, list(moves.inverse), side="right") - 1
+    bent = np.logical_or.reduceat(moves.bent(), begins).tolist()
+    pairs = zip(moves.atlas[begins].tolist(), moves.organ[begins].tolist(), strict=True)
     size = 0
-    for i, begin in enumerate(begins.tolist()):
-        info = atlases[int(moves.atlas[begin])].organs[organs.names[int(moves.organ[begin])]]
-        size += BYTES * info.voxels + (2 * volume_of(info.bounding_box) if i in bent else 0)
+    for (a, o), by_affine in zip(pairs, bent, strict=True):
+        info = atlases[a].organs[organs.names[o]]
+        size += BYTES * info.voxels + (2 * volume_of(info.bounding_box) if by_affine else 0)
     return size
 
 

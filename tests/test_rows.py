@@ -1,11 +1,16 @@
 """Rows that are filtered and compared in registers, against plain numpy."""
 
+import os
+import subprocess
+import sys
+from pathlib import Path
+
 import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kpt_dask.jit import kernel
-from kpt_dask.rows import LANES, VECTORS, compare, exp2, sum_row, sum_two_rows
+from kpt_dask.rows import LANES, VECTORS, add_strips, compare, exp2, sum_row, sum_two_rows
 
 WIDTHS = st.integers(1, 2 * VECTORS * LANES + LANES + 3)
 
@@ -37,6 +42,48 @@ def test_powers_of_two() -> None:
     powers(x, found)
     np.testing.assert_allclose(found, np.exp2(x.astype(np.float64)), rtol=3e-7)
     np.testing.assert_array_equal(found[-254:], np.exp2(np.arange(-126.0, 128)))
+
+
+@kernel
+def added(share, scan, strips, height, slope, most):  # type: ignore[no-untyped-def]
+    size = np.uint64(LANES)
+    last = np.uint64(share.size) - size
+    add_strips(share, scan, (last,), strips, (np.uint64(0),), height, slope, most)
+    at = np.uint64(0), size
+    add_strips(share, scan, at, strips, (size, size + size), height, slope, most)
+
+
+def check_strips() -> None:
+    """Powers that are exact before 2 is raised to them; beside the strips nothing changes."""
+    rng = np.random.default_rng(0)
+    slope, most = np.float32(2.0**-11), np.float32(200.0**2)
+    for height in np.linspace(-60, 0, 61, dtype=np.float32):
+        strips = rng.integers(-1000, 1000, 3 * LANES).astype(np.int16)
+        strips[rng.random(strips.size) < 0.1] = np.iinfo(np.int16).min
+        apart = rng.integers(-250, 251, strips.size)
+        scan = np.zeros(2 * LANES + 5 + LANES, np.int16)
+        where = np.r_[scan.size - LANES : scan.size, : 2 * LANES]
+        scan[where] = np.clip(strips.astype(int) + apart, -2000, 2000)
+        d = (scan[where].astype(int) - strips).astype(np.float64)
+        power = np.where(d**2 < most, np.exp2(height - slope * d**2), 0)
+        share = np.zeros(scan.size, np.float32)
+        added(share, scan, strips, height, slope, most)
+        np.testing.assert_allclose(share[where], power, rtol=3e-7)
+        assert not share[2 * LANES : -LANES].any()
+        once = share.copy()
+        added(share, scan, strips, height, slope, most)
+        np.testing.assert_allclose(share, 2 * once, rtol=3e-7)
+
+
+def test_strips_are_added() -> None:
+    check_strips()
+
+
+def test_machines_without_wide_registers_add_the_same() -> None:
+    code = "from tests.test_rows import check_strips; check_strips()"
+    environment = os.environ | {"NUMBA_CPU_NAME": "generic"}
+    root = Path(__file__).parent.parent
+    subprocess.run([sys.executable, "-c", code], cwd=root, env=environment, check=True)
 
 
 @given(WIDTHS, st.integers(0, 12), st.integers(0, 20), st.integers(0, 9))
