@@ -63,7 +63,7 @@ class OrganInfo:
         return slice(*z), slice(*y), slice(*x)
 
     def __reduce__(self) -> tuple[type[Self], tuple[Any, ...]]:
-        """Pickle: tasks travel with many of them, and dataclasses look up their fields each time."""
+        """Pickle; tasks travel with many, and dataclasses look up their fields each time."""
         return type(self), (self.voxels, self.bounding_box, self.centroid, self.keypoints)
 
 

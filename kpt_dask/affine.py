@@ -1,5 +1,6 @@
 """Affines from matches that are partly wrong: RANSAC. Knows points in mm; no atlases, no organs."""
 
+from functools import cache
 from itertools import combinations
 from math import comb
 from typing import Any
@@ -20,6 +21,7 @@ TRIALS = 500
 SEED = 0
 """Of the choice of matches, where there are more than `TRIALS` ways to choose."""
 
+_DRAWN = np.random.default_rng(SEED).random((TRIALS, 4))
 _FLAT = 1.0
 """mm³; four points that span less lie in a plane."""
 
@@ -65,13 +67,32 @@ def fit_affine(
 def _samples(n: int) -> NDArray[np.int64]:
     """Choose 4 of n: all ways (in order), or `TRIALS` of them."""
     if comb(n, 4) <= TRIALS:
-        return np.array(list(combinations(range(n), 4)))
-    drawn = np.random.default_rng(SEED).integers(0, n - np.arange(4), (TRIALS, 4))
-    # The k-th of those that are left, so that none is chosen twice.
-    for k in range(1, 4):
-        for before in np.sort(drawn[:, :k], axis=1).T:
-            drawn[:, k] += drawn[:, k] >= before
-    return drawn
+        return _all_fours(n)
+    chosen = np.empty((TRIALS, 4), np.int64)
+    _choose(n, _DRAWN, chosen)
+    return chosen
+
+
+@cache
+def _all_fours(n: int) -> NDArray[np.int64]:
+    return np.array(list(combinations(range(n), 4)))
+
+
+@kernel
+def _choose(n: int, drawn: NDArray[np.float64], chosen: NDArray[np.int64]) -> None:
+    """Choose 4 of n by numbers from 0 to 1."""
+    before = np.empty(4, np.int64)
+    for s in range(len(drawn)):
+        for k in range(4):
+            # The i-th of those that are left, so that none is chosen twice.
+            i = int(drawn[s, k] * (n - k))
+            at = 0
+            while at < k and i >= before[at]:
+                i += 1
+                at += 1
+            before[at + 1 : k + 1] = before[at:k].copy()
+            before[at] = i
+            chosen[s, k] = i
 
 
 @kernel

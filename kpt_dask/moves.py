@@ -91,12 +91,13 @@ class Moves:
 
         As if each organ were round: half of a ball lies in its middle third.
         """
-        start, stop = np.array(box).T
-        size = self.high - self.low
-        ends = [np.clip((at - self.low) / size, 0, 1) for at in (start, stop)]
+        voxels = np.zeros(self.atlas.size)
+        here = np.flatnonzero(self.reach(box))
+        low, size = self.low[here], self.high[here] - self.low[here]
+        ends = [np.clip((at - low) / size, 0, 1) for at in np.array(box).T]
         # Of a ball of height 1, what lies below t.
         below, above = (t * t * (3 - 2 * t) for t in ends)
-        voxels: NDArray[np.float64] = self.voxels * (above - below).prod(axis=1)
+        voxels[here] = self.voxels[here] * (above - below).prod(axis=1)
         return voxels
 
     def reaches(self) -> dict[int, Box]:
@@ -159,7 +160,7 @@ def propose(
     keypoint = matches.keypoint.values
     atlas = matches.atlas.values
     probability = matches.probability.values.astype(np.float64)
-    agrees = (label > 0) & (label == votes.label.values[keypoint])
+    agreeing = np.flatnonzero((label > 0) & (label == votes.label.values[keypoint]))
     posterior = votes.posterior.values
     index_of = {organ.value: i for i, organ in enumerate(organs)}
     found: list[tuple[NDArray[np.int64], NDArray[np.float64]]] = []
@@ -171,7 +172,7 @@ def propose(
             weight = probability[own] * nearness
         else:
             movers = [organs.by_name(n).value for n in across.get(organ.name, (organ.name,))]
-            own = np.flatnonzero(agrees & np.isin(label, movers) & shown[atlas])
+            own = agreeing[np.isin(label[agreeing], movers) & shown[atlas[agreeing]]]
             moving = np.array([index_of[int(v)] for v in label[own]], np.int64)
             weight = posterior[keypoint[own], moving].astype(np.float64) * probability[own]
         found.append((own[weight > 0], weight[weight > 0]))
@@ -253,8 +254,10 @@ def plan_affines(
     before = position - matches.translation.values[proposals.match]
     affines: list[tuple[int, int, float, Box, NDArray[np.float64]]] = []
     moved = np.zeros(atlas.size, bool)
-    pairs = np.unique(np.column_stack([atlas, proposals.organ]), axis=0).tolist()
-    groups = [np.flatnonzero((atlas == a) & (proposals.organ == o)) for a, o in pairs]
+    first, pair = _distinct(np.column_stack([atlas, proposals.organ]))
+    pairs = zip(atlas[first].tolist(), proposals.organ[first].tolist(), strict=True)
+    ends = np.cumsum(np.bincount(pair, minlength=first.size))
+    groups = np.split(np.argsort(pair, kind="stable"), ends)[:-1]
     tasks = [(before[own], position[own]) for own in groups]
     fitted = cluster.run_small(client, fit_affine, tasks, "Fitting affines")
     for (a, o), own, found in zip(pairs, groups, fitted, strict=True):
