@@ -6,7 +6,7 @@ cut, and a block reads only the planes of an atlas that its field brings here.
 """
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -262,8 +262,9 @@ def transfer_block(
                 )
     parts, tally = [], Tally.empty(len(organs))
     for slab in slabs(region):
-        shares = _shares(cells, votes, totals, whole, slab, domains, step)
-        if shares:
+        boxes = _reached(domains, whole, slab, step)
+        if boxes:
+            shares = _shares(cells, votes, totals, boxes, step)
             around = whole, scan
             parts.append(finish_slab(probability, shares, organs, smallest, slab, around, tally))
     return parts, tally
@@ -304,29 +305,35 @@ def _planes(
     return (first, stop) if first < stop else None
 
 
+def _reached(
+    domains: Sequence[Box | None], whole: Box, region: Region, step: int
+) -> dict[int, Box]:
+    """Where organs are looked for in a region, in voxels."""
+    inside = overlap(whole, box_of(region))
+    found = {}
+    for o, domain in enumerate(domains):
+        box = None if domain is None or inside is None else overlap(in_voxels(domain, step), inside)
+        if box is not None:
+            found[o] = box
+    return found
+
+
 def _shares(
     cells: Cells,
     votes: NDArray[np.float32],
     totals: NDArray[np.float32],
-    whole: Box,
-    region: Region,
-    domains: Sequence[Box | None],
+    boxes: dict[int, Box],
     step: int,
-) -> list[Share]:
-    """Share of each organ where the region and the organ's domain overlap."""
+) -> Iterator[Share]:
+    """Share of each organ in its box."""
     total_of = np.repeat(np.arange(cells.group.size), np.diff(cells.organs))
     cell_of = np.repeat(np.arange(len(cells.index)), np.diff(cells.organs[cells.groups]))
-    inside = overlap(whole, box_of(region))
-    shares = []
-    for o, domain in enumerate(domains):
-        box = None if domain is None or inside is None else overlap(in_voxels(domain, step), inside)
-        if box is not None:
-            slots = np.flatnonzero(cells.organ == o)
-            share = np.zeros(shape_of(box), np.float32)
-            index = cells.index[cell_of[slots]]
-            spread(votes, totals, total_of, slots, index, begin_of(box), step, share)
-            shares.append((o, box, share))
-    return shares
+    for o, box in boxes.items():
+        slots = np.flatnonzero(cells.organ == o)
+        share = np.zeros(shape_of(box), np.float32)
+        index = cells.index[cell_of[slots]]
+        spread(votes, totals, total_of, slots, index, begin_of(box), step, share)
+        yield o, box, share
 
 
 @kernel

@@ -3,7 +3,7 @@
 What all modes have in common, once a mode has summed the votes of a slab.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import numpy as np
@@ -13,10 +13,10 @@ from numpy.typing import NDArray
 
 from atlas_store import Atlas, OrganTable, direct
 from kpt_dask import cluster
-from kpt_dask.boxes import Box, box_of, enclosing, shape_of, slices, within
+from kpt_dask.boxes import Box, begin_of, box_of, overlap, shape_of, slices, within
 from kpt_dask.grid import Grid
-from kpt_dask.jit import kernel
-from kpt_dask.measures import Tally, count
+from kpt_dask.jit import flat, kernel
+from kpt_dask.measures import Tally, count_labels, count_shares
 from kpt_dask.omezarr import COMPRESSOR, Region
 
 SHARD = (32, 256, 256)
@@ -91,7 +91,7 @@ def run_blocks(
 
 def finish_slab(
     probability: zarr.Array[Any],
-    shares: Sequence[Share],
+    shares: Iterable[Share],
     organs: OrganTable,
     smallest: float,
     region: Region,
@@ -105,10 +105,11 @@ def finish_slab(
     probability : zarr.Array
         From `create_probability`.
     shares
-        At most one for each organ, in the order of the table, inside the region.
+        At most one for each organ, in the order of the table, inside the region. Each is done
+        with before the next one is asked for, which may take its memory.
     organs : OrganTable
     smallest : float
-        As for `decide`.
+        As for `Decision`.
     region : tuple of slice
         The slab: whole shards of `probability`.
     scan : tuple
@@ -116,57 +117,86 @@ def finish_slab(
     tally : Tally
         Changed.
     """
-    labels = decide(shares, organs.values, smallest, region)
     around, hu = scan
+    decision = Decision(region, around, smallest)
     for organ, box, share in shares:
-        decided, here = labels[within(box, box_of(region))], hu[within(box, around)]
-        corner = tuple(start for start, _ in box)
-        if count(share, decided, here, organs.values[organ], corner, tally, organ):
+        decision.claim(organs.values[organ], box, share)
+        if count_shares(share, smallest, tally, organ):
             # The slab owns the shards that this touches.
             direct.write(probability, (slice(organ, organ + 1), *slices(box)), share[None])
-    return region, labels
+    here = decision.around
+    if here is not None:
+        own = decision.labels[within(here, box_of(region))], hu[within(here, around)]
+        count_labels(*own, organs.values, begin_of(here), tally)
+    return region, decision.labels
 
 
-def decide(
-    shares: Sequence[Share], values: Sequence[int], smallest: float, region: Region
-) -> NDArray[np.uint16]:
-    """Give each voxel of a region the organ with the largest share.
+class Decision:
+    """Labels of a region: each voxel's is the organ with the largest share.
 
     Parameters
     ----------
-    shares
-        In the order of the organ table: ties go to the first.
-    values : sequence of int
-        Labels of all organs.
+    region : tuple of slice
+    around : Box
+        Organs claim voxels of the region in this box alone.
     smallest : float
         Voxels whose largest share is below this are 0.
 
-    Returns
-    -------
-    ndarray (z, y, x), uint16
+    Attributes
+    ----------
+    labels : uint16 array (z, y, x)
+        Of the region.
+    around : Box or None
+        What of the box is in the region.
     """
-    block = box_of(region)
-    labels = np.zeros(shape_of(block), np.uint16)
-    reached = enclosing([box for _, box, _ in shares])
-    if reached is None:
-        return labels
-    below = np.nextafter(np.float32(smallest), np.float32(0))
-    largest = np.full(shape_of(reached), below)
-    for organ, box, share in shares:
-        value = np.uint16(values[organ])
-        _claim(share, value, largest[within(box, reached)], labels[within(box, block)])
-    return labels
+
+    def __init__(self, region: Region, around: Box, smallest: float) -> None:
+        self._block = box_of(region)
+        self.labels = np.zeros(shape_of(self._block), np.uint16)
+        self.around = overlap(around, self._block)
+        below = np.nextafter(np.float32(smallest), np.float32(0))
+        self._largest = np.full(shape_of(self.around) if self.around else (0, 0, 0), below)
+
+    def claim(self, value: int, box: Box, share: NDArray[np.float32]) -> None:
+        """Let an organ claim voxels of a box; ties go to whichever came first."""
+        assert self.around is not None
+        largest, labels = self._largest[within(box, self.around)], self.labels
+        arrays = share, largest, labels[within(box, self._block)]
+        flattened = (part for array in arrays for part in flat(array))
+        _claim(shape_of(box), np.uint16(value), *flattened)
 
 
 @kernel
-def _claim(share: Any, value: Any, largest: Any, labels: Any) -> None:
+def _claim(
+    shape: Any,
+    value: Any,
+    share: Any,
+    share_strides: Any,
+    largest: Any,
+    largest_strides: Any,
+    labels: Any,
+    label_strides: Any,
+) -> None:
     """Give voxels to an organ where its share is the largest so far."""
-    for z in range(share.shape[0]):
-        for y in range(share.shape[1]):
-            for x in range(share.shape[2]):
-                if share[z, y, x] > largest[z, y, x]:
-                    largest[z, y, x] = share[z, y, x]
-                    labels[z, y, x] = value
+    depth, height, width = shape
+    for z in range(depth):
+        for y in range(height):
+            at = z * share_strides[0] + y * share_strides[1]
+            ours = share[at : at + width]
+            at = z * largest_strides[0] + y * largest_strides[1]
+            best = largest[at : at + width]
+            over = 0
+            for x in range(width):
+                over += ours[x] > best[x]
+            # In most rows it nowhere is.
+            if over == 0:
+                continue
+            at = z * label_strides[0] + y * label_strides[1]
+            own = labels[at : at + width]
+            for x in range(width):
+                if ours[x] > best[x]:
+                    own[x] = value
+                    best[x] = ours[x]
 
 
 def intensity_table(nu: float) -> NDArray[np.float32]:

@@ -39,7 +39,7 @@ from kpt_dask.moves import Moves, plan_affines, plan_moves, propose, without_neg
 from kpt_dask.omezarr import Region
 from kpt_dask.options import DEFAULTS, TransferOptions
 from kpt_dask.rows import LANES
-from kpt_dask.shares import SHARD, Part, finish_slab, run_blocks, slabs
+from kpt_dask.shares import SHARD, Part, Share, finish_slab, run_blocks, slabs
 from kpt_dask.volume import Volume
 
 READING, FINISHING = 27, 32
@@ -156,9 +156,9 @@ def transfer(
             return float(moved + FINISHING * there + READING * volume_of(enclosing(own)))
 
         def fits(box: Box) -> bool:
-            """Whether scan, labels and shares, and the organs of an atlas do."""
+            """Whether scan and labels, the share of an organ, and the organs of an atlas do."""
             voxels = math.prod(shape_of(box_of(aligned(box, SHARD, grid.shape))))
-            there = sum(map(volume_of, reached_in(box)))
+            there = max(map(volume_of, reached_in(box)), default=0)
             return bool(12 * voxels + 6 * there + BYTES * largest <= room)
 
         everywhere = box_of(tuple(slice(0, n) for n in grid.shape))
@@ -234,29 +234,32 @@ def transfer_slabs(
     parts: list[Part] = []
     tally = Tally.empty(len(organs))
     boxes = [_within_slab(reaches, box_of(slab)) for slab in regions]
-    # One piece of memory for all slabs: to get new memory from the system takes as long as to
-    # fill it. What a slab leaves beside the rows of the next is HU too.
-    most = max(sum(math.prod(_padded(box)) for box in own.values()) for own in boxes)
-    all_scans, all_sums = np.zeros(most, np.int16), np.empty(most, np.float32)
+    # One piece of memory for all: to get new memory from the system takes as long as to fill it.
+    # What an organ leaves beside the rows of the next is HU too.
+    most = max(math.prod(_padded(box)) for own in boxes for box in own.values())
+    all_scan, all_share = np.zeros(most, np.int16), np.empty(most, np.float32)
     # Atlases that are kept are added together: few calls on much.
     everywhere = [box_of(slab) for slab in regions]
     kept = read_moved(atlases, moves, everywhere, organs) if keep else {}
+
+    def shares(own: dict[int, Box], whole: Box, hu: NDArray[np.int16]) -> Iterator[Share]:
+        for o, box in own.items():
+            shape = _padded(box)
+            scan = all_scan[: math.prod(shape)].reshape(shape)
+            share = all_share[: math.prod(shape)].reshape(shape)
+            scan[..., LANES:-LANES] = hu[within(box, whole)]
+            share[...] = 0
+            for organ in [kept[o]] if keep else _one_by_one(atlases, moves, o, box, organs):
+                organ.add(share, scan, box, nus[o])
+            yield o, box, share[..., LANES:-LANES]
+
     for slab, own in zip(regions, boxes, strict=True):
         whole = enclosing(list(own.values()))
-        if whole is None:
-            continue
-        hu = direct.read(image, slices(whole)).astype(np.float32, copy=False)
-        short = hu.astype(np.int16)
-        scans, sums = _lay_out(own, all_scans), _lay_out(own, all_sums)
-        for o, box in own.items():
-            scans[o][..., LANES:-LANES] = short[within(box, whole)]
-            sums[o][...] = 0
-        for organs_here in [kept] if keep else _one_by_one(atlases, moves, box_of(slab), organs):
-            for o, organ in organs_here.items():
-                if o in own:
-                    organ.add(sums[o], scans[o], own[o], nus[o])
-        shares = [(o, box, sums[o][..., LANES:-LANES]) for o, box in own.items()]
-        parts.append(finish_slab(probability, shares, organs, smallest, slab, (whole, hu), tally))
+        if whole is not None:
+            hu = direct.read(image, slices(whole)).astype(np.float32, copy=False)
+            found = shares(own, whole, hu.astype(np.int16))
+            what = organs, smallest, slab, (whole, hu), tally
+            parts.append(finish_slab(probability, found, *what))
     return parts, tally
 
 
@@ -272,16 +275,6 @@ def _padded(box: Box) -> tuple[int, int, int]:
     return depth, height, LANES + width + LANES
 
 
-def _lay_out(boxes: dict[int, Box], memory: NDArray[Any]) -> dict[int, NDArray[Any]]:
-    """Make arrays for boxes out of a piece of memory."""
-    found, begin = {}, 0
-    for o, box in boxes.items():
-        end = begin + math.prod(_padded(box))
-        found[o] = memory[begin:end].reshape(_padded(box))
-        begin = end
-    return found
-
-
 def _bytes_to_keep(atlases: dict[int, Atlas], moves: Moves, organs: OrganTable) -> int:
     """About how many bytes all organs that are moved take, while they are read."""
     begins = moves.begins()
@@ -295,9 +288,10 @@ def _bytes_to_keep(atlases: dict[int, Atlas], moves: Moves, organs: OrganTable) 
 
 
 def _one_by_one(
-    atlases: dict[int, Atlas], moves: Moves, box: Box, organs: OrganTable
-) -> Iterator[dict[int, MovedOrgan]]:
-    """Read what moves bring into a box, one atlas after the other."""
+    atlases: dict[int, Atlas], moves: Moves, organ: int, box: Box, organs: OrganTable
+) -> Iterator[MovedOrgan]:
+    """Read what moves bring of an organ into a box, one atlas after the other."""
     for a in atlases:
-        own = moves.take(np.flatnonzero(moves.atlas == a))
-        yield read_moved({a: atlases[a]}, own, [box], organs)
+        own = moves.take(np.flatnonzero((moves.atlas == a) & (moves.organ == organ)))
+        if own.atlas.size:
+            yield from read_moved({a: atlases[a]}, own, [box], organs).values()

@@ -17,7 +17,7 @@ from kpt_dask import transfer as module
 from kpt_dask.grid import Grid
 from kpt_dask.moves import plan_moves, propose
 from kpt_dask.omezarr import write_label_image
-from kpt_dask.shares import create_probability, decide
+from kpt_dask.shares import Decision, create_probability
 from kpt_dask.strips import write_strips
 from kpt_dask.surroundings import write_surroundings
 from kpt_dask.transfer import transfer
@@ -402,7 +402,10 @@ def decided_all(shares: Array, values: Sequence[int]) -> Array:
     z, y, x = shares.shape[1:]
     everywhere = ((0, z), (0, y), (0, x))
     region = (slice(0, z), slice(0, y), slice(0, x))
-    return decide([(o, everywhere, s) for o, s in enumerate(shares)], values, 0.15, region)
+    decision = Decision(region, everywhere, 0.15)
+    for value, share in zip(values, shares, strict=True):
+        decision.claim(value, everywhere, share)
+    return decision.labels
 
 
 def test_fifteen_percent_and_ties() -> None:
