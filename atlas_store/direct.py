@@ -12,6 +12,7 @@ import os
 import struct
 import uuid
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from itertools import product
 from pathlib import Path
 from typing import Any, NamedTuple, cast
@@ -234,42 +235,83 @@ def write(array: "zarr.Array[Any]", region: Region, data: NDArray[Any]) -> None:
 
     What it touches of an array, chunks or shards, holds nothing else afterwards.
     """
-    folder = _folder(array)
-    if folder is None:
-        array[region] = data
-        return
-    data = data.astype(array.dtype, copy=False)
-    for numbers, within, outside in _cut(region, array.shards or array.chunks):
-        path, part = folder / _key(array, numbers), data[outside]
-        packed = _pack_shard(array, within, part) if array.shards else _pack(array, within, part)
-        if packed is None:
-            path.unlink(missing_ok=True)
-        else:
-            _replace(path, packed)
+    with writing(array) as writer:
+        writer.add(region, data)
 
 
-def _pack_shard(array: "zarr.Array[Any]", within: Region, data: NDArray[Any]) -> list[bytes] | None:
-    """Pack a region of a shard; nothing if there is nothing to keep."""
-    kept = _occupied(data, [part.start for part in within], array.chunks)
-    if array.config.write_empty_chunks:
-        kept[...] = True
-    table = np.full((*_chunks_per_shard(array), 2), _NO_CHUNK, "<u8")
-    compressed = _compressor(array)
-    whole = np.empty(array.chunks, array.dtype)
-    shard, size = [], 0
-    for keep, (number, inside, outside) in zip(kept.flat, _cut(within, array.chunks), strict=True):
-        if not keep:
-            continue
-        if data[outside].shape != whole.shape:
-            whole[...] = 0
-        whole[inside] = data[outside]
-        packed = compressed(whole)
-        table[number] = size, len(packed)
-        shard.append(packed)
-        size += len(packed)
-    index = table.tobytes()
-    checksum = google_crc32c.value(index).to_bytes(_CHECKSUM, "little")
-    return [*shard, index, checksum] if shard else None
+@contextmanager
+def writing(array: "zarr.Array[Any]") -> Iterator["Writer"]:
+    """Write several regions, of which none touches a chunk that another does, as `write` does.
+
+    Shards that they touch are written at the end, and hold them together.
+    """
+    writer = Writer(array)
+    yield writer
+    writer.finish()
+
+
+class Writer:
+    """What `writing` gives: packs regions as they come, and keeps what is packed of shards."""
+
+    def __init__(self, array: "zarr.Array[Any]") -> None:
+        self._array = array
+        self._folder = _folder(array)
+        self._shards: dict[tuple[int, ...], _Shard] = {}
+
+    def add(self, region: Region, data: NDArray[Any]) -> None:
+        """Write a region, or pack it."""
+        array = self._array
+        if self._folder is None:
+            array[region] = data
+            return
+        data = data.astype(array.dtype, copy=False)
+        for numbers, within, outside in _cut(region, array.shards or array.chunks):
+            if array.shards:
+                self._shards.setdefault(numbers, _Shard(array)).add(within, data[outside])
+            else:
+                _put(self._folder / _key(array, numbers), _pack(array, within, data[outside]))
+
+    def finish(self) -> None:
+        """Write the shards."""
+        for numbers, shard in self._shards.items():
+            assert self._folder is not None
+            _put(self._folder / _key(self._array, numbers), shard.packed())
+
+
+class _Shard:
+    """Chunks of a shard, packed, and where each lies."""
+
+    def __init__(self, array: "zarr.Array[Any]") -> None:
+        self._array = array
+        self._table = np.full((*_chunks_per_shard(array), 2), _NO_CHUNK, "<u8")
+        self._chunks: list[bytes] = []
+        self._size = 0
+
+    def add(self, within: Region, data: NDArray[Any]) -> None:
+        """Pack what is to keep of a region."""
+        compressed = _compressor(self._array)
+        kept = _occupied(data, [part.start for part in within], self._array.chunks)
+        if self._array.config.write_empty_chunks:
+            kept[...] = True
+        whole = np.empty(self._array.chunks, self._array.dtype)
+        pieces = _cut(within, self._array.chunks)
+        for keep, (number, inside, outside) in zip(kept.flat, pieces, strict=True):
+            if not keep:
+                continue
+            part = data[outside]
+            if part.shape != whole.shape:
+                whole[...] = 0
+            whole[inside] = part
+            chunk = compressed(whole)
+            self._table[number] = self._size, len(chunk)
+            self._chunks.append(chunk)
+            self._size += len(chunk)
+
+    def packed(self) -> list[bytes] | None:
+        """Give what the file holds; nothing if there is nothing to keep."""
+        index = self._table.tobytes()
+        checksum = google_crc32c.value(index).to_bytes(_CHECKSUM, "little")
+        return [*self._chunks, index, checksum] if self._chunks else None
 
 
 def _occupied(data: NDArray[Any], begin: Sequence[int], unit: Sequence[int]) -> NDArray[np.bool_]:
@@ -376,8 +418,11 @@ def _cut(region: Region, unit: tuple[int, ...]) -> Iterator[tuple[tuple[int, ...
         yield numbers, inside, outside
 
 
-def _replace(path: Path, data: Sequence[bytes]) -> None:
-    """Write a file that is there whole or not at all."""
+def _put(path: Path, data: Sequence[bytes] | None) -> None:
+    """Write a file, there whole or not at all; without data there is none."""
+    if data is None:
+        path.unlink(missing_ok=True)
+        return
     partial = f"{path}.{uuid.uuid4().hex}.partial"
     try:
         file = open(partial, "xb")  # noqa: SIM115 - closed below

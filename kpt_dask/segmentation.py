@@ -320,7 +320,7 @@ def open_probability(path: str | Path) -> xr.DataArray:
         for a, (name, n) in enumerate(zip("zyx", volume.grid.shape, strict=True))
     }
     return xr.DataArray(
-        da.from_zarr(array, chunks=array.shards or array.chunks),
+        da.from_zarr(array, chunks=(1, *(array.shards or array.chunks)[1:])),
         dims=("organ", "z", "y", "x"),
         coords={"organ": list(array.attrs["organs"]), **axes},  # type: ignore[arg-type]
         name="probability",

@@ -20,11 +20,11 @@ from kpt_dask.measures import Tally, count_labels, count_shares
 from kpt_dask.omezarr import COMPRESSOR, Region
 
 SHARD = (32, 256, 256)
-"""A file of one organ's probabilities, and whole chunks of a label map. Large: to make a file
+"""A file of all organs' probabilities, and whole chunks of a label map. Large: to make a file
 takes as long as to pack a MB."""
 CHUNKS = (32, 32, 32)
-"""What of a shard is packed together. Those without the organ are not stored, and shards without
-any neither. Small: of an organ's bounding box as much is empty as not."""
+"""What of an organ's probabilities is packed together. Those without it are not stored, and shards
+without any organ neither. Small: of an organ's bounding box as much is empty as not."""
 
 VANISHING = 6.0
 """Standard deviations from which on the intensity likelihood is 0."""
@@ -37,7 +37,7 @@ Share = tuple[int, Box, NDArray[np.float32]]
 
 
 def create_probability(group: zarr.Group, grid: Grid, organs: OrganTable) -> zarr.Array[Any]:
-    """Make ``probability`` (organ, z, y, x) float32; shards without the organ cost nothing."""
+    """Make ``probability`` (organ, z, y, x) float32; what no organ reaches costs nothing."""
     chunks = [min(n, c) for n, c in zip(grid.shape, CHUNKS, strict=True)]
     sizes = [min(n, s) for n, s in zip(grid.shape, SHARD, strict=True)]
     return group.create_array(
@@ -45,8 +45,8 @@ def create_probability(group: zarr.Group, grid: Grid, organs: OrganTable) -> zar
         shape=(len(organs), *grid.shape),
         dtype=np.float32,
         chunks=(1, *chunks),
-        shards=(1, *(-(-n // c) * c for n, c in zip(sizes, chunks, strict=True))),
-        # All in one folder: folders for each organ and plane take as long to make as the files.
+        shards=(len(organs), *(-(-n // c) * c for n, c in zip(sizes, chunks, strict=True))),
+        # All in one folder: a folder for each takes as long to make as the file.
         chunk_key_encoding={"name": "default", "separator": "."},
         compressors=COMPRESSOR,
         fill_value=0,
@@ -119,11 +119,12 @@ def finish_slab(
     """
     around, hu = scan
     decision = Decision(region, around, smallest)
-    for organ, box, share in shares:
-        decision.claim(organs.values[organ], box, share)
-        if count_shares(share, smallest, tally, organ):
-            # The slab owns the shards that this touches.
-            direct.write(probability, (slice(organ, organ + 1), *slices(box)), share[None])
+    # The slab owns the shards that these touch.
+    with direct.writing(probability) as writer:
+        for organ, box, share in shares:
+            decision.claim(organs.values[organ], box, share)
+            if count_shares(share, smallest, tally, organ):
+                writer.add((slice(organ, organ + 1), *slices(box)), share[None])
     here = decision.around
     if here is not None:
         own = decision.labels[within(here, box_of(region))], hu[within(here, around)]
