@@ -14,7 +14,9 @@ from numpy.typing import NDArray
 from atlas_store import AtlasStore
 from kpt_dask import shares as share_module
 from kpt_dask import transfer as module
+from kpt_dask.boxes import Box
 from kpt_dask.distances import organ_distances
+from kpt_dask.moves import Moves
 from kpt_dask.options import MODES, TransferOptions
 from kpt_dask.shares import create_probability
 from kpt_dask.transfer import transfer
@@ -219,7 +221,23 @@ def test_processes_give_the_same_bytes_as_threads(
     run(volume, store, matches, tmp_path / "processes", two_processes, mode, across)
     threads, processes = (files(tmp_path / name) for name in ("threads", "processes"))
     assert threads == processes
-    assert len(threads) > 10
+    assert len(threads) > 5
+
+
+def test_slabs_share_the_voxels_of_an_organ() -> None:
+    rng = np.random.default_rng(0)
+    low = rng.integers(-20, 40, (50, 3))
+    one = np.ones(50, np.int64)
+    high = low + rng.integers(1, 30, (50, 3))
+    moves = Moves(one, one, one * 1.0, low, high, rng.integers(1, 999, 50), {})
+    slabs: list[Box] = [((z, z + 16), (-100, 100), (-100, 100)) for z in range(-32, 80, 16)]
+    found = np.array([moves.voxels_in(slab) for slab in slabs])
+    np.testing.assert_allclose(found.sum(axis=0), moves.voxels)
+    np.testing.assert_array_equal(found > 0, [moves.reach(slab) for slab in slabs])
+    # A ball has more in its middle, and as much below it as above.
+    ball = Moves(one[:1], one[:1], one[:1], 0 * low[:1], 0 * low[:1] + 30, one[:1] * 100, {})
+    thirds = [ball.voxels_in(((z, z + 10), (0, 30), (0, 30)))[0] for z in (0, 10, 20)]
+    np.testing.assert_allclose(thirds, [26, 48, 26], rtol=0.01)
 
 
 def test_an_affine_moves_what_a_translation_cannot() -> None:

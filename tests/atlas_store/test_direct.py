@@ -114,6 +114,45 @@ def test_shards_are_what_zarr_reads_and_hold_what_was_written_last(
     np.testing.assert_array_equal(direct.read(ours, part), expected[part])
 
 
+@pytest.mark.parametrize("local", [True, False])
+def test_what_is_written_together_shares_its_shards(tmp_path: Path, local: bool) -> None:
+    store = str(tmp_path / "a") if local else MemoryStore()
+    array = make(store, (3, 9, 20), (1, 4, 4), np.float32, shards=(3, 4, 8))
+    rng = np.random.default_rng(0)
+    regions = [
+        (slice(2, 3), slice(3, 9), slice(5, 20)),
+        (slice(0, 1), slice(0, 6), slice(1, 9)),
+        (slice(1, 2), slice(0, 1), slice(0, 1)),
+    ]
+    expected = np.zeros(array.shape, np.float32)
+    with direct.writing(array) as writer:
+        for region in regions:
+            data = rng.random([part.stop - part.start for part in region], np.float32)
+            expected[region] = data
+            writer.add(region, data)
+            # What was packed is kept.
+            data[...] = 7 if local else data
+    np.testing.assert_array_equal(np.asarray(array[...]), expected)
+    everywhere = tuple(slice(0, n) for n in array.shape)
+    np.testing.assert_array_equal(direct.read(array, everywhere), expected)
+    if local:
+        assert len(files(tmp_path / "a")) == 1 + 9
+
+
+def test_nothing_is_written_of_shards_when_packing_fails(tmp_path: Path) -> None:
+    array = make(str(tmp_path / "a"), (2, 4), (1, 4), np.float32, shards=(2, 4))
+    part = (slice(0, 1), slice(0, 4))
+
+    def fail() -> None:
+        with direct.writing(array) as writer:
+            writer.add(part, np.ones((1, 4), np.float32))
+            writer.add(part, np.array(["no", "number", "at", "all"])[None])
+
+    with pytest.raises(ValueError, match="could not convert string to float"):
+        fail()
+    assert list(files(tmp_path / "a")) == [Path("zarr.json")]
+
+
 def test_damaged_shards_are_refused(tmp_path: Path) -> None:
     array = make(str(tmp_path / "a"), (8,), (4,), np.int32, shards=(8,))
     direct.write(array, (slice(0, 8),), np.arange(1, 9))
