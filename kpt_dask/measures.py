@@ -23,6 +23,7 @@ FIRM = 1.25
 """What the confidence looks at, times the threshold. Of several measures of the shares this one
 went best with the true Dice of OpenKBP's patients."""
 LEVELS = POSSIBLE, 1.0, FIRM, SURE
+"""Times the threshold: where shares are counted."""
 
 
 @dataclass(frozen=True)

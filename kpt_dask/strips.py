@@ -218,16 +218,14 @@ def _from_surroundings(
     for name, planes in wanted.items():
         (begin, _), y, x = atlas.organs[name].bounding_box
         parts[name] = [(a, ((begin + a, begin + b), y, x)) for a, b in planes]
+    found = {name: [np.empty((0, PLACE + LANES), np.int16)] for name in wanted}
     whole = enclosing([box for own in parts.values() for _, box in own])
-    if whole is None:
-        return {}
-    packed, held = read_planes(atlas, *whole[0])
-    found = {}
-    for name, own in parts.items():
-        value = organs.by_name(name).value
-        cuts = [_cut_out(packed[within(box, held)], first, value) for first, box in own]
-        found[name] = np.concatenate(cuts)
-    return found
+    if whole is not None:
+        packed, held = read_planes(atlas, *whole[0])
+        for name, own in parts.items():
+            value = organs.by_name(name).value
+            found[name] += [_cut_out(packed[within(box, held)], first, value) for first, box in own]
+    return {name: np.concatenate(cuts) for name, cuts in found.items()}
 
 
 def _checked(values: NDArray[np.int16], begin: int, end: int, box: Box) -> Strips:

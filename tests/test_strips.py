@@ -66,8 +66,12 @@ def test_atlases_of_earlier_versions_give_the_same(tmp_path: Path) -> None:
     made = make_store(tmp_path / "s", ATLASES[:2])
     wanted = []
     for atlas in made.atlases(made.ids()):
-        planes = {name: info.bounding_box[0] for name, info in atlas.organs.items()}
-        wanted.append((atlas, {name: [(1, end - first)] for name, (first, end) in planes.items()}))
+        depths = {name: shape_of(info.bounding_box)[0] for name, info in atlas.organs.items()}
+        wanted += [
+            (atlas, {name: [(1, depth)] for name, depth in depths.items()}),
+            (atlas, {name: [(0, 1), (depth - 1, depth)] for name, depth in depths.items()}),
+            (atlas, {name: [] for name in depths}),
+        ]
     expected = read_strips(wanted, ORGANS)
     for strips_of in (tmp_path / "s" / "atlases").glob("*/strips"):
         shutil.rmtree(strips_of)
