@@ -266,10 +266,12 @@ class Writer:
             return
         data = data.astype(array.dtype, copy=False)
         for numbers, within, outside in _cut(region, array.shards or array.chunks):
-            if array.shards:
-                self._shards.setdefault(numbers, _Shard(array)).add(within, data[outside])
-            else:
+            if not array.shards:
                 _put(self._folder / _key(array, numbers), _pack(array, within, data[outside]))
+                continue
+            if numbers not in self._shards:
+                self._shards[numbers] = _Shard(array)
+            self._shards[numbers].add(within, data[outside])
 
     def finish(self) -> None:
         """Write the shards."""

@@ -115,6 +115,7 @@ def read_moved(
         first, stop = np.minimum.reduceat(first, begins), np.maximum.reduceat(stop, begins)
         ranges.append(zip(first.tolist(), stop.tolist(), strict=True))
     bent = np.logical_or.reduceat(moves.bent(), begins).tolist()
+    names = organs.names
     wanted: dict[int, dict[str, list[tuple[int, int]]]] = {}
     mine: dict[int, list[tuple[int, slice]]] = {}
     groups = map(slice, begins.tolist(), ends)
@@ -124,14 +125,14 @@ def read_moved(
             continue
         a, o = int(moves.atlas[own.start]), int(moves.organ[own.start])
         if by_affine:
-            planes = [(0, shape_of(atlases[a].organs[organs.names[o]].bounding_box)[0])]
-        wanted.setdefault(a, {})[organs.names[o]] = planes
+            planes = [(0, shape_of(atlases[a].organs[names[o]].bounding_box)[0])]
+        wanted.setdefault(a, {})[names[o]] = planes
         mine.setdefault(o, []).append((a, own))
     read = read_strips([(atlases[a], own) for a, own in wanted.items()], organs)
     strips = dict(zip(wanted, read, strict=True))
     found = {}
     for o, owns in mine.items():
-        name = organs.names[o]
+        name = names[o]
         parts = [(strips[a][name], atlases[a].organs[name].bounding_box, own) for a, own in owns]
         found[o] = MovedOrgan.of(parts, moves)
     return found

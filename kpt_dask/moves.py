@@ -214,9 +214,10 @@ def _organs(
     organs: OrganTable,
 ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
     """Bounding boxes (n, 3, 2) and voxels (n) of organs of atlases."""
+    names = organs.names
     first, inverse = _distinct(np.column_stack([atlas, organ]))
     pairs = zip(atlas[first].tolist(), organ[first].tolist(), strict=True)
-    found = [atlases[a].organs[organs.names[o]] for a, o in pairs]
+    found = [atlases[a].organs[names[o]] for a, o in pairs]
     boxes = np.array([info.bounding_box for info in found], np.int64).reshape(-1, 3, 2)
     return boxes[inverse], np.array([info.voxels for info in found], np.int64)[inverse]
 

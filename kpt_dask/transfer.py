@@ -280,9 +280,9 @@ def _bytes_to_keep(atlases: dict[int, Atlas], moves: Moves, organs: OrganTable) 
     begins = moves.begins()
     bent = np.logical_or.reduceat(moves.bent(), begins).tolist()
     pairs = zip(moves.atlas[begins].tolist(), moves.organ[begins].tolist(), strict=True)
-    size = 0
+    size, names = 0, organs.names
     for (a, o), by_affine in zip(pairs, bent, strict=True):
-        info = atlases[a].organs[organs.names[o]]
+        info = atlases[a].organs[names[o]]
         size += BYTES * info.voxels + (2 * volume_of(info.bounding_box) if by_affine else 0)
     return size
 
