@@ -49,6 +49,9 @@ CHOICES: dict[str, tuple[Any, ...]] = {
 
 SLABS_AHEAD = 2
 """Slabs read, or being read, while one is swept, if others read them."""
+LATER = 1.15
+"""How much longer a voxel of a later octave takes, about: its rows are shorter, and its task comes
+after another one."""
 FEWEST_PLANES = 32
 """A core thinner than this would be mostly halo."""
 
@@ -210,7 +213,7 @@ def slab_lengths(shapes: Sequence[tuple[int, int, int]], threads: int) -> list[i
     """
     lengths = []
     for octave, (z, y, x) in enumerate(shapes):
-        later = round(sum(math.prod(shape) for shape in shapes[octave + 1 :]) / (y * x))
+        later = round(LATER * sum(math.prod(shape) for shape in shapes[octave + 1 :]) / (y * x))
         length = -(-(z + later) // threads)
         if z - (threads - 1) * length >= min(FEWEST_PLANES, z):
             threads = 1
