@@ -129,12 +129,11 @@ class Atlas:
         """
         key = marker_key(self.id)
         data = self.objects.read(key)
-        # As markers are spelled, without reading all of it: no other data has this uuid.
-        if data is not None and b'"uuid":"%s"' % self.info.uuid.encode() in data:
-            return
         if data is not None:
-            marker = AtlasInfo.load(data, self.id, f"{self.objects.url}/{key}")
-            if marker.uuid == self.info.uuid:
+            # As markers are spelled, without reading all of it: no other data has this uuid.
+            spelled = b'"uuid":"%s"' % self.info.uuid.encode() in data
+            where = f"{self.objects.url}/{key}"
+            if spelled or AtlasInfo.load(data, self.id, where).uuid == self.info.uuid:
                 return
         raise AtlasNotFoundError(
             f"{self.objects.url}: the atlas {self.id!r} was removed or replaced while it was "

@@ -256,7 +256,7 @@ class Writer:
     def __init__(self, array: "zarr.Array[Any]") -> None:
         self._array = array
         self._folder = _folder(array)
-        self._shards: dict[tuple[int, ...], _Shard] = {}
+        self._shards: dict[Path, _Shard] = {}
 
     def add(self, region: Region, data: NDArray[Any]) -> None:
         """Write a region, or pack it."""
@@ -266,18 +266,18 @@ class Writer:
             return
         data = data.astype(array.dtype, copy=False)
         for numbers, within, outside in _cut(region, array.shards or array.chunks):
+            path = self._folder / _key(array, numbers)
             if not array.shards:
-                _put(self._folder / _key(array, numbers), _pack(array, within, data[outside]))
+                _put(path, _pack(array, within, data[outside]))
                 continue
-            if numbers not in self._shards:
-                self._shards[numbers] = _Shard(array)
-            self._shards[numbers].add(within, data[outside])
+            if path not in self._shards:
+                self._shards[path] = _Shard(array)
+            self._shards[path].add(within, data[outside])
 
     def finish(self) -> None:
         """Write the shards."""
-        for numbers, shard in self._shards.items():
-            assert self._folder is not None
-            _put(self._folder / _key(self._array, numbers), shard.packed())
+        for path, shard in self._shards.items():
+            _put(path, shard.packed())
 
 
 class _Shard:

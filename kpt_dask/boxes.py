@@ -1,7 +1,7 @@
 """Boxes of voxels: pure functions, half-open, (z, y, x)."""
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
@@ -29,6 +29,23 @@ def overlap(box: Box | None, other: Box) -> Box | None:
         return None
     z, y, x = ((max(a, c), min(b, d)) for (a, b), (c, d) in zip(box, other, strict=True))
     return (z, y, x) if z[0] < z[1] and y[0] < y[1] and x[0] < x[1] else None
+
+
+def overlaps(boxes: Mapping[int, Box], other: Box) -> dict[int, Box]:
+    """Boxes of what each of some boxes shares with another, without those that share nothing."""
+    found = {key: overlap(box, other) for key, box in boxes.items()}
+    return {key: box for key, box in found.items() if box is not None}
+
+
+def joined(ranges: Iterable[tuple[int, int]]) -> list[tuple[int, int]]:
+    """Ranges, half-open, that cover what some others cover, in order and apart."""
+    found: list[tuple[int, int]] = []
+    for first, stop in sorted(ranges):
+        if found and first <= found[-1][1]:
+            found[-1] = found[-1][0], max(found[-1][1], stop)
+        else:
+            found.append((first, stop))
+    return found
 
 
 def box_of(region: Region) -> Box:
@@ -129,46 +146,30 @@ def deal(pieces: Sequence[Box], hands: int, cost: Callable[[Box], float]) -> lis
         At most so many hands, the costliest first; the pieces of each in their order.
     """
     costs = [cost(piece) for piece in pieces]
-    # No hand costs less than the costliest piece, or than all hands on average.
-    least, most = max(sum(costs) / hands, *costs, 0.0), sum(costs)
-    while len(_runs(costs, least)) > hands and most - least > 1e-3 * most:
-        middle = (least + most) / 2
-        if len(_runs(costs, middle)) > hands:
-            least = middle
-        else:
-            most = middle
-    dealt = _runs(costs, least)
-    if len(dealt) > hands:
-        dealt = _runs(costs, most)
-    dealt += [[] for _ in range(hands - len(dealt))]
+    total, behind = sum(costs) or 1.0, 0.0
+    dealt: list[list[int]] = [[] for _ in range(hands)]
+    for i, one in enumerate(costs):
+        # To whom the middle of what it costs would fall.
+        dealt[min(int(hands * (behind + one / 2) / total), hands - 1)].append(i)
+        behind += one
 
     def cost_of(hand: list[int]) -> float:
         return sum(costs[i] for i in hand)
 
     while True:
         dealt.sort(key=cost_of, reverse=True)
-        first, last = dealt[0], dealt[-1]
-        excess = cost_of(first) - cost_of(last)
-        movable = [i for i in first if 0 < costs[i] < excess]
-        if not movable:
-            return [[pieces[i] for i in sorted(hand)] for hand in dealt if hand]
-        # What leaves the two most alike.
-        moved = min(movable, key=lambda i: abs(excess - 2 * costs[i]))
-        first.remove(moved)
-        last.append(moved)
-
-
-def _runs(costs: Sequence[float], most: float) -> list[list[int]]:
-    """Cut a sequence into runs that cost at most so much, if every single one does."""
-    runs: list[list[int]] = []
-    total = math.inf
-    for i, one in enumerate(costs):
-        if total + one > most:
-            runs.append([])
-            total = 0.0
-        runs[-1].append(i)
-        total += one
-    return runs
+        last = dealt[-1]
+        for hand in dealt:
+            excess = cost_of(hand) - cost_of(last)
+            movable = [i for i in hand if 0 < costs[i] < excess]
+            if movable:
+                # What leaves the two most alike.
+                moved = min(movable, key=lambda i: abs(excess - 2 * costs[i]))
+                hand.remove(moved)
+                last.append(moved)
+                break
+        else:
+            return [[pieces[i] for i in sorted(own)] for own in dealt if own]
 
 
 def aligned(box: Box, unit: tuple[int, int, int], shape: tuple[int, int, int]) -> Region:

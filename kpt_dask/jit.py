@@ -15,8 +15,6 @@ from pathlib import Path
 from typing import Any, TypeVar, cast
 
 import numba
-import numpy as np
-from numpy.typing import NDArray
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -51,22 +49,3 @@ def _sources() -> str:
     for path in sorted(Path(__file__).parent.rglob("*.py")):
         digest.update(path.read_bytes())
     return digest.hexdigest()
-
-
-def flat(array: NDArray[Any]) -> tuple[NDArray[Any], tuple[int, ...]]:
-    """Give the memory that an array spans, as one row, and the array's strides in it.
-
-    Kernels do not know of an array that is cut out of another that each of its rows is in one
-    piece; told so, they do many voxels of a row at once.
-
-    Raises
-    ------
-    ValueError
-        If its rows are not in one piece, or an axis runs backwards.
-    """
-    strides = tuple(stride // array.itemsize for stride in array.strides)
-    if min(strides) < 0 or (strides[-1] != 1 and array.shape[-1] > 1):
-        raise ValueError(f"an array of the strides {array.strides} has no rows in one piece")
-    ends = [(n - 1) * stride for n, stride in zip(array.shape, strides, strict=True)]
-    span = 1 + sum(ends) if array.size else 0
-    return np.lib.stride_tricks.as_strided(array, (span,), (array.itemsize,)), strides

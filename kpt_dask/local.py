@@ -25,6 +25,7 @@ from kpt_dask.boxes import (
     cut,
     enclosing,
     overlap,
+    overlaps,
     shape_of,
     slices,
     volume_of,
@@ -261,8 +262,10 @@ def transfer_block(
                     totals,
                 )
     parts, tally = [], Tally.empty(len(organs))
+    found = {o: in_voxels(domain, step) for o, domain in enumerate(domains) if domain is not None}
+    looked_for = overlaps(found, whole)
     for slab in slabs(region):
-        boxes = _reached(domains, whole, slab, step)
+        boxes = overlaps(looked_for, box_of(slab))
         if boxes:
             shares = _shares(cells, votes, totals, boxes, step)
             around = whole, scan
@@ -303,19 +306,6 @@ def _planes(
     begin, end = surroundings_of(atlas)[0]
     first, stop = max(int(np.floor(z.min())) - 1, begin), min(int(np.ceil(z.max())) + 2, end)
     return (first, stop) if first < stop else None
-
-
-def _reached(
-    domains: Sequence[Box | None], whole: Box, region: Region, step: int
-) -> dict[int, Box]:
-    """Where organs are looked for in a region, in voxels."""
-    inside = overlap(whole, box_of(region))
-    found = {}
-    for o, domain in enumerate(domains):
-        box = None if domain is None or inside is None else overlap(in_voxels(domain, step), inside)
-        if box is not None:
-            found[o] = box
-    return found
 
 
 def _shares(

@@ -13,8 +13,9 @@ import xarray as xr
 from numpy.typing import NDArray
 
 from atlas_store import OrganTable
+from kpt_dask.flat import flat, row_of
 from kpt_dask.grid import Grid
-from kpt_dask.jit import flat, kernel
+from kpt_dask.jit import kernel
 
 SURE, POSSIBLE = 1.75, 0.375
 """The interval of a volume: from where the share is so many times the threshold, to where. In
@@ -122,17 +123,16 @@ def count_shares(share: NDArray[np.float32], threshold: float, tally: Tally, org
         Whether any share is over 0.
     """
     levels = tuple(np.float32(min(level * threshold, 1.0)) for level in LEVELS)
-    return _count_shares(share.shape, *flat(share), levels, tally.above[organ])
+    return _count_shares(share.shape, flat(share), levels, tally.above[organ])
 
 
 @kernel
-def _count_shares(shape: Any, share: Any, strides: Any, levels: Any, above: Any) -> bool:
+def _count_shares(shape: Any, share: Any, levels: Any, above: Any) -> bool:
     found = False
     depth, height, width = shape
     for z in range(depth):
         for y in range(height):
-            at = z * strides[0] + y * strides[1]
-            row = share[at : at + width]
+            row = row_of(share, z, y, width)
             some, a, b, c, d = 0, 0, 0, 0, 0
             for x in range(width):
                 some += row[x] > 0
@@ -175,16 +175,14 @@ def count_labels(
     organ_of = np.zeros(max(values) + 1, np.int64)
     organ_of[list(values)] = np.arange(len(values))
     own = tally.sums, tally.low, tally.high
-    _count_labels(labels.shape, *flat(labels), *flat(hu), organ_of, corner, *own)
+    _count_labels(labels.shape, flat(labels), flat(hu), organ_of, corner, *own)
 
 
 @kernel
 def _count_labels(
     shape: Any,
     labels: Any,
-    label_strides: Any,
     hu: Any,
-    hu_strides: Any,
     organ_of: Any,
     corner: Any,
     sums: Any,
@@ -194,15 +192,13 @@ def _count_labels(
     depth, height, width = shape
     for z in range(depth):
         for y in range(height):
-            at = z * label_strides[0] + y * label_strides[1]
-            row = labels[at : at + width]
+            row = row_of(labels, z, y, width)
             some = 0
             for x in range(width):
                 some |= row[x]
             if some == 0:
                 continue
-            at = z * hu_strides[0] + y * hu_strides[1]
-            here = hu[at : at + width]
+            here = row_of(hu, z, y, width)
             x = 0
             while x < width:
                 value, first, total = row[x], x, 0
@@ -228,7 +224,6 @@ def organ_measures(
     tally: Tally,
     organs: OrganTable,
     grid: Grid,
-    threshold: float,
     keypoints: xr.Dataset,
     votes: xr.Dataset,
 ) -> dict[str, OrganMeasures]:
@@ -241,8 +236,6 @@ def organ_measures(
     organs : OrganTable
     grid : Grid
         The working grid.
-    threshold : float
-        Voxels whose largest share is below this are background.
     keypoints, votes : xarray.Dataset
         From `kpt_dask.extract` and `kpt_dask.vote`.
 
@@ -253,16 +246,12 @@ def organ_measures(
     """
     position = np.asarray(keypoints.position.values, np.float64)
     return {
-        organ.name: _one(
-            tally, o, grid, threshold, position[np.asarray(votes.label.values) == organ.value]
-        )
+        organ.name: _one(tally, o, grid, position[np.asarray(votes.label.values) == organ.value])
         for o, organ in enumerate(organs)
     }
 
 
-def _one(
-    tally: Tally, o: int, grid: Grid, threshold: float, voting: NDArray[np.float64]
-) -> OrganMeasures:
+def _one(tally: Tally, o: int, grid: Grid, voting: NDArray[np.float64]) -> OrganMeasures:
     count, hu, *sums = tally.sums[o].tolist()
     around = voting - voting.mean(axis=0) if len(voting) else voting
     spread = float(np.sqrt((around**2).sum(axis=1).mean())) if len(voting) else None

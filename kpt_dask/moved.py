@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from atlas_store import Atlas, OrganTable
-from kpt_dask.boxes import Box, begin_of, shape_of
+from kpt_dask.boxes import Box, begin_of, joined, shape_of
 from kpt_dask.moves import Moves
 from kpt_dask.shares import intensity_table
 from kpt_dask.strips import Strips, read_strips
@@ -120,7 +120,7 @@ def read_moved(
     mine: dict[int, list[tuple[int, slice]]] = {}
     groups = map(slice, begins.tolist(), ends)
     for own, by_affine, *parts in zip(groups, bent, *ranges, strict=True):
-        planes = _joined([(a, b) for a, b in parts if b])
+        planes = joined((a, b) for a, b in parts if b)
         if not planes:
             continue
         a, o = int(moves.atlas[own.start]), int(moves.organ[own.start])
@@ -136,14 +136,3 @@ def read_moved(
         parts = [(strips[a][name], atlases[a].organs[name].bounding_box, own) for a, own in owns]
         found[o] = MovedOrgan.of(parts, moves)
     return found
-
-
-def _joined(ranges: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:
-    """Ranges that cover what some others cover, in order and apart."""
-    joined: list[tuple[int, int]] = []
-    for first, stop in sorted(ranges):
-        if joined and first <= joined[-1][1]:
-            joined[-1] = joined[-1][0], max(joined[-1][1], stop)
-        else:
-            joined.append((first, stop))
-    return joined

@@ -258,8 +258,7 @@ def segment_volume(
         )
     label_image = write_label_image(group, "organs", parts, volume.grid, store.organs)
     labels = open_array(label_image, "0")
-    smallest = options.smallest_share(mode)
-    organs = organ_measures(tally, store.organs, volume.grid, smallest, keypoints, votes)
+    organs = organ_measures(tally, store.organs, volume.grid, keypoints, votes)
     return Stations(tuple(atlas_ids), keypoints, matches, votes, labels, probability, organs)
 
 

@@ -14,8 +14,9 @@ from numpy.typing import NDArray
 from atlas_store import Atlas, OrganTable, direct
 from kpt_dask import cluster
 from kpt_dask.boxes import Box, begin_of, box_of, overlap, shape_of, slices, within
+from kpt_dask.flat import flat, row_of
 from kpt_dask.grid import Grid
-from kpt_dask.jit import flat, kernel
+from kpt_dask.jit import kernel
 from kpt_dask.measures import Tally, count_labels, count_shares
 from kpt_dask.omezarr import COMPRESSOR, Region
 
@@ -118,14 +119,14 @@ def finish_slab(
         Changed.
     """
     around, hu = scan
-    decision = Decision(region, around, smallest)
+    decision = Decision(region, smallest)
     # The slab owns the shards that these touch.
     with direct.writing(probability) as writer:
         for organ, box, share in shares:
             decision.claim(organs.values[organ], box, share)
             if count_shares(share, smallest, tally, organ):
                 writer.add((slice(organ, organ + 1), *slices(box)), share[None])
-    here = decision.around
+    here = overlap(around, box_of(region))
     if here is not None:
         own = decision.labels[within(here, box_of(region))], hu[within(here, around)]
         count_labels(*own, organs.values, begin_of(here), tally)
@@ -138,8 +139,6 @@ class Decision:
     Parameters
     ----------
     region : tuple of slice
-    around : Box
-        Organs claim voxels of the region in this box alone.
     smallest : float
         Voxels whose largest share is below this are 0.
 
@@ -147,53 +146,35 @@ class Decision:
     ----------
     labels : uint16 array (z, y, x)
         Of the region.
-    around : Box or None
-        What of the box is in the region.
     """
 
-    def __init__(self, region: Region, around: Box, smallest: float) -> None:
+    def __init__(self, region: Region, smallest: float) -> None:
         self._block = box_of(region)
         self.labels = np.zeros(shape_of(self._block), np.uint16)
-        self.around = overlap(around, self._block)
         below = np.nextafter(np.float32(smallest), np.float32(0))
-        self._largest = np.full(shape_of(self.around) if self.around else (0, 0, 0), below)
+        self._largest = np.full(self.labels.shape, below)
 
     def claim(self, value: int, box: Box, share: NDArray[np.float32]) -> None:
         """Let an organ claim voxels of a box; ties go to whichever came first."""
-        assert self.around is not None
-        largest, labels = self._largest[within(box, self.around)], self.labels
-        arrays = share, largest, labels[within(box, self._block)]
-        flattened = (part for array in arrays for part in flat(array))
-        _claim(shape_of(box), np.uint16(value), *flattened)
+        here = within(box, self._block)
+        largest, labels = flat(self._largest[here]), flat(self.labels[here])
+        _claim(share.shape, np.uint16(value), flat(share), largest, labels)
 
 
 @kernel
-def _claim(
-    shape: Any,
-    value: Any,
-    share: Any,
-    share_strides: Any,
-    largest: Any,
-    largest_strides: Any,
-    labels: Any,
-    label_strides: Any,
-) -> None:
+def _claim(shape: Any, value: Any, share: Any, largest: Any, labels: Any) -> None:
     """Give voxels to an organ where its share is the largest so far."""
     depth, height, width = shape
     for z in range(depth):
         for y in range(height):
-            at = z * share_strides[0] + y * share_strides[1]
-            ours = share[at : at + width]
-            at = z * largest_strides[0] + y * largest_strides[1]
-            best = largest[at : at + width]
+            ours, best = row_of(share, z, y, width), row_of(largest, z, y, width)
             over = 0
             for x in range(width):
                 over += ours[x] > best[x]
             # In most rows it nowhere is.
             if over == 0:
                 continue
-            at = z * label_strides[0] + y * label_strides[1]
-            own = labels[at : at + width]
+            own = row_of(labels, z, y, width)
             for x in range(width):
                 if ours[x] > best[x]:
                     own[x] = value

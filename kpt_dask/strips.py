@@ -16,7 +16,7 @@ from zarr.codecs import BloscCodec
 from atlas_store import Atlas, OrganInfo, OrganTable, direct
 from atlas_store.direct import misfit
 from atlas_store.guard import MAX_CHUNK
-from kpt_dask.boxes import Box, enclosing, overlap, shape_of, within
+from kpt_dask.boxes import Box, enclosing, joined, overlap, shape_of, within
 from kpt_dask.jit import kernel
 from kpt_dask.omezarr import open_array, write_region
 from kpt_dask.rows import LANES
@@ -198,16 +198,13 @@ def _find(atlas: Atlas, wanted: Wanted) -> _Stored | None:
             if type(begin) is not int or type(end) is not int or not behind <= begin <= end <= n:
                 raise ValueError("its planes are described wrongly")
             for c in range(begin // chunk, -(-end // chunk)) if begin < end else ():
-                a, b = max(begin - c * chunk, 0), min(end - c * chunk, chunk)
-                own = parts.setdefault(c, [])
-                if own and own[-1][1] == a:
-                    a = own.pop()[0]
-                own.append((a, b))
+                part = max(begin - c * chunk, 0), min(end - c * chunk, chunk)
+                parts.setdefault(c, []).append(part)
             rows += end - begin
         if rows - before > atlas.organs[name].voxels:
             raise ValueError("it has more strips than its organs have voxels")
         spans[name] = before, rows
-    chunks = [direct.Rows(f"{folder}/c/{c}/0", chunk, own) for c, own in parts.items()]
+    chunks = [direct.Rows(f"{folder}/c/{c}/0", chunk, joined(own)) for c, own in parts.items()]
     return _Stored(chunks, rows, spans)
 
 

@@ -88,7 +88,7 @@ def accumulate(
                 beside = y < -down or y >= height - down
                 beside = beside or x < -right or x > length - LANES - right
                 if inside or not beside:
-                    place = _place(there, a, base, length)
+                    place = np.uint64(base + y * length + x)
                     add_strips(out, here, (place,), there, (a,), power, slope, most)
                 strip += 1
 

@@ -26,6 +26,7 @@ from kpt_dask.boxes import (
     deal,
     enclosing,
     overlap,
+    overlaps,
     shape_of,
     slices,
     volume_of,
@@ -142,27 +143,23 @@ def transfer(
         totals = np.bincount(moves.organ, moves.weight, minlength=len(organs))
         threads = session.nthreads().values()
         room = memory / max(threads)
-        reaches = list(moves.reaches().values())
+        reaches = moves.reaches()
         largest = max((sum(o.voxels for o in a.organs.values()) for a in atlases), default=0)
         each = np.where(moves.bent(), SAMPLING, 1)
 
-        def reached_in(box: Box) -> list[Box]:
-            parts = [overlap(reach, box) for reach in reaches]
-            return [part for part in parts if part is not None]
-
         def time(box: Box) -> float:
-            own = reached_in(box)
+            own = list(overlaps(reaches, box).values())
             moved, there = moves.voxels_in(box) @ each, sum(map(volume_of, own))
             return float(moved + FINISHING * there + READING * volume_of(enclosing(own)))
 
         def fits(box: Box) -> bool:
             """Whether scan and labels, the share of an organ, and the organs of an atlas do."""
             voxels = math.prod(shape_of(box_of(aligned(box, SHARD, grid.shape))))
-            there = max(map(volume_of, reached_in(box)), default=0)
+            there = max(map(volume_of, overlaps(reaches, box).values()), default=0)
             return bool(12 * voxels + 6 * there + BYTES * largest <= room)
 
         everywhere = box_of(tuple(slice(0, n) for n in grid.shape))
-        reached = overlap(enclosing(reaches), everywhere)
+        reached = overlap(enclosing(list(reaches.values())), everywhere)
         pieces: list[Box] = []
         for slab in slabs(aligned(reached, SHARD, grid.shape)) if reached else []:
             part = overlap(reached, box_of(slab))
@@ -233,7 +230,7 @@ def transfer_slabs(
     keep = _bytes_to_keep(atlases, moves, organs) <= room / 2
     parts: list[Part] = []
     tally = Tally.empty(len(organs))
-    boxes = [_within_slab(reaches, box_of(slab)) for slab in regions]
+    boxes = [overlaps(reaches, box_of(slab)) for slab in regions]
     # One piece of memory for all: to get new memory from the system takes as long as to fill it.
     # What an organ leaves beside the rows of the next is HU too.
     most = max(math.prod(_padded(box)) for own in boxes for box in own.values())
@@ -261,12 +258,6 @@ def transfer_slabs(
             what = organs, smallest, slab, (whole, hu), tally
             parts.append(finish_slab(probability, found, *what))
     return parts, tally
-
-
-def _within_slab(reaches: dict[int, Box], slab: Box) -> dict[int, Box]:
-    """Where organs may be in a slab."""
-    found = {o: overlap(reach, slab) for o, reach in reaches.items()}
-    return {o: box for o, box in found.items() if box is not None}
 
 
 def _padded(box: Box) -> tuple[int, int, int]:

@@ -46,7 +46,7 @@ def found(arrays: Arrays, block: tuple[int, int, int]) -> dict[str, OrganMeasure
         corner = np.array([part.start for part in region])
         count_labels(labels[region], hu[region], ORGANS.values, corner, tally)
         total += tally
-    return organ_measures(total, ORGANS, GRID, THRESHOLD, keypoints, votes)
+    return organ_measures(total, ORGANS, GRID, keypoints, votes)
 
 
 def test_measures_follow_from_their_definitions(

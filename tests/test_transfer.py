@@ -402,7 +402,7 @@ def decided_all(shares: Array, values: Sequence[int]) -> Array:
     z, y, x = shares.shape[1:]
     everywhere = ((0, z), (0, y), (0, x))
     region = (slice(0, z), slice(0, y), slice(0, x))
-    decision = Decision(region, everywhere, 0.15)
+    decision = Decision(region, 0.15)
     for value, share in zip(values, shares, strict=True):
         decision.claim(value, everywhere, share)
     return decision.labels
