@@ -50,18 +50,10 @@ def fit_affine(
     n = len(source)
     if n < LEAST:
         return None
-    homogeneous = np.column_stack([source, np.ones(n)])
-    found = np.empty((4, 3))
-    if not _best(source, target, _samples(n), found):
+    found, agree = np.empty((4, 3)), np.empty(n, np.bool_)
+    if not _fit(source, target, _samples(n), found, agree):
         return None
-    best = _agree(homogeneous @ found, target)
-    if best.sum() < LEAST:
-        return None
-    refined = np.linalg.lstsq(homogeneous[best], target[best], rcond=None)[0]
-    agree = _agree(homogeneous @ refined, target)
-    if agree.sum() < LEAST or not _plausible(refined[:3]):
-        return None
-    return np.ascontiguousarray(refined.T), agree
+    return np.ascontiguousarray(found.T), agree
 
 
 def _samples(n: int) -> NDArray[np.int64]:
@@ -96,29 +88,52 @@ def _choose(n: int, drawn: NDArray[np.float64], chosen: NDArray[np.int64]) -> No
 
 
 @kernel
+def _fit(
+    source: NDArray[np.float64],
+    target: NDArray[np.float64],
+    samples: NDArray[np.int64],
+    out: NDArray[np.float64],
+    agree: NDArray[np.bool_],
+) -> bool:
+    """Find the affine that `fit_affine` gives, if there is one.
+
+    Parameters
+    ----------
+    samples : int64 array (m, 4)
+        Which pairs are tried.
+    out : float64 array (4, 3)
+        Receives it: x becomes ``(x, 1) @ out``.
+    agree : bool array (n)
+        Receives who agrees with it.
+
+    Returns
+    -------
+    bool
+        Whether it is plausible, and enough agree.
+    """
+    if _best(source, target, samples, out) < LEAST:
+        return False
+    _agree(source, target, out, agree)
+    _least_squares(source, target, agree, out)
+    return _agree(source, target, out, agree) >= LEAST and _is_plausible(out)
+
+
+@kernel
 def _best(
     source: NDArray[np.float64],
     target: NDArray[np.float64],
     samples: NDArray[np.int64],
     out: NDArray[np.float64],
-) -> bool:
+) -> int:
     """Find the plausible affine through 4 pairs that most agree with, the first in a tie.
-
-    Parameters
-    ----------
-    samples : int64 array (m, 4)
-        Which pairs.
-    out : float64 array (4, 3)
-        Receives it: x becomes ``(x, 1) @ out``.
 
     Returns
     -------
-    bool
-        Whether any is plausible.
+    int
+        How many agree; 0 if none is plausible.
     """
-    least, most = SCALES[0] ** 2, SCALES[1] ** 2
-    edges, moved, linear = np.empty((3, 3)), np.empty((3, 3)), np.empty((3, 3))
-    inverse, low, high = np.empty((3, 3)), np.empty((3, 3)), np.empty((3, 3))
+    edges, moved, inverse = np.empty((3, 3)), np.empty((3, 3)), np.empty((3, 3))
+    found, agree = np.empty((4, 3)), np.empty(source.shape[0], np.bool_)
     most_agree = 0
     for s in range(samples.shape[0]):
         first = samples[s, 0]
@@ -126,47 +141,104 @@ def _best(
             for a in range(3):
                 edges[k, a] = source[samples[s, k + 1], a] - source[first, a]
                 moved[k, a] = target[samples[s, k + 1], a] - target[first, a]
-        volume = _determinant(edges)
-        if not abs(volume) > _FLAT:
+        if not abs(_invert(edges, inverse)) > _FLAT:
             continue
-        for i in range(3):
-            for j in range(3):
-                p, q, r, t = (j + 1) % 3, (j + 2) % 3, (i + 1) % 3, (i + 2) % 3
-                inverse[i, j] = (edges[p, r] * edges[q, t] - edges[p, t] * edges[q, r]) / volume
-        for i in range(3):
-            for j in range(3):
-                linear[i, j] = 0.0
-                for k in range(3):
-                    linear[i, j] += inverse[i, k] * moved[k, j]
-        if not _determinant(linear) > 0:
+        _through(inverse, moved, source[first], target[first], found)
+        if not _is_plausible(found):
             continue
-        # All squared stretches, the eigenvalues of L Lᵀ, lie between two bounds.
+        count = _agree(source, target, found, agree)
+        if count > most_agree:
+            most_agree = count
+            out[...] = found
+    return most_agree
+
+
+@kernel
+def _least_squares(
+    source: NDArray[np.float64],
+    target: NDArray[np.float64],
+    agree: NDArray[np.bool_],
+    out: NDArray[np.float64],
+) -> None:
+    """Fit an affine to pairs of which four do not lie in a plane."""
+    before, after = np.zeros(3), np.zeros(3)
+    squares, products, inverse = np.zeros((3, 3)), np.zeros((3, 3)), np.empty((3, 3))
+    n = 0
+    for m in range(agree.size):
+        if agree[m]:
+            before += source[m]
+            after += target[m]
+            n += 1
+    before /= n
+    after /= n
+    for m in range(agree.size):
+        if agree[m]:
+            for i in range(3):
+                for j in range(3):
+                    d = source[m, i] - before[i]
+                    squares[i, j] += d * (source[m, j] - before[j])
+                    products[i, j] += d * (target[m, j] - after[j])
+    _invert(squares, inverse)
+    _through(inverse, products, before, after, out)
+
+
+@kernel
+def _through(inverse: Any, moved: Any, before: Any, after: Any, out: Any) -> None:
+    """Make the affine with the linear part ``inverse @ moved`` that maps one point to another."""
+    for j in range(3):
         for i in range(3):
-            for j in range(3):
-                squared = 0.0
-                for k in range(3):
-                    squared += linear[i, k] * linear[j, k]
-                low[i, j] = squared - (least if i == j else 0.0)
-                high[i, j] = (most if i == j else 0.0) - squared
-        if not (_is_positive(low) and _is_positive(high)):
-            continue
-        agree = 0
-        for m in range(source.shape[0]):
-            apart = 0.0
-            for a in range(3):
-                d = target[first, a] - target[m, a]
-                for k in range(3):
-                    d += (source[m, k] - source[first, k]) * linear[k, a]
-                apart += d * d
-            agree += 1 if apart < TOLERANCE * TOLERANCE else 0
-        if agree > most_agree:
-            most_agree = agree
-            out[:3] = linear
-            for a in range(3):
-                out[3, a] = target[first, a]
-                for k in range(3):
-                    out[3, a] -= source[first, k] * linear[k, a]
-    return most_agree > 0
+            out[i, j] = 0.0
+            for k in range(3):
+                out[i, j] += inverse[i, k] * moved[k, j]
+        out[3, j] = after[j]
+        for k in range(3):
+            out[3, j] -= before[k] * out[k, j]
+
+
+@kernel
+def _agree(source: Any, target: Any, affine: Any, agree: Any) -> int:
+    """Which points an affine maps less than `TOLERANCE` from their targets; counts them."""
+    count = 0
+    for m in range(source.shape[0]):
+        apart = 0.0
+        for a in range(3):
+            d = affine[3, a] - target[m, a]
+            for k in range(3):
+                d += source[m, k] * affine[k, a]
+            apart += d * d
+        agree[m] = apart < TOLERANCE * TOLERANCE
+        count += 1 if agree[m] else 0
+    return count
+
+
+@kernel
+def _is_plausible(affine: Any) -> bool:
+    """Whether an affine is not mirrored, and stretches nothing beyond `SCALES`."""
+    linear = affine[:3]
+    if not _determinant(linear) > 0:
+        return False
+    # All squared stretches, the eigenvalues of L Lᵀ, lie between two bounds.
+    least, most = SCALES[0] ** 2, SCALES[1] ** 2
+    low, high = np.empty((3, 3)), np.empty((3, 3))
+    for i in range(3):
+        for j in range(3):
+            squared = 0.0
+            for k in range(3):
+                squared += linear[i, k] * linear[j, k]
+            low[i, j] = squared - (least if i == j else 0.0)
+            high[i, j] = (most if i == j else 0.0) - squared
+    return _is_positive(low) and _is_positive(high)
+
+
+@kernel
+def _invert(m: Any, out: Any) -> float:
+    """Invert a matrix; gives its determinant."""
+    determinant: float = _determinant(m)
+    for i in range(3):
+        for j in range(3):
+            p, q, r, t = (j + 1) % 3, (j + 2) % 3, (i + 1) % 3, (i + 2) % 3
+            out[i, j] = (m[p, r] * m[q, t] - m[p, t] * m[q, r]) / determinant
+    return determinant
 
 
 @kernel
@@ -184,13 +256,3 @@ def _is_positive(m: NDArray[np.float64]) -> bool:
     """Whether all eigenvalues of a symmetric matrix are over 0: Sylvester's criterion."""
     corner = m[0, 0] * m[1, 1] - m[0, 1] * m[1, 0]
     return bool(m[0, 0] > 0 and corner > 0 and _determinant(m) > 0)
-
-
-def _plausible(linear: NDArray[Any]) -> bool:
-    stretches = np.linalg.svd(linear, compute_uv=False)
-    inside = stretches[-1] >= SCALES[0] and stretches[0] <= SCALES[1]
-    return bool(inside and np.linalg.det(linear) > 0)
-
-
-def _agree(mapped: NDArray[np.float64], target: NDArray[np.float64]) -> NDArray[np.bool_]:
-    return np.asarray(np.linalg.norm(mapped - target, axis=-1) < TOLERANCE)

@@ -57,7 +57,8 @@ def organ_distances(
     [found_strips] = read_strips([(atlas, whole)], organs)
     for name, strips in found_strips.items():
         own, box = near[name], boxes[name]
-        organ = strips.dense(shape_of(box)) != OUTSIDE
+        shape = shape_of(box)
+        organ = strips.dense(shape)[..., : shape[2]] != OUTSIDE
         at = voxel[own] - [start for start, _ in box]
         tree = cKDTree(surface(organ) * spacing)
         distance = np.asarray(tree.query(at * spacing, distance_upper_bound=reach)[0])

@@ -4,7 +4,7 @@ Between the plan (`kpt_dask.moves`), what atlases keep (`kpt_dask.strips`) and t
 (`kpt_dask.summing`).
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,9 +13,9 @@ from numpy.typing import NDArray
 
 from atlas_store import Atlas, OrganTable
 from kpt_dask.boxes import Box, begin_of, joined, shape_of
+from kpt_dask.jit import kernel
 from kpt_dask.moves import Moves
-from kpt_dask.shares import intensity_table
-from kpt_dask.strips import Strips, read_strips
+from kpt_dask.strips import read_strips
 from kpt_dask.summing import accumulate, sample
 
 
@@ -28,47 +28,21 @@ class MovedOrgan:
     strips : int16 array (n, `PLACE` + `LANES`)
         All that was read of these atlases.
     planes : int64 array (p)
-        Where in it the strips of each plane of each atlas's organ begin, and where they end.
+        Where in it the strips of each plane of what was read begin, and where they end.
     shifts : int64 array (m, 7)
-        Of moves by whole voxels: where the bounding box begins in the volume, its size, and
+        Of its moves by whole voxels: where the bounding box begins in the volume, its size, and
         where its planes begin in `planes`.
     weights : float32 array (m)
         Of these moves.
-    affines : list of (dense, low, high, inverse, weight)
-        Of the moves by affines: the bounding box, int16 (z, y, x), and as in `Moves`.
+    affines : list of (strips, shape, low, high, inverse, weight)
+        Of the moves by affines: the organ, the size of its bounding box, and as in `Moves`.
     """
 
     strips: NDArray[np.int16]
     planes: NDArray[np.int64]
     shifts: NDArray[np.int64]
     weights: NDArray[np.float32]
-    affines: list[tuple[Any, Any, Any, Any, Any]]
-
-    @classmethod
-    def of(cls, parts: Sequence[tuple[Strips, Box, slice]], moves: Moves) -> "MovedOrgan":
-        """Put together the strips of an organ, its bounds, and its moves, of each atlas."""
-        sizes = [strips.planes.size for strips, _, _ in parts]
-        counts = [own.stop - own.start for _, _, own in parts]
-        begins = np.repeat(np.cumsum([0, *sizes[:-1]]), counts)
-        index = np.concatenate([np.arange(own.start, own.stop) for _, _, own in parts])
-        low, high = moves.low[index], moves.high[index]
-        weights = moves.weight[index].astype(np.float32)
-        bent = moves.bent()
-        shifted = ~bent[index]
-        affines = []
-        for strips, bounds, own in parts:
-            by_affine = (own.start + np.flatnonzero(bent[own])).tolist()
-            dense = strips.dense(shape_of(bounds)) if by_affine else None
-            for i in by_affine:
-                weight = np.float32(moves.weight[i])
-                affines.append((dense, moves.low[i], moves.high[i], moves.inverse[i], weight))
-        return cls(
-            parts[0][0].values,
-            np.concatenate([strips.planes for strips, _, _ in parts]),
-            np.column_stack([low, high - low, begins])[shifted],
-            weights[shifted],
-            affines,
-        )
+    affines: list[tuple[Any, Any, Any, Any, Any, Any]]
 
     def add(self, share: NDArray[np.float32], scan: NDArray[np.int16], box: Box, nu: float) -> None:
         """Add all moves to the organ's share in a box of the volume.
@@ -85,10 +59,16 @@ class MovedOrgan:
         if self.weights.size:
             moved = self.strips, self.planes, self.shifts, self.weights
             accumulate(share, scan, first, *moved, nu)
-        for dense, low, high, inverse, weight in self.affines:
-            start, stop = np.maximum(low - first, 0), np.minimum(high - first, shape_of(box))
-            where = start, stop, inverse
-            sample(share, scan, first, dense, *where, weight, intensity_table(nu))
+        for strips, shape, low, high, inverse, weight in self.affines:
+            start, stop = np.maximum(low, first), np.minimum(high, first + shape_of(box))
+            if (start < stop).all():
+                planes = np.empty((2, 1), np.int64)
+                where = inverse[None], start[None], stop[None], np.array(shape[:1])
+                _planes_from(*where, *planes)
+                begin, end = planes[:, 0].tolist()
+                dense = strips.dense(shape, (begin, end))
+                into = start - first, stop - first, inverse
+                sample(share, scan, first, dense, begin, *into, weight, nu)
 
 
 def read_moved(
@@ -104,35 +84,96 @@ def read_moved(
         At least one.
     boxes : sequence of Box
     """
-    begins = moves.begins()
-    ends = [*begins[1:].tolist(), moves.atlas.size]
-    low, high = moves.low[:, 0], moves.high[:, 0]
-    ranges = []
-    for box in boxes:
-        here = moves.reach(box)
-        first = np.where(here, np.maximum(low, box[0][0]) - low, np.iinfo(np.int64).max)
-        stop = np.where(here, np.minimum(high, box[0][1]) - low, 0)
-        first, stop = np.minimum.reduceat(first, begins), np.maximum.reduceat(stop, begins)
-        ranges.append(zip(first.tolist(), stop.tolist(), strict=True))
-    bent = np.logical_or.reduceat(moves.bent(), begins).tolist()
+    begins, bent = moves.begins(), moves.bent()
+    counts = np.diff(np.append(begins, moves.atlas.size))
     names = organs.names
+    pairs = list(zip(moves.atlas[begins].tolist(), moves.organ[begins].tolist(), strict=True))
+    ranges = []
+    for each in _planes(atlases, moves, boxes, organs):
+        first, stop = np.minimum.reduceat(each[0], begins), np.maximum.reduceat(each[1], begins)
+        ranges.append(zip(first.tolist(), stop.tolist(), strict=True))
     wanted: dict[int, dict[str, list[tuple[int, int]]]] = {}
-    mine: dict[int, list[tuple[int, slice]]] = {}
-    groups = map(slice, begins.tolist(), ends)
-    for own, by_affine, *parts in zip(groups, bent, *ranges, strict=True):
-        planes = joined((a, b) for a, b in parts if b)
-        if not planes:
-            continue
-        a, o = int(moves.atlas[own.start]), int(moves.organ[own.start])
-        if by_affine:
-            planes = [(0, shape_of(atlases[a].organs[names[o]].bounding_box)[0])]
-        wanted.setdefault(a, {})[names[o]] = planes
-        mine.setdefault(o, []).append((a, own))
+    mine: list[int] = []
+    by_affine = np.logical_or.reduceat(bent, begins).tolist()
+    for g, ((a, o), *parts) in enumerate(zip(pairs, *ranges, strict=True)):
+        planes = joined((a, b) for a, b in parts if a < b)
+        if planes:
+            wanted.setdefault(a, {})[names[o]] = planes
+            mine.append(g)
+    if not mine:
+        return {}
     read = read_strips([(atlases[a], own) for a, own in wanted.items()], organs)
-    strips = dict(zip(wanted, read, strict=True))
+    by_atlas = dict(zip(wanted, read, strict=True))
+    strips = [by_atlas[a][names[o]] for a, o in (pairs[g] for g in mine)]
+    # Of each atlas's organ, where its planes begin among those of all.
+    offsets = np.full(begins.size, -1)
+    offsets[mine] = np.cumsum([0, *(own.planes.size for own in strips[:-1])])
+    offsets = np.repeat(offsets, counts)
+    all_planes = np.concatenate([own.planes for own in strips])
+    shifts = np.column_stack([moves.low, moves.high - moves.low, offsets])
+    weights = moves.weight.astype(np.float32)
+    affines: dict[int, list[tuple[Any, Any, Any, Any, Any, Any]]] = {}
+    for g, organ in zip(mine, strips, strict=True):
+        for i in range(begins[g], begins[g] + counts[g]) if by_affine[g] else ():
+            a, o = pairs[g]
+            shape = shape_of(atlases[a].organs[names[o]].bounding_box)
+            where = moves.low[i], moves.high[i], moves.inverse[i]
+            affines.setdefault(o, []).append((organ, shape, *where, weights[i]))
     found = {}
-    for o, owns in mine.items():
-        name = names[o]
-        parts = [(strips[a][name], atlases[a].organs[name].bounding_box, own) for a, own in owns]
-        found[o] = MovedOrgan.of(parts, moves)
+    for o in sorted({pairs[g][1] for g in mine}):
+        own = np.flatnonzero((moves.organ == o) & (offsets >= 0) & ~bent)
+        found[o] = MovedOrgan(
+            strips[0].values, all_planes, shifts[own], weights[own], affines.get(o, [])
+        )
     return found
+
+
+def _planes(
+    atlases: Mapping[int, Atlas], moves: Moves, boxes: Sequence[Box], organs: OrganTable
+) -> Iterator[tuple[NDArray[np.int64], NDArray[np.int64]]]:
+    """Of each box, which planes of its organ each move brings there: the first, and past the last.
+
+    These are planes of the bounding box; where there are none, the first is not before the other.
+    """
+    bent = np.array(list(moves.inverse), np.int64)
+    inverse = np.array(list(moves.inverse.values())).reshape(-1, 3, 4)
+    who = zip(moves.atlas[bent].tolist(), moves.organ[bent].tolist(), strict=True)
+    bounds = [atlases[a].organs[organs.names[o]].bounding_box for a, o in who]
+    depth = np.array([shape_of(box)[0] for box in bounds], np.int64)
+    for box in boxes:
+        reached = moves.reach(box)
+        start, stop = (np.array(ends) for ends in zip(*box, strict=True))
+        low, high = np.maximum(moves.low, start), np.minimum(moves.high, stop)
+        first, past = low[:, 0] - moves.low[:, 0], high[:, 0] - moves.low[:, 0]
+        if bent.size:
+            own = np.empty((2, bent.size), np.int64)
+            _planes_from(inverse, low[bent], high[bent], depth, *own)
+            first[bent], past[bent] = own
+        yield np.where(reached, first, np.iinfo(np.int64).max), np.where(reached, past, 0)
+
+
+@kernel
+def _planes_from(inverse: Any, low: Any, high: Any, depth: Any, first: Any, past: Any) -> None:
+    """Find the planes of an organ from which affines fetch voxels.
+
+    Parameters
+    ----------
+    inverse : float64 array (n, 3, 4)
+        As in `Moves`.
+    low, high : int64 arrays (n, 3)
+        First voxels of the scan, and the ones past the last.
+    depth : int64 array (n)
+        Of the bounding box.
+    first, past : int64 arrays (n)
+        Receive the first plane, and the one past the last.
+    """
+    for n in range(depth.size):
+        least = most = inverse[n, 0, 3]
+        for axis in range(3):
+            along = inverse[n, 0, axis]
+            ends = along * low[n, axis], along * (high[n, axis] - 1)
+            least += min(ends)
+            most += max(ends)
+        # One plane more, whatever is rounded.
+        first[n] = min(max(int(np.floor(least + 0.5)) - 1, 0), depth[n])
+        past[n] = min(max(int(np.floor(most + 0.5)) + 2, 0), depth[n])

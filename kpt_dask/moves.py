@@ -86,10 +86,11 @@ class Moves:
         reached: NDArray[np.bool_] = ((self.low < stop) & (self.high > start)).all(axis=1)
         return reached
 
-    def voxels_in(self, box: Box) -> NDArray[np.float64]:
-        """About how many voxels of the organ each move brings into a box (n).
+    def visited_in(self, box: Box) -> NDArray[np.float64]:
+        """About how many voxels of a box each move visits (n).
 
-        As if each organ were round: half of a ball lies in its middle third.
+        Those of the organ, as if it were round: half of a ball lies in its middle third. By an
+        affine, all where it may come to lie.
         """
         voxels = np.zeros(self.atlas.size)
         here = np.flatnonzero(self.reach(box))
@@ -98,6 +99,9 @@ class Moves:
         # Of a ball of height 1, what lies below t.
         below, above = (t * t * (3 - 2 * t) for t in ends)
         voxels[here] = self.voxels[here] * (above - below).prod(axis=1)
+        if self.inverse:
+            inside = (ends[1] - ends[0]) * size
+            voxels[here] = np.where(self.bent()[here], inside.prod(axis=1), voxels[here])
         return voxels
 
     def reaches(self) -> dict[int, Box]:

@@ -179,11 +179,3 @@ def _claim(shape: Any, value: Any, share: Any, largest: Any, labels: Any) -> Non
                 if ours[x] > best[x]:
                     own[x] = value
                     best[x] = ours[x]
-
-
-def intensity_table(nu: float) -> NDArray[np.float32]:
-    """exp(−d² / 2ν²) for d = 0, 1, 2, … HU; scans hold whole HU, so differences are whole."""
-    d = np.arange(int(np.ceil(VANISHING * nu)) + 1)
-    table = np.exp(-(d**2) / (2 * nu**2)).astype(np.float32)
-    table[-1] = 0
-    return table

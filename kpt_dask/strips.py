@@ -54,11 +54,27 @@ class Strips:
     values: NDArray[np.int16]
     planes: NDArray[np.int64]
 
-    def dense(self, shape: tuple[int, int, int]) -> NDArray[np.int16]:
-        """Fill the organ's bounding box: HU (z, y, x), `OUTSIDE` where the organ is not."""
-        out = np.full((*shape[:2], shape[2] + LANES), OUTSIDE, np.int16)
-        _fill(self.values[self.planes[0] : self.planes[-1]], out)
-        return out[..., : shape[2]]
+    def dense(
+        self, shape: tuple[int, int, int], planes: tuple[int, int] | None = None
+    ) -> NDArray[np.int16]:
+        """Fill planes of the organ's bounding box: HU, `OUTSIDE` where the organ is not.
+
+        Parameters
+        ----------
+        shape : (int, int, int)
+            Of the bounding box.
+        planes : (int, int), optional
+            The first one and the one after the last; all of them if not given.
+
+        Returns
+        -------
+        int16 array (z, y, x + `LANES`), C order
+            Beside the box there is none of the organ.
+        """
+        first, stop = planes or (0, shape[0])
+        out = np.full((stop - first, shape[1], shape[2] + LANES), OUTSIDE, np.int16)
+        _fill(self.values[self.planes[first] : self.planes[stop]], first, out)
+        return out
 
 
 def write_strips(
@@ -92,7 +108,8 @@ def write_strips(
     begins, planes = 0, {}
     for name, info in found.items():
         own = np.concatenate(parts[name])
-        planes[name] = (begins + _checked(own, 0, len(own), info.bounding_box).planes).tolist()
+        [found_planes] = _planes_of(own, [(0, len(own))], [shape_of(info.bounding_box)])
+        planes[name] = (begins + _checked(found_planes)).tolist()
         begins += len(own)
     array = group.create_array(
         NAME,
@@ -144,22 +161,29 @@ def read_strips(
     ]
     values = np.empty((sum(rows), PLACE + LANES), np.int16)
     begins = np.cumsum([0, *rows]).tolist()
-    found = []
+    spans: list[dict[str, tuple[int, int]]] = []
     for (atlas, _), source, begin, end in zip(wanted, sources, begins, begins[1:], strict=False):
-        with reading(atlas, NAME):
-            if isinstance(source, _Stored):
+        if isinstance(source, _Stored):
+            with reading(atlas, NAME):
                 atlas.objects.unpack(source.chunks, values[begin:end])
-                spans = {name: (begin + a, begin + b) for name, (a, b) in source.spans.items()}
-            else:
-                spans = {}
-                for name, own in source.items():
-                    spans[name] = begin, begin + len(own)
-                    values[begin : begin + len(own)] = own
-                    begin += len(own)
-            boxes = {name: atlas.organs[name].bounding_box for name in spans}
-            found.append(
-                {name: _checked(values, *ends, boxes[name]) for name, ends in spans.items()}
-            )
+            spans.append({name: (begin + a, begin + b) for name, (a, b) in source.spans.items()})
+        else:
+            spans.append({})
+            for name, own in source.items():
+                spans[-1][name] = begin, begin + len(own)
+                values[begin : begin + len(own)] = own
+                begin += len(own)
+    shapes = [
+        shape_of(atlas.organs[name].bounding_box)
+        for (atlas, _), each in zip(wanted, spans, strict=True)
+        for name in each
+    ]
+    ends = [span for each in spans for span in each.values()]
+    begin_of_planes = iter(_planes_of(values, ends, shapes))
+    found = []
+    for (atlas, _), each in zip(wanted, spans, strict=True):
+        with reading(atlas, NAME):
+            found.append({name: Strips(values, _checked(next(begin_of_planes))) for name in each})
     return found
 
 
@@ -225,30 +249,63 @@ def _from_surroundings(
     return {name: np.concatenate(cuts) for name, cuts in found.items()}
 
 
-def _checked(values: NDArray[np.int16], begin: int, end: int, box: Box) -> Strips:
-    """Find where planes begin; kernels believe that the places lie in the bounding box."""
-    shape = shape_of(box)
-    planes = np.empty(shape[0] + 1, np.int64)
-    if not _find_planes(values[begin:end], shape, planes):
+def _planes_of(
+    values: NDArray[np.int16],
+    spans: Sequence[tuple[int, int]],
+    shapes: Sequence[tuple[int, int, int]],
+) -> list[NDArray[np.int64] | None]:
+    """Find where the planes of organs begin, in one go: see `Strips`.
+
+    Parameters
+    ----------
+    spans, shapes
+        Of each organ, where in `values` it begins and ends, and the size of its bounding box.
+
+    Returns
+    -------
+    list of int64 array (depth + 1) or None
+        None if strips lie outside of the box, or are not in order.
+    """
+    ends = np.cumsum([0, *(shape[0] + 1 for shape in shapes)])
+    planes, good = np.empty(ends[-1], np.int64), np.empty(len(shapes), np.bool_)
+    ranges, sizes = np.array(spans, np.int64), np.array(shapes, np.int64)
+    _find_planes(values, ranges.reshape(-1, 2), sizes.reshape(-1, 3), ends, planes, good)
+    pieces = zip(good.tolist(), ends[:-1].tolist(), ends[1:].tolist(), strict=True)
+    return [planes[a:b] if fine else None for fine, a, b in pieces]
+
+
+def _checked(planes: NDArray[np.int64] | None) -> NDArray[np.int64]:
+    """Refuse an organ that is not whole: kernels believe that places lie in the bounding box."""
+    if planes is None:
         raise ValueError("strips lie outside of the organ, or are not in order")
-    return Strips(values, begin + planes)
+    return planes
 
 
 @kernel
 def _find_planes(
-    values: NDArray[np.int16], shape: tuple[int, int, int], planes: NDArray[np.int64]
-) -> bool:
-    """Find where planes begin; whether all strips lie in the shape, and in order of planes."""
-    plane = 0
-    for i in range(values.shape[0]):
-        z, y, x = values[i, 0], values[i, 1], values[i, 2]
-        if z < max(plane - 1, 0) or z >= shape[0] or not (0 <= y < shape[1] and 0 <= x < shape[2]):
-            return False
-        for _ in range(plane, z + 1):
-            planes[plane] = i
-            plane += 1
-    planes[plane:] = values.shape[0]
-    return True
+    values: NDArray[np.int16],
+    spans: NDArray[np.int64],
+    shapes: NDArray[np.int64],
+    ends: NDArray[np.int64],
+    planes: NDArray[np.int64],
+    good: NDArray[np.bool_],
+) -> None:
+    """Do what `_planes_of` does; organ n has ``planes[ends[n]:ends[n + 1]]``."""
+    for n in range(spans.shape[0]):
+        begin, stop = spans[n, 0], spans[n, 1]
+        depth, height, width = shapes[n, 0], shapes[n, 1], shapes[n, 2]
+        own = planes[ends[n] : ends[n + 1]]
+        plane = 0
+        good[n] = True
+        for i in range(begin, stop):
+            z, y, x = values[i, 0], values[i, 1], values[i, 2]
+            if z < max(plane - 1, 0) or z >= depth or not (0 <= y < height and 0 <= x < width):
+                good[n] = False
+                break
+            for _ in range(plane, z + 1):
+                own[plane] = i
+                plane += 1
+        own[plane:] = stop
 
 
 def _cut_out(packed: NDArray[np.int32], first: int, value: int) -> NDArray[np.int16]:
@@ -285,8 +342,8 @@ def _strips(packed: NDArray[np.int32], value: int, first: int, out: NDArray[np.i
 
 
 @kernel
-def _fill(strips: NDArray[np.int16], out: NDArray[np.int16]) -> None:
+def _fill(strips: NDArray[np.int16], first: int, out: NDArray[np.int16]) -> None:
     for i in range(strips.shape[0]):
-        z, y, x = strips[i, 0], strips[i, 1], strips[i, 2]
+        z, y, x = strips[i, 0] - first, strips[i, 1], strips[i, 2]
         for lane in range(LANES):
             out[z, y, x + lane] = strips[i, PLACE + lane]

@@ -9,9 +9,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kpt_dask.jit import kernel
-from kpt_dask.rows import LANES, LOG2_E, add_strips
+from kpt_dask.rows import LANES, LOG2_E, add_strips, exp2
 from kpt_dask.shares import VANISHING
-from kpt_dask.strips import OUTSIDE, PLACE
+from kpt_dask.strips import PLACE
 
 LIGHTEST = np.float32(1e-20)
 """A move that weighs less changes nothing, and would leave the powers that `add_strips` takes."""
@@ -106,11 +106,12 @@ def sample(
     scan: Any,
     first: Any,
     organ: Any,
+    begin: Any,
     start: Any,
     stop: Any,
     inverse: Any,
     weight: Any,
-    table: Any,
+    nu: Any,
 ) -> None:
     """Add one organ, moved by an affine, to its share.
 
@@ -118,18 +119,26 @@ def sample(
     ----------
     share, scan, first
         As for `accumulate`.
-    organ : int16 array (z, y, x)
-        HU of its bounding box: see `kpt_dask.strips.Strips.dense`.
+    organ : int16 array (z, y, x), C order
+        HU of planes of its bounding box: see `kpt_dask.strips.Strips.dense`. Rows are longer than
+        the box is wide.
+    begin : int
+        The first of these planes.
     start, stop : int64 arrays (3)
         Voxels of the share's box to be changed.
     inverse : float64 array (3, 4)
         From voxels of the volume to those of the organ's bounding box.
     weight : float32
         Of the move, as a share of the organ's.
-    table : float32 array
-        From `kpt_dask.shares.intensity_table`.
+    nu : float
+        HU.
     """
-    last = table.size - 1
+    slope = np.float32(LOG2_E / (2 * nu * nu))
+    most = np.float32(min(VANISHING * nu, FARTHEST) ** 2)
+    depth, height, width = organ.shape
+    voxels = organ.ravel()
+    at = np.empty(share.shape[2], np.uint32)
+    apart = np.empty(share.shape[2], np.float32)
     for z in range(start[0], stop[0]):
         pz = float(first[0] + z)
         for y in range(start[1], stop[1]):
@@ -137,16 +146,41 @@ def sample(
             rz = inverse[0, 3] + inverse[0, 0] * pz + inverse[0, 1] * py
             ry = inverse[1, 3] + inverse[1, 0] * pz + inverse[1, 1] * py
             rx = inverse[2, 3] + inverse[2, 0] * pz + inverse[2, 1] * py
-            for x in range(start[2], stop[2]):
-                px = float(first[2] + x)
-                k = int(np.floor(rz + inverse[0, 2] * px + 0.5))
-                j = int(np.floor(ry + inverse[1, 2] * px + 0.5))
-                i = int(np.floor(rx + inverse[2, 2] * px + 0.5))
-                if k < 0 or j < 0 or i < 0:
-                    continue
-                if k >= organ.shape[0] or j >= organ.shape[1] or i >= organ.shape[2]:
-                    continue
-                hu = organ[k, j, i]
-                if hu != OUTSIDE:
-                    apart = abs(int(scan[z, y, LANES + x]) - int(hu))
-                    share[z, y, LANES + x] += weight * table[min(apart, last)]
+            low, high = float(first[2] + start[2]), float(first[2] + stop[2])
+            low, high = _inside(rz - begin, inverse[0, 2], depth, low, high)
+            low, high = _inside(ry, inverse[1, 2], height, low, high)
+            low, high = _inside(rx, inverse[2, 2], width, low, high)
+            n = int(high - low)
+            if n <= 0:
+                continue
+            for q in range(n):
+                px = low + q
+                k = np.int32(np.floor(rz + inverse[0, 2] * px + 0.5)) - np.int32(begin)
+                j = np.int32(np.floor(ry + inverse[1, 2] * px + 0.5))
+                i = np.int32(np.floor(rx + inverse[2, 2] * px + 0.5))
+                inside = (k >= 0) & (k < depth) & (j >= 0) & (j < height) & (i >= 0) & (i < width)
+                # The last column is none of the organ's.
+                at[q] = np.uint32((k * height + j) * width + i if inside else width - 1)
+            column = LANES + int(low) - first[2]
+            here, out = scan[z, y, column : column + n], share[z, y, column : column + n]
+            for q in range(n):
+                apart[q] = np.float32(here[q]) - np.float32(voxels[at[q]])
+            for q in range(n):
+                squared = apart[q] * apart[q]
+                counts = squared < most
+                power = weight * exp2(-slope * (squared if counts else np.float32(0)))
+                out[q] += power if counts else np.float32(0)
+
+
+@kernel
+def _inside(offset: Any, slope: Any, size: Any, low: Any, high: Any) -> Any:
+    """Bounds of the whole x between two whole ones for which offset + slope · x may be inside.
+
+    Those left out would be rounded to less than 0, or to `size` or more; one more on either side
+    is kept, whatever is rounded.
+    """
+    if abs(slope) < 1e-9:
+        outside = offset < -1.5 or offset > size + 0.5
+        return low, low if outside else high
+    ends = (-0.5 - offset) / slope, (size - 0.5 - offset) / slope
+    return max(low, np.floor(min(ends))), min(high, np.ceil(max(ends)) + 1)

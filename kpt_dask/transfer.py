@@ -43,13 +43,13 @@ from kpt_dask.rows import LANES
 from kpt_dask.shares import SHARD, Part, Share, finish_slab, run_blocks, slabs
 from kpt_dask.volume import Volume
 
-READING, FINISHING = 27, 32
-"""How much longer it takes than to move a voxel of an organ to read a voxel of the scan, and what
+READING, FINISHING = 8, 28
+"""How much longer it takes than to move a voxel of an organ to unpack a voxel of the scan, and what
 is left to do where an organ may be, about."""
 BYTES = 8
 """What a voxel of an atlas's organ takes while it is read, about, and at most half afterwards."""
-SAMPLING = 20
-"""How much longer it takes to move a voxel by an affine, about."""
+SAMPLING = 10
+"""How much longer it takes to look whether an affine brings one, about."""
 
 DESCRIPTION = (
     "share of each organ's vote weight that places the organ at a voxel and agrees with the "
@@ -145,12 +145,15 @@ def transfer(
         room = memory / max(threads)
         reaches = moves.reaches()
         largest = max((sum(o.voxels for o in a.organs.values()) for a in atlases), default=0)
-        each = np.where(moves.bent(), SAMPLING, 1)
+        each, chunks = np.where(moves.bent(), SAMPLING, 1), volume.levels[0].chunks
 
         def time(box: Box) -> float:
             own = list(overlaps(reaches, box).values())
-            moved, there = moves.voxels_in(box) @ each, sum(map(volume_of, own))
-            return float(moved + FINISHING * there + READING * volume_of(enclosing(own)))
+            moved, there = moves.visited_in(box) @ each, sum(map(volume_of, own))
+            # Chunks are unpacked whole.
+            ends = zip(enclosing(own) or (), chunks, strict=False)
+            unpacked = math.prod((-(-b // n) - a // n) * n for (a, b), n in ends) if own else 0
+            return float(moved + FINISHING * there + READING * unpacked)
 
         def fits(box: Box) -> bool:
             """Whether scan and labels, the share of an organ, and the organs of an atlas do."""

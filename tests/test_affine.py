@@ -37,16 +37,23 @@ def test_the_best_of_the_tries_is_found(
         apart = np.linalg.norm(rows @ tried - target, axis=1)
         counts.append((apart < TOLERANCE).sum() if plausible else 0)
     out = np.empty((4, 3))
-    assert affine._best(source, target, affine._samples(n), out) == (max(counts) > 0)
+    assert affine._best(source, target, affine._samples(n), out) == max(counts)
     if max(counts) > 0:
         assert (np.linalg.norm(rows @ out - target, axis=1) < TOLERANCE).sum() == max(counts)
     found = fit_affine(source, target)
+    if max(counts) < LEAST:
+        assert found is None
+        return
+    best = np.linalg.norm(rows @ out - target, axis=1) < TOLERANCE
+    expected, *_ = np.linalg.lstsq(rows[best], target[best], rcond=None)
+    agree = np.linalg.norm(rows @ expected - target, axis=1) < TOLERANCE
+    stretches = np.linalg.svd(expected[:3], compute_uv=False)
+    plausible = SCALES[0] < stretches.min() and stretches.max() < SCALES[1]
+    plausible &= np.linalg.det(expected[:3]) > 0
+    assert (found is not None) == (plausible and agree.sum() >= LEAST)
     if found is not None:
-        matrix, agree = found
-        assert agree.sum() >= LEAST
-        np.testing.assert_array_equal(
-            np.linalg.norm(rows @ matrix.T - target, axis=1) < TOLERANCE, agree
-        )
+        np.testing.assert_allclose(found[0], expected.T, rtol=1e-6, atol=1e-6)
+        np.testing.assert_array_equal(found[1], agree)
 
 
 @pytest.mark.parametrize("n", [9, 12, 13, 100])

@@ -231,12 +231,12 @@ def test_slabs_share_the_voxels_of_an_organ() -> None:
     high = low + rng.integers(1, 30, (50, 3))
     moves = Moves(one, one, one * 1.0, low, high, rng.integers(1, 999, 50), {})
     slabs: list[Box] = [((z, z + 16), (-100, 100), (-100, 100)) for z in range(-32, 80, 16)]
-    found = np.array([moves.voxels_in(slab) for slab in slabs])
+    found = np.array([moves.visited_in(slab) for slab in slabs])
     np.testing.assert_allclose(found.sum(axis=0), moves.voxels)
     np.testing.assert_array_equal(found > 0, [moves.reach(slab) for slab in slabs])
     # A ball has more in its middle, and as much below it as above.
     ball = Moves(one[:1], one[:1], one[:1], 0 * low[:1], 0 * low[:1] + 30, one[:1] * 100, {})
-    thirds = [ball.voxels_in(((z, z + 10), (0, 30), (0, 30)))[0] for z in (0, 10, 20)]
+    thirds = [ball.visited_in(((z, z + 10), (0, 30), (0, 30)))[0] for z in (0, 10, 20)]
     np.testing.assert_allclose(thirds, [26, 48, 26], rtol=0.01)
 
 
