@@ -22,6 +22,7 @@ from typing import Any
 
 import numpy as np
 import xarray as xr
+from confined import Confined, client
 from scipy import ndimage
 
 from kpt_dask import cluster
@@ -68,57 +69,6 @@ print(json.dumps({"seconds": time.time() - ready, "keypoints": n, "ready": ready
                   "mib": (kib("VmHWM") - base) / 1024}))
 """
 
-SERVER = """
-import json, os, sys, time
-os.sched_setaffinity(0, json.loads(sys.argv[1]))
-from kpt_dask.cluster import session
-from kpt_dask.keypoints import extract
-from kpt_dask.volume import open_volume
-
-with session() as client:
-    for line in sys.stdin:
-        volume = open_volume(line.strip())
-        extract(volume, client=client)
-        cpu, start = time.process_time(), time.perf_counter()
-        extract(volume, client=client)
-        seconds = time.perf_counter() - start
-        print(json.dumps({"seconds": seconds, "cpu": time.process_time() - cpu}), flush=True)
-"""
-"""Extracts each volume it reads the path of, twice, and says what the second time cost."""
-
-
-class Server:
-    """A process of its own, confined to some cores from its first moment, as `taskset` would.
-
-    Its session has a thread for each core; whatever else it does, such as reading, is confined
-    to the same cores.
-    """
-
-    def __init__(self, cores: list[int]) -> None:
-        self._cores = len(cores)
-        self._process = subprocess.Popen(
-            [sys.executable, "-c", SERVER, json.dumps(cores)],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-        )
-
-    def extract(self, path: Path) -> tuple[float, float]:
-        """Seconds, and the share of all cores' time in which none computed for us."""
-        assert self._process.stdin is not None
-        assert self._process.stdout is not None
-        self._process.stdin.write(f"{path}\n")
-        self._process.stdin.flush()
-        figures = json.loads(self._process.stdout.readline())
-        idle = 1 - figures["cpu"] / figures["seconds"] / self._cores
-        return figures["seconds"], max(idle, 0.0)
-
-    def close(self) -> None:
-        """End the process."""
-        assert self._process.stdin is not None
-        self._process.stdin.close()
-        self._process.wait()
-
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
@@ -153,6 +103,16 @@ def make_volume(path: Path, shape: Shape) -> Volume:
     return open_volume(path)
 
 
+def extraction(path: Path) -> tuple[float, float]:
+    """Seconds, and the share of all cores' time in which none computed for us."""
+    volume = open_volume(path)
+    extract(volume, client=client())
+    start, cpu = time.perf_counter(), time.process_time()
+    extract(volume, client=client())
+    seconds, cpu = time.perf_counter() - start, time.process_time() - cpu
+    return seconds, max(1 - cpu / seconds / len(os.sched_getaffinity(0)), 0.0)
+
+
 def timed(function: Callable[[], Any], repeats: int) -> Times:
     """Seconds of each run after the first, which warms caches."""
     function()
@@ -177,18 +137,18 @@ def measure(volumes: dict[str, Volume], folder: Path, repeats: int) -> dict[str,
 
     # In turn, so that whatever else the machine does meets all of them.
     cores = sorted(os.sched_getaffinity(0))[:2]
-    one, two = Server(cores[:1]), Server(cores)
+    one, two = Confined(cores[:1]), Confined(cores)
     runs: dict[str, list[tuple[float, float]]] = {"1": [], "2": [], "W": []}
-    with cluster.local(1) as client:
-        keypoints = extract(c, client=client)
+    with cluster.local(1) as single:
+        keypoints = extract(c, client=single)
         free: Times = []
         for server in (one, two):
-            server.extract(folder / "C.zarr")
+            server.run(extraction, folder / "C.zarr")
         for _ in range(repeats):
-            runs["1"].append(one.extract(folder / "C.zarr"))
-            runs["2"].append(two.extract(folder / "C.zarr"))
-            runs["W"].append(two.extract(folder / "W.zarr"))
-            free.append(clock(lambda: extract(c, client=client)))
+            runs["1"].append(one.run(extraction, folder / "C.zarr"))
+            runs["2"].append(two.run(extraction, folder / "C.zarr"))
+            runs["W"].append(two.run(extraction, folder / "W.zarr"))
+            free.append(clock(lambda: extract(c, client=single)))
     one.close()
     two.close()
     times = {name: [seconds for seconds, _ in own] for name, own in runs.items()}

@@ -3,8 +3,9 @@
 
 Phantoms of the size of the paper's ceCT (C, ten organs, 19 atlases) are made in a temporary
 folder; with a store of real patients (--store, from `kpt atlas add-folder`) a patient is
-segmented by 19 and by 100 others too. All figures come from one run; times are medians. What
-a mode does after the first matching counts as its transfer: `local` matches a second time.
+segmented by 19 and by 100 others too. All figures come from one run; times are medians, of runs
+in turn on one core and on two: processes confined to them, whatever they do. What a mode does
+after the first matching counts as its transfer: `local` matches a second time.
 """
 
 import argparse
@@ -13,22 +14,24 @@ import os
 import statistics
 import sys
 import tempfile
-from collections.abc import Callable, Sequence
+import time
+from collections.abc import Sequence
+from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import xarray as xr
 import zarr
 from benchmark_extraction import C, Shape, timed
-from distributed import Client
+from confined import Confined, client
 
 from atlas_store import AtlasKeypoints, AtlasStore, load_organs
-from kpt_dask import cluster, demo, local
+from kpt_dask import demo, local
 from kpt_dask.atlases import add_atlas, store_parameters
 from kpt_dask.keypoints import extract
 from kpt_dask.matching import match
-from kpt_dask.options import DEFAULTS, MODES
+from kpt_dask.options import MODES
 from kpt_dask.phantom import write_phantom
 from kpt_dask.rematching import rematch
 from kpt_dask.scan import open_scan
@@ -39,6 +42,7 @@ from kpt_dask.volume import Volume, convert, open_volume
 from kpt_dask.voting import vote
 
 FEW, MANY = 19, 100
+STATIONS = ("extraction", "matching", *MODES)
 
 
 def main() -> None:
@@ -56,24 +60,25 @@ def main() -> None:
         print(f"Making {few} phantom atlases …", file=sys.stderr)
         store, volume = phantoms(folder, shape, few)
         ids = store.ids()
-        seconds: dict[int, dict[str, float]] = {}
-        for threads in (1, os.cpu_count() or 1):
-            with cluster.local(threads) as client:
-                seconds[threads] = measure(volume, store, ids, folder, repeats, client)
-        one, all_cores = seconds[1], seconds[os.cpu_count() or 1]
+        cores = sorted(os.sched_getaffinity(0))[:2]
+        one, two = Confined(cores[:1]), Confined(cores)
+        scan = Scan(str(volume), store.url, tuple(ids), str(folder))
+        single, both = in_turn((one, two), scan, repeats)
         for mode in MODES:
-            figures[f"{mode}_over_extraction_C"] = all_cores[mode] / all_cores["extraction"]
-            figures[f"two_core_speedup_{mode}_C"] = one[mode] / all_cores[mode]
-        figures["seconds_C"] = all_cores
-        figures["seconds_C_1_thread"] = one
+            figures[f"{mode}_over_extraction_C"] = both[mode] / both["extraction"]
+            figures[f"two_core_speedup_{mode}_C"] = single[mode] / both[mode]
+        figures["seconds_C"] = both
+        figures["seconds_C_1_core"] = single
         touched = {"surroundings": surroundings(store, ids), "organs": organs(store, ids)}
         for mode in MODES:
             what = "surroundings" if mode == "local" else "organs"
             copied = seconds_to_copy(touched[what])
             figures[f"bytes_of_{what}_C"] = touched[what]
-            figures[f"{mode}_over_copying_the_{what}"] = all_cores[mode] / copied
+            figures[f"{mode}_over_copying_the_{what}"] = both[mode] / copied
         if options.store:
-            figures |= real(AtlasStore.open(options.store), folder, repeats)
+            figures |= real(two, AtlasStore.open(options.store), folder, repeats)
+        for server in (one, two):
+            server.close()
     for key, value in figures.items():
         if isinstance(value, dict):
             value = ", ".join(f"{k} {v:.3f}" for k, v in value.items())
@@ -82,7 +87,16 @@ def main() -> None:
         options.json.write_text(json.dumps(figures, indent=2) + "\n")
 
 
-def phantoms(folder: Path, shape: Shape, count: int) -> tuple[AtlasStore, Volume]:
+class Scan(NamedTuple):
+    """A volume, the atlases that segment it, and where to."""
+
+    volume: str
+    store: str
+    atlases: tuple[str, ...]
+    folder: str
+
+
+def phantoms(folder: Path, shape: Shape, count: int) -> tuple[AtlasStore, Path]:
     """Make a store, and the volume of another phantom."""
     organs = load_organs(demo.ORGANS)
     store = AtlasStore.create(folder / "atlases", organs, store_parameters())
@@ -91,65 +105,71 @@ def phantoms(folder: Path, shape: Shape, count: int) -> tuple[AtlasStore, Volume
         write_phantom(scan, labels, seed, shape, 2.0, overwrite=True)
         add_atlas(store, scan, labels, atlas_id=f"phantom_{seed}")
     write_phantom(scan, labels, count + 1, shape, 2.0, overwrite=True)
-    return store, convert(open_scan(scan), folder / "scan.zarr")
+    convert(open_scan(scan), folder / "scan.zarr")
+    return store, folder / "scan.zarr"
 
 
-def real(store: AtlasStore, folder: Path, repeats: int) -> dict[str, Any]:
+def real(server: Confined, store: AtlasStore, folder: Path, repeats: int) -> dict[str, Any]:
     """Segment the last atlas by few and by many of the others."""
     *others, name = store.ids()
-    volume = open_volume(store[name].image)
+    volume = f"{store.url}/{store[name].path}/image"
     figures: dict[str, Any] = {}
-    with cluster.local(os.cpu_count() or 1) as client:
-        for n in (FEW, MANY):
-            figures[f"seconds_openkbp_{n}"] = measure(
-                volume, store, others[:n], folder, repeats, client
-            )
+    for n in (FEW, MANY):
+        scan = Scan(volume, store.url, tuple(others[:n]), str(folder))
+        [figures[f"seconds_openkbp_{n}"]] = in_turn([server], scan, repeats)
     for mode in MODES:
         few, many = (figures[f"seconds_openkbp_{n}"][mode] for n in (FEW, MANY))
         figures[f"{mode}_{MANY}_over_{FEW}_openkbp"] = many / few
     return figures
 
 
-def measure(
-    volume: Volume,
-    store: AtlasStore,
-    ids: Sequence[str],
-    folder: Path,
-    repeats: int,
-    client: Client,
-) -> dict[str, float]:
-    """Median seconds of extraction, of matching, and of each mode's transfer."""
-    atlases = AtlasKeypoints.load(store, ids)
-    keypoints = extract(volume, client=client)
-    matches = match(keypoints, atlases, client=client)
-    votes = vote(matches, keypoints.sizes["keypoint"], store.organs)
+def in_turn(servers: Sequence[Confined], scan: Scan, repeats: int) -> list[dict[str, float]]:
+    """Median seconds of extraction, of matching, and of each mode's transfer, on each server.
 
-    def run(mode: str) -> None:
+    In turn, so that whatever else the machine does meets all of them; after a first time, which
+    warms caches.
+    """
+    found: list[dict[str, list[float]]] = [{w: [] for w in STATIONS} for _ in servers]
+    for _ in range(repeats + 1):
+        for what in STATIONS:
+            for server, times in zip(servers, found, strict=True):
+                times[what].append(server.run(seconds, scan, what))
+    return [{w: statistics.median(t[1:]) for w, t in times.items()} for times in found]
+
+
+def seconds(scan: Scan, what: str) -> float:
+    """Do what is said to a scan, in this process."""
+    volume, store, atlases, keypoints, matches, votes = prepared(scan)
+    start = time.perf_counter()
+    if what == "extraction":
+        extract(volume, client=client())
+    elif what == "matching":
+        match(keypoints, atlases, client=client())
+    else:
         # Removed with the folder, when nobody looks at the time.
-        group = zarr.create_group(tempfile.mkdtemp(dir=folder, suffix=".zarr"))
+        group = zarr.create_group(tempfile.mkdtemp(dir=scan.folder, suffix=".zarr"))
         probability = create_probability(group, volume.grid, store.organs)
-        if mode == "local":
-            nearer: xr.Dataset = rematch(keypoints, atlases, matches, client=client)
-            local.transfer(volume, store, ids, keypoints, nearer, probability, client=client)
+        if what == "local":
+            matches = rematch(keypoints, atlases, matches, client=client())
+            how = volume, store, scan.atlases, keypoints, matches, probability
+            local.transfer(*how, client=client())
         else:
-            transfer(
-                *(volume, store, ids, keypoints, matches, votes, probability),
-                mode=mode,
-                options=DEFAULTS,
-                client=client,
-            )
-
-    seconds = {
-        "extraction": median(lambda: extract(volume, client=client), repeats),
-        "matching": median(lambda: match(keypoints, atlases, client=client), repeats),
-    }
-    for mode in MODES:
-        seconds[mode] = median(lambda mode=mode: run(mode), repeats)  # type: ignore[misc]
-    return seconds
+            how = volume, store, scan.atlases, keypoints, matches
+            transfer(*how, votes, probability, mode=what, client=client())
+    return time.perf_counter() - start
 
 
-def median(function: Callable[[], Any], repeats: int) -> float:
-    return statistics.median(timed(function, repeats))
+@cache
+def prepared(
+    scan: Scan,
+) -> tuple[Volume, AtlasStore, AtlasKeypoints, xr.Dataset, xr.Dataset, xr.Dataset]:
+    """Do what comes before the transfer."""
+    volume, store = open_volume(scan.volume), AtlasStore.open(scan.store)
+    atlases = AtlasKeypoints.load(store, scan.atlases)
+    keypoints = extract(volume, client=client())
+    matches = match(keypoints, atlases, client=client())
+    votes = vote(matches, keypoints.sizes["keypoint"], store.organs)
+    return volume, store, atlases, keypoints, matches, votes
 
 
 def surroundings(store: AtlasStore, ids: Sequence[str]) -> int:
@@ -167,7 +187,8 @@ def organs(store: AtlasStore, ids: Sequence[str]) -> int:
 def seconds_to_copy(size: int) -> float:
     source = np.ones(min(size, 1 << 28), np.uint8)
     target = np.empty_like(source)
-    return median(lambda: np.copyto(target, source), 3) * size / source.size
+    copied = statistics.median(timed(lambda: np.copyto(target, source), 3))
+    return copied * size / source.size
 
 
 if __name__ == "__main__":

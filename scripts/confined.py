@@ -1,0 +1,45 @@
+"""A process that may use some cores only, for benchmarks that compare one core with two."""
+
+import os
+from collections.abc import Callable, Collection
+from concurrent.futures import ProcessPoolExecutor
+from functools import cache
+from multiprocessing import get_context
+from typing import ParamSpec, TypeVar
+
+from distributed import Client
+
+from kpt_dask import cluster
+
+P = ParamSpec("P")
+T = TypeVar("T")
+
+
+class Confined:
+    """A process of its own, confined to some cores from its first moment, as `taskset` would.
+
+    Whatever it does, such as reading and handing out tasks, is confined to the same cores.
+    """
+
+    def __init__(self, cores: Collection[int]) -> None:
+        everywhere = os.sched_getaffinity(0)
+        os.sched_setaffinity(0, cores)
+        try:
+            self._pool = ProcessPoolExecutor(1, mp_context=get_context("spawn"))
+            self._pool.submit(client).result()
+        finally:
+            os.sched_setaffinity(0, everywhere)
+
+    def run(self, function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
+        """Call a function there, and wait for what it gives."""
+        return self._pool.submit(function, *args, **kwargs).result()
+
+    def close(self) -> None:
+        """End the process."""
+        self._pool.shutdown()
+
+
+@cache
+def client() -> Client:
+    """Give this process's own client, with a thread for each core, as long as it lives."""
+    return cluster.session().__enter__()
