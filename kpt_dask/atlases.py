@@ -152,10 +152,11 @@ def add_atlas(
                 f"{labels} shows no organ that is left at {made_with['spacing']:g} mm; use a"
                 " store of a smaller spacing."
             )
-        held = write_surroundings(
-            draft.group, volume.levels[0], voxels, organs, float(volume.grid.spacing[0])
+        what = organs, store.organs
+        held, coding = write_surroundings(
+            draft.group, volume.levels[0], voxels, *what, float(volume.grid.spacing[0])
         )
-        write_strips(draft.group, held, organs, store.organs)
+        write_strips(draft.group, held, coding, *what)
         label = labels_at(keypoints.position.values, voxels, volume.grid)
         z, y, x = volume.grid.spacing.tolist()
         z0, y0, x0 = volume.grid.origin.tolist()

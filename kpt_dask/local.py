@@ -40,7 +40,7 @@ from kpt_dask.omezarr import Region
 from kpt_dask.options import DEFAULTS, TransferOptions
 from kpt_dask.rows import LOG2_E, exp2, fetch
 from kpt_dask.shares import SHARD, VANISHING, Part, Share, finish_slab, run_blocks, slabs
-from kpt_dask.surroundings import Room, read_planes, room_for, surroundings_of
+from kpt_dask.surroundings import Room, read_planes, surroundings_of
 from kpt_dask.volume import Volume
 from kpt_dask.warps import (
     Matched,
@@ -229,7 +229,6 @@ def transfer_block(
     gather(scan, begin_of(whole), cells.index, step, here)
     votes = np.zeros((cells.organ.size, width_of(step)), np.float32)
     totals = np.zeros((cells.group.size, width_of(step)), np.float32)
-    values = np.array(organs.values, np.uint16)[cells.organ]
     scale = np.array([LOG2_E / (2 * nu * nu) for nu in group_nus], np.float32)[cells.group]
     nodes, corners = cells.nodes()
     per_atlas = _per_plane(atlas for atlas, _ in atlases) * (shape_of(whole)[0] + BEND)
@@ -242,21 +241,23 @@ def transfer_block(
             field = fit(*atlases[i], grid, nodes, widths)
             planes = _planes(atlases[i][0], field, nodes, corners, step)
             if planes is not None:
-                held = own.of(room_for(atlases[i][0], planes[1] - planes[0]))
-                packed, there = read_planes(atlases[i][0], *planes, held)
-                read.append((says[i][cells.organ], field, packed, np.array(there)))
+                packed, there, coding = read_planes(atlases[i][0], *planes, own)
+                numbers = np.array([coding.number_of(value) for value in organs.values], np.uint16)
+                how = packed, (*coding.hu, *coding.label), np.array(there)
+                read.append((numbers[cells.organ], says[i][cells.organ], field, *how))
         # Some cells for all these atlases, so that their votes stay in the cache.
         for begin in range(0, len(cells.index), CELLS):
-            for annotated, field, packed, ends in read:
+            for numbers, annotated, field, packed, code, ends in read:
                 accumulate(
                     (begin, min(begin + CELLS, len(cells.index))),
                     (cells.index, corners, cells.groups, cells.organs),
-                    (values, scale, annotated),
+                    (numbers, scale, annotated),
                     step,
                     where,
                     here,
                     field,
                     packed,
+                    code,
                     ends,
                     votes,
                     totals,
@@ -342,6 +343,7 @@ def accumulate(
     scan: Any,
     nodes: Any,
     packed: Any,
+    coding: Any,
     held: Any,
     votes: Any,
     totals: Any,
@@ -356,8 +358,8 @@ def accumulate(
         Lattice indices (cell, 3), nodes of each cell (cell, 8), and where its groups and their
         organs begin: see `kpt_dask.cells.Cells`.
     organs : tuple of ndarray
-        Label of each organ (slot), log₂ e / 2ν² of each group (group), and whether the atlas
-        annotates each organ (slot).
+        What stands for the label of each organ (slot), log₂ e / 2ν² of each group (group), and
+        whether the atlas annotates each organ (slot).
     step : int
         Voxels along the edge of a cell.
     where : float32 array (3, step²)
@@ -366,8 +368,10 @@ def accumulate(
         HU.
     nodes : float32 array (node, 4)
         From `kpt_dask.warps.fit`.
-    packed : int32 array (z, y, x)
+    packed : uint16 or int32 array (z, y, x)
         From `kpt_dask.surroundings.read_planes`.
+    coding : tuple of int
+        Shift, mask and first of HU, shift and mask of labels: see `kpt_dask.surroundings.Coding`.
     held : int64 array (3, 2)
         The voxels of the atlas that it begins with; outside of these it has no say.
     votes, totals : float32 arrays (slot, n), (group, n)
@@ -389,6 +393,7 @@ def accumulate(
     bz, by, bx = np.float32(oz), np.float32(oy), np.float32(ox)
     ez, ey, ex = np.float32(held[0, 1]), np.float32(held[1, 1]), np.float32(held[2, 1])
     voxels = packed.ravel()
+    hu_shift, hu_mask, first_hu, label_shift, label_mask = coding
     for cell in range(part[0], part[1]):
         # The trilinear field as a polynomial, and so where voxels come from: no branches, and few
         # numbers for a cell.
@@ -438,9 +443,9 @@ def accumulate(
         for row in range(0, step * step * step, step):
             fetch(voxels, np.intp(at[row]) + AHEAD)
         for q in range(n):
-            value = voxels[at[q]]
-            hu[q] = np.float32(value >> 16)
-            label[q] = np.uint16(value)
+            value = np.int32(voxels[at[q]])
+            hu[q] = np.float32((value >> hu_shift & hu_mask) + first_hu)
+            label[q] = np.uint16(value >> label_shift & label_mask)
         for g in range(groups[cell], groups[cell + 1]):
             if not annotated[slots[g]]:
                 continue

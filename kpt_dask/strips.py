@@ -7,6 +7,7 @@ begin and end, and reads nothing around it. Cut out of the surroundings when the
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import zarr
@@ -21,7 +22,7 @@ from kpt_dask.jit import kernel
 from kpt_dask.omezarr import open_array, write_region
 from kpt_dask.rows import LANES
 from kpt_dask.surroundings import NAME as SURROUNDINGS
-from kpt_dask.surroundings import read_planes, reading
+from kpt_dask.surroundings import Coding, read_planes, reading
 
 PLACE = 3
 """Columns of a strip before its voxels: z, y and x of the first, in the organ's bounding box."""
@@ -78,7 +79,11 @@ class Strips:
 
 
 def write_strips(
-    group: zarr.Group, held: Box, found: Mapping[str, OrganInfo], organs: OrganTable
+    group: zarr.Group,
+    held: Box,
+    coding: Coding,
+    found: Mapping[str, OrganInfo],
+    organs: OrganTable,
 ) -> None:
     """Write ``strips`` (n, `PLACE` + `LANES`) int16 of an atlas, one organ after another.
 
@@ -86,8 +91,8 @@ def write_strips(
     ----------
     group : zarr.Group
         The atlas's data, with its surroundings.
-    held : Box
-        The voxels that these hold, from `kpt_dask.surroundings.write_surroundings`.
+    held, coding
+        The voxels that these hold, and how, from `kpt_dask.surroundings.write_surroundings`.
     found : mapping of str to OrganInfo
         Bounding boxes by organ name.
     organs : OrganTable
@@ -103,7 +108,7 @@ def write_strips(
             box = overlap(info.bounding_box, slab)
             if box is not None:
                 value, start = organs.by_name(name).value, box[0][0] - info.bounding_box[0][0]
-                parts[name].append(_cut_out(packed[within(box, slab)], start, value))
+                parts[name].append(_cut_out(packed[within(box, slab)], coding, start, value))
     values = np.concatenate([part for name in found for part in parts[name]])
     begins, planes = 0, {}
     for name, info in found.items():
@@ -242,11 +247,12 @@ def _from_surroundings(
     found = {name: [np.empty((0, PLACE + LANES), np.int16)] for name in wanted}
     whole = enclosing([box for own in parts.values() for _, box in own])
     if whole is not None:
-        packed, held = read_planes(atlas, *whole[0])
+        packed, held, coding = read_planes(atlas, *whole[0])
         for name, own in parts.items():
             value = organs.by_name(name).value
-            found[name] += [_cut_out(packed[within(box, held)], first, value) for first, box in own]
-    return {name: np.concatenate(cuts) for name, cuts in found.items()}
+            cuts = ((packed[within(box, held)], coding, first, value) for first, box in own)
+            found[name] += [_cut_out(*each) for each in cuts]
+    return {name: np.concatenate(parts) for name, parts in found.items()}
 
 
 def _planes_of(
@@ -308,24 +314,32 @@ def _find_planes(
         own[plane:] = stop
 
 
-def _cut_out(packed: NDArray[np.int32], first: int, value: int) -> NDArray[np.int16]:
+def _cut_out(packed: NDArray[Any], coding: Coding, first: int, value: int) -> NDArray[np.int16]:
     """Cut an organ out of planes of its bounding box, from the `first` on."""
+    how = coding.hu, coding.label, coding.number_of(value)
     nothing = np.empty((0, PLACE + LANES), np.int16)
-    out = np.empty((_strips(packed, value, first, nothing), PLACE + LANES), np.int16)
-    _strips(packed, value, first, out)
+    out = np.empty((_strips(packed, *how, first, nothing), PLACE + LANES), np.int16)
+    _strips(packed, *how, first, out)
     return out
 
 
 @kernel
-def _strips(packed: NDArray[np.int32], value: int, first: int, out: NDArray[np.int16]) -> int:
-    """Cut voxels of a value into strips; counts them, and writes those that `out` has room for."""
+def _strips(
+    packed: NDArray[Any],
+    hu: tuple[int, int, int],
+    label: tuple[int, int],
+    number: int,
+    first: int,
+    out: NDArray[np.int16],
+) -> int:
+    """Cut voxels of a label into strips; counts them, and writes those that `out` has room for."""
     depth, height, width = packed.shape
     n = 0
     for z in range(depth):
         for y in range(height):
             x = 0
             while x < width:
-                if packed[z, y, x] & 0xFFFF != value:
+                if np.int32(packed[z, y, x]) >> label[0] & label[1] != number:
                     x += 1
                     continue
                 if n < out.shape[0]:
@@ -333,9 +347,9 @@ def _strips(packed: NDArray[np.int32], value: int, first: int, out: NDArray[np.i
                     out[n, 1] = y
                     out[n, 2] = x
                     for lane in range(LANES):
-                        own = x + lane < width and packed[z, y, x + lane] & 0xFFFF == value
-                        hu = packed[z, y, x + lane] >> 16 if own else OUTSIDE
-                        out[n, PLACE + lane] = np.int16(hu)
+                        one = np.int32(packed[z, y, x + lane] if x + lane < width else 0)
+                        own = x + lane < width and one >> label[0] & label[1] == number
+                        out[n, PLACE + lane] = (one >> hu[0] & hu[1]) + hu[2] if own else OUTSIDE
                 n += 1
                 x += LANES
     return n

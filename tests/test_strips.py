@@ -14,6 +14,7 @@ from kpt_dask.boxes import shape_of, slices
 from kpt_dask.shares import VANISHING
 from kpt_dask.strips import LANES, OUTSIDE, PLACE, read_strips
 from kpt_dask.summing import accumulate
+from kpt_dask.surroundings import WIDE
 from tests.naive import AnnotatedImage
 from tests.test_local import ATLASES
 from tests.test_surroundings import data_of
@@ -147,7 +148,7 @@ def test_moved_strips_add_up_like_moved_voxels(
                 if abs(d) < VANISHING * nu:
                     expected[at] += weight * np.exp(-(d**2) / (2 * nu**2))
     packed = (np.where(organ == OUTSIDE, 0, organ).astype(np.int32) << 16) | (organ != OUTSIDE)
-    values = strips._cut_out(packed, 0, 1)
+    values = strips._cut_out(packed, WIDE, 0, 1)
     padding = (0, 0), (0, 0), (LANES, LANES)
     share = np.zeros((*box[:2], box[2] + 2 * LANES), np.float32)
     corner = np.array([7, -8, 9])

@@ -1,15 +1,18 @@
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import zarr
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from numpy.typing import NDArray
+from zarr.codecs import BloscCodec
 
-from atlas_store import AtlasStore, StoreFormatError
+from atlas_store import AtlasStore, Organ, OrganInfo, OrganTable, StoreFormatError
 from kpt_dask import surroundings
 from kpt_dask.boxes import Box, aligned, cut, deal, shape_of, slices, volume_of
-from kpt_dask.surroundings import read_planes, surroundings_of
+from kpt_dask.surroundings import Coding, read_planes, surroundings_of, write_surroundings
 from tests.test_local import ATLASES
 from tests.test_transfer import SPACING, make_store
 
@@ -39,12 +42,53 @@ def test_hu_and_labels_around_the_organs_are_the_atlas_s(
         assert held == tuple(zip(low.tolist(), high.tolist(), strict=True))
         (first, stop), *sides = held
         for begin, end in ((first, stop), (first + 1, stop - 2), (first + 4, first + 5)):
-            planes, box = read_planes(atlas, begin, end)
+            planes, box, coding = read_planes(atlas, begin, end)
             assert box[1:] == tuple(sides)
             assert box[0][0] <= begin < end <= box[0][1] <= stop
-            planes = planes[: box[0][1] - box[0][0]]
-            np.testing.assert_array_equal(planes >> 16, np.rint(body.image[slices(box)]))
-            np.testing.assert_array_equal(planes & 0xFFFF, body.labels[slices(box)])
+            hu, labels = decoded(planes[: box[0][1] - box[0][0]], coding)
+            np.testing.assert_array_equal(hu, np.rint(body.image[slices(box)]))
+            np.testing.assert_array_equal(labels, body.labels[slices(box)])
+            assert coding.dtype.itemsize == 2
+
+
+def decoded(planes: NDArray[Any], coding: Coding) -> tuple[NDArray[Any], NDArray[Any]]:
+    wide = planes.astype(np.int32)
+    (shift, mask, first), label = coding.hu, coding.label
+    numbers = wide >> label[0] & label[1]
+    names = np.array([0, *coding.labels]) if coding.labels is not None else np.arange(1 << 16)
+    return (wide >> shift & mask) + first, names[numbers]
+
+
+@given(
+    st.lists(st.integers(1, 65535), min_size=1, max_size=17, unique=True),
+    st.integers(-1100, -900),
+    st.integers(3000, 4000),
+    st.integers(0, 99),
+)
+@settings(max_examples=40, deadline=None)
+def test_whatever_a_volume_holds_is_kept(
+    values: list[int], least: int, most: int, seed: int
+) -> None:
+    rng = np.random.default_rng(seed)
+    hu = rng.integers(least, most + 1, (4, 3, 5))
+    hu.flat[:2] = least, most
+    labels = rng.choice([0, *values], hu.shape)
+    table = OrganTable(tuple(Organ(v, f"o{v}", 50.0, (0, 0, 0)) for v in values))
+    info = OrganInfo(1, ((1, 2), (1, 2), (1, 2)), (0.0, 0.0, 0.0))
+    found = {organ.name: info for organ in table}
+    group = zarr.create_group({})
+    image = group.create_array("image", data=hu.astype(np.float32))
+    label_map = group.create_array("labels", data=labels.astype(np.uint16))
+    box, coding = write_surroundings(group, image, label_map, found, table, 2.0)
+    stored = group[surroundings.NAME]
+    assert isinstance(stored, zarr.Array)
+    for there, here in zip(decoded(np.asarray(stored[...]), coding), (hu, labels), strict=True):
+        np.testing.assert_array_equal(there, here[slices(box)])
+    small = least >= -1000 and most <= 3095 and len(found) <= 15
+    assert coding.dtype == (np.uint16 if small else np.int32)
+    for value in {*range(20), *values}:
+        known = coding.number_of(value)
+        assert value in values or coding is surroundings.WIDE or known > coding.label[1]
 
 
 def data_of(store: Path) -> Path:
@@ -52,21 +96,42 @@ def data_of(store: Path) -> Path:
     return data
 
 
-@pytest.mark.parametrize("earlier", [True, False])
-def test_atlases_of_earlier_versions_give_the_same(tmp_path: Path, earlier: bool) -> None:
+@pytest.mark.parametrize("earlier", ["wide", "other", "none"])
+def test_atlases_of_earlier_versions_give_the_same(tmp_path: Path, earlier: str) -> None:
     made = make_store(tmp_path / "s", ATLASES[:1])
     [atlas] = made.atlases(made.ids())
     (first, stop), *_ = surroundings_of(atlas)
     asked = first + 1, stop - 3
-    expected, held = read_planes(atlas, *asked)
-    group = zarr.open_group(str(data_of(tmp_path / "s")), mode="r+")
-    del group["surroundings"]
-    if earlier:
-        group.create_array("surroundings", shape=(2, 3, 3, 3), dtype=np.int16)
-    found, box = read_planes(atlas, *asked)
-    assert box == held
+    planes, held, coding = read_planes(atlas, *asked)
     n = held[0][1] - held[0][0]
-    np.testing.assert_array_equal(found[:n], expected[:n])
+    expected = decoded(planes[:n], coding)
+    group = zarr.open_group(str(data_of(tmp_path / "s")), mode="r+")
+    stored = group["surroundings"]
+    assert isinstance(stored, zarr.Array)
+    numbers, chunks = np.asarray(stored[...]), stored.chunks
+    del group["surroundings"]
+    if earlier == "other":
+        group.create_array("surroundings", shape=(2, 3, 3, 3), dtype=np.int16)
+    elif earlier == "wide":
+        hu, labels = decoded(numbers, coding)
+        data = (hu << 16 | labels).astype(np.int32)
+        group.create_array("surroundings", data=data, chunks=chunks, compressors=BloscCodec())
+    planes, box, coding = read_planes(atlas, *asked)
+    assert box == held
+    assert coding is surroundings.WIDE
+    for found, here in zip(decoded(planes[:n], coding), expected, strict=True):
+        np.testing.assert_array_equal(found, here)
+
+
+@pytest.mark.parametrize("labels", [None, "1", [1.5], ["liver"]])
+def test_labels_that_are_none_are_refused(tmp_path: Path, labels: object) -> None:
+    made = make_store(tmp_path / "s", ATLASES[:1])
+    [atlas] = made.atlases(made.ids())
+    array = zarr.open_group(str(data_of(tmp_path / "s")), mode="r+")["surroundings"]
+    assert isinstance(array, zarr.Array)
+    array.update_attributes({"labels": labels})
+    with pytest.raises(StoreFormatError, match="surroundings of the atlas 'a0' cannot be read"):
+        read_planes(atlas, *surroundings_of(atlas)[0])
 
 
 @pytest.mark.parametrize("damage", ["missing", "short", "other size", "noise"])

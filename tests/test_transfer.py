@@ -104,8 +104,9 @@ def make_store(path: Path, atlases: Sequence[AnnotatedImage]) -> AtlasStore:
             found = extents(atlas.labels)
             labels = image["labels/organs/0"]
             assert isinstance(labels, zarr.Array)
-            held = write_surroundings(draft.group, volume.levels[0], labels, found, SPACING)
-            write_strips(draft.group, held, found, ORGANS)
+            what = found, ORGANS
+            stored = write_surroundings(draft.group, volume.levels[0], labels, *what, SPACING)
+            write_strips(draft.group, *stored, *what)
             draft.commit(
                 no_keypoints(),
                 annotated=list(found),
