@@ -48,6 +48,12 @@ def joined(ranges: Iterable[tuple[int, int]]) -> list[tuple[int, int]]:
     return found
 
 
+def wider(box: Box, shape: tuple[int, int, int]) -> Box:
+    """Box of a box's voxels and their neighbours, in an array of a shape."""
+    z, y, x = ((max(a - 1, 0), min(b + 1, n)) for (a, b), n in zip(box, shape, strict=True))
+    return z, y, x
+
+
 def box_of(region: Region) -> Box:
     """Box of a region."""
     z, y, x = ((s.start, s.stop) for s in region)

@@ -29,6 +29,7 @@ from kpt_dask.boxes import (
     shape_of,
     slices,
     volume_of,
+    wider,
     within,
 )
 from kpt_dask.cells import Cells, gather, plan_cells, positions, spread, width_of
@@ -72,7 +73,7 @@ NOWHERE = np.float32(1e9)
 DESCRIPTION = (
     "share of the votes for the organ at a voxel, among the atlases that annotate the organ; a "
     "vote counts as much as matches support its atlas's displacement there and as its intensity "
-    "agrees with the scan's"
+    "agrees with the scan's; averaged over neighbouring voxels"
 )
 """What the probabilities are."""
 
@@ -91,7 +92,7 @@ def transfer(
 ) -> tuple[list[Part], Tally]:
     """Fill the probabilities, and decide each voxel's organ.
 
-    The share of organ l at voxel x is
+    Before it is smoothed, the share of organ l at voxel x is
 
         Σ_a s_a(x) · g_l(I(x) − I_a(y)) · [S_a(y) = l]  /  Σ_a s_a(x) · g_l(I(x) − I_a(y))
 
@@ -99,11 +100,13 @@ def transfer(
     atlas's field moves to x, in the surroundings of their organs (`kpt_dask.surroundings`).
     s_a is the field's support, I_a and S_a are the atlas's image and label map at the voxel
     nearest to y, and g_l(d) = exp(−d² / 2ν_l²). All matches carry the field, those outside of
-    organs too. A voxel gets the organ with the largest share (ties go to the organ that comes
-    first in the table), or 0 where that is below the threshold. An atlas that does not
-    annotate an organ, or does not hold the place, votes neither for nor against
-    it. Shares are 0 in cells of the fields' lattice where no atlas's box of the organ, moved by
-    its field, comes within `kpt_dask.warps.MARGIN`.
+    organs too. Then shares are averaged over neighbours, with weights ¼, ½ and ¼ along each axis,
+    so that the noise of single voxels decides less; edges of the scan repeat. A voxel gets the
+    organ with the largest share (ties go to the organ that comes first in the table), or 0 where
+    that is below the threshold. An atlas that does not annotate an organ, or does not hold the
+    place, votes neither for nor against it. Shares are 0, also when they are smoothed, in cells of
+    the fields' lattice where no atlas's box of the organ, moved by its field, comes within
+    `kpt_dask.warps.MARGIN`.
 
     Parameters
     ----------
@@ -184,7 +187,8 @@ def plan_blocks(
     def time(box: Box) -> float:
         return VISIT * cells(box) * step**3 + planes(box)
 
-    def fits(box: Box) -> bool:
+    def fits(piece: Box) -> bool:
+        box = wider(piece, grid.shape)
         votes = sum(volume_of(overlap(in_voxels(domain, step), box)) for domain in known)
         return 4 * (2 * cells(box) * step**3 + 2 * votes + planes(box)) <= room
 
@@ -222,7 +226,8 @@ def transfer_block(
     step = step_of(grid)
     says = np.array([[name in atlas.annotated for name in organs.names] for atlas, _ in atlases])
     group_of, group_nus = _groups(says, nus)
-    cells = plan_cells(domains, group_of, box_of(region), step)
+    # With the neighbours of its voxels.
+    cells = plan_cells(domains, group_of, wider(box_of(region), grid.shape), step)
     whole = in_grid(cells.box, grid, step)
     scan = direct.read(image, slices(whole)).astype(np.float32, copy=False)
     here = np.full((len(cells.index), width_of(step)), NOWHERE, np.float32)
@@ -268,7 +273,7 @@ def transfer_block(
     for slab in slabs(region):
         boxes = overlaps(looked_for, box_of(slab))
         if boxes:
-            shares = _shares(cells, votes, totals, boxes, step)
+            shares = _shares(cells, votes, totals, boxes, step, grid.shape)
             around = whole, scan
             parts.append(finish_slab(probability, shares, organs, smallest, slab, around, tally))
     return parts, tally
@@ -315,16 +320,57 @@ def _shares(
     totals: NDArray[np.float32],
     boxes: dict[int, Box],
     step: int,
+    grid: tuple[int, int, int],
 ) -> Iterator[Share]:
-    """Share of each organ in its box."""
+    """Share of each organ in its box, smoothed."""
     total_of = np.repeat(np.arange(cells.group.size), np.diff(cells.organs))
     cell_of = np.repeat(np.arange(len(cells.index)), np.diff(cells.organs[cells.groups]))
     for o, box in boxes.items():
         slots = np.flatnonzero(cells.organ == o)
-        share = np.zeros(shape_of(box), np.float32)
         index = cells.index[cell_of[slots]]
-        spread(votes, totals, total_of, slots, index, begin_of(box), step, share)
+        depth, height, width = shape_of(box)
+        around = np.zeros((depth + 2, height + 2, width + 2), np.float32)
+        spread(votes, totals, total_of, slots, index, begin_of(box) - 1, step, around)
+        for axis, ((begin, end), n) in enumerate(zip(box, grid, strict=True)):
+            along = np.moveaxis(around, axis, 0)
+            if begin == 0:
+                along[0] = along[1]
+            if end == n:
+                along[-1] = along[-2]
+        share = np.empty((depth, height, width), np.float32)
+        smooth(around, share)
         yield o, box, share
+
+
+@kernel
+def smooth(around: Any, out: Any) -> None:
+    """Average over neighbours, with weights ¼, ½ and ¼ along each axis.
+
+    Parameters
+    ----------
+    around : float32 array (z + 2, y + 2, x + 2)
+        One voxel more on every side.
+    out : float32 array (z, y, x)
+        Changed.
+    """
+    quarter, half = np.float32(0.25), np.float32(0.5)
+    depth, height, width = out.shape
+    rows = np.empty((3, width + 2), np.float32)
+    mean = np.empty(width + 2, np.float32)
+    for z in range(depth):
+        for y in range(height + 2):
+            row = rows[y % 3]
+            low, here, high = around[z, y], around[z + 1, y], around[z + 2, y]
+            for x in range(width + 2):
+                row[x] = quarter * (low[x] + high[x]) + half * here[x]
+            if y < 2:
+                continue
+            before, same = rows[(y - 2) % 3], rows[(y - 1) % 3]
+            for x in range(width + 2):
+                mean[x] = quarter * (before[x] + row[x]) + half * same[x]
+            line = out[z, y - 2]
+            for x in range(width):
+                line[x] = quarter * (mean[x] + mean[x + 2]) + half * mean[x + 1]
 
 
 @kernel

@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 from scipy.interpolate import RegularGridInterpolator
+from scipy.ndimage import minimum_filter
 
 from tests.naive import AnnotatedImage
 
@@ -77,7 +78,7 @@ def shares(
 ) -> tuple[Array, Array]:
     """Share of each organ at each voxel (organ, z, y, x), and whether a voxel is clear.
 
-    A voxel that falls between two voxels of an atlas, within rounding, is not.
+    A voxel that falls between two voxels of an atlas, within rounding, is not, nor its neighbours.
     """
     shape = scan.image.shape
     step = round(16 / spacing)
@@ -103,7 +104,7 @@ def shares(
         for x in np.ndindex(*shape):
             mm = np.array(x) * spacing + scan.origin - u[x][:3]
             y = (mm - atlas.origin) / spacing
-            if (np.abs(y - np.floor(y) - 0.5) < 1e-3).any():
+            if (np.abs(y - np.floor(y) - 0.5) < 1e-4).any():
                 clear[x] = False
             at = tuple(np.floor(y + 0.5).astype(int).tolist())
             if not all(0 <= a < n for a, n in zip(at, atlas.image.shape, strict=True)):
@@ -115,7 +116,18 @@ def shares(
                     totals[(o, *x)] += weight
                     votes[(o, *x)] += weight * (atlas.labels[at] == value)
     np.divide(votes, totals, out=out, where=(totals > 0) & inside)
-    return out, clear
+    return np.where(inside, smoothed(out), 0), minimum_filter(clear, 3, mode="nearest")
+
+
+def smoothed(shares: Array) -> Array:
+    """The mean over 27 neighbours, those on the diagonals of less weight; edges repeat."""
+    padded = np.pad(shares, [(0, 0)] + 3 * [(1, 1)], mode="edge")
+    out = np.zeros_like(shares)
+    depth, height, width = shares.shape[1:]
+    for k, j, i in product(range(3), repeat=3):
+        weight = np.prod([(1, 2, 1)[d] / 4 for d in (k, j, i)])
+        out += weight * padded[:, k : k + depth, j : j + height, i : i + width]
+    return out
 
 
 def decide(shares: Array, values: Sequence[int], smallest: float = 0.4) -> Array:
