@@ -19,7 +19,7 @@ def displacement(
     position: Array,
     translation: Array,
     space: float = 25.0,
-    agreement: float = 10.0,
+    agreement: float = 7.0,
     rounds: int = 3,
 ) -> Array:
     """u (z, y, x) and the support at one point."""
@@ -130,7 +130,7 @@ def smoothed(shares: Array) -> Array:
     return out
 
 
-def decide(shares: Array, values: Sequence[int], smallest: float = 0.4) -> Array:
+def decide(shares: Array, values: Sequence[int], smallest: float = 0.36) -> Array:
     labels = np.zeros(shares.shape[1:], np.uint16)
     for x in np.ndindex(*labels.shape):
         at = [float(share[x]) for share in shares]
