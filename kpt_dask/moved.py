@@ -27,8 +27,9 @@ class MovedOrgan:
     ----------
     strips : int16 array (n, `PLACE` + `LANES`)
         All that was read of these atlases.
-    planes : int64 array (p)
-        Where in it the strips of each plane of what was read begin, and where they end.
+    planes, halves : int64 arrays (p)
+        Where in it the strips of each plane of what was read begin, and where they end, and where
+        the short ones begin.
     shifts : int64 array (m, 7)
         Of its moves by whole voxels: where the bounding box begins in the volume, its size, and
         where its planes begin in `planes`.
@@ -40,6 +41,7 @@ class MovedOrgan:
 
     strips: NDArray[np.int16]
     planes: NDArray[np.int64]
+    halves: NDArray[np.int64]
     shifts: NDArray[np.int64]
     weights: NDArray[np.float32]
     affines: list[tuple[Any, Any, Any, Any, Any, Any]]
@@ -57,7 +59,7 @@ class MovedOrgan:
         """
         first = begin_of(box)
         if self.weights.size:
-            moved = self.strips, self.planes, self.shifts, self.weights
+            moved = self.strips, self.planes, self.halves, self.shifts, self.weights
             accumulate(share, scan, first, *moved, nu)
         for strips, shape, low, high, inverse, weight in self.affines:
             start, stop = np.maximum(low, first), np.minimum(high, first + shape_of(box))
@@ -110,6 +112,7 @@ def read_moved(
     offsets[mine] = np.cumsum([0, *(own.planes.size for own in strips[:-1])])
     offsets = np.repeat(offsets, counts)
     all_planes = np.concatenate([own.planes for own in strips])
+    all_halves = np.concatenate([own.halves for own in strips])
     shifts = np.column_stack([moves.low, moves.high - moves.low, offsets])
     weights = moves.weight.astype(np.float32)
     affines: dict[int, list[tuple[Any, Any, Any, Any, Any, Any]]] = {}
@@ -122,9 +125,8 @@ def read_moved(
     found = {}
     for o in sorted({pairs[g][1] for g in mine}):
         own = np.flatnonzero((moves.organ == o) & (offsets >= 0) & ~bent)
-        found[o] = MovedOrgan(
-            strips[0].values, all_planes, shifts[own], weights[own], affines.get(o, [])
-        )
+        what = shifts[own], weights[own], affines.get(o, [])
+        found[o] = MovedOrgan(strips[0].values, all_planes, all_halves, *what)
     return found
 
 

@@ -21,6 +21,8 @@ from numba.extending import intrinsic
 
 LANES = 16
 """Voxels of a vector: as many float32 as the widest registers hold."""
+HALF = LANES // 2
+"""Voxels of half a vector."""
 VECTORS = 4
 """Vectors that are summed up side by side, so that none waits for its own last sum."""
 
@@ -347,6 +349,34 @@ def add_strips(
         Nothing is added where d² reaches `most`, and the power must be one for `exp2` elsewhere.
     """
     real = types.float32
+    return types.void(share, scan, at, strips, of, real, real, real), _adding(1)
+
+
+@_intrinsic
+def add_halves(
+    _: Any,
+    share: Any,
+    scan: Any,
+    at: Any,
+    strips: Any,
+    of: Any,
+    height: Any,
+    slope: Any,
+    most: Any,
+) -> Any:
+    """Do what `add_strips` does for strips that have only `HALF` voxels, two in each vector."""
+    real = types.float32
+    return types.void(share, scan, at, strips, of, real, real, real), _adding(2)
+
+
+def _adding(parts: int) -> Callable[..., Any]:
+    """Code of `add_strips`, for strips of which so many share a vector."""
+    n = LANES // parts
+    shorts, reals = ir.VectorType(ir.IntType(16), n), ir.VectorType(ir.FloatType(), n)
+
+    def lanes(first: int, count: int) -> Any:
+        index = ir.IntType(32)
+        return ir.Constant(ir.VectorType(index, count), [*range(first, first + count)])
 
     def code(context: Any, b: Any, own: Any, values: Any) -> Any:
         def places(array: int, at: Any, kind: Any) -> list[Any]:
@@ -354,9 +384,22 @@ def add_strips(
             begins = [b.extract_value(at, i) for i in range(at.type.count)]
             return [b.bitcast(b.gep(data, [begin]), kind.as_pointer()) for begin in begins]
 
+        def load(places: list[Any], align: int) -> list[Any]:
+            found = [b.load(place, align=align) for place in places]
+            if parts == 1:
+                return found
+            pairs = zip(found[::2], found[1::2], strict=True)
+            return [b.shuffle_vector(*pair, lanes(0, LANES)) for pair in pairs]
+
+        def store(vectors: list[Any], places: list[Any]) -> None:
+            for i, place in enumerate(places):
+                whole = vectors[i // parts]
+                part = b.shuffle_vector(whole, whole, lanes(i % parts * n, n))
+                b.store(whole if parts == 1 else part, place, align=4)
+
         height, slope, most = (_everywhere(b, value, _VECTOR) for value in values[5:])
-        here = [b.load(place, align=2) for place in places(1, values[2], _SHORTS)]
-        there = [b.load(place, align=2) for place in places(3, values[4], _SHORTS)]
+        here = load(places(1, values[2], shorts), 2)
+        there = load(places(3, values[4], shorts), 2)
         kind = ir.FunctionType(_SHORTS, [_SHORTS, _SHORTS])
         subtract = _declare(b.module, kind, f"llvm.ssub.sat.v{LANES}i16")
         apart = [b.call(subtract, pair) for pair in zip(here, there, strict=True)]
@@ -365,14 +408,13 @@ def add_strips(
         lower = [b.fmul(slope, d, flags=_FUSED) for d in squared]
         counts = [b.fcmp_ordered("<", d, most) for d in squared]
         powers = _exp2(context, b, [b.fsub(height, d, flags=_FUSED) for d in lower])
-        out = places(0, values[2], _VECTOR)
-        before = [b.load(place, align=4) for place in out]
+        out = places(0, values[2], reals)
+        before = load(out, 4)
         sums = [b.fadd(*both, flags=_FUSED) for both in zip(before, powers, strict=True)]
-        for place, *choice in zip(out, counts, sums, before, strict=True):
-            b.store(b.select(*choice), place, align=4)
+        store([b.select(*choice) for choice in zip(counts, sums, before, strict=True)], out)
         return context.get_dummy_value()
 
-    return types.void(share, scan, at, strips, of, real, real, real), code
+    return code
 
 
 @_intrinsic

@@ -20,7 +20,7 @@ from atlas_store.guard import MAX_CHUNK
 from kpt_dask.boxes import Box, enclosing, joined, overlap, shape_of, within
 from kpt_dask.jit import kernel
 from kpt_dask.omezarr import open_array, write_region
-from kpt_dask.rows import LANES
+from kpt_dask.rows import HALF, LANES
 from kpt_dask.surroundings import NAME as SURROUNDINGS
 from kpt_dask.surroundings import Coding, read_planes, reading
 
@@ -46,14 +46,17 @@ class Strips:
     ----------
     values : int16 array (n, `PLACE` + `LANES`)
         Of each strip its place, then HU, `OUTSIDE` where a voxel is not the organ's. All that was
-        read together; of an organ in C order of the places.
+        read together; of an organ plane by plane.
     planes : int64 array (depth + 1)
         Where in `values` the strips of each plane of the organ's bounding box begin; those of
         planes that were not asked for are not there.
+    halves : int64 array (depth + 1)
+        Where in each plane those begin, if any, after which none has more than `HALF` voxels.
     """
 
     values: NDArray[np.int16]
     planes: NDArray[np.int64]
+    halves: NDArray[np.int64]
 
     def dense(
         self, shape: tuple[int, int, int], planes: tuple[int, int] | None = None
@@ -109,12 +112,14 @@ def write_strips(
             if box is not None:
                 value, start = organs.by_name(name).value, box[0][0] - info.bounding_box[0][0]
                 parts[name].append(_cut_out(packed[within(box, slab)], coding, start, value))
+    for name in found:
+        parts[name] = [_ordered(np.concatenate(parts[name]))]
     values = np.concatenate([part for name in found for part in parts[name]])
     begins, planes = 0, {}
     for name, info in found.items():
         own = np.concatenate(parts[name])
         [found_planes] = _planes_of(own, [(0, len(own))], [shape_of(info.bounding_box)])
-        planes[name] = (begins + _checked(found_planes)).tolist()
+        planes[name] = (begins + _checked(found_planes)[0]).tolist()
         begins += len(own)
     array = group.create_array(
         NAME,
@@ -188,7 +193,7 @@ def read_strips(
     found = []
     for (atlas, _), each in zip(wanted, spans, strict=True):
         with reading(atlas, NAME):
-            found.append({name: Strips(values, _checked(next(begin_of_planes))) for name in each})
+            found.append({name: Strips(values, *_checked(next(begin_of_planes))) for name in each})
     return found
 
 
@@ -260,7 +265,7 @@ def _planes_of(
     spans: Sequence[tuple[int, int]],
     shapes: Sequence[tuple[int, int, int]],
 ) -> list[NDArray[np.int64] | None]:
-    """Find where the planes of organs begin, in one go: see `Strips`.
+    """Find where the planes of organs begin, and the short strips in them, in one go: see `Strips`.
 
     Parameters
     ----------
@@ -269,15 +274,15 @@ def _planes_of(
 
     Returns
     -------
-    list of int64 array (depth + 1) or None
+    list of int64 array (2, depth + 1) or None
         None if strips lie outside of the box, or are not in order.
     """
     ends = np.cumsum([0, *(shape[0] + 1 for shape in shapes)])
-    planes, good = np.empty(ends[-1], np.int64), np.empty(len(shapes), np.bool_)
+    planes, good = np.empty((2, ends[-1]), np.int64), np.empty(len(shapes), np.bool_)
     ranges, sizes = np.array(spans, np.int64), np.array(shapes, np.int64)
     _find_planes(values, ranges.reshape(-1, 2), sizes.reshape(-1, 3), ends, planes, good)
     pieces = zip(good.tolist(), ends[:-1].tolist(), ends[1:].tolist(), strict=True)
-    return [planes[a:b] if fine else None for fine, a, b in pieces]
+    return [planes[:, a:b] if fine else None for fine, a, b in pieces]
 
 
 def _checked(planes: NDArray[np.int64] | None) -> NDArray[np.int64]:
@@ -296,11 +301,11 @@ def _find_planes(
     planes: NDArray[np.int64],
     good: NDArray[np.bool_],
 ) -> None:
-    """Do what `_planes_of` does; organ n has ``planes[ends[n]:ends[n + 1]]``."""
+    """Do what `_planes_of` does; organ n has ``planes[:, ends[n]:ends[n + 1]]``."""
     for n in range(spans.shape[0]):
         begin, stop = spans[n, 0], spans[n, 1]
         depth, height, width = shapes[n, 0], shapes[n, 1], shapes[n, 2]
-        own = planes[ends[n] : ends[n + 1]]
+        own, halves = planes[0, ends[n] : ends[n + 1]], planes[1, ends[n] : ends[n + 1]]
         plane = 0
         good[n] = True
         for i in range(begin, stop):
@@ -312,6 +317,27 @@ def _find_planes(
                 own[plane] = i
                 plane += 1
         own[plane:] = stop
+        halves[depth] = stop
+        for plane in range(depth if good[n] else 0):
+            half = own[plane + 1]
+            while half > own[plane] and _is_short(values, half - 1):
+                half -= 1
+            halves[plane] = half
+
+
+@kernel
+def _is_short(values: NDArray[np.int16], strip: int) -> bool:
+    """Whether a strip has none but its first `HALF` voxels."""
+    more = False
+    for lane in range(HALF, LANES):
+        more |= values[strip, PLACE + lane] != OUTSIDE
+    return not more
+
+
+def _ordered(strips: NDArray[np.int16]) -> NDArray[np.int16]:
+    """Put the short ones of each plane last, so that two of them can be added in one vector."""
+    short = (strips[:, PLACE + HALF :] == OUTSIDE).all(axis=1)
+    return strips[np.lexsort((short, strips[:, 0]))]
 
 
 def _cut_out(packed: NDArray[Any], coding: Coding, first: int, value: int) -> NDArray[np.int16]:

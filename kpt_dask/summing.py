@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kpt_dask.jit import kernel
-from kpt_dask.rows import LANES, LOG2_E, add_strips, exp2
+from kpt_dask.rows import LANES, LOG2_E, add_halves, add_strips, exp2
 from kpt_dask.shares import VANISHING
 from kpt_dask.strips import PLACE
 
@@ -26,6 +26,7 @@ def accumulate(
     first: NDArray[np.int64],
     strips: NDArray[np.int16],
     planes: NDArray[np.int64],
+    halves: NDArray[np.int64],
     shifts: NDArray[np.int64],
     weights: NDArray[np.float32],
     nu: float,
@@ -40,8 +41,9 @@ def accumulate(
         First voxel of the box in the volume.
     strips : int16 array (n, `PLACE` + `LANES`)
         See `kpt_dask.strips.Strips`.
-    planes : int64 array (p)
-        Where the strips of each plane of each atlas begin, and end.
+    planes, halves : int64 arrays (p)
+        Where the strips of each plane of each atlas begin, and end, and where those of at most
+        `HALF` voxels begin: see `kpt_dask.strips.Strips`.
     shifts : int64 array (m, 7)
         Of each move: first voxel of the organ's bounding box in the volume, size of this box,
         and where its planes begin in `planes`.
@@ -57,7 +59,6 @@ def accumulate(
     # as a strip.
     out, here, there = share.ravel(), scan.ravel(), strips.ravel()
     columns, voxels = np.uint64(PLACE + LANES), np.uint64(PLACE)
-    two, three = np.uint64(2), np.uint64(3)
     for z in range(depth):
         # All moves of a plane before the next plane: it stays in the cache.
         for m in range(shifts.shape[0]):
@@ -70,19 +71,19 @@ def accumulate(
             inside = inside and right <= length - LANES - shifts[m, 5]
             base = (z * height + down) * length + right
             own = shifts[m, 6] + k
-            strip, stop = planes[own], planes[own + 1]
+            strip, half, stop = planes[own], halves[own], planes[own + 1]
             while strip < stop:
                 a = np.uint64(strip) * columns + voxels
-                if inside and strip + 4 <= stop:
-                    of = a, a + columns, a + two * columns, a + three * columns
-                    places = (
-                        _place(there, of[0], base, length),
-                        _place(there, of[1], base, length),
-                        _place(there, of[2], base, length),
-                        _place(there, of[3], base, length),
-                    )
-                    add_strips(out, here, places, there, of, power, slope, most)
+                if inside and strip + 4 <= half:
+                    of, at = _four(there, a, base, length)
+                    add_strips(out, here, at, there, of, power, slope, most)
                     strip += 4
+                    continue
+                if inside and strip >= half and strip + 8 <= stop:
+                    of, at = _four(there, a, base, length)
+                    more, beyond = _four(there, a + np.uint64(4) * columns, base, length)
+                    add_halves(out, here, at + beyond, there, of + more, power, slope, most)
+                    strip += 8
                     continue
                 y, x = np.int64(strips[strip, 1]), np.int64(strips[strip, 2])
                 beside = y < -down or y >= height - down
@@ -91,6 +92,20 @@ def accumulate(
                     place = np.uint64(base + y * length + x)
                     add_strips(out, here, (place,), there, (a,), power, slope, most)
                 strip += 1
+
+
+@kernel
+def _four(strips: Any, of: Any, base: Any, length: Any) -> Any:
+    """Where the voxels of four strips begin in `strips`, and where in share and scan."""
+    columns = np.uint64(PLACE + LANES)
+    second, third, fourth = of + columns, of + columns + columns, of + np.uint64(3) * columns
+    places = (
+        _place(strips, of, base, length),
+        _place(strips, second, base, length),
+        _place(strips, third, base, length),
+        _place(strips, fourth, base, length),
+    )
+    return (of, second, third, fourth), places
 
 
 @kernel

@@ -10,7 +10,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kpt_dask.jit import kernel
-from kpt_dask.rows import LANES, VECTORS, add_strips, compare, exp2, sum_row, sum_two_rows
+from kpt_dask.rows import (
+    HALF,
+    LANES,
+    VECTORS,
+    add_halves,
+    add_strips,
+    compare,
+    exp2,
+    sum_row,
+    sum_two_rows,
+)
 
 WIDTHS = st.integers(1, 2 * VECTORS * LANES + LANES + 3)
 
@@ -53,6 +63,41 @@ def added(share, scan, strips, height, slope, most):  # type: ignore[no-untyped-
     add_strips(share, scan, at, strips, (size, size + size), height, slope, most)
 
 
+@kernel
+def added_in_halves(share, scan, strips, height, slope, most):  # type: ignore[no-untyped-def]
+    at = np.uint64(16), np.uint64(0), np.uint64(8), np.uint64(share.size - HALF)
+    of = np.uint64(0), np.uint64(8), np.uint64(16), np.uint64(24)
+    add_halves(share, scan, at, strips, of, height, slope, most)
+
+
+@kernel
+def added_singly(share, scan, strips, height, slope, most):  # type: ignore[no-untyped-def]
+    for at, of in ((16, 0), (0, 8), (8, 16), (share.size - HALF, 24)):
+        whole = np.full(LANES, np.iinfo(np.int16).min, np.int16)
+        whole[:HALF] = strips[of : of + HALF]
+        # Beside a short strip there is none of the organ.
+        beside = np.zeros(LANES, np.float32)
+        part = np.zeros(LANES, np.int16)
+        beside[:HALF], part[:HALF] = share[at : at + HALF], scan[at : at + HALF]
+        zero = (np.uint64(0),)
+        add_strips(beside, part, zero, whole, zero, height, slope, most)
+        share[at : at + HALF] = beside[:HALF]
+
+
+def check_halves() -> None:
+    """Two in a vector give the bytes that each gives alone."""
+    rng = np.random.default_rng(1)
+    strips = rng.integers(-300, 300, 4 * HALF).astype(np.int16)
+    strips[rng.random(strips.size) < 0.1] = np.iinfo(np.int16).min
+    scan = rng.integers(-300, 300, 5 * HALF).astype(np.int16)
+    together = rng.random(scan.size).astype(np.float32)
+    singly = together.copy()
+    what = scan, strips, np.float32(-1.3), np.float32(2.0**-11), np.float32(200.0**2)
+    added_in_halves(together, *what)
+    added_singly(singly, *what)
+    assert together.tobytes() == singly.tobytes()
+
+
 def check_strips() -> None:
     """Powers that are exact before 2 is raised to them; beside the strips nothing changes."""
     rng = np.random.default_rng(0)
@@ -77,10 +122,11 @@ def check_strips() -> None:
 
 def test_strips_are_added() -> None:
     check_strips()
+    check_halves()
 
 
 def test_machines_without_wide_registers_add_the_same() -> None:
-    code = "from tests.test_rows import check_strips; check_strips()"
+    code = "from tests import test_rows; test_rows.check_strips(); test_rows.check_halves()"
     environment = os.environ | {"NUMBA_CPU_NAME": "generic"}
     root = Path(__file__).parent.parent
     subprocess.run([sys.executable, "-c", code], cwd=root, env=environment, check=True)

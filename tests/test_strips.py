@@ -148,15 +148,17 @@ def test_moved_strips_add_up_like_moved_voxels(
                 if abs(d) < VANISHING * nu:
                     expected[at] += weight * np.exp(-(d**2) / (2 * nu**2))
     packed = (np.where(organ == OUTSIDE, 0, organ).astype(np.int32) << 16) | (organ != OUTSIDE)
-    values = strips._cut_out(packed, WIDE, 0, 1)
+    values = strips._ordered(strips._cut_out(packed, WIDE, 0, 1))
     padding = (0, 0), (0, 0), (LANES, LANES)
     share = np.zeros((*box[:2], box[2] + 2 * LANES), np.float32)
     corner = np.array([7, -8, 9])
-    [planes] = strips._planes_of(values, [(0, len(values))], [shape])
-    assert planes is not None
+    [found] = strips._planes_of(values, [(0, len(values))], [shape])
+    assert found is not None
+    planes, halves = found
     where = np.array(offsets, np.int64).reshape(-1, 3) + corner
     # Of two atlases; the first one shows nothing.
-    planes = np.concatenate([[0, 0], planes])
+    planes, halves = np.concatenate([[0, 0], planes]), np.concatenate([[0, 0], halves])
     shifts = np.column_stack([where, np.tile((*shape, 2), (len(offsets), 1))])
-    accumulate(share, np.pad(scan, padding), corner, values, planes, shifts, weights, nu)
+    what = values, planes, halves, shifts, weights
+    accumulate(share, np.pad(scan, padding), corner, *what, nu)
     np.testing.assert_allclose(share[..., LANES:-LANES], expected, atol=1e-6)
