@@ -7,6 +7,7 @@ summation, so that blocks are independent. Reads no voxel.
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import product
+from typing import Any
 
 import numpy as np
 import xarray as xr
@@ -19,6 +20,7 @@ from kpt_dask.affine import fit_affine
 from kpt_dask.boxes import Box
 from kpt_dask.distances import REACH
 from kpt_dask.grid import Grid
+from kpt_dask.jit import kernel
 
 NEGLIGIBLE = 0.05
 """Of an organ's vote weight, the share that mode `across` leaves out: its lightest moves, most of
@@ -82,8 +84,8 @@ class Moves:
 
     def reach(self, box: Box) -> NDArray[np.bool_]:
         """Whether each move reaches a box (n)."""
-        start, stop = np.array(box).T
-        reached: NDArray[np.bool_] = ((self.low < stop) & (self.high > start)).all(axis=1)
+        reached = np.empty(self.atlas.size, np.bool_)
+        _reach(self.low, self.high, np.array(box), reached)
         return reached
 
     def visited_in(self, box: Box) -> NDArray[np.float64]:
@@ -92,17 +94,9 @@ class Moves:
         Those of the organ, as if it were round: half of a ball lies in its middle third. By an
         affine, all where it may come to lie.
         """
-        voxels = np.zeros(self.atlas.size)
-        here = np.flatnonzero(self.reach(box))
-        low, size = self.low[here], self.high[here] - self.low[here]
-        ends = [np.clip((at - low) / size, 0, 1) for at in np.array(box).T]
-        # Of a ball of height 1, what lies below t.
-        below, above = (t * t * (3 - 2 * t) for t in ends)
-        voxels[here] = self.voxels[here] * (above - below).prod(axis=1)
-        if self.inverse:
-            inside = (ends[1] - ends[0]) * size
-            voxels[here] = np.where(self.bent()[here], inside.prod(axis=1), voxels[here])
-        return voxels
+        visited = np.empty(self.atlas.size)
+        _visit(self.low, self.high, self.voxels, self.bent(), np.array(box), visited)
+        return visited
 
     def reaches(self) -> dict[int, Box]:
         """Box around where each organ comes to lie that any of them moves."""
@@ -113,6 +107,29 @@ class Moves:
             z, y, x = zip(low.tolist(), high.tolist(), strict=True)
             found[o] = z, y, x
         return found
+
+
+@kernel
+def _reach(low: Any, high: Any, box: Any, out: Any) -> None:
+    for n in range(low.shape[0]):
+        out[n] = True
+        for axis in range(3):
+            out[n] &= (low[n, axis] < box[axis, 1]) & (high[n, axis] > box[axis, 0])
+
+
+@kernel
+def _visit(low: Any, high: Any, voxels: Any, bent: Any, box: Any, out: Any) -> None:
+    """Do what `Moves.visited_in` does."""
+    for n in range(low.shape[0]):
+        share = inside = 1.0
+        for axis in range(3):
+            size = high[n, axis] - low[n, axis]
+            begin = min(max(box[axis, 0] - low[n, axis], 0), size) / size
+            end = min(max(box[axis, 1] - low[n, axis], 0), size) / size
+            # Of a ball of height 1, what lies below each.
+            share *= end * end * (3 - 2 * end) - begin * begin * (3 - 2 * begin)
+            inside *= (end - begin) * size
+        out[n] = inside if bent[n] else share * voxels[n]
 
 
 @dataclass(frozen=True)
@@ -165,20 +182,24 @@ def propose(
     atlas = matches.atlas.values
     probability = matches.probability.values.astype(np.float64)
     agreeing = np.flatnonzero((label > 0) & (label == votes.label.values[keypoint]))
-    posterior = votes.posterior.values
-    index_of = {organ.value: i for i, organ in enumerate(organs)}
+    names = organs.names
+    organ_of = np.zeros(1 << 16, np.int64)
+    organ_of[list(organs.values)] = np.arange(len(names))
+    moving = organ_of[label[agreeing]]
+    shares = votes.posterior.values[keypoint[agreeing], moving].astype(np.float64)
+    weights = shares * probability[agreeing]
+    shown = np.array([[name in a.organs for name in names] for a in atlases], bool)
+    shown = shown.reshape(-1, len(names))[atlas[agreeing]]
     found: list[tuple[NDArray[np.int64], NDArray[np.float64]]] = []
-    for o, organ in enumerate(organs):
-        shown = np.array([organ.name in a.organs for a in atlases], bool)
-        if distance is not None and organ.name not in across:
+    for o, name in enumerate(names):
+        if distance is not None and name not in across:
             own = np.flatnonzero(distance[:, o] < REACH * rho)
             nearness = np.exp(-(distance[own, o].astype(np.float64) ** 2) / (2 * rho**2))
             weight = probability[own] * nearness
         else:
-            movers = [organs.by_name(n).value for n in across.get(organ.name, (organ.name,))]
-            own = agreeing[np.isin(label[agreeing], movers) & shown[atlas[agreeing]]]
-            moving = np.array([index_of[int(v)] for v in label[own]], np.int64)
-            weight = posterior[keypoint[own], moving].astype(np.float64) * probability[own]
+            movers = [names.index(mover) for mover in across.get(name, (name,))]
+            here = np.isin(moving, movers) & shown[:, o]
+            own, weight = agreeing[here], weights[here]
         found.append((own[weight > 0], weight[weight > 0]))
     return Proposals(
         np.concatenate([own for own, _ in found]),
