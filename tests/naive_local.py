@@ -19,7 +19,7 @@ def displacement(
     position: Array,
     translation: Array,
     space: float = 25.0,
-    agreement: float = 7.0,
+    agreement: float = 10.0,
     rounds: int = 3,
 ) -> Array:
     """u (z, y, x) and the support at one point."""
