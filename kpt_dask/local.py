@@ -57,15 +57,15 @@ from kpt_dask.warps import (
 
 PIECES = 1
 """Blocks for each thread, so that the threads end at about the same time."""
-VISIT = 4
+VISIT = 6
 """How much longer a voxel of a cell takes than one that is only read, about."""
 BEND = 50
 """Planes of an atlas that a block reads, beyond as many as it has itself, about."""
-TOGETHER = 4
+TOGETHER = 8
 """Atlases that are read before any of them votes, where there is room."""
 CELLS = 256
 """Cells in which they vote one after the other."""
-AHEAD = 16
+AHEAD = 32
 """Voxels of an atlas from those that are read to those that are fetched: a cache line."""
 NOWHERE = np.float32(1e9)
 """HU of what lies beside the scan: like nothing in any atlas."""
