@@ -24,7 +24,7 @@ FIRM = 1.25
 """What the confidence looks at, times the threshold. Of several measures of the shares this one
 went best with the true Dice of OpenKBP's patients."""
 LEVELS = POSSIBLE, 1.0, FIRM, SURE
-"""Times the threshold: where shares are counted, those in the middle before they are smoothed."""
+"""Times the threshold: where shares are counted."""
 
 
 @dataclass(frozen=True)
@@ -50,9 +50,8 @@ class OrganMeasures:
     at_border : bool
         Whether it reaches the first or last voxels of the field of view: it may be cut off.
     confidence : float
-        How little it hangs on the threshold: Dice of the voxels whose share, before it is
-        smoothed, reaches the threshold and of those where it reaches `FIRM` times as much. 0 if the
-        organ was not found.
+        How little it hangs on the threshold: Dice of the voxels whose share reaches the
+        threshold and of those whose share reaches `FIRM` times as much. 0 if it was not found.
     """
 
     volume_ml: float
@@ -73,8 +72,7 @@ class Tally:
     Attributes
     ----------
     above : int64 array (organ, 4)
-        Voxels, whatever their labels, whose share is at least `LEVELS` times the threshold: the
-        first and the last of what is decided from, the others of what it was before.
+        Voxels, whatever their labels, whose share is at least `LEVELS` times the threshold.
     sums : int64 array (organ, 5)
         Of the organ's voxels: their number, and the sums of HU and indices z, y, x.
     low, high : int64 arrays (organ, 3)
@@ -106,19 +104,12 @@ class Tally:
         )
 
 
-def count_shares(
-    share: NDArray[np.float32],
-    sharp: NDArray[np.float32],
-    threshold: float,
-    tally: Tally,
-    organ: int,
-) -> bool:
+def count_shares(share: NDArray[np.float32], threshold: float, tally: Tally, organ: int) -> bool:
     """Count the shares of an organ in a box.
 
     Parameters
     ----------
-    share, sharp : float32 arrays (z, y, x)
-        What is decided from, and what it was before it was smoothed, or the same.
+    share : float32 array (z, y, x)
     threshold : float
         Share below which a voxel is background.
     tally : Tally
@@ -132,11 +123,11 @@ def count_shares(
         Whether any share is over 0.
     """
     levels = tuple(np.float32(min(level * threshold, 1.0)) for level in LEVELS)
-    return _count_shares(share.shape, flat(share), flat(sharp), levels, tally.above[organ])
+    return _count_shares(share.shape, flat(share), levels, tally.above[organ])
 
 
 @kernel
-def _count_shares(shape: Any, share: Any, sharp: Any, levels: Any, above: Any) -> bool:
+def _count_shares(shape: Any, share: Any, levels: Any, above: Any) -> bool:
     found = False
     depth, height, width = shape
     for z in range(depth):
@@ -149,11 +140,10 @@ def _count_shares(shape: Any, share: Any, sharp: Any, levels: Any, above: Any) -
             if some == 0:
                 continue
             found = True
-            before = row_of(sharp, z, y, width)
             for x in range(width):
                 a += row[x] >= levels[0]
-                b += before[x] >= levels[1]
-                c += before[x] >= levels[2]
+                b += row[x] >= levels[1]
+                c += row[x] >= levels[2]
                 d += row[x] >= levels[3]
             above[0] += a
             above[1] += b
@@ -270,6 +260,7 @@ def _one(tally: Tally, o: int, grid: Grid, voting: NDArray[np.float64]) -> Organ
     ml = grid.voxel_volume / 1000
 
     possible, whole, firm, sure = tally.above[o].tolist()
+    whole = max(whole, count)
     corners = [_point(grid, tally.low[o]), _point(grid, tally.high[o])]
     last = np.array(grid.shape) - 1
     return OrganMeasures(

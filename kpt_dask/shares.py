@@ -4,7 +4,7 @@ What all modes have in common, once a mode has summed the votes of a slab.
 """
 
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import zarr
@@ -33,23 +33,8 @@ VANISHING = 6.0
 Part = tuple[Region, NDArray[np.uint16]]
 """A region of the label map and its labels, (z, y, x)."""
 
-
-class Share(NamedTuple):
-    """The share of an organ where it may be.
-
-    Attributes
-    ----------
-    organ : int
-        Index in the table.
-    box : Box
-    share, sharp : float32 arrays (z, y, x)
-        There, and before it was smoothed, if it was.
-    """
-
-    organ: int
-    box: Box
-    share: NDArray[np.float32]
-    sharp: NDArray[np.float32]
+Share = tuple[int, Box, NDArray[np.float32]]
+"""Index of an organ, where it may be, and its share there, (z, y, x)."""
 
 
 def create_probability(group: zarr.Group, grid: Grid, organs: OrganTable) -> zarr.Array[Any]:
@@ -137,9 +122,9 @@ def finish_slab(
     decision = Decision(region, smallest)
     # The slab owns the shards that these touch.
     with direct.writing(probability) as writer:
-        for organ, box, share, sharp in shares:
+        for organ, box, share in shares:
             decision.claim(organs.values[organ], box, share)
-            if count_shares(share, sharp, smallest, tally, organ):
+            if count_shares(share, smallest, tally, organ):
                 writer.add((slice(organ, organ + 1), *slices(box)), share[None])
     here = overlap(around, box_of(region))
     if here is not None:

@@ -251,8 +251,7 @@ def transfer_slabs(
             share[...] = 0
             for organ in [kept[o]] if keep else _one_by_one(atlases, moves, o, box, organs):
                 organ.add(share, scan, box, nus[o])
-            own_share = share[..., LANES:-LANES]
-            yield Share(o, box, own_share, own_share)
+            yield o, box, share[..., LANES:-LANES]
 
     for slab, own in zip(regions, boxes, strict=True):
         whole = enclosing(list(own.values()))

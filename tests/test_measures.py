@@ -31,11 +31,6 @@ def arrays() -> Arrays:
     return random.integers(-1000, 1000, SHAPE).astype(np.float32), labels, shares
 
 
-def sharp(share: Any) -> Any:
-    """What it could have been before it was smoothed."""
-    return np.sqrt(share)
-
-
 def found(arrays: Arrays, block: tuple[int, int, int]) -> dict[str, OrganMeasures]:
     hu, labels, shares = arrays
     position = np.array([[100, -50, 20], [106, -50, 20], [103, -46, 20]], np.float32)
@@ -46,7 +41,7 @@ def found(arrays: Arrays, block: tuple[int, int, int]) -> dict[str, OrganMeasure
     for region in regions(SHAPE, block):
         tally = Tally.empty(len(ORGANS))
         for o in range(len(ORGANS)):
-            some = count_shares(shares[o][region], sharp(shares[o][region]), THRESHOLD, tally, o)
+            some = count_shares(shares[o][region], THRESHOLD, tally, o)
             assert some == shares[o][region].any()
         corner = np.array([part.start for part in region])
         count_labels(labels[region], hu[region], ORGANS.values, corner, tally)
@@ -71,8 +66,7 @@ def test_measures_follow_from_their_definitions(
         np.testing.assert_allclose(one.centroid, where.mean(axis=0))
         np.testing.assert_allclose(one.extent, [where.min(axis=0), where.max(axis=0)])
         p = shares[o].astype(float)
-        before = sharp(shares[o])
-        whole, firm = (before >= np.float32(0.4)).sum(), (before >= np.float32(0.5)).sum()
+        whole, firm = (p >= 0.4).sum(), (p >= 0.5).sum()
         assert one.confidence == pytest.approx(2 * firm / (whole + firm))
         low, high = one.interval_ml
         assert low <= one.volume_ml <= high
