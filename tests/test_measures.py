@@ -67,7 +67,9 @@ def test_measures_follow_from_their_definitions(
         np.testing.assert_allclose(one.extent, [where.min(axis=0), where.max(axis=0)])
         p = shares[o].astype(float)
         whole, firm = (p >= 0.4).sum(), (p >= 0.5).sum()
-        assert one.confidence == pytest.approx(2 * firm / (whole + firm))
+        radius = (3 * mask.sum() * 8 / (4 * np.pi)) ** (1 / 3)
+        agreement = 2 * firm / (whole + firm)
+        assert one.confidence == pytest.approx(agreement * max(1 - 3 / radius, 0))
         low, high = one.interval_ml
         assert low <= one.volume_ml <= high
         assert low == pytest.approx((p >= 0.7).sum() * 0.008)
