@@ -3,6 +3,7 @@
 import os
 from collections.abc import Callable, Collection
 from concurrent.futures import ProcessPoolExecutor
+from contextlib import ExitStack
 from functools import cache
 from multiprocessing import get_context
 from typing import ParamSpec, TypeVar
@@ -10,6 +11,8 @@ from typing import ParamSpec, TypeVar
 from distributed import Client
 
 from kpt_dask import cluster
+
+_LASTING = ExitStack()
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -26,7 +29,7 @@ class Confined:
         os.sched_setaffinity(0, cores)
         try:
             self._pool = ProcessPoolExecutor(1, mp_context=get_context("spawn"))
-            self._pool.submit(client).result()
+            self._pool.submit(os.getpid).result()
         finally:
             os.sched_setaffinity(0, everywhere)
 
@@ -42,4 +45,4 @@ class Confined:
 @cache
 def client() -> Client:
     """Give this process's own client, with a thread for each core, as long as it lives."""
-    return cluster.session().__enter__()
+    return _LASTING.enter_context(cluster.session())
