@@ -7,6 +7,7 @@ begin and end, and reads nothing around it. Cut out of the surroundings when the
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -112,15 +113,12 @@ def write_strips(
             if box is not None:
                 value, start = organs.by_name(name).value, box[0][0] - info.bounding_box[0][0]
                 parts[name].append(_cut_out(packed[within(box, slab)], coding, start, value))
-    for name in found:
-        parts[name] = [_ordered(np.concatenate(parts[name]))]
-    values = np.concatenate([part for name in found for part in parts[name]])
-    begins, planes = 0, {}
-    for name, info in found.items():
-        own = np.concatenate(parts[name])
-        [found_planes] = _planes_of(own, [(0, len(own))], [shape_of(info.bounding_box)])
-        planes[name] = (begins + _checked(found_planes)[0]).tolist()
-        begins += len(own)
+    owns = [_ordered(np.concatenate(parts[name])) for name in found]
+    values = np.concatenate(owns)
+    ends = np.cumsum([0, *map(len, owns)]).tolist()
+    shapes = [shape_of(info.bounding_box) for info in found.values()]
+    begins = _planes_of(values, list(pairwise(ends)), shapes)
+    planes = {name: _checked(own)[0].tolist() for name, own in zip(found, begins, strict=True)}
     array = group.create_array(
         NAME,
         shape=values.shape,
