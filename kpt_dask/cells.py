@@ -7,6 +7,7 @@ memory where organs are and nowhere else.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -45,6 +46,16 @@ class Cells:
     group: NDArray[np.int64]
     organs: NDArray[np.int64]
     organ: NDArray[np.int64]
+
+    @cached_property
+    def group_of(self) -> NDArray[np.int64]:
+        """Which of the groups each organ is in (organs)."""
+        return np.repeat(np.arange(self.group.size), np.diff(self.organs))
+
+    @cached_property
+    def cell_of(self) -> NDArray[np.int64]:
+        """Which cell each organ is in (organs)."""
+        return np.repeat(np.arange(len(self.index)), np.diff(self.organs[self.groups]))
 
     @property
     def box(self) -> Box:

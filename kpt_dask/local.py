@@ -323,14 +323,12 @@ def _shares(
     grid: tuple[int, int, int],
 ) -> Iterator[Share]:
     """Share of each organ in its box, smoothed."""
-    total_of = np.repeat(np.arange(cells.group.size), np.diff(cells.organs))
-    cell_of = np.repeat(np.arange(len(cells.index)), np.diff(cells.organs[cells.groups]))
     for o, box in boxes.items():
         slots = np.flatnonzero(cells.organ == o)
-        index = cells.index[cell_of[slots]]
+        index = cells.index[cells.cell_of[slots]]
         depth, height, width = shape_of(box)
         around = np.zeros((depth + 2, height + 2, width + 2), np.float32)
-        spread(votes, totals, total_of, slots, index, begin_of(box) - 1, step, around)
+        spread(votes, totals, cells.group_of, slots, index, begin_of(box) - 1, step, around)
         for axis, ((begin, end), n) in enumerate(zip(box, grid, strict=True)):
             along = np.moveaxis(around, axis, 0)
             if begin == 0:
