@@ -17,8 +17,10 @@ from numpy.typing import NDArray
 
 from atlas_store import AtlasKeypoints
 from kpt_dask import cluster
-from kpt_dask.jit import kernel
+from kpt_dask.descriptors import BINS
+from kpt_dask.jit import kernel, summing_kernel
 from kpt_dask.keypoints import first_frames
+from kpt_dask.rows import LOG2_E, exp2
 
 SCALE_RATIO = 2.0
 """ε_σ: matched keypoints' scales differ by at most this factor."""
@@ -29,8 +31,14 @@ CLOSEST_PAIRS = 0.10
 BANDWIDTH = 10.0
 """Of the density of translations, mm."""
 
-_ROWS = 4096
-"""Test keypoints whose distances are held at a time."""
+_LANES = 16
+"""Samples of a density that are weighed at a time."""
+_VANISHING = 29.0
+"""−log₂ of the smallest weight in a density."""
+_SAMPLED = 64
+"""Test keypoints, about, whose pairs say how far the closest ones may be apart."""
+_ROOM = 1.5
+"""How many times as many pairs as are kept lie nearer than that, about."""
 
 Arrays = tuple[NDArray[Any], NDArray[Any], NDArray[Any], NDArray[Any]]
 
@@ -145,9 +153,9 @@ class Keypoints:
         return cls(first, position[first], scale[first], sign[first], descriptor)
 
     @property
-    def where(self) -> tuple[NDArray[np.float32], ...]:
-        """Position, scale and sign."""
-        return self.position, self.scale, self.sign
+    def frames(self) -> NDArray[np.int64]:
+        """Where the frames of each keypoint begin, and where the last one's end, (n + 1)."""
+        return np.append(self.first, self.descriptor.shape[0])
 
 
 def match_atlas(test: Arrays, atlas: Arrays) -> AtlasMatches:
@@ -175,67 +183,78 @@ def _pass(
 ) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.float32]]:
     """Find matches that pass the ratio test, `radius` mm apart at most once moved by `centre`."""
     n = here.first.size
-    nearest = np.empty(n, np.int64)
-    first = np.empty(n, np.float32)
-    second = np.empty(n, np.float32)
-    for a in range(0, n, _ROWS):
-        rows = slice(a, a + _ROWS)
-        two_nearest(
-            distances(here, there, rows),
-            (here.position[rows] - centre, here.scale[rows], here.sign[rows]),
-            there.where,
-            np.float32(radius),
-            nearest[rows],
-            first[rows],
-            second[rows],
-        )
+    nearest, first, second = np.empty(n, np.int64), *np.empty((2, n), np.float32)
+    position, scale = here.position - centre, here.scale
+    ratio = np.float32(SCALE_RATIO)
+    key, window = there.scale, (scale / ratio, scale * ratio)
+    if np.isfinite(radius):
+        # Fewer lie as high as that. A millimetre more, whatever is rounded.
+        key, height, farthest = there.position[:, 0], position[:, 0], np.float32(radius + 1)
+        window = height - farthest, height + farthest
+    order = np.lexsort((key, there.sign))
+    two_nearest(
+        (position, scale, here.sign, here.frames, here.descriptor),
+        (there.position, there.scale, there.sign, there.frames, there.descriptor),
+        (order, there.sign[order], key[order]),
+        window,
+        np.float32(radius),
+        (nearest, first, second),
+    )
     # Squared distances against the squared ratio; a missing second nearest is infinitely far.
     keep = np.flatnonzero((nearest >= 0) & (first <= np.float32(DISTANCE_RATIO**2) * second))
     return keep, nearest[keep], first[keep]
 
 
-def distances(here: Keypoints, there: Keypoints, rows: slice | None = None) -> NDArray[np.float32]:
-    """Squared distances (n, m) of keypoints: those of their closest frames.
+@summing_kernel
+def _squared(test: NDArray[np.float32], p: int, atlas: NDArray[np.float32], q: int) -> Any:
+    """Squared distance of two descriptors.
+
+    Ranks are small integers, so float32 holds every sum exactly, in whatever order it is added.
+    """
+    total = np.float32(0)
+    for b in range(BINS):
+        d = test[p, b] - atlas[q, b]
+        total += d * d
+    return total
+
+
+@kernel
+def squared_distance(
+    test: NDArray[np.float32],
+    frames: NDArray[np.int64],
+    i: int,
+    atlas: NDArray[np.float32],
+    other_frames: NDArray[np.int64],
+    j: int,
+) -> Any:
+    """Squared distance of keypoints i and j: that of their closest frames.
 
     Parameters
     ----------
-    here, there : Keypoints
-        n, or `rows` of them, and m.
+    test, atlas : float32 arrays (frames, 64)
+        Descriptors.
+    frames, other_frames : int64 arrays
+        Where the frames of each keypoint begin, and where the last one's end.
     """
-    first = here.first[rows or slice(None)]
-    stop = here.descriptor.shape[0]
-    if rows is not None and rows.stop < here.first.size:
-        stop = int(here.first[rows.stop])
-    begin = int(first[0]) if first.size else stop
-    found = squared_distances(here.descriptor[begin:stop], there.descriptor)
-    if found.shape[1] > there.first.size:
-        found = np.minimum.reduceat(found, there.first, axis=1)
-    if found.shape[0] > first.size:
-        found = np.minimum.reduceat(found, first - begin, axis=0)
-    return found
-
-
-def squared_distances(test: NDArray[np.float32], atlas: NDArray[np.float32]) -> NDArray[np.float32]:
-    """Squared distances (n, m) between descriptors (n, 64) and (m, 64), all float32.
-
-    Ranks are small integers, so float32 holds every sum exactly, in whatever order BLAS adds.
-    """
-    distances = test @ atlas.T
-    distances *= -2
-    distances += (atlas**2).sum(axis=1)
-    distances += (test**2).sum(axis=1)[:, None]
-    return distances
+    first, stop = frames[i], frames[i + 1]
+    other, other_stop = other_frames[j], other_frames[j + 1]
+    nearest = _squared(test, first, atlas, other)
+    # Loops over one frame would take three times as long as what is in them.
+    if stop - first > 1 or other_stop - other > 1:
+        for p in range(first, stop):
+            for q in range(other, other_stop):
+                nearest = min(nearest, _squared(test, p, atlas, q))
+    return nearest
 
 
 @kernel
 def two_nearest(
-    distances: NDArray[np.float32],
-    test: tuple[NDArray[np.float32], ...],
-    atlas: tuple[NDArray[np.float32], ...],
+    test: tuple[NDArray[Any], ...],
+    atlas: tuple[NDArray[Any], ...],
+    ordered: tuple[NDArray[Any], ...],
+    window: tuple[NDArray[np.float32], NDArray[np.float32]],
     radius: np.float32,
-    nearest: NDArray[np.int64],
-    first: NDArray[np.float32],
-    second: NDArray[np.float32],
+    found: tuple[NDArray[Any], ...],
 ) -> None:
     """Nearest and second nearest atlas keypoint of each test keypoint, under constraints.
 
@@ -244,44 +263,51 @@ def two_nearest(
 
     Parameters
     ----------
-    distances : float32 array (n, m)
-        Squared descriptor distances.
-    test, atlas : tuple of float32 arrays
-        Position (n, 3), scale (n) and sign (n) of both sides.
+    test, atlas : tuple of ndarray
+        Position (n, 3), scale (n) and sign (n), where frames begin and the last one's end (n + 1),
+        and descriptors (frames, 64).
+    ordered : tuple of ndarray (m)
+        Indices of the atlas keypoints by sign and then by some key, their signs, and their keys.
+    window : tuple of float32 arrays (n)
+        Least and largest key of any that each test keypoint may be matched with.
     radius : float32
         mm.
-    nearest : int64 array (n)
-        Receives the index of the nearest, −1 where there is none.
-    first, second : float32 arrays (n)
-        Receive the squared distances, infinite where there is none.
+    found : tuple of ndarray (n)
+        Receive the index of the nearest, int64, −1 where there is none; its squared distance and
+        that of the second nearest, float32, infinite where there is none.
     """
-    position, scale, sign = test
-    other, other_scale, other_sign = atlas
+    here, scale, sign, frames, descriptor = test
+    there, other_scale, _, other_frames, other_descriptor = atlas
+    order, signs, keys = ordered
+    nearest, first, second = found
     limit = radius * radius
-    for i in range(distances.shape[0]):
-        best = np.float32(np.inf)
-        next_best = np.float32(np.inf)
+    change = np.searchsorted(signs, 0)
+    chosen = np.empty(order.size + 1, np.int64)
+    for i in range(here.shape[0]):
+        best = next_best = np.float32(np.inf)
         index = -1
-        low = scale[i] / SCALE_RATIO
-        high = scale[i] * SCALE_RATIO
-        row = distances[i]
-        for j in range(row.size):
-            d = row[j]
-            if d >= next_best or other_sign[j] != sign[i]:
-                continue
-            if other_scale[j] < low or other_scale[j] > high:
-                continue
-            dz = position[i, 0] - other[j, 0]
-            dy = position[i, 1] - other[j, 1]
-            dx = position[i, 2] - other[j, 2]
-            if not dz * dz + dy * dy + dx * dx < limit:
-                continue
-            if d < best:
+        begin, end = (0, change) if sign[i] < 0 else (change, order.size)
+        own = keys[begin:end]
+        start = begin + np.searchsorted(own, window[0][i])
+        stop = begin + np.searchsorted(own, window[1][i], side="right")
+        # Without branches: which are near and alike in scale is as good as random.
+        n = 0
+        low, high = scale[i] / SCALE_RATIO, scale[i] * SCALE_RATIO
+        for j in order[start:stop]:
+            dz = here[i, 0] - there[j, 0]
+            dy = here[i, 1] - there[j, 1]
+            dx = here[i, 2] - there[j, 2]
+            chosen[n] = j
+            alike = (other_scale[j] >= low) & (other_scale[j] <= high)
+            n += (dz * dz + dy * dy + dx * dx < limit) & alike
+        for j in chosen[:n]:
+            d = squared_distance(descriptor, frames, i, other_descriptor, other_frames, j)
+            if d < best or (d == best and j < index):
                 next_best = best
                 best = d
                 index = j
             else:
-                next_best = d
+                next_best = min(next_best, d)
         nearest[i] = index
         first[i] = best
         second[i] = next_best
@@ -297,17 +323,31 @@ def density(
     One density serves the Hough transform (its mode) and p(m).
     """
     out = np.zeros(points.shape[0], np.float32)
-    scale = -0.5 / (bandwidth * bandwidth)
+    m = samples.shape[0]
+    scale = np.float32(0.5 * LOG2_E / (bandwidth * bandwidth))
+    farthest, nothing = np.float32(_VANISHING), np.float32(0)
+    blocks = (m + _LANES - 1) // _LANES
+    # Their number is rounded up by samples that are infinitely far.
+    along = np.full((3, blocks * _LANES), np.inf, np.float32)
+    for j in range(m):
+        for axis in range(3):
+            along[axis, j] = samples[j, axis]
+    zs, ys, xs = along[0], along[1], along[2]
+    sums = np.empty(_LANES, np.float32)
     for i in range(points.shape[0]):
+        z, y, x = points[i, 0], points[i, 1], points[i, 2]
+        sums[:] = nothing
+        for b in range(blocks):
+            begin = np.uint64(b * _LANES)
+            for lane in range(np.uint64(_LANES)):
+                dz, dy, dx = zs[begin + lane] - z, ys[begin + lane] - y, xs[begin + lane] - x
+                v = (dz * dz + dy * dy + dx * dx) * scale
+                w = exp2(-min(v, farthest))
+                sums[lane] += w if v < farthest else nothing
         total = 0.0
-        for j in range(samples.shape[0]):
-            dz = points[i, 0] - samples[j, 0]
-            dy = points[i, 1] - samples[j, 1]
-            dx = points[i, 2] - samples[j, 2]
-            exponent = scale * (dz * dz + dy * dy + dx * dx)
-            if exponent > -20.0:
-                total += np.exp(exponent)
-        out[i] = total / samples.shape[0]
+        for lane in range(_LANES):
+            total += sums[lane]
+        out[i] = total / m
     return out
 
 
@@ -317,27 +357,24 @@ def closest_pairs_radius(
     """ε_x: the distance below which the closest `share` of all pairs lie, mm.
 
     Exact, in bounded memory: a histogram finds the millimetre, and only the pairs of that
-    millimetre are sorted.
+    millimetre are sorted. Pairs that are farther apart along z than a part of the pairs says
+    are not looked at, unless that part turns out to have misled.
     """
-    pairs = share * test.shape[0] * atlas.shape[0]
-    rank = max(math.ceil(round(pairs, 6)), 1)
-    counts = _count_millimetres(test, atlas)
-    below = np.cumsum(counts)
+    rank = max(math.ceil(round(share * test.shape[0] * atlas.shape[0], 6)), 1)
+    other = np.ascontiguousarray(atlas[np.argsort(atlas[:, 0], kind="stable")].T)
+    sampled = test[:: max(test.shape[0] // _SAMPLED, 1)]
+    below = np.cumsum(_count_millimetres(sampled, other, _FARTHEST))
+    farthest = int(np.searchsorted(below, min(_ROOM * share, 1.0) * below[-1])) + 1
+    below = np.cumsum(_count_millimetres(test, other, min(farthest, _FARTHEST)))
+    if below[-2] < rank:
+        below = np.cumsum(_count_millimetres(test, other, _FARTHEST))
     millimetre = int(np.searchsorted(below, rank))
-    inside = _pairs_of_millimetre(test, atlas, millimetre, int(counts[millimetre]))
-    inside.sort()
     before = int(below[millimetre - 1]) if millimetre else 0
+    inside = _pairs_of_millimetre(test, other, millimetre, int(below[millimetre]) - before)
+    inside.sort()
     # The next float up, because pairs are kept that are strictly closer; and far enough
     # from 0 that its square is not 0.
     return max(float(np.nextafter(inside[rank - before - 1], np.float32(np.inf))), 1e-6)
-
-
-@kernel
-def _distance(test: NDArray[np.float32], atlas: NDArray[np.float32], i: int, j: int) -> float:
-    dz = test[i, 0] - atlas[j, 0]
-    dy = test[i, 1] - atlas[j, 1]
-    dx = test[i, 2] - atlas[j, 2]
-    return np.sqrt(dz * dz + dy * dy + dx * dx)  # type: ignore[no-any-return]
 
 
 _FARTHEST = 100_000
@@ -345,27 +382,59 @@ _FARTHEST = 100_000
 
 
 @kernel
-def _count_millimetres(test: NDArray[np.float32], atlas: NDArray[np.float32]) -> NDArray[np.int64]:
-    counts = np.zeros(_FARTHEST + 1, np.int64)
+def _near(point: Any, others: Any, farthest: int, distances: Any) -> Any:
+    """Find a range of points that holds all that are nearer, and fill their distances.
+
+    Parameters
+    ----------
+    point : float32 array (3)
+    others : float32 array (3, m)
+        In order of z.
+    farthest : int
+        mm; all points are in the range if it is `_FARTHEST`.
+    distances : float32 array (m)
+        Those of the range are filled, mm.
+    """
+    zs, ys, xs = others[0], others[1], others[2]
+    first, stop = 0, zs.size
+    if farthest < _FARTHEST:
+        # A millimetre more, whatever is rounded.
+        first = np.searchsorted(zs, point[0] - (farthest + 1))
+        stop = np.searchsorted(zs, point[0] + (farthest + 1))
+    z, y, x = point[0], point[1], point[2]
+    for j in range(np.uint64(first), np.uint64(stop)):
+        dz, dy, dx = z - zs[j], y - ys[j], x - xs[j]
+        distances[j] = np.sqrt(dz * dz + dy * dy + dx * dx)
+    return first, stop
+
+
+@kernel
+def _count_millimetres(test: Any, others: Any, farthest: int) -> Any:
+    """Count pairs by millimetre, int64 (farthest + 1); not all of the last, but of `_FARTHEST`."""
+    counts = np.zeros(farthest + 1, np.int64)
+    distances = np.empty(others.shape[1], np.float32)
     for i in range(test.shape[0]):
-        for j in range(atlas.shape[0]):
-            counts[min(int(_distance(test, atlas, i, j)), _FARTHEST)] += 1
+        first, stop = _near(test[i], others, farthest, distances)
+        for j in range(first, stop):
+            counts[int(min(distances[j], np.float32(farthest)))] += 1
     return counts
 
 
 @kernel
-def _pairs_of_millimetre(
-    test: NDArray[np.float32], atlas: NDArray[np.float32], millimetre: int, n: int
-) -> NDArray[np.float32]:
-    out = np.empty(n, np.float32)
+def _pairs_of_millimetre(test: Any, others: Any, millimetre: int, n: int) -> Any:
+    """Find the distances of all `n` pairs of a millimetre."""
+    # Without branches: what comes next takes the place of what does not belong here.
+    out = np.empty(n + 1, np.float32)
+    distances = np.empty(others.shape[1], np.float32)
+    low = np.float32(millimetre)
+    high = np.float32(millimetre + 1 if millimetre < _FARTHEST else np.inf)
     k = 0
     for i in range(test.shape[0]):
-        for j in range(atlas.shape[0]):
-            d = _distance(test, atlas, i, j)
-            if min(int(d), _FARTHEST) == millimetre:
-                out[k] = d
-                k += 1
-    return out
+        first, stop = _near(test[i], others, min(millimetre + 1, _FARTHEST), distances)
+        for j in range(first, stop):
+            out[k] = distances[j]
+            k += (distances[j] >= low) & (distances[j] < high)
+    return out[:n]
 
 
 def _dataset(atlases: AtlasKeypoints, parts: list[AtlasMatches]) -> xr.Dataset:

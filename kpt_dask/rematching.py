@@ -14,8 +14,15 @@ from numpy.typing import NDArray
 from atlas_store import AtlasKeypoints
 from kpt_dask import cluster
 from kpt_dask.fields import Widths, regress
-from kpt_dask.jit import summing_kernel
-from kpt_dask.matching import SCALE_RATIO, Arrays, Keypoints, describe, slices_by_atlas
+from kpt_dask.jit import kernel
+from kpt_dask.matching import (
+    SCALE_RATIO,
+    Arrays,
+    Keypoints,
+    describe,
+    slices_by_atlas,
+    squared_distance,
+)
 from kpt_dask.options import SIGMA_T, SIGMA_X
 
 RADIUS = 15.0
@@ -101,8 +108,8 @@ def rematch_atlas(
     moved = here.position - field[:, :3]
     order = np.argsort(there.position[:, 0], kind="stable")
     forth = _mutual_nearest(
-        (moved, field[:, 3], here.scale, here.sign, _frames(here), here.descriptor),
-        (there.position, there.scale, there.sign, _frames(there), there.descriptor),
+        (moved, field[:, 3], here.scale, here.sign, here.frames, here.descriptor),
+        (there.position, there.scale, there.sign, there.frames, there.descriptor),
         order,
         there.position[order, 0],
     )
@@ -110,12 +117,7 @@ def rematch_atlas(
     return here.first[mutual], there.first[forth[mutual]]
 
 
-def _frames(keypoints: Keypoints) -> NDArray[np.int64]:
-    """Where the frames of each keypoint begin, and where the last one's end."""
-    return np.append(keypoints.first, keypoints.descriptor.shape[0])
-
-
-@summing_kernel
+@kernel
 def _mutual_nearest(
     test: tuple[NDArray[Any], ...],
     atlas: tuple[NDArray[Any], ...],
@@ -155,14 +157,7 @@ def _mutual_nearest(
                 continue
             if other_scale[j] < scale[i] / SCALE_RATIO or other_scale[j] > scale[i] * SCALE_RATIO:
                 continue
-            squared = np.float32(np.inf)
-            for p in range(frames[i], frames[i + 1]):
-                for q in range(other_frames[j], other_frames[j + 1]):
-                    total = np.float32(0)
-                    for b in range(descriptor.shape[1]):
-                        d = descriptor[p, b] - other_descriptor[q, b]
-                        total += d * d
-                    squared = min(squared, total)
+            squared = squared_distance(descriptor, frames, i, other_descriptor, other_frames, j)
             # Ties go to the lower index, on both sides.
             if squared < best or (squared == best and j < forth[i]):
                 best = squared

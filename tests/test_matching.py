@@ -196,17 +196,6 @@ def test_processes_match_as_threads_do(one_process: Client, two_processes: Clien
     xr.testing.assert_identical(match(dataset(test), atlases, client=two_processes), expected)
 
 
-def test_the_number_of_rows_held_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
-    rng = np.random.default_rng(6)
-    test = random_points(rng, 50)
-    atlas = alike(rng, test, 60)
-    expected = match_atlas(arrays(test), arrays(atlas))
-    monkeypatch.setattr(matching, "_ROWS", 7)
-    found = match_atlas(arrays(test), arrays(atlas))
-    for name in vars(expected):
-        np.testing.assert_array_equal(getattr(found, name), getattr(expected, name))
-
-
 @pytest.mark.parametrize(("n", "m"), [(0, 0), (0, 5), (5, 0)])
 def test_without_keypoints_there_is_no_match(one_process: Client, n: int, m: int) -> None:
     rng = np.random.default_rng(0)
@@ -280,13 +269,14 @@ def test_a_ratio_of_exactly_nine_tenths_is_kept() -> None:
 
 
 def test_ties_go_to_the_lower_index() -> None:
-    distances = np.float32([[5, 3, 3, 7]])
-    here = np.zeros((4, 3), np.float32), np.ones(4, np.float32), np.ones(4, np.float32)
-    nearest, d1, d2 = np.empty(1, np.int64), np.empty(1, np.float32), np.empty(1, np.float32)
-    matching.two_nearest(
-        distances, tuple(a[:1] for a in here), here, np.float32(np.inf), nearest, d1, d2
-    )
-    assert (nearest[0], d1[0], d2[0]) == (1, 3, 3)
+    """The first of two that are the same, whichever has the smaller scale or lies lower."""
+    test = points([((0, 0, 0), 4, 1, descriptor())])
+    for height, scale in ((0, 5), (0, 3), (1, 4), (-1, 4)):
+        alike = [((0, 0, 0), 4, 1, descriptor()), ((height, 0, 0), scale, 1, descriptor())]
+        atlas = points([((0, 0, 0), 4, 1, descriptor(5)), *alike])
+        found = match_atlas(arrays(test), arrays(atlas))
+        assert found.atlas_keypoint.tolist() == [1]
+        assert found.squared_distance.tolist() == [0]
 
 
 def together(n: int, shift: Any, jitter: float = 0.0) -> tuple[Points, Points]:
@@ -323,13 +313,19 @@ def test_a_keypoint_with_a_double_elsewhere_is_matched_near_the_alignment() -> N
     assert found.atlas_keypoint[found.keypoint == 3].tolist() == [4]
 
 
-@given(st.integers(0, 2**32 - 1), st.integers(1, 20), st.integers(1, 20))
+@pytest.mark.parametrize("sampled", [1, 3, 64])
+@given(st.integers(0, 2**32 - 1), st.integers(1, 20), st.integers(1, 20), st.integers(1, 40))
 @settings(max_examples=40, deadline=None)
-def test_the_radius_keeps_the_closest_tenth_of_all_pairs(seed: int, n: int, m: int) -> None:
+def test_the_radius_keeps_the_closest_tenth_of_all_pairs(
+    sampled: int, seed: int, n: int, m: int, spread: int
+) -> None:
+    """Also where the few pairs that are looked at first say too little of all."""
     rng = np.random.default_rng(seed)
-    a, b = random_points(rng, n, 15), random_points(rng, m, 15)
+    a, b = random_points(rng, n, 15), random_points(rng, m, spread)
     distances = [naive.distance(p, q) for p in a.position for q in b.position]
-    radius = closest_pairs_radius(a.position, b.position, 0.1)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(matching, "_SAMPLED", sampled)
+        radius = closest_pairs_radius(a.position, b.position, 0.1)
     largest = naive.largest_distance_kept(a, b, (0, 0, 0))
     assert [d < radius for d in distances] == [d <= largest for d in distances]
 

@@ -10,11 +10,12 @@ import numpy as np
 import pytest
 from distributed import Client
 from scipy import ndimage
+from scipy.spatial.distance import cdist
 
 from kpt_dask.descriptors import PATCH, STEP
 from kpt_dask.grid import Grid
 from kpt_dask.keypoints import CHOICES, extract
-from kpt_dask.matching import Keypoints, distances
+from kpt_dask.matching import Keypoints
 from kpt_dask.pyramid import fill_pyramid
 from kpt_dask.scan import open_scan
 from kpt_dask.volume import create_volume
@@ -64,6 +65,13 @@ def turn(axis: int, degrees: float) -> np.ndarray:
     return matrix
 
 
+def squared_distances(here: Keypoints, there: Keypoints) -> np.ndarray:
+    """Of all pairs, (n, m): those of their closest frames."""
+    found = cdist(here.descriptor, there.descriptor, "sqeuclidean")
+    found = np.minimum.reduceat(found, there.first, axis=1)
+    return np.minimum.reduceat(found, here.first, axis=0)
+
+
 def repeated(
     here: Keypoints, there: Keypoints, moved: np.ndarray, factor: float, shapes: tuple[tuple, tuple]
 ) -> tuple[int, float, float]:
@@ -79,7 +87,7 @@ def repeated(
     ratio = factor * here.scale[:, None] / there.scale
     same = (apart <= 1.5) & (ratio <= 1.2) & (ratio >= 1 / 1.2)
     again = np.flatnonzero(inside & same.any(axis=1))
-    squared = distances(here, there)
+    squared = squared_distances(here, there)
     nearest = squared.argmin(axis=1)[again]
     mutual = (squared.argmin(axis=0)[nearest] == again) & same[again, nearest]
     return int(inside.sum()), again.size / inside.sum(), float(mutual.mean())
