@@ -273,7 +273,7 @@ def test_ties_go_to_the_lower_index() -> None:
     test = points([((0, 0, 0), 4, 1, descriptor())])
     for height, scale in ((0, 5), (0, 3), (1, 4), (-1, 4)):
         alike = [((0, 0, 0), 4, 1, descriptor()), ((height, 0, 0), scale, 1, descriptor())]
-        atlas = points([((0, 0, 0), 4, 1, descriptor(5)), *alike])
+        atlas = points([((0, 0, 0), 6, 1, descriptor(5)), *alike])
         found = match_atlas(arrays(test), arrays(atlas))
         assert found.atlas_keypoint.tolist() == [1]
         assert found.squared_distance.tolist() == [0]
