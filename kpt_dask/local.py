@@ -70,13 +70,6 @@ AHEAD = 32
 NOWHERE = np.float32(1e9)
 """HU of what lies beside the scan: like nothing in any atlas."""
 
-DESCRIPTION = (
-    "share of the votes for the organ at a voxel, among the atlases that annotate the organ; a "
-    "vote counts as much as matches support its atlas's displacement there and as its intensity "
-    "agrees with the scan's; averaged over neighbouring voxels"
-)
-"""What the probabilities are."""
-
 
 def transfer(
     volume: Volume,
@@ -136,7 +129,6 @@ def transfer(
     organs = store.organs
     grid = volume.grid
     step = step_of(grid)
-    probability.update_attributes({"description": DESCRIPTION})
     widths = options.sigma_x, options.sigma_t
     smallest, nus = options.smallest_share("local"), options.nus("local", organs)
     own = list(zip(atlases, by_atlas(keypoints, matches, len(atlases)), strict=True))

@@ -227,7 +227,7 @@ def segment_volume(
         atlas_ids = [atlas_ids[i] for i in chosen]
         atlases = atlases.only(chosen)
     votes = vote(matches, keypoints.sizes["keypoint"], store.organs)
-    probability = create_probability(group, volume.grid, store.organs)
+    probability = create_probability(group, volume.grid, store.organs, mode)
     if mode == "local":
         widths = options.sigma_x, options.sigma_t
         nearer = rematch(keypoints, atlases, matches, widths=widths, client=client)

@@ -30,6 +30,17 @@ without any organ neither. Small: of an organ's bounding box as much is empty as
 VANISHING = 6.0
 """Standard deviations from which on the intensity likelihood is 0."""
 
+WHOLE = (
+    "share of each organ's vote weight that places the organ at a voxel and agrees with the "
+    "scan's intensity there"
+)
+BY_FIELDS = (
+    "share of the votes for the organ at a voxel, among the atlases that annotate the organ; a "
+    "vote counts as much as matches support its atlas's displacement there and as its intensity "
+    "agrees with the scan's; averaged over neighbouring voxels"
+)
+"""What the probabilities are, in modes that move whole organs and in `local`."""
+
 Part = tuple[Region, NDArray[np.uint16]]
 """A region of the label map and its labels, (z, y, x)."""
 
@@ -37,8 +48,10 @@ Share = tuple[int, Box, NDArray[np.float32]]
 """Index of an organ, where it may be, and its share there, (z, y, x)."""
 
 
-def create_probability(group: zarr.Group, grid: Grid, organs: OrganTable) -> zarr.Array[Any]:
-    """Make ``probability`` (organ, z, y, x) float32; what no organ reaches costs nothing."""
+def create_probability(
+    group: zarr.Group, grid: Grid, organs: OrganTable, mode: str
+) -> zarr.Array[Any]:
+    """Make ``probability`` (organ, z, y, x) float32 for a mode; what no organ reaches is free."""
     chunks = [min(n, c) for n, c in zip(grid.shape, CHUNKS, strict=True)]
     sizes = [min(n, s) for n, s in zip(grid.shape, SHARD, strict=True)]
     return group.create_array(
@@ -52,7 +65,10 @@ def create_probability(group: zarr.Group, grid: Grid, organs: OrganTable) -> zar
         compressors=COMPRESSOR,
         fill_value=0,
         dimension_names=("organ", "z", "y", "x"),
-        attributes={"organs": list(organs.names)},
+        attributes={
+            "organs": list(organs.names),
+            "description": BY_FIELDS if mode == "local" else WHOLE,
+        },
     )
 
 

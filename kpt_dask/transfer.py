@@ -51,12 +51,6 @@ BYTES = 8
 SAMPLING = 10
 """How much longer it takes to look whether an affine brings one, about."""
 
-DESCRIPTION = (
-    "share of each organ's vote weight that places the organ at a voxel and agrees with the "
-    "scan's intensity there"
-)
-"""What the probabilities are."""
-
 
 def transfer(
     volume: Volume,
@@ -126,7 +120,6 @@ def transfer(
     """
     atlases = store.atlases(atlas_ids)
     organs, grid = store.organs, volume.grid
-    probability.update_attributes({"description": DESCRIPTION})
     smallest, nus = options.smallest_share(mode), options.nus(mode, organs)
     with cluster.session(client) as session:
         distance = None

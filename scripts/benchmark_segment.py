@@ -181,7 +181,7 @@ def stations(scan: Path, store_path: Path, out: Path) -> dict[str, dict[str, flo
         with watched(figures, "vote", base):
             votes = vote(matches, keypoints.sizes["keypoint"], store.organs)
         with watched(figures, "transfer", base):
-            probability = create_probability(group, volume.grid, store.organs)
+            probability = create_probability(group, volume.grid, store.organs, "organ")
             parts, _ = transfer(
                 volume, store, used, keypoints, matches, votes, probability, client=client
             )

@@ -148,7 +148,7 @@ def seconds(scan: Scan, what: str) -> float:
     else:
         # Removed with the folder, when nobody looks at the time.
         group = zarr.create_group(tempfile.mkdtemp(dir=scan.folder, suffix=".zarr"))
-        probability = create_probability(group, volume.grid, store.organs)
+        probability = create_probability(group, volume.grid, store.organs, what)
         if what == "local":
             matches = rematch(keypoints, atlases, matches, client=client())
             how = volume, store, scan.atlases, keypoints, matches, probability

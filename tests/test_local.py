@@ -83,7 +83,8 @@ def run(
     memory: int = 1 << 30,
 ) -> tuple[Array, Array]:
     """Probabilities and label map."""
-    probability = create_probability(zarr.create_group(str(path)), volume.grid, store.organs)
+    group = zarr.create_group(str(path))
+    probability = create_probability(group, volume.grid, store.organs, "local")
     what = *tables(found), probability
     parts, _ = transfer(volume, store, store.ids(), *what, memory=memory, client=client)
     labels = np.zeros(volume.grid.shape, np.uint16)

@@ -124,7 +124,8 @@ def run(
     across: Mapping[str, Sequence[str]] | None = None,
 ) -> tuple[Array, Array]:
     """Probabilities and label map."""
-    probability = create_probability(zarr.create_group(str(path)), volume.grid, store.organs)
+    group = zarr.create_group(str(path))
+    probability = create_probability(group, volume.grid, store.organs, mode)
     parts, _ = transfer(
         volume,
         store,

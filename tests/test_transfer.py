@@ -165,7 +165,7 @@ def run(
     """Probabilities and label map."""
     matches, votes = tables(proposals)
     group = zarr.create_group(str(path), overwrite=True)
-    probability = create_probability(group, volume.grid, store.organs)
+    probability = create_probability(group, volume.grid, store.organs, "organ")
     # Where keypoints lie plays no part in mode organ.
     keypoints = xr.Dataset()
     what = keypoints, matches, votes, probability
