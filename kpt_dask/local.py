@@ -40,7 +40,7 @@ from kpt_dask.measures import Tally
 from kpt_dask.omezarr import Region
 from kpt_dask.options import DEFAULTS, TransferOptions
 from kpt_dask.rows import LOG2_E, exp2, fetch
-from kpt_dask.shares import SHARD, VANISHING, Part, Share, finish_slab, run_blocks, slabs
+from kpt_dask.shares import SHARD, VANISHING, Share, finish_slab, run_blocks, slabs
 from kpt_dask.surroundings import Room, read_planes, surroundings_of
 from kpt_dask.volume import Volume
 from kpt_dask.warps import (
@@ -78,11 +78,12 @@ def transfer(
     keypoints: xr.Dataset,
     matches: xr.Dataset,
     probability: zarr.Array[Any],
+    labels: zarr.Array[Any],
     *,
     options: TransferOptions = DEFAULTS,
     memory: int = 1 << 30,
     client: Client | None = None,
-) -> tuple[list[Part], Tally]:
+) -> Tally:
     """Fill the probabilities, and decide each voxel's organ.
 
     Before it is smoothed, the share of organ l at voxel x is
@@ -111,6 +112,8 @@ def transfer(
         From `kpt_dask.extract`, and from `kpt_dask.match` or `kpt_dask.rematching.rematch`.
     probability : zarr.Array
         From `kpt_dask.shares.create_probability`.
+    labels : zarr.Array (z, y, x)
+        Level 0 of the label map, filled with 0, from `kpt_dask.omezarr.create_label_image`.
     options : TransferOptions
         The threshold, ν, σ_x and σ_t.
     memory : int
@@ -120,10 +123,8 @@ def transfer(
 
     Returns
     -------
-    parts : list of (region, labels)
-        The parts of the label map that may hold anything, uint16 (z, y, x).
-    tally : Tally
-        What they count together.
+    Tally
+        What is counted of the labels and their shares.
     """
     atlases = store.atlases(atlas_ids)
     organs = store.organs
@@ -140,8 +141,8 @@ def transfer(
         pieces, room = PIECES * sum(threads), memory / max(threads)
         tasks = []
         for block in plan_blocks(domains, grid, step, per_plane, pieces, room):
-            how = grid, own, domains, organs, nus, widths, smallest, room
-            tasks.append((volume.levels[0], *how, probability, aligned(block, SHARD, grid.shape)))
+            how = grid, own, domains, organs, nus, widths, smallest, room, probability, labels
+            tasks.append((volume.levels[0], *how, aligned(block, SHARD, grid.shape)))
         return run_blocks(transfer_block, tasks, atlases, organs, session)
 
 
@@ -198,8 +199,9 @@ def transfer_block(
     smallest: float,
     room: float,
     probability: zarr.Array[Any],
+    labels: zarr.Array[Any],
     region: Region,
-) -> tuple[list[Part], Tally]:
+) -> Tally:
     """Fill one block of the probabilities, and decide its voxels.
 
     Parameters
@@ -259,7 +261,7 @@ def transfer_block(
                     votes,
                     totals,
                 )
-    parts, tally = [], Tally.empty(len(organs))
+    tally = Tally.empty(len(organs))
     found = {o: in_voxels(domain, step) for o, domain in enumerate(domains) if domain is not None}
     looked_for = overlaps(found, whole)
     for slab in slabs(region):
@@ -267,8 +269,9 @@ def transfer_block(
         if boxes:
             shares = _shares(cells, votes, totals, boxes, step, grid.shape)
             around = whole, scan
-            parts.append(finish_slab(probability, shares, organs, smallest, slab, around, tally))
-    return parts, tally
+            what = organs, smallest, slab, around, tally
+            finish_slab(probability, labels, shares, *what)
+    return tally
 
 
 def _per_plane(atlases: Iterable[Atlas]) -> int:

@@ -157,7 +157,7 @@ def _count_shares(shape: Any, share: Any, levels: Any, above: Any) -> bool:
 
 
 def count_labels(
-    labels: NDArray[np.uint16],
+    labels: NDArray[Any],
     hu: NDArray[np.float32],
     values: Sequence[int],
     corner: NDArray[np.int64],

@@ -69,6 +69,20 @@ def write_region(array: zarr.Array[Any], region: Region, data: NDArray[Any]) -> 
     ValueError
         If the region is not aligned, or `data` has another shape.
     """
+    check_owned(array, region)
+    if data.shape != tuple(part.stop - part.start for part in region):
+        raise ValueError(f"data of shape {data.shape} does not fill region {region}")
+    direct.write(array, region, data)
+
+
+def check_owned(array: zarr.Array[Any], region: Region) -> None:
+    """Refuse a region that shares a chunk, or a shard, with others.
+
+    Raises
+    ------
+    ValueError
+        If it does not begin and end where these do.
+    """
     unit = array.shards or array.chunks
     if len(region) != array.ndim:
         raise ValueError(f"region {region} has not the {array.ndim} axes of {array.path}")
@@ -79,9 +93,6 @@ def write_region(array: zarr.Array[Any], region: Region, data: NDArray[Any]) -> 
                 f"region {part} of axis {axis} (length {size}) does not begin and end at"
                 f" multiples of {step}: writing it could destroy a neighbour's voxels"
             )
-    if data.shape != tuple(part.stop - part.start for part in region):
-        raise ValueError(f"data of shape {data.shape} does not fill region {region}")
-    direct.write(array, region, data)
 
 
 def regions(shape: Sequence[int], block: Sequence[int]) -> Iterator[tuple[slice, slice, slice]]:
@@ -206,27 +217,46 @@ def write_label_image(
         The label image; its levels are the arrays "0", "1", …, nearest neighbours.
     """
     organs = list(organs)
-    largest = max((organ.value for organ in organs), default=0)
-    dtype = np.uint8 if largest <= np.iinfo(np.uint8).max else np.uint16
-    ome = cast(dict[str, Any], image.attrs["ome"])
-    n_levels = len(ome["multiscales"][0]["datasets"])
-    labelled = image.require_group("labels")
-    group = labelled.create_group(name, overwrite=True)
-    levels = create_levels(group, _halved(grid.shape, n_levels), dtype)
+    levels = create_label_image(image, name, grid, organs)
     if isinstance(labels, np.ndarray):
         labels = [(tuple(slice(0, n) for n in labels.shape), labels)]
     for region, part in labels:
-        write_region(levels[0], region, part.astype(dtype, copy=False))
+        write_region(levels[0], region, part.astype(levels[0].dtype, copy=False))
+    return finish_label_image(image, name, levels, grid, organs)
+
+
+def create_label_image(
+    image: zarr.Group, name: str, grid: Grid, organs: Iterable[Labelled]
+) -> tuple[zarr.Array[Any], ...]:
+    """Make the levels of a label image that is filled by others, all 0: see `write_label_image`."""
+    largest = max((organ.value for organ in organs), default=0)
+    dtype = np.uint8 if largest <= np.iinfo(np.uint8).max else np.uint16
+    ome = cast(dict[str, Any], image.attrs["ome"])
+    group = image.require_group("labels").create_group(name, overwrite=True)
+    return create_levels(group, _halved(grid.shape, len(ome["multiscales"][0]["datasets"])), dtype)
+
+
+def finish_label_image(
+    image: zarr.Group,
+    name: str,
+    levels: Sequence[zarr.Array[Any]],
+    grid: Grid,
+    organs: Iterable[Labelled],
+) -> zarr.Group:
+    """Fill the coarser levels from the finest, chunk by chunk, and list the label image."""
     for fine, coarse in pairwise(levels):
         for region in regions(coarse.shape, CHUNKS):
-            wanted = tuple(slice(2 * part.start, 2 * part.stop, 2) for part in region)
-            write_region(coarse, region, np.asarray(fine[wanted]))
+            ends = zip(region, fine.shape, strict=True)
+            wanted = tuple(slice(2 * part.start, min(2 * part.stop, n)) for part, n in ends)
+            write_region(coarse, region, direct.read(fine, wanted)[::2, ::2, ::2])
+    labelled = image.require_group("labels")
+    group = labelled.require_group(name)
     group.update_attributes(
         {
             "ome": {
                 "version": "0.5",
-                "multiscales": [multiscale(name, grid, n_levels, "nearest")],
-                "image-label": _image_label(organs),
+                "multiscales": [multiscale(name, grid, len(levels), "nearest")],
+                "image-label": _image_label(list(organs)),
             }
         }
     )

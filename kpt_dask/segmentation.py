@@ -18,7 +18,7 @@ from kpt_dask.errors import ParameterError
 from kpt_dask.keypoints import CHOICES, PARAMETERS, extract, first_frames
 from kpt_dask.matching import match
 from kpt_dask.measures import OrganMeasures, organ_measures
-from kpt_dask.omezarr import open_array, write_label_image
+from kpt_dask.omezarr import create_label_image, finish_label_image, open_array
 from kpt_dask.options import DEFAULTS, TransferOptions
 from kpt_dask.output import check_absent, replacing
 from kpt_dask.rematching import rematch
@@ -228,22 +228,24 @@ def segment_volume(
         atlases = atlases.only(chosen)
     votes = vote(matches, keypoints.sizes["keypoint"], store.organs)
     probability = create_probability(group, volume.grid, store.organs, mode)
+    levels = create_label_image(group, "organs", volume.grid, store.organs)
     if mode == "local":
         widths = options.sigma_x, options.sigma_t
         nearer = rematch(keypoints, atlases, matches, widths=widths, client=client)
-        parts, tally = local.transfer(
+        tally = local.transfer(
             volume,
             store,
             atlas_ids,
             keypoints,
             nearer,
             probability,
+            levels[0],
             options=options,
             memory=memory,
             client=client,
         )
     else:
-        parts, tally = transfer(
+        tally = transfer(
             volume,
             store,
             atlas_ids,
@@ -251,15 +253,15 @@ def segment_volume(
             matches,
             votes,
             probability,
+            levels[0],
             mode=mode,
             options=options,
             memory=memory,
             client=client,
         )
-    label_image = write_label_image(group, "organs", parts, volume.grid, store.organs)
-    labels = open_array(label_image, "0")
+    finish_label_image(group, "organs", levels, volume.grid, store.organs)
     organs = organ_measures(tally, store.organs, volume.grid, keypoints, votes)
-    return Stations(tuple(atlas_ids), keypoints, matches, votes, labels, probability, organs)
+    return Stations(tuple(atlas_ids), keypoints, matches, votes, levels[0], probability, organs)
 
 
 def choose_atlases(store: AtlasStore, exclude: Sequence[str]) -> tuple[str, ...]:

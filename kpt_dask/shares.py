@@ -18,7 +18,7 @@ from kpt_dask.flat import flat, row_of
 from kpt_dask.grid import Grid
 from kpt_dask.jit import kernel
 from kpt_dask.measures import Tally, count_labels, count_shares
-from kpt_dask.omezarr import COMPRESSOR, Region
+from kpt_dask.omezarr import COMPRESSOR, Region, check_owned
 
 SHARD = (32, 256, 256)
 """A file of all organs' probabilities, and whole chunks of a label map. Large: to make a file
@@ -40,9 +40,6 @@ BY_FIELDS = (
     "agrees with the scan's; averaged over neighbouring voxels"
 )
 """What the probabilities are, in modes that move whole organs and in `local`."""
-
-Part = tuple[Region, NDArray[np.uint16]]
-"""A region of the label map and its labels, (z, y, x)."""
 
 Share = tuple[int, Box, NDArray[np.float32]]
 """Index of an organ, where it may be, and its share there, (z, y, x)."""
@@ -83,44 +80,45 @@ def slabs(region: Region) -> list[Region]:
 
 
 def run_blocks(
-    function: Callable[..., tuple[list[Part], Tally]],
+    function: Callable[..., Tally],
     tasks: Sequence[tuple[Any, ...]],
     atlases: Sequence[Atlas],
     organs: OrganTable,
     client: Client,
-) -> tuple[list[Part], Tally]:
-    """Compute blocks of the transfer, and gather the parts of the label map and what they count.
+) -> Tally:
+    """Compute blocks of the transfer, and gather what they count.
 
     Raises
     ------
     AtlasNotFoundError
         If an atlas was removed meanwhile.
     """
-    parts: list[Part] = []
     total = Tally.empty(len(organs))
-    for _, (own, tally) in cluster.run(client, function, tasks, "Transferring organs"):
-        parts += own
+    for _, tally in cluster.run(client, function, tasks, "Transferring organs"):
         total += tally
     for atlas in atlases:
         atlas.ensure_present()
-    return parts, total
+    return total
 
 
 def finish_slab(
     probability: zarr.Array[Any],
+    labels: zarr.Array[Any],
     shares: Iterable[Share],
     organs: OrganTable,
     smallest: float,
     region: Region,
     scan: tuple[Box, NDArray[np.float32]],
     tally: Tally,
-) -> Part:
-    """Write the shares of a slab, decide its labels, and count them.
+) -> None:
+    """Write the shares of a slab, decide its labels, write these too, and count them.
 
     Parameters
     ----------
     probability : zarr.Array
         From `create_probability`.
+    labels : zarr.Array (z, y, x)
+        The label map.
     shares
         At most one for each organ, in the order of the table, inside the region. Each is done
         with before the next one is asked for, which may take its memory.
@@ -128,53 +126,57 @@ def finish_slab(
     smallest : float
         As for `Decision`.
     region : tuple of slice
-        The slab: whole shards of `probability`.
+        The slab: whole shards of `probability`, and whole chunks of `labels`.
     scan : tuple
         A box that holds those of the shares, and its HU (z, y, x).
     tally : Tally
         Changed.
     """
     around, hu = scan
-    decision = Decision(region, smallest)
-    # The slab owns the shards that these touch.
+    here = overlap(around, box_of(region))
+    if here is None:
+        return
+    # So that the slab may write parts of its shards and chunks, and leave the others alone.
+    check_owned(labels, region)
+    decision = Decision(here, smallest, labels.dtype)
     with direct.writing(probability) as writer:
         for organ, box, share in shares:
             decision.claim(organs.values[organ], box, share)
             if count_shares(share, smallest, tally, organ):
                 writer.add((slice(organ, organ + 1), *slices(box)), share[None])
-    here = overlap(around, box_of(region))
-    if here is not None:
-        own = decision.labels[within(here, box_of(region))], hu[within(here, around)]
-        count_labels(*own, organs.values, begin_of(here), tally)
-    return region, decision.labels
+    own = decision.labels, hu[within(here, around)]
+    count_labels(*own, organs.values, begin_of(here), tally)
+    direct.write(labels, slices(here), decision.labels)
 
 
 class Decision:
-    """Labels of a region: each voxel's is the organ with the largest share.
+    """Labels of a box: each voxel's is the organ with the largest share.
 
     Parameters
     ----------
-    region : tuple of slice
+    box : Box
     smallest : float
         Voxels whose largest share is below this are 0.
+    dtype : numpy.dtype
+        Of the labels: one that holds them all.
 
     Attributes
     ----------
-    labels : uint16 array (z, y, x)
-        Of the region.
+    labels : ndarray (z, y, x)
+        Of the box.
     """
 
-    def __init__(self, region: Region, smallest: float) -> None:
-        self._block = box_of(region)
-        self.labels = np.zeros(shape_of(self._block), np.uint16)
+    def __init__(self, box: Box, smallest: float, dtype: Any) -> None:
+        self._block = box
+        self.labels = np.zeros(shape_of(self._block), dtype)
         below = np.nextafter(np.float32(smallest), np.float32(0))
         self._largest = np.full(self.labels.shape, below)
 
     def claim(self, value: int, box: Box, share: NDArray[np.float32]) -> None:
-        """Let an organ claim voxels of a box; ties go to whichever came first."""
+        """Let an organ claim voxels of a box within; ties go to whichever came first."""
         here = within(box, self._block)
         largest, labels = flat(self._largest[here]), flat(self.labels[here])
-        _claim(share.shape, np.uint16(value), flat(share), largest, labels)
+        _claim(share.shape, self.labels.dtype.type(value), flat(share), largest, labels)
 
 
 @kernel

@@ -40,7 +40,7 @@ from kpt_dask.moves import Moves, plan_affines, plan_moves, propose, without_neg
 from kpt_dask.omezarr import Region
 from kpt_dask.options import DEFAULTS, TransferOptions
 from kpt_dask.rows import LANES
-from kpt_dask.shares import SHARD, Part, Share, finish_slab, run_blocks, slabs
+from kpt_dask.shares import SHARD, Share, finish_slab, run_blocks, slabs
 from kpt_dask.volume import Volume
 
 READING, FINISHING = 8, 28
@@ -60,12 +60,13 @@ def transfer(
     matches: xr.Dataset,
     votes: xr.Dataset,
     probability: zarr.Array[Any],
+    labels: zarr.Array[Any],
     *,
     mode: str = "organ",
     options: TransferOptions = DEFAULTS,
     memory: int = 1 << 30,
     client: Client | None = None,
-) -> tuple[list[Part], Tally]:
+) -> Tally:
     """Fill the probabilities, and decide each voxel's organ.
 
     The share of organ l at voxel x is
@@ -102,6 +103,8 @@ def transfer(
         From `kpt_dask.extract`, `kpt_dask.match` and `kpt_dask.vote`.
     probability : zarr.Array
         From `kpt_dask.shares.create_probability`.
+    labels : zarr.Array (z, y, x)
+        Level 0 of the label map, filled with 0, from `kpt_dask.omezarr.create_label_image`.
     mode : str
         As above.
     options : TransferOptions
@@ -113,10 +116,8 @@ def transfer(
 
     Returns
     -------
-    parts : list of (region, labels)
-        The parts of the label map that may hold anything, uint16 (z, y, x).
-    tally : Tally
-        What they count together.
+    Tally
+        What is counted of the labels and their shares.
     """
     atlases = store.atlases(atlas_ids)
     organs, grid = store.organs, volume.grid
@@ -170,7 +171,7 @@ def transfer(
                 local = {a: atlases[a] for a in np.unique(here.atlas).tolist()}
                 regions = [aligned(piece, SHARD, grid.shape) for piece in hand]
                 what = local, here, organs, nus, totals, smallest, room
-                tasks.append((volume.levels[0], *what, probability, regions))
+                tasks.append((volume.levels[0], *what, probability, labels, regions))
         return run_blocks(transfer_slabs, tasks, atlases, organs, session)
 
 
@@ -201,8 +202,9 @@ def transfer_slabs(
     smallest: float,
     room: float,
     probability: zarr.Array[Any],
+    labels: zarr.Array[Any],
     regions: Sequence[Region],
-) -> tuple[list[Part], Tally]:
+) -> Tally:
     """Fill some slabs of the probabilities, and decide their voxels.
 
     What is done to a slab, and to its shares, is done while it is in the cache.
@@ -224,7 +226,6 @@ def transfer_slabs(
     moves = replace(moves, weight=moves.weight / totals[moves.organ])
     reaches = moves.reaches()
     keep = _bytes_to_keep(atlases, moves, organs) <= room / 2
-    parts: list[Part] = []
     tally = Tally.empty(len(organs))
     boxes = [overlaps(reaches, box_of(slab)) for slab in regions]
     # One piece of memory for all: to get new memory from the system takes as long as to fill it.
@@ -252,8 +253,8 @@ def transfer_slabs(
             hu = direct.read(image, slices(whole)).astype(np.float32, copy=False)
             found = shares(own, whole, hu.astype(np.int16))
             what = organs, smallest, slab, (whole, hu), tally
-            parts.append(finish_slab(probability, found, *what))
-    return parts, tally
+            finish_slab(probability, labels, found, *what)
+    return tally
 
 
 def _padded(box: Box) -> tuple[int, int, int]:

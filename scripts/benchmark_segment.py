@@ -30,7 +30,7 @@ from kpt_dask import cluster, demo
 from kpt_dask.atlases import add_atlas, store_parameters
 from kpt_dask.keypoints import extract
 from kpt_dask.matching import match
-from kpt_dask.omezarr import write_label_image
+from kpt_dask.omezarr import create_label_image, finish_label_image
 from kpt_dask.options import DEFAULTS
 from kpt_dask.phantom import write_phantom
 from kpt_dask.scan import open_scan, write_labels
@@ -182,11 +182,11 @@ def stations(scan: Path, store_path: Path, out: Path) -> dict[str, dict[str, flo
             votes = vote(matches, keypoints.sizes["keypoint"], store.organs)
         with watched(figures, "transfer", base):
             probability = create_probability(group, volume.grid, store.organs, "organ")
-            parts, _ = transfer(
-                volume, store, used, keypoints, matches, votes, probability, client=client
-            )
+            levels = create_label_image(group, "organs", volume.grid, store.organs)
+            found = keypoints, matches, votes, probability, levels[0]
+            transfer(volume, store, used, *found, client=client)
         with watched(figures, "write", base):
-            write_label_image(group, "organs", parts, volume.grid, store.organs)
+            finish_label_image(group, "organs", levels, volume.grid, store.organs)
             write_keypoints(group.create_group("keypoints"), keypoints)
             for name, table in (("matches", matches), ("votes", votes.drop_vars("organ"))):
                 table.to_zarr(group.store, group=name, zarr_format=3, consolidated=False)

@@ -31,6 +31,7 @@ from kpt_dask import demo, local
 from kpt_dask.atlases import add_atlas, store_parameters
 from kpt_dask.keypoints import extract
 from kpt_dask.matching import match
+from kpt_dask.omezarr import create_array
 from kpt_dask.options import MODES
 from kpt_dask.phantom import write_phantom
 from kpt_dask.rematching import rematch
@@ -149,13 +150,14 @@ def seconds(scan: Scan, what: str) -> float:
         # Removed with the folder, when nobody looks at the time.
         group = zarr.create_group(tempfile.mkdtemp(dir=scan.folder, suffix=".zarr"))
         probability = create_probability(group, volume.grid, store.organs, what)
+        labels = create_array(group, "labels", volume.grid.shape, np.uint8)
         if what == "local":
             matches = rematch(keypoints, atlases, matches, client=client())
-            how = volume, store, scan.atlases, keypoints, matches, probability
+            how = volume, store, scan.atlases, keypoints, matches, probability, labels
             local.transfer(*how, client=client())
         else:
             how = volume, store, scan.atlases, keypoints, matches
-            transfer(*how, votes, probability, mode=what, client=client())
+            transfer(*how, votes, probability, labels, mode=what, client=client())
     return time.perf_counter() - start
 
 

@@ -20,7 +20,15 @@ from kpt_dask.shares import create_probability
 from kpt_dask.volume import Volume
 from tests import naive_local
 from tests.naive import AnnotatedImage
-from tests.test_transfer import ORGANS, SPACING, extents, make_store, random_image, volume_of
+from tests.test_transfer import (
+    ORGANS,
+    SPACING,
+    create_labels,
+    extents,
+    make_store,
+    random_image,
+    volume_of,
+)
 
 Array = NDArray[Any]
 
@@ -85,12 +93,10 @@ def run(
     """Probabilities and label map."""
     group = zarr.create_group(str(path))
     probability = create_probability(group, volume.grid, store.organs, "local")
-    what = *tables(found), probability
-    parts, _ = transfer(volume, store, store.ids(), *what, memory=memory, client=client)
-    labels = np.zeros(volume.grid.shape, np.uint16)
-    for region, part in parts:
-        labels[region] += part
-    return np.asarray(probability[...]), labels
+    labels = create_labels(group, volume.grid.shape)
+    what = *tables(found), probability, labels
+    transfer(volume, store, store.ids(), *what, memory=memory, client=client)
+    return np.asarray(probability[...]), labels[...]
 
 
 MATCHES = [matches_of(atlas, i) for i, atlas in enumerate(ATLASES)]

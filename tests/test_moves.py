@@ -30,6 +30,7 @@ from tests.test_transfer import (
     SCAN,
     SPACING,
     clear,
+    create_labels,
     files,
     onto,
     store,
@@ -126,20 +127,19 @@ def run(
     """Probabilities and label map."""
     group = zarr.create_group(str(path))
     probability = create_probability(group, volume.grid, store.organs, mode)
-    parts, _ = transfer(
+    labels = create_labels(group, volume.grid.shape)
+    transfer(
         volume,
         store,
         store.ids(),
         *tables(matches),
         probability,
+        labels,
         mode=mode,
         options=TransferOptions(rho=RHO, across=across or {}),
         client=client,
     )
-    labels = np.zeros(volume.grid.shape, np.uint16)
-    for region, part in parts:
-        labels[region] += part
-    return np.asarray(probability[...]), labels
+    return np.asarray(probability[...]), labels[...]
 
 
 def expected(

@@ -154,6 +154,12 @@ def tables(proposals: Sequence[Proposal]) -> tuple[xr.Dataset, xr.Dataset]:
     return matches, votes
 
 
+def create_labels(group: zarr.Group, shape: tuple[int, ...]) -> Any:
+    """A label map whose chunks are the slabs' own, however these are cut."""
+    chunks = tuple(min(n, c) for n, c in zip(shape, share_module.SHARD, strict=True))
+    return group.create_array("labels", shape=shape, dtype=np.uint16, chunks=chunks, fill_value=0)
+
+
 def run(
     volume: Volume,
     store: AtlasStore,
@@ -168,12 +174,10 @@ def run(
     probability = create_probability(group, volume.grid, store.organs, "organ")
     # Where keypoints lie plays no part in mode organ.
     keypoints = xr.Dataset()
-    what = keypoints, matches, votes, probability
-    parts, _ = transfer(volume, store, store.ids(), *what, memory=memory, client=client)
-    labels = np.zeros(volume.grid.shape, np.uint16)
-    for region, part in parts:
-        labels[region] += part
-    return probability[...], labels
+    labels = create_labels(group, volume.grid.shape)
+    what = keypoints, matches, votes, probability, labels
+    transfer(volume, store, store.ids(), *what, memory=memory, client=client)
+    return probability[...], labels[...]
 
 
 def expected(proposals: Sequence[Proposal]) -> tuple[Array, Array]:
@@ -402,8 +406,7 @@ def decided(shares: Sequence[Any], values: Sequence[int]) -> Array:
 def decided_all(shares: Array, values: Sequence[int]) -> Array:
     z, y, x = shares.shape[1:]
     everywhere = ((0, z), (0, y), (0, x))
-    region = (slice(0, z), slice(0, y), slice(0, x))
-    decision = Decision(region, 0.15)
+    decision = Decision(everywhere, 0.15, np.uint16)
     for value, share in zip(values, shares, strict=True):
         decision.claim(value, everywhere, share)
     return decision.labels
