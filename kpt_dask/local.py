@@ -67,6 +67,10 @@ CELLS = 256
 """Cells in which they vote one after the other."""
 AHEAD = 32
 """Voxels of an atlas from those that are read to those that are fetched: a cache line."""
+FINISHING = 13
+"""Bytes of a voxel of a slab while it is finished: its share twice, the largest one, its label."""
+RETURNED = 0.75
+"""Of its room, what a block plans with: memory that was given back may lie where nothing fits."""
 NOWHERE = np.float32(1e9)
 """HU of what lies beside the scan: like nothing in any atlas."""
 
@@ -138,7 +142,7 @@ def transfer(
     per_plane = _per_plane(atlases)
     with cluster.session(client) as session:
         threads = session.nthreads().values()
-        pieces, room = PIECES * sum(threads), memory / max(threads)
+        pieces, room = PIECES * sum(threads), RETURNED * memory / max(threads)
         tasks = []
         for block in plan_blocks(domains, grid, step, per_plane, pieces, room):
             how = grid, own, domains, organs, nus, widths, smallest, room, probability, labels
@@ -183,7 +187,9 @@ def plan_blocks(
     def fits(piece: Box) -> bool:
         box = wider(piece, grid.shape)
         votes = sum(volume_of(overlap(in_voxels(domain, step), box)) for domain in known)
-        return 4 * (2 * cells(box) * step**3 + 2 * votes + planes(box)) <= room
+        finished = FINISHING * volume_of(box) / math.ceil(shape_of(piece)[0] / SHARD[0])
+        summed = 4 * (2 * cells(box) * step**3 + 2 * votes + planes(box))
+        return summed + finished <= room
 
     return [b for b in cut(in_grid(whole, grid, step), SHARD, pieces, time, fits) if cells(b)]
 
