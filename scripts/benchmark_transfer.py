@@ -5,10 +5,14 @@ Phantoms of the size of the paper's ceCT (C, ten organs, 19 atlases) are made in
 folder; with a store of real patients (--store, from `kpt atlas add-folder`) a patient is
 segmented by 19 and by 100 others too. All figures come from one run; times are medians, of runs
 in turn on one core and on two: processes confined to them, whatever they do. What a mode does
-after the first matching counts as its transfer: `local` matches a second time.
+after the first matching counts as its transfer: `local` matches a second time. Memory is the
+peak of a transfer with `--memory` 256 MiB, above that of the process before; 4C is four of C on
+top of one another.
 """
 
 import argparse
+import ctypes
+import gc
 import json
 import os
 import statistics
@@ -29,20 +33,23 @@ from confined import Confined, client
 from atlas_store import AtlasKeypoints, AtlasStore, load_organs
 from kpt_dask import demo, local
 from kpt_dask.atlases import add_atlas, store_parameters
+from kpt_dask.grid import Grid
 from kpt_dask.keypoints import extract
 from kpt_dask.matching import match
 from kpt_dask.omezarr import create_array
 from kpt_dask.options import MODES
 from kpt_dask.phantom import write_phantom
+from kpt_dask.pyramid import fill_pyramid
 from kpt_dask.rematching import rematch
 from kpt_dask.scan import open_scan
 from kpt_dask.shares import create_probability
-from kpt_dask.surroundings import surroundings_of
+from kpt_dask.surroundings import NAME as SURROUNDINGS
 from kpt_dask.transfer import transfer
-from kpt_dask.volume import Volume, convert, open_volume
+from kpt_dask.volume import Volume, convert, create_volume, open_volume
 from kpt_dask.voting import vote
 
 FEW, MANY = 19, 100
+MEMORY = 256 << 20
 STATIONS = ("extraction", "matching", *MODES)
 
 
@@ -76,6 +83,9 @@ def main() -> None:
             copied = seconds_to_copy(touched[what])
             figures[f"bytes_of_{what}_C"] = touched[what]
             figures[f"{mode}_over_copying_the_{what}"] = both[mode] / copied
+        figures["peak_mib_C"] = {mode: two.run(peak, scan, mode) for mode in MODES}
+        longer = scan._replace(volume=str(stacked(volume, folder / "4C.zarr")))
+        figures["peak_mib_4C"] = {mode: two.run(peak, longer, mode) for mode in MODES}
         if options.store:
             figures |= real(two, AtlasStore.open(options.store), folder, repeats)
         for server in (one, two):
@@ -110,6 +120,18 @@ def phantoms(folder: Path, shape: Shape, count: int) -> tuple[AtlasStore, Path]:
     return store, folder / "scan.zarr"
 
 
+def stacked(volume: Path, path: Path, times: int = 4) -> Path:
+    """Make a volume of one on top of itself."""
+    source = open_volume(volume)
+    once = np.asarray(source.levels[0][...])
+    shape = times * once.shape[0], once.shape[1], once.shape[2]
+    grid = Grid.isotropic(shape, float(source.grid.spacing[0]), source.grid.origin.tolist())
+    made = create_volume(path, grid, grid, name=path.name)
+    made.levels[0][...] = np.concatenate(times * [once])
+    fill_pyramid(made.levels)
+    return path
+
+
 def real(server: Confined, store: AtlasStore, folder: Path, repeats: int) -> dict[str, Any]:
     """Segment the last atlas by few and by many of the others."""
     *others, name = store.ids()
@@ -140,25 +162,49 @@ def in_turn(servers: Sequence[Confined], scan: Scan, repeats: int) -> list[dict[
 
 def seconds(scan: Scan, what: str) -> float:
     """Do what is said to a scan, in this process."""
-    volume, store, atlases, keypoints, matches, votes = prepared(scan)
+    volume, _, atlases, keypoints, *_ = prepared(scan)
     start = time.perf_counter()
     if what == "extraction":
         extract(volume, client=client())
     elif what == "matching":
         match(keypoints, atlases, client=client())
     else:
-        # Removed with the folder, when nobody looks at the time.
-        group = zarr.create_group(tempfile.mkdtemp(dir=scan.folder, suffix=".zarr"))
-        probability = create_probability(group, volume.grid, store.organs, what)
-        labels = create_array(group, "labels", volume.grid.shape, np.uint8)
-        if what == "local":
-            matches = rematch(keypoints, atlases, matches, client=client())
-            how = volume, store, scan.atlases, keypoints, matches, probability, labels
-            local.transfer(*how, client=client())
-        else:
-            how = volume, store, scan.atlases, keypoints, matches
-            transfer(*how, votes, probability, labels, mode=what, client=client())
+        transferred(scan, what)
     return time.perf_counter() - start
+
+
+def peak(scan: Scan, mode: str) -> float:
+    """MiB that a transfer takes at most, with `MEMORY`."""
+    transferred(scan, mode, MEMORY)
+    gc.collect()
+    # What was given back counts as taken otherwise, and what is taken then as none.
+    ctypes.CDLL(None).malloc_trim(0)
+    # The peak begins anew.
+    Path("/proc/self/clear_refs").write_text("5")
+    before = kib("VmRSS")
+    transferred(scan, mode, MEMORY)
+    return (kib("VmHWM") - before) / 1024
+
+
+def kib(name: str) -> int:
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith(name))
+
+
+def transferred(scan: Scan, mode: str, memory: int = 1 << 30) -> None:
+    """Transfer organs to a scan, in this process; removed with the folder, when nobody waits."""
+    volume, store, atlases, keypoints, matches, votes = prepared(scan)
+    group = zarr.create_group(tempfile.mkdtemp(dir=scan.folder, suffix=".zarr"))
+    probability = create_probability(group, volume.grid, store.organs, mode)
+    labels = create_array(group, "labels", volume.grid.shape, np.uint8)
+    how: dict[str, Any] = {"memory": memory, "client": client()}
+    if mode == "local":
+        matches = rematch(keypoints, atlases, matches, client=client())
+        found = keypoints, matches, probability, labels
+        local.transfer(volume, store, scan.atlases, *found, **how)
+    else:
+        everything = keypoints, matches, votes, probability, labels
+        transfer(volume, store, scan.atlases, *everything, mode=mode, **how)
 
 
 @cache
@@ -176,8 +222,8 @@ def prepared(
 
 def surroundings(store: AtlasStore, ids: Sequence[str]) -> int:
     """Bytes of HU and labels around all atlases' organs: what mode `local` must touch."""
-    boxes = [surroundings_of(atlas) for atlas in store.atlases(ids)]
-    return sum(4 * int(np.prod([b - a for a, b in box])) for box in boxes)
+    paths = (f"{store.url}/{atlas.path}/{SURROUNDINGS}" for atlas in store.atlases(ids))
+    return sum(zarr.open_array(path, mode="r").nbytes for path in paths)
 
 
 def organs(store: AtlasStore, ids: Sequence[str]) -> int:

@@ -38,7 +38,8 @@ class Confined:
         return self._pool.submit(function, *args, **kwargs).result()
 
     def close(self) -> None:
-        """End the process."""
+        """End the process, its client first: one that is left to the end of Python complains."""
+        self.run(_close)
         self._pool.shutdown()
 
 
@@ -46,3 +47,7 @@ class Confined:
 def client() -> Client:
     """Give this process's own client, with a thread for each core, as long as it lives."""
     return _LASTING.enter_context(cluster.session())
+
+
+def _close() -> None:
+    _LASTING.close()
