@@ -145,8 +145,11 @@ def transfer(
         pieces, room = PIECES * sum(threads), RETURNED * memory / max(threads)
         tasks = []
         for block in plan_blocks(domains, grid, step, per_plane, pieces, room):
-            how = grid, own, domains, organs, nus, widths, smallest, room, probability, labels
-            tasks.append((volume.levels[0], *how, aligned(block, SHARD, grid.shape)))
+            region = aligned(block, SHARD, grid.shape)
+            cells = in_cells(wider(box_of(region), grid.shape), step)
+            here = [(atlas, matched.around(cells, grid, widths)) for atlas, matched in own]
+            how = grid, here, domains, organs, nus, widths, smallest, room, probability, labels
+            tasks.append((volume.levels[0], *how, region))
         return run_blocks(transfer_block, tasks, atlases, organs, session)
 
 

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from atlas_store import Atlas, OrganTable
 from kpt_dask.boxes import Box, enclosing, overlap
-from kpt_dask.fields import Widths, regress
+from kpt_dask.fields import REACH, Widths, regress
 from kpt_dask.grid import Grid
 from kpt_dask.matching import slices_by_atlas
 
@@ -40,6 +40,15 @@ class Matched:
 
     position: NDArray[np.float32]
     translation: NDArray[np.float32]
+
+    def around(self, cells: Box, grid: Grid, widths: Widths) -> "Matched":
+        """Take those that have a say at the nodes of a box of cells: no block needs the others."""
+        # A millimetre more, whatever is rounded.
+        reach = REACH * widths[0] + 1
+        ends = grid.origin[:, None] + grid.spacing[:, None] * step_of(grid) * np.array(cells)
+        near = (self.position >= ends[:, 0] - reach) & (self.position <= ends[:, 1] + reach)
+        kept = near.all(axis=1)
+        return Matched(self.position[kept], self.translation[kept])
 
 
 def by_atlas(keypoints: xr.Dataset, matches: xr.Dataset, n: int) -> list[Matched]:
