@@ -103,7 +103,8 @@ memory_option = click.option(
     default="1GiB",
     show_default=True,
     metavar="SIZE",
-    help="Memory that finding keypoints, and then moving organs, may take in each process.",
+    help="Memory that finding keypoints may take in each process and, when segmenting, moving "
+    "organs.",
 )
 overwrite_option = click.option(
     "--overwrite",

@@ -67,7 +67,7 @@ CELLS = 256
 """Cells in which they vote one after the other."""
 AHEAD = 32
 """Voxels of an atlas from those that are read to those that are fetched: a cache line."""
-FINISHING = 13
+FINISHING = 14
 """Bytes of a voxel of a slab while it is finished: its share twice, the largest one, its label."""
 RETURNED = 0.75
 """Of its room, what a block plans with: memory that was given back may lie where nothing fits."""
@@ -190,7 +190,7 @@ def plan_blocks(
     def fits(piece: Box) -> bool:
         box = wider(piece, grid.shape)
         votes = sum(volume_of(overlap(in_voxels(domain, step), box)) for domain in known)
-        finished = FINISHING * volume_of(box) / math.ceil(shape_of(piece)[0] / SHARD[0])
+        finished = FINISHING * math.prod(_slab(box))
         summed = 4 * (2 * cells(box) * step**3 + 2 * votes + planes(box))
         return summed + finished <= room
 
@@ -240,7 +240,13 @@ def transfer_block(
     scale = np.array([LOG2_E / (2 * nu * nu) for nu in group_nus], np.float32)[cells.group]
     nodes, corners = cells.nodes()
     per_atlas = _per_plane(atlas for atlas, _ in atlases) * (shape_of(whole)[0] + BEND)
-    left = room / 4 - scan.size - here.size - votes.size - totals.size
+    left = (
+        (room - FINISHING * math.prod(_slab(box_of(region)))) / 4
+        - scan.size
+        - here.size
+        - votes.size
+        - totals.size
+    )
     together = max(min(int(left / per_atlas), TOGETHER), 1) if per_atlas else 1
     where, rooms = positions(step), [Room() for _ in range(together)]
     for first in range(0, len(atlases), together):
@@ -281,6 +287,12 @@ def transfer_block(
             what = organs, smallest, slab, around, tally
             finish_slab(probability, labels, shares, *what)
     return tally
+
+
+def _slab(box: Box) -> tuple[int, int, int]:
+    """Shape of a slab of a block."""
+    depth, height, width = shape_of(box)
+    return min(depth, SHARD[0]), height, width
 
 
 def _per_plane(atlases: Iterable[Atlas]) -> int:

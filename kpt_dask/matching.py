@@ -362,7 +362,7 @@ def closest_pairs_radius(
     """
     rank = max(math.ceil(round(share * test.shape[0] * atlas.shape[0], 6)), 1)
     other = np.ascontiguousarray(atlas[np.argsort(atlas[:, 0], kind="stable")].T)
-    sampled = test[:: max(test.shape[0] // _SAMPLED, 1)]
+    sampled = np.ascontiguousarray(test[:: max(test.shape[0] // _SAMPLED, 1)])
     below = np.cumsum(_count_millimetres(sampled, other, _FARTHEST))
     farthest = int(np.searchsorted(below, min(_ROOM * share, 1.0) * below[-1])) + 1
     below = np.cumsum(_count_millimetres(test, other, min(farthest, _FARTHEST)))
@@ -426,14 +426,12 @@ def _pairs_of_millimetre(test: Any, others: Any, millimetre: int, n: int) -> Any
     # Without branches: what comes next takes the place of what does not belong here.
     out = np.empty(n + 1, np.float32)
     distances = np.empty(others.shape[1], np.float32)
-    low = np.float32(millimetre)
-    high = np.float32(millimetre + 1 if millimetre < _FARTHEST else np.inf)
     k = 0
     for i in range(test.shape[0]):
         first, stop = _near(test[i], others, min(millimetre + 1, _FARTHEST), distances)
         for j in range(first, stop):
             out[k] = distances[j]
-            k += (distances[j] >= low) & (distances[j] < high)
+            k += int(min(distances[j], np.float32(_FARTHEST))) == millimetre
     return out[:n]
 
 

@@ -69,20 +69,6 @@ def write_region(array: zarr.Array[Any], region: Region, data: NDArray[Any]) -> 
     ValueError
         If the region is not aligned, or `data` has another shape.
     """
-    check_owned(array, region)
-    if data.shape != tuple(part.stop - part.start for part in region):
-        raise ValueError(f"data of shape {data.shape} does not fill region {region}")
-    direct.write(array, region, data)
-
-
-def check_owned(array: zarr.Array[Any], region: Region) -> None:
-    """Refuse a region that shares a chunk, or a shard, with others.
-
-    Raises
-    ------
-    ValueError
-        If it does not begin and end where these do.
-    """
     unit = array.shards or array.chunks
     if len(region) != array.ndim:
         raise ValueError(f"region {region} has not the {array.ndim} axes of {array.path}")
@@ -93,6 +79,9 @@ def check_owned(array: zarr.Array[Any], region: Region) -> None:
                 f"region {part} of axis {axis} (length {size}) does not begin and end at"
                 f" multiples of {step}: writing it could destroy a neighbour's voxels"
             )
+    if data.shape != tuple(part.stop - part.start for part in region):
+        raise ValueError(f"data of shape {data.shape} does not fill region {region}")
+    direct.write(array, region, data)
 
 
 def regions(shape: Sequence[int], block: Sequence[int]) -> Iterator[tuple[slice, slice, slice]]:
@@ -228,7 +217,11 @@ def write_label_image(
 def create_label_image(
     image: zarr.Group, name: str, grid: Grid, organs: Iterable[Labelled]
 ) -> tuple[zarr.Array[Any], ...]:
-    """Make the levels of a label image that is filled by others, all 0: see `write_label_image`."""
+    """Make the levels of a label image, all 0, in place of one that may be there.
+
+    Whoever fills the finest one calls `finish_label_image` then; before that the others are empty
+    and nothing describes them.
+    """
     largest = max((organ.value for organ in organs), default=0)
     dtype = np.uint8 if largest <= np.iinfo(np.uint8).max else np.uint16
     ome = cast(dict[str, Any], image.attrs["ome"])

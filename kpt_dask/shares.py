@@ -18,7 +18,7 @@ from kpt_dask.flat import flat, row_of
 from kpt_dask.grid import Grid
 from kpt_dask.jit import kernel
 from kpt_dask.measures import Tally, count_labels, count_shares
-from kpt_dask.omezarr import COMPRESSOR, Region, check_owned
+from kpt_dask.omezarr import COMPRESSOR, Region, write_region
 
 SHARD = (32, 256, 256)
 """A file of all organs' probabilities, and whole chunks of a label map. Large: to make a file
@@ -128,17 +128,16 @@ def finish_slab(
     region : tuple of slice
         The slab: whole shards of `probability`, and whole chunks of `labels`.
     scan : tuple
-        A box that holds those of the shares, and its HU (z, y, x).
+        A box that holds those of the shares, some of it in the slab, and its HU (z, y, x).
     tally : Tally
         Changed.
     """
     around, hu = scan
-    here = overlap(around, box_of(region))
-    if here is None:
-        return
-    # So that the slab may write parts of its shards and chunks, and leave the others alone.
-    check_owned(labels, region)
+    slab = box_of(region)
+    here = overlap(around, slab)
+    assert here is not None
     decision = Decision(here, smallest, labels.dtype)
+    # The slab owns the shards that these touch.
     with direct.writing(probability) as writer:
         for organ, box, share in shares:
             decision.claim(organs.values[organ], box, share)
@@ -146,7 +145,9 @@ def finish_slab(
                 writer.add((slice(organ, organ + 1), *slices(box)), share[None])
     own = decision.labels, hu[within(here, around)]
     count_labels(*own, organs.values, begin_of(here), tally)
-    direct.write(labels, slices(here), decision.labels)
+    whole = np.zeros(shape_of(slab), labels.dtype)
+    whole[within(here, slab)] = decision.labels
+    write_region(labels, region, whole)
 
 
 class Decision:

@@ -6,7 +6,7 @@ folder; with a store of real patients (--store, from `kpt atlas add-folder`) a p
 segmented by 19 and by 100 others too. All figures come from one run; times are medians, of runs
 in turn on one core and on two: processes confined to them, whatever they do. What a mode does
 after the first matching counts as its transfer: `local` matches a second time. Memory is the
-peak of a transfer with `--memory` 256 MiB, above that of the process before; 4C is four of C on
+peak of one transfer that may take 256 MiB, above that of the process before; 4C is four of C on
 top of one another.
 """
 
@@ -196,7 +196,8 @@ def transferred(scan: Scan, mode: str, memory: int = 1 << 30) -> None:
     volume, store, atlases, keypoints, matches, votes = prepared(scan)
     group = zarr.create_group(tempfile.mkdtemp(dir=scan.folder, suffix=".zarr"))
     probability = create_probability(group, volume.grid, store.organs, mode)
-    labels = create_array(group, "labels", volume.grid.shape, np.uint8)
+    dtype = np.min_scalar_type(max(store.organs.values))
+    labels = create_array(group, "labels", volume.grid.shape, dtype)
     how: dict[str, Any] = {"memory": memory, "client": client()}
     if mode == "local":
         matches = rematch(keypoints, atlases, matches, client=client())

@@ -16,7 +16,7 @@ from kpt_dask import shares as share_module
 from kpt_dask import transfer as module
 from kpt_dask.grid import Grid
 from kpt_dask.moves import plan_moves, propose
-from kpt_dask.omezarr import write_label_image
+from kpt_dask.omezarr import CHUNKS, write_label_image
 from kpt_dask.shares import Decision, create_probability
 from kpt_dask.strips import write_strips
 from kpt_dask.surroundings import write_surroundings
@@ -155,8 +155,9 @@ def tables(proposals: Sequence[Proposal]) -> tuple[xr.Dataset, xr.Dataset]:
 
 
 def create_labels(group: zarr.Group, shape: tuple[int, ...]) -> Any:
-    """A label map whose chunks are the slabs' own, however these are cut."""
-    chunks = tuple(min(n, c) for n, c in zip(shape, share_module.SHARD, strict=True))
+    """A label map of which a slab has several chunks, however these are cut."""
+    sizes = [min(n, size) for n, size in zip(shape, share_module.SHARD, strict=True)]
+    chunks = (sizes[0], *(size // 2 if size % 2 == 0 else size for size in sizes[1:]))
     return group.create_array("labels", shape=shape, dtype=np.uint16, chunks=chunks, fill_value=0)
 
 
@@ -277,6 +278,26 @@ def test_any_moves(
     np.testing.assert_allclose(found, shares, atol=3e-6)
     sure = clear(shares)
     np.testing.assert_array_equal(labels[sure], decided[sure])
+
+
+def test_slabs_that_would_share_a_chunk_of_labels_are_refused(
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    volume: Volume,
+    store: AtlasStore,
+    one_process: Client,
+) -> None:
+    assert all(whole % part == 0 for whole, part in zip(share_module.SHARD, CHUNKS, strict=True))
+    labels = zarr.create_array(
+        store=str(tmp_path / "labels"), shape=volume.grid.shape, dtype=np.uint16, chunks=(12, 8, 8)
+    )
+    monkeypatch.setattr(module, "SHARD", (8, 8, 16))
+    monkeypatch.setattr(share_module, "SHARD", (8, 8, 16))
+    group = zarr.create_group(str(tmp_path / "p"))
+    probability = create_probability(group, volume.grid, store.organs, "organ")
+    what = xr.Dataset(), *tables(several(8)), probability, labels
+    with pytest.raises(ValueError, match="destroy a neighbour"):
+        transfer(volume, store, store.ids(), *what, client=one_process)
 
 
 def files(folder: Path) -> dict[Path, bytes]:
