@@ -240,13 +240,9 @@ def transfer_block(
     scale = np.array([LOG2_E / (2 * nu * nu) for nu in group_nus], np.float32)[cells.group]
     nodes, corners = cells.nodes()
     per_atlas = _per_plane(atlas for atlas, _ in atlases) * (shape_of(whole)[0] + BEND)
-    left = (
-        (room - FINISHING * math.prod(_slab(box_of(region)))) / 4
-        - scan.size
-        - here.size
-        - votes.size
-        - totals.size
-    )
+    taken = FINISHING * math.prod(_slab(box_of(region)))
+    taken += scan.nbytes + here.nbytes + votes.nbytes + totals.nbytes
+    left = (room - taken) / 4
     together = max(min(int(left / per_atlas), TOGETHER), 1) if per_atlas else 1
     where, rooms = positions(step), [Room() for _ in range(together)]
     for first in range(0, len(atlases), together):
