@@ -19,7 +19,7 @@ from kpt_dask.grid import Grid
 Region = tuple[slice, ...]
 
 CHUNKS = (32, 128, 128)
-"""Chunk shape of image and label levels (z, y, x)."""
+"""Chunk shape of the levels of images, and of label images unless said otherwise (z, y, x)."""
 
 COMPRESSOR = BloscCodec(cname="lz4", shuffle="shuffle")
 """About twice as fast as Zarr's default on CT, hardly larger."""
@@ -94,24 +94,30 @@ def regions(shape: Sequence[int], block: Sequence[int]) -> Iterator[tuple[slice,
 
 
 def create_levels(
-    group: zarr.Group, shapes: Sequence[tuple[int, int, int]], dtype: Any
+    group: zarr.Group,
+    shapes: Sequence[tuple[int, int, int]],
+    dtype: Any,
+    chunks: tuple[int, int, int] = CHUNKS,
 ) -> tuple[zarr.Array[Any], ...]:
     """Make the arrays "0", "1", … of a multiscale image (z, y, x)."""
     return tuple(
-        create_array(group, str(level), shape, dtype) for level, shape in enumerate(shapes)
+        create_array(group, str(level), shape, dtype, chunks) for level, shape in enumerate(shapes)
     )
 
 
 def create_array(
-    group: zarr.Group, name: str, shape: tuple[int, int, int], dtype: Any
+    group: zarr.Group,
+    name: str,
+    shape: tuple[int, int, int],
+    dtype: Any,
+    chunks: tuple[int, int, int] = CHUNKS,
 ) -> zarr.Array[Any]:
     """Make an array (z, y, x) in the project's layout, filled with 0."""
-    chunks = tuple(min(n, chunk) for n, chunk in zip(shape, CHUNKS, strict=True))
     return group.create_array(
         name,
         shape=shape,
         dtype=dtype,
-        chunks=chunks,
+        chunks=tuple(min(n, chunk) for n, chunk in zip(shape, chunks, strict=True)),
         compressors=COMPRESSOR,
         fill_value=0,
         dimension_names=("z", "y", "x"),
@@ -215,7 +221,11 @@ def write_label_image(
 
 
 def create_label_image(
-    image: zarr.Group, name: str, grid: Grid, organs: Iterable[Labelled]
+    image: zarr.Group,
+    name: str,
+    grid: Grid,
+    organs: Iterable[Labelled],
+    chunks: tuple[int, int, int] = CHUNKS,
 ) -> tuple[zarr.Array[Any], ...]:
     """Make the levels of a label image, all 0, in place of one that may be there.
 
@@ -226,7 +236,8 @@ def create_label_image(
     dtype = np.uint8 if largest <= np.iinfo(np.uint8).max else np.uint16
     ome = cast(dict[str, Any], image.attrs["ome"])
     group = image.require_group("labels").create_group(name, overwrite=True)
-    return create_levels(group, _halved(grid.shape, len(ome["multiscales"][0]["datasets"])), dtype)
+    shapes = _halved(grid.shape, len(ome["multiscales"][0]["datasets"]))
+    return create_levels(group, shapes, dtype, chunks)
 
 
 def finish_label_image(
@@ -238,7 +249,7 @@ def finish_label_image(
 ) -> zarr.Group:
     """Fill the coarser levels from the finest, chunk by chunk, and list the label image."""
     for fine, coarse in pairwise(levels):
-        for region in regions(coarse.shape, CHUNKS):
+        for region in regions(coarse.shape, coarse.chunks):
             ends = zip(region, fine.shape, strict=True)
             wanted = tuple(slice(2 * part.start, min(2 * part.stop, n)) for part, n in ends)
             write_region(coarse, region, direct.read(fine, wanted)[::2, ::2, ::2])

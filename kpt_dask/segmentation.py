@@ -25,7 +25,7 @@ from kpt_dask.rematching import rematch
 from kpt_dask.scan import check_ending, open_scan, write_labels
 from kpt_dask.scan_labels import labels_onto
 from kpt_dask.selection import check_selection, only, propose_atlases, select_atlases
-from kpt_dask.shares import create_probability
+from kpt_dask.shares import SHARD, create_probability
 from kpt_dask.transfer import transfer
 from kpt_dask.volume import Volume, convert_into, open_volume
 from kpt_dask.voting import vote
@@ -228,7 +228,7 @@ def segment_volume(
         atlases = atlases.only(chosen)
     votes = vote(matches, keypoints.sizes["keypoint"], store.organs)
     probability = create_probability(group, volume.grid, store.organs, mode)
-    levels = create_label_image(group, "organs", volume.grid, store.organs)
+    levels = create_label_image(group, "organs", volume.grid, store.organs, SHARD)
     if mode == "local":
         widths = options.sigma_x, options.sigma_t
         nearer = rematch(keypoints, atlases, matches, widths=widths, client=client)

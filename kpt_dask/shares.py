@@ -21,8 +21,8 @@ from kpt_dask.measures import Tally, count_labels, count_shares
 from kpt_dask.omezarr import COMPRESSOR, Region, write_region
 
 SHARD = (32, 256, 256)
-"""A file of all organs' probabilities, and whole chunks of a label map. Large: to make a file
-takes as long as to pack a MB."""
+"""A file of all organs' probabilities, and a chunk of the label map. Large: to make a file takes as
+long as to pack a MB."""
 CHUNKS = (32, 32, 32)
 """What of an organ's probabilities is packed together. Those without it are not stored, and shards
 without any organ neither. Small: of an organ's bounding box as much is empty as not."""

@@ -35,7 +35,7 @@ from kpt_dask.options import DEFAULTS
 from kpt_dask.phantom import write_phantom
 from kpt_dask.scan import open_scan, write_labels
 from kpt_dask.scan_labels import labels_onto
-from kpt_dask.shares import create_probability
+from kpt_dask.shares import SHARD, create_probability
 from kpt_dask.transfer import transfer
 from kpt_dask.volume import convert_into
 from kpt_dask.voting import vote
@@ -182,7 +182,7 @@ def stations(scan: Path, store_path: Path, out: Path) -> dict[str, dict[str, flo
             votes = vote(matches, keypoints.sizes["keypoint"], store.organs)
         with watched(figures, "transfer", base):
             probability = create_probability(group, volume.grid, store.organs, "organ")
-            levels = create_label_image(group, "organs", volume.grid, store.organs)
+            levels = create_label_image(group, "organs", volume.grid, store.organs, SHARD)
             found = keypoints, matches, votes, probability, levels[0]
             transfer(volume, store, used, *found, client=client)
         with watched(figures, "write", base):

@@ -42,7 +42,7 @@ from kpt_dask.phantom import write_phantom
 from kpt_dask.pyramid import fill_pyramid
 from kpt_dask.rematching import rematch
 from kpt_dask.scan import open_scan
-from kpt_dask.shares import create_probability
+from kpt_dask.shares import SHARD, create_probability
 from kpt_dask.surroundings import NAME as SURROUNDINGS
 from kpt_dask.transfer import transfer
 from kpt_dask.volume import Volume, convert, create_volume, open_volume
@@ -197,7 +197,7 @@ def transferred(scan: Scan, mode: str, memory: int = 1 << 30) -> None:
     group = zarr.create_group(tempfile.mkdtemp(dir=scan.folder, suffix=".zarr"))
     probability = create_probability(group, volume.grid, store.organs, mode)
     dtype = np.min_scalar_type(max(store.organs.values))
-    labels = create_array(group, "labels", volume.grid.shape, dtype)
+    labels = create_array(group, "labels", volume.grid.shape, dtype, SHARD)
     how: dict[str, Any] = {"memory": memory, "client": client()}
     if mode == "local":
         matches = rematch(keypoints, atlases, matches, client=client())

@@ -16,7 +16,7 @@ from kpt_dask import shares as share_module
 from kpt_dask import transfer as module
 from kpt_dask.grid import Grid
 from kpt_dask.moves import plan_moves, propose
-from kpt_dask.omezarr import CHUNKS, write_label_image
+from kpt_dask.omezarr import write_label_image
 from kpt_dask.shares import Decision, create_probability
 from kpt_dask.strips import write_strips
 from kpt_dask.surroundings import write_surroundings
@@ -287,7 +287,6 @@ def test_slabs_that_would_share_a_chunk_of_labels_are_refused(
     store: AtlasStore,
     one_process: Client,
 ) -> None:
-    assert all(whole % part == 0 for whole, part in zip(share_module.SHARD, CHUNKS, strict=True))
     labels = zarr.create_array(
         store=str(tmp_path / "labels"), shape=volume.grid.shape, dtype=np.uint16, chunks=(12, 8, 8)
     )
