@@ -15,10 +15,8 @@ from numpy.typing import NDArray
 
 from kpt_dask.boxes import Box, enclosing, overlap, shape_of
 from kpt_dask.jit import kernel
+from kpt_dask.rows import LANES
 from kpt_dask.warps import in_cells
-
-LANES = 16
-"""Voxels of the widest vectors."""
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from kpt_dask.jit import kernel
 from kpt_dask.options import SIGMA_T, SIGMA_X
-from kpt_dask.rows import LOG2_E, exp2
+from kpt_dask.rows import LANES, LOG2_E, exp2
 
 Widths = tuple[float, float]
 """σ_x and σ_t: standard deviations of the kernels in space and in translation, mm."""
@@ -22,8 +22,6 @@ REACH = 3.0
 """Standard deviations beyond which a match has no say."""
 UNSUPPORTED = 1e-30
 """Matches that disagree so much support nothing."""
-LANES = 16
-"""Matches that are weighed at a time."""
 _FARTHEST = 120.0
 """−log₂ of the smallest weight: float32 holds no smaller ones."""
 

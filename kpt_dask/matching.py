@@ -20,7 +20,7 @@ from kpt_dask import cluster
 from kpt_dask.descriptors import BINS
 from kpt_dask.jit import kernel, summing_kernel
 from kpt_dask.keypoints import first_frames
-from kpt_dask.rows import LOG2_E, exp2
+from kpt_dask.rows import LANES, LOG2_E, exp2
 
 SCALE_RATIO = 2.0
 """ε_σ: matched keypoints' scales differ by at most this factor."""
@@ -31,8 +31,6 @@ CLOSEST_PAIRS = 0.10
 BANDWIDTH = 10.0
 """Of the density of translations, mm."""
 
-_LANES = 16
-"""Samples of a density that are weighed at a time."""
 _VANISHING = 29.0
 """−log₂ of the smallest weight in a density."""
 _SAMPLED = 64
@@ -194,8 +192,9 @@ def _pass(
     order = np.lexsort((key, there.sign))
     two_nearest(
         (position, scale, here.sign, here.frames, here.descriptor),
-        (there.position, there.scale, there.sign, there.frames, there.descriptor),
-        (order, there.sign[order], key[order]),
+        (there.position, there.scale, there.frames, there.descriptor),
+        (order, key[order]),
+        int((there.sign < 0).sum()),
         window,
         np.float32(radius),
         (nearest, first, second),
@@ -252,6 +251,7 @@ def two_nearest(
     test: tuple[NDArray[Any], ...],
     atlas: tuple[NDArray[Any], ...],
     ordered: tuple[NDArray[Any], ...],
+    change: int,
     window: tuple[NDArray[np.float32], NDArray[np.float32]],
     radius: np.float32,
     found: tuple[NDArray[Any], ...],
@@ -263,11 +263,15 @@ def two_nearest(
 
     Parameters
     ----------
-    test, atlas : tuple of ndarray
+    test : tuple of ndarray
         Position (n, 3), scale (n) and sign (n), where frames begin and the last one's end (n + 1),
         and descriptors (frames, 64).
+    atlas : tuple of ndarray
+        The same but for the sign.
     ordered : tuple of ndarray (m)
-        Indices of the atlas keypoints by sign and then by some key, their signs, and their keys.
+        Indices of the atlas keypoints by sign and then by some key, and their keys.
+    change : int
+        How many of these have the sign −1.
     window : tuple of float32 arrays (n)
         Least and largest key of any that each test keypoint may be matched with.
     radius : float32
@@ -277,11 +281,10 @@ def two_nearest(
         that of the second nearest, float32, infinite where there is none.
     """
     here, scale, sign, frames, descriptor = test
-    there, other_scale, _, other_frames, other_descriptor = atlas
-    order, signs, keys = ordered
+    there, other_scale, other_frames, other_descriptor = atlas
+    order, keys = ordered
     nearest, first, second = found
     limit = radius * radius
-    change = np.searchsorted(signs, 0)
     chosen = np.empty(order.size + 1, np.int64)
     for i in range(here.shape[0]):
         best = next_best = np.float32(np.inf)
@@ -326,26 +329,26 @@ def density(
     m = samples.shape[0]
     scale = np.float32(0.5 * LOG2_E / (bandwidth * bandwidth))
     farthest, nothing = np.float32(_VANISHING), np.float32(0)
-    blocks = (m + _LANES - 1) // _LANES
+    blocks = (m + LANES - 1) // LANES
     # Their number is rounded up by samples that are infinitely far.
-    along = np.full((3, blocks * _LANES), np.inf, np.float32)
+    along = np.full((3, blocks * LANES), np.inf, np.float32)
     for j in range(m):
         for axis in range(3):
             along[axis, j] = samples[j, axis]
     zs, ys, xs = along[0], along[1], along[2]
-    sums = np.empty(_LANES, np.float32)
+    sums = np.empty(LANES, np.float32)
     for i in range(points.shape[0]):
         z, y, x = points[i, 0], points[i, 1], points[i, 2]
         sums[:] = nothing
         for b in range(blocks):
-            begin = np.uint64(b * _LANES)
-            for lane in range(np.uint64(_LANES)):
+            begin = np.uint64(b * LANES)
+            for lane in range(np.uint64(LANES)):
                 dz, dy, dx = zs[begin + lane] - z, ys[begin + lane] - y, xs[begin + lane] - x
                 v = (dz * dz + dy * dy + dx * dx) * scale
                 w = exp2(-min(v, farthest))
                 sums[lane] += w if v < farthest else nothing
         total = 0.0
-        for lane in range(_LANES):
+        for lane in range(LANES):
             total += sums[lane]
         out[i] = total / m
     return out

@@ -20,7 +20,7 @@ from numba.core import cgutils
 from numba.extending import intrinsic
 
 LANES = 16
-"""Voxels of a vector: as many float32 as the widest registers hold."""
+"""Voxels, or other numbers, of a vector: as many float32 as the widest registers hold."""
 HALF = LANES // 2
 """Voxels of half a vector."""
 VECTORS = 4
