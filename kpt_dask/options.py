@@ -26,22 +26,38 @@ class Mode:
         Voxels whose largest share is below this are background, unless told otherwise.
     least_nu : float
         HU; an organ's own ν counts where it is larger.
+    probability : str
+        What its probabilities are.
     """
 
     does: str
     threshold: float
     least_nu: float
+    probability: str
 
+
+_WHOLE = (
+    "share of each organ's vote weight that places the organ at a voxel and agrees with the "
+    "scan's intensity there"
+)
+_BY_FIELDS = (
+    "share of the votes for the organ at a voxel, among the atlases that annotate the organ; a "
+    "vote counts as much as matches support its atlas's displacement there and as its intensity "
+    "agrees with the scan's; averaged over neighbouring voxels"
+)
 
 MODES: Mapping[str, Mode] = {
-    "local": Mode("warps each atlas by a smooth field through all its matches", 0.36, 100.0),
-    "across": Mode("moves organs whole, by all matches near them", 0.15, 100.0),
+    "local": Mode(
+        "warps each atlas by a smooth field through all its matches", 0.36, 100.0, _BY_FIELDS
+    ),
+    "across": Mode("moves organs whole, by all matches near them", 0.15, 100.0, _WHOLE),
     "affine": Mode(
         "maps an organ by one affine where enough of its matches agree on it, else as organ does",
         0.15,
         0.0,
+        _WHOLE,
     ),
-    "organ": Mode("moves organs whole, by their own matches, as the paper does", 0.15, 0.0),
+    "organ": Mode("moves organs whole, by their own matches, as the paper does", 0.15, 0.0, _WHOLE),
 }
 """Ways to transfer, the most accurate first on OpenKBP. The 0.15 of `organ` and `affine` and the
 organs' own ν are the paper's. Those of `across`, and `RHO`, are the best mean Dice of a dozen

@@ -19,6 +19,7 @@ from kpt_dask.grid import Grid
 from kpt_dask.jit import kernel
 from kpt_dask.measures import Tally, count_labels, count_shares
 from kpt_dask.omezarr import COMPRESSOR, Region, write_region
+from kpt_dask.options import MODES
 
 SHARD = (32, 256, 256)
 """A file of all organs' probabilities, and a chunk of the label map. Large: to make a file takes as
@@ -29,17 +30,6 @@ without any organ neither. Small: of an organ's bounding box as much is empty as
 
 VANISHING = 6.0
 """Standard deviations from which on the intensity likelihood is 0."""
-
-WHOLE = (
-    "share of each organ's vote weight that places the organ at a voxel and agrees with the "
-    "scan's intensity there"
-)
-BY_FIELDS = (
-    "share of the votes for the organ at a voxel, among the atlases that annotate the organ; a "
-    "vote counts as much as matches support its atlas's displacement there and as its intensity "
-    "agrees with the scan's; averaged over neighbouring voxels"
-)
-"""What the probabilities are, in modes that move whole organs and in `local`."""
 
 Share = tuple[int, Box, NDArray[np.float32]]
 """Index of an organ, where it may be, and its share there, (z, y, x)."""
@@ -64,7 +54,7 @@ def create_probability(
         dimension_names=("organ", "z", "y", "x"),
         attributes={
             "organs": list(organs.names),
-            "description": BY_FIELDS if mode == "local" else WHOLE,
+            "description": MODES[mode].probability,
         },
     )
 
