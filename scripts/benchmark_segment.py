@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import Any
 
 import zarr
+from memory import resident_mib
 
 from atlas_store import AtlasKeypoints, AtlasStore, load_organs, write_keypoints
 from kpt_dask import cluster, demo
@@ -220,11 +221,6 @@ def watched(figures: dict[str, dict[str, float]], name: str, base: float) -> Ite
         over.set()
         watcher.join()
     figures[name] = {"seconds": seconds, "peak_mib": max(*peak, resident_mib()) - base}
-
-
-def resident_mib() -> float:
-    pages = int(Path("/proc/self/statm").read_text().split()[1])
-    return pages * os.sysconf("SC_PAGE_SIZE") / 2**20
 
 
 def report(figures: dict[str, dict[str, float]]) -> None:

@@ -26,6 +26,7 @@ from uuid import uuid4
 
 import numpy as np
 import xarray as xr
+from memory import resident_mib
 from numcodecs import Blosc
 from zarr.codecs import BloscCodec
 
@@ -266,11 +267,6 @@ def median(function: Callable[[], Any], repeats: int) -> float:
 
 def folder_bytes(folder: Path) -> int:
     return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
-
-
-def resident_mib() -> float:
-    pages = int(Path("/proc/self/statm").read_text().split()[1])
-    return pages * os.sysconf("SC_PAGE_SIZE") / 2**20
 
 
 def metrics(rows: dict[int, dict[str, float]]) -> dict[str, Any]:

@@ -29,6 +29,7 @@ import xarray as xr
 import zarr
 from benchmark_extraction import C, Shape, timed
 from confined import Confined, client
+from memory import resident_mib
 
 from atlas_store import AtlasKeypoints, AtlasStore, load_organs
 from kpt_dask import demo, local
@@ -181,14 +182,9 @@ def peak(scan: Scan, mode: str) -> float:
     ctypes.CDLL(None).malloc_trim(0)
     # The peak begins anew.
     Path("/proc/self/clear_refs").write_text("5")
-    before = kib("VmRSS")
+    before = resident_mib()
     transferred(scan, mode, MEMORY)
-    return (kib("VmHWM") - before) / 1024
-
-
-def kib(name: str) -> int:
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) for line in lines if line.startswith(name))
+    return resident_mib("VmHWM") - before
 
 
 def transferred(scan: Scan, mode: str, memory: int = 1 << 30) -> None:
