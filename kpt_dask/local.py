@@ -67,7 +67,7 @@ CELLS = 256
 """Cells in which they vote one after the other."""
 AHEAD = 32
 """Voxels of an atlas from those that are read to those that are fetched: a cache line."""
-FINISHING = 14
+SLAB_BYTES = 14
 """Bytes of a voxel of a slab while it is finished: its share twice, the largest one, its label."""
 RETURNED = 0.75
 """Of its room, what a block plans with: memory that was given back may lie where nothing fits."""
@@ -190,7 +190,7 @@ def plan_blocks(
     def fits(piece: Box) -> bool:
         box = wider(piece, grid.shape)
         votes = sum(volume_of(overlap(in_voxels(domain, step), box)) for domain in known)
-        finished = FINISHING * math.prod(_slab(box))
+        finished = SLAB_BYTES * math.prod(_slab(box))
         summed = 4 * (2 * cells(box) * step**3 + 2 * votes + planes(box))
         return summed + finished <= room
 
@@ -240,7 +240,7 @@ def transfer_block(
     scale = np.array([LOG2_E / (2 * nu * nu) for nu in group_nus], np.float32)[cells.group]
     nodes, corners = cells.nodes()
     per_atlas = _per_plane(atlas for atlas, _ in atlases) * (shape_of(whole)[0] + BEND)
-    taken = FINISHING * math.prod(_slab(box_of(region)))
+    taken = SLAB_BYTES * math.prod(_slab(box_of(region)))
     taken += scan.nbytes + here.nbytes + votes.nbytes + totals.nbytes
     left = (room - taken) / 4
     together = max(min(int(left / per_atlas), TOGETHER), 1) if per_atlas else 1

@@ -232,8 +232,7 @@ def create_label_image(
     Whoever fills the finest one calls `finish_label_image` then; before that the others are empty
     and nothing describes them.
     """
-    largest = max((organ.value for organ in organs), default=0)
-    dtype = np.uint8 if largest <= np.iinfo(np.uint8).max else np.uint16
+    dtype = np.min_scalar_type(max((organ.value for organ in organs), default=0))
     ome = cast(dict[str, Any], image.attrs["ome"])
     group = image.require_group("labels").create_group(name, overwrite=True)
     shapes = _halved(grid.shape, len(ome["multiscales"][0]["datasets"]))
