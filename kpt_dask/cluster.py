@@ -27,6 +27,7 @@ from distributed import (
     Worker,
     as_completed,
     default_client,
+    get_worker,
 )
 from distributed.comm.core import connect
 
@@ -219,6 +220,12 @@ def run_small(
     batches = [(function, tasks[a : a + size]) for a in range(0, len(tasks), size)]
     done = dict(run(client, _each, batches, description))
     return [result for i in range(len(batches)) for result in done[i]]
+
+
+def threads_here() -> int:
+    """Threads of the worker that runs this task."""
+    threads: int = get_worker().state.nthreads
+    return threads
 
 
 def _call(function: Callable[..., T], task: tuple[Any, ...]) -> T:

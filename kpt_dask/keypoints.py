@@ -3,15 +3,21 @@
 Blocks own half-open cores, and see beyond them as far as any Gaussian or descriptor of the
 core reaches. So each extremum has exactly one owner, its values do not depend on how the
 volume was cut, and nothing is deduplicated afterwards.
+
+What a block must see beyond its core is work done twice. So there are no more blocks than needed:
+threads of a process share a sweep, in teams.
 """
 
 import math
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import closing
 from dataclasses import dataclass
+from functools import cache, partial
 from itertools import product
-from typing import Any
+from threading import BoundedSemaphore
+from typing import Any, TypeVar
 
 import numpy as np
 import xarray as xr
@@ -27,7 +33,10 @@ from kpt_dask.errors import ParameterError
 from kpt_dask.omezarr import CHUNKS
 from kpt_dask.scalespace import INPUT_SIGMA, LEVELS, SIGMA0, TRUNCATE, level_sigma
 from kpt_dask.sweep import Found, Sweep, halo, planes_held
+from kpt_dask.turns import share
 from kpt_dask.volume import Volume
+
+T = TypeVar("T")
 
 PARAMETERS: dict[str, Any] = {
     "detector": "difference of Gaussians",
@@ -52,6 +61,11 @@ SLABS_AHEAD = 2
 LATER = 1.15
 """How much longer a voxel of a later octave takes, about: its rows are shorter, and its task comes
 after another one."""
+TEAM = 2
+"""Threads that share a sweep, if a process has them: of three, one would often wait for the
+slowest stage, which takes a third of the time."""
+SHARED_VOXELS = 1 << 13
+"""Of a plane, at least, for threads to share a sweep: else handing out batches takes as long."""
 FEWEST_PLANES = 32
 """A core thinner than this would be mostly halo."""
 
@@ -92,8 +106,8 @@ class Octave:
 
     def slabs(
         self, first: int, last: int, across: tuple[tuple[int, int], tuple[int, int]]
-    ) -> Iterator[NDArray[np.float32]]:
-        """Read planes in slabs, C order, each gone when the next one comes.
+    ) -> Iterator[Callable[[], NDArray[np.float32]]]:
+        """Give what reads planes in slabs, C order, each gone when the one after the next comes.
 
         Each chunk is read once; twice of a finer octave, whose slabs hold half a chunk.
 
@@ -107,19 +121,18 @@ class Octave:
         depth = self.level.chunks[0]
         boxes = [(planes, *across) for planes in _slabs(first, last, depth)]
         if direct.serves(self.level):
-            # In this thread: others would only compete with those that sweep.
-            room = np.empty((depth, *(stop - start for start, stop in across)), np.float32)
-            for box in boxes:
-                yield self._read(box, room)
+            # By those that sweep: other threads would only compete with them.
+            room = np.empty((2, depth, *(stop - start for start, stop in across)), np.float32)
+            yield from (partial(self._read, box, room[i % 2]) for i, box in enumerate(boxes))
             return
         with ThreadPoolExecutor(1) as reader:
             ahead: deque[Future[NDArray[np.float32]]] = deque()
             for box in boxes:
                 ahead.append(reader.submit(self._read, box))
                 if len(ahead) > SLABS_AHEAD:
-                    yield ahead.popleft().result()
+                    yield ahead.popleft().result
             while ahead:
-                yield ahead.popleft().result()
+                yield ahead.popleft().result
 
     def _read(self, box: Box, room: NDArray[np.float32] | None = None) -> NDArray[np.float32]:
         """Read a box of the octave's voxels, where there is room for them."""
@@ -192,10 +205,10 @@ def plan_blocks(
     return [Block((k[0], j[0], i[0]), (k[1], j[1], i[1])) for k, j, i in product(z, y, x)]
 
 
-def slab_lengths(shapes: Sequence[tuple[int, int, int]], threads: int) -> list[int]:
-    """Choose how many planes the cores of each octave own, so that threads end together.
+def slab_lengths(shapes: Sequence[tuple[int, int, int]], teams: int) -> list[int]:
+    """Choose how many planes the cores of each octave own, so that all teams end together.
 
-    Each cut costs a halo. So as long as the later octaves together are less than a thread's
+    Each cut costs a halo. So as long as the later octaves together are less than a team's
     share of the work, they are left whole: the last slab is shorter by as much, and whoever
     has swept it goes on with them.
 
@@ -203,7 +216,7 @@ def slab_lengths(shapes: Sequence[tuple[int, int, int]], threads: int) -> list[i
     ----------
     shapes : sequence of tuple of int
         Of the octaves, (z, y, x), the largest first.
-    threads : int
+    teams : int
         Sweeps that run at once, wherever.
 
     Returns
@@ -214,13 +227,19 @@ def slab_lengths(shapes: Sequence[tuple[int, int, int]], threads: int) -> list[i
     lengths = []
     for octave, (z, y, x) in enumerate(shapes):
         later = round(LATER * sum(math.prod(shape) for shape in shapes[octave + 1 :]) / (y * x))
-        length = -(-(z + later) // threads)
-        if z - (threads - 1) * length >= min(FEWEST_PLANES, z):
-            threads = 1
+        length = -(-(z + later) // teams)
+        if z - (teams - 1) * length >= min(FEWEST_PLANES, z):
+            teams = 1
         else:
-            length = max(-(-z // threads), FEWEST_PLANES)
+            length = max(-(-z // teams), FEWEST_PLANES)
         lengths.append(min(length, z))
     return lengths
+
+
+def teams(threads: int) -> tuple[int, int]:
+    """Divide the threads of a process into teams; return how many, and the threads of each."""
+    n = max(threads // TEAM, 1)
+    return n, threads // n
 
 
 def core_width(
@@ -235,9 +254,9 @@ def core_width(
     shape : tuple of int
         Of the octave, (z, y, x).
     threads : int
-        Sweeps that run at once in a process.
+        Of a process.
     memory : int
-        Bytes that they may take together.
+        Bytes that all its sweeps may take together.
     margin : int
         How far beyond its core a block must see.
 
@@ -246,8 +265,11 @@ def core_width(
     ParameterError
         If not even a small core fits.
     """
-    # Slabs ahead, the one that is swept, the one before it, and two to unpack the next.
-    voxels = memory / threads / 4 / (planes_held() + (SLABS_AHEAD + 4) * CHUNKS[0])
+    at_once, size = teams(threads)
+    # Slabs ahead, the one that is swept, the one before it, and two to unpack the next. Some of a
+    # team may be at the next octave already, which takes a quarter.
+    planes = 1.25 * planes_held(size) + (SLABS_AHEAD + 4) * CHUNKS[0]
+    voxels = memory / at_once / 4 / planes
     height, width = shape[1:]
     while (min(height + 2 * margin, shape[1])) * (min(width + 2 * margin, shape[2])) > voxels:
         if max(height, width) <= margin // 2:
@@ -314,16 +336,16 @@ def extract(
         if str(getattr(session.scheduler, "address", "")).startswith("inproc:"):
             _prepare()
         workers = session.nthreads().values()
-        threads, per_process = sum(workers), max(workers)
-        lengths = slab_lengths([octave.shape for octave in octaves], threads)
+        at_once = sum(teams(threads)[0] for threads in workers)
+        lengths = slab_lengths([octave.shape for octave in octaves], at_once)
         cuts: list[list[Part]] = []
         for octave, length in zip(octaves, lengths, strict=True):
             shape, margin = octave.shape, halo(octave.first, octave.finer)
-            core = length, *core_width(shape, per_process, memory, margin)
+            core = length, *core_width(shape, max(workers), memory, margin)
             cuts.append([(octave, block) for block in plan_blocks(shape, core, margin)])
         # The last octaves are small: those that are whole are one task.
         whole = [len(cut) == 1 for cut in cuts]
-        rest = next(o for o in range(1, len(cuts) + 1) if all(whole[o:]))
+        rest = next(o for o in range(at_once > 1, len(cuts) + 1) if all(whole[o:]))
         together = [[part] for cut in cuts[:rest] for part in cut]
         if rest < len(cuts):
             together.append([part for cut in cuts[rest:] for part in cut])
@@ -347,28 +369,82 @@ def _prepare() -> None:
 
 
 def extract_blocks(parts: Sequence[Part], invariant: bool) -> list[Found]:
-    """Find the keypoints of several blocks, each in its octave, as `extract_block` does."""
-    return [extract_block(*part, invariant) for part in parts]
+    """Find the keypoints of several blocks, each in its octave, with a team of the worker."""
+    at_once, threads = teams(cluster.threads_here())
+    with _turns(at_once):
+        return sweep_blocks(parts, invariant, threads)
 
 
-def extract_block(octave: Octave, block: Block, invariant: bool = False) -> Found:
-    """Find the keypoints whose voxels lie in a block's core; indices are of the octave."""
+@cache
+def _turns(at_once: int) -> BoundedSemaphore:
+    """Keep the teams of this process from being more, which would take more memory."""
+    return BoundedSemaphore(at_once)
+
+
+def sweep_blocks(parts: Sequence[Part], invariant: bool = False, threads: int = 1) -> list[Found]:
+    """Find the keypoints whose voxels lie in the cores of blocks; indices are of the octaves.
+
+    Parameters
+    ----------
+    parts : sequence of (Octave, Block)
+        Swept one after the other, but for the last batches of one and the first of the next, and
+        small ones, which one thread sweeps while others begin.
+    invariant : bool
+        Whether descriptors are taken in local frames.
+    threads : int
+        That share the work.
+    """
+    found: list[dict[int, Found]] = [{} for _ in parts]
+    small = [math.prod(b - a for a, b in block.read[1:]) < SHARED_VOXELS for _, block in parts]
+
+    def jobs() -> Generator[Callable[[], None], None, None]:
+        for i in sorted(range(len(parts)), key=lambda i: not small[i]):
+            batches = _batches(*parts[i], invariant, 1 if small[i] else threads, found[i])
+            if small[i]:
+                yield partial(share, batches, 1)
+            else:
+                yield from batches
+
+    with closing(jobs()) as all_jobs:
+        share(all_jobs, threads)
+    results = [Found.join(batches[step] for step in sorted(batches)) for batches in found]
+    for (_, block), result in zip(parts, results, strict=True):
+        result.index[:, 1:] += [start for start, _ in block.read[1:]]
+    return results
+
+
+def _batches(
+    octave: Octave, block: Block, invariant: bool, threads: int, found: dict[int, Found]
+) -> Iterator[Callable[[], None]]:
+    """Give the batches of a sweep, and before them what reads their planes."""
     (y0, y1), (x0, x1) = block.read[1:]
     z, y, x = block.core
-    core = z, (y[0] - y0, y[1] - y0), (x[0] - x0, x[1] - x0)
     sweep = Sweep(
-        core,
+        (z, (y[0] - y0, y[1] - y0), (x[0] - x0, x[1] - x0)),
         (y1 - y0, x1 - x0),
         octave.shape[0],
         octave.first,
         finer=octave.finer,
         invariant=invariant,
+        threads=threads,
+        found=found,
     )
-    for slab in octave.slabs(sweep.first_plane, sweep.last_plane, block.read[1:]):
-        sweep.feed(slab)
-    found = sweep.finish()
-    found.index[:, 1:] += (y0, x0)
-    return found
+    ahead: deque[Future[NDArray[np.float32]]] = deque()
+    for read in octave.slabs(sweep.first_plane, sweep.last_plane, block.read[1:]):
+        ahead.append(Future())
+        yield partial(_keep, ahead[-1], read)
+        if len(ahead) > 1:
+            yield from sweep.take(ahead.popleft().result())
+    yield from sweep.take(ahead.popleft().result())
+    yield from sweep.drain()
+
+
+def _keep(future: Future[T], function: Callable[[], T]) -> None:
+    """Put what a function returns, or raises, where others wait for it."""
+    try:
+        future.set_result(function())
+    except BaseException as error:
+        future.set_exception(error)
 
 
 def _slabs(first: int, last: int, depth: int) -> Iterator[tuple[int, int]]:

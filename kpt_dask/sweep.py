@@ -2,12 +2,15 @@
 
 Of each Gaussian a sweep keeps only the planes that something still needs: the next
 Gaussian, the extremum test, or a descriptor. So it holds about two hundred planes, however
-long the block is. It knows neither Dask nor Zarr.
+long the block is. Threads may share it: each takes a batch of planes through all stages, right
+behind the one that has the batch before. It knows neither Dask nor Zarr.
 """
 
 import math
-from collections.abc import Iterable
+import time
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import Annotated, Any
 
 import numpy as np
@@ -27,6 +30,7 @@ from kpt_dask.scalespace import (
     blur_planes,
     blur_scratch,
 )
+from kpt_dask.turns import done, may_begin, turns
 
 Planes = Annotated[NDArray[np.float32], "z y x"]
 
@@ -95,6 +99,9 @@ class Found:
 class Sweep:
     """Finds the keypoints of one octave in a block; feed it slabs, then call `finish`.
 
+    Threads that share it take the batches that `take` and `drain` give instead, each its next
+    one after its last one.
+
     Parameters
     ----------
     core : ((z0, z1), (y0, y1), (x0, x1))
@@ -111,6 +118,10 @@ class Sweep:
         Whether they are level 0 at half its spacing.
     invariant : bool
         Whether descriptors are taken in local frames, not upright.
+    threads : int
+        How many share it.
+    found : dict of int to Found, optional
+        Receives the keypoints of each batch, by its first step.
     """
 
     def __init__(
@@ -122,6 +133,8 @@ class Sweep:
         *,
         finer: bool = False,
         invariant: bool = False,
+        threads: int = 1,
+        found: dict[int, Found] | None = None,
     ) -> None:
         self._taps = _taps(first_octave, finer)
         self._invariant = invariant
@@ -141,11 +154,14 @@ class Sweep:
         self._schedule = np.stack([first[1:], np.minimum(z1 + need[1:], n_planes), lead]).T.copy()
         self._n = n_planes
         lag = lead[-1] - lead
-        sizes = [2 * radii[0] + 1 + BATCH]
+        # The last one may write the planes of its batch while the first one needs those that it
+        # had when it began its own.
+        ahead = threads * BATCH
+        sizes = [2 * radii[0] + 1 + ahead]
         for i in range(LEVELS + 3):
             blur = 2 * radii[i + 1] + 1 if i + 1 < len(radii) else 1
             reach = REACH if 1 <= i <= LEVELS else 0
-            sizes.append(max(blur, int(lag[i]) + reach + 3) + BATCH)
+            sizes.append(max(blur, int(lag[i]) + reach + 3) + ahead)
         dogs = LEVELS + 2, 3, *plane_shape
         # All in one piece, which the system then gives in large pages. The last vector of the
         # last row of differences reaches beyond it.
@@ -153,41 +169,78 @@ class Sweep:
         *rings, differences = np.split(np.empty(ends[-1] + LANES, np.float32), ends)[:-1]
         self._rings = tuple(ring.reshape(-1, *plane_shape) for ring in rings)
         self._dogs = differences.reshape(dogs)
-        self._found: list[Found] = []
-        self._room = Found.room_for(1024)
+        self._turns = turns(len(self._taps) + 2, self._step)
+        self._found = {} if found is None else found
+        self._room = 1024
+        self._failed = False
 
     def feed(self, slab: Planes) -> None:
         """Take the next planes, float32 (n, y, x), C order; the first is `first_plane`."""
-        self._run(slab, slab.shape[0])
+        for batch in self.take(slab):
+            batch()
 
     def finish(self) -> Found:
         """Drain what is still under way and return all keypoints."""
-        empty = np.empty((0, *self._dogs.shape[2:]), np.float32)
-        self._run(empty, self._final_step + 1 - self._step)
-        return Found.join(self._found)
+        for batch in self.drain():
+            batch()
+        return Found.join(self._found[step] for step in sorted(self._found))
 
-    def _run(self, slab: Planes, steps: int) -> None:
-        done = 0
-        while done < steps:
-            advanced, found = _advance(
-                slab[done:],
-                self._step,
-                steps - done,
-                self._n,
-                self._schedule,
-                self._core,
-                self._taps,
-                self._rings,
-                self._dogs,
-                self._invariant,
-                *self._room.arrays,
-            )
-            if advanced == 0:
-                self._room = Found.room_for(2 * self._room.level.size)
-                continue
-            self._found.append(self._room.first(found))
-            done += advanced
-            self._step += advanced
+    def take(self, slab: Planes) -> Iterator[Callable[[], None]]:
+        """Take the next planes as `feed` does, but leave the work of each batch to the caller.
+
+        Of as many threads as share the sweep each may have one batch that is not done yet. The
+        slab is not needed any longer once all are given.
+        """
+        ring = self._rings[0]
+        for first in range(0, slab.shape[0], BATCH):
+            planes = slab[first : first + BATCH]
+            for step, plane in enumerate(planes, self._step):
+                ring[step % ring.shape[0]] = plane
+            yield self._batch(planes.shape[0])
+
+    def drain(self) -> Iterator[Callable[[], None]]:
+        """Give the batches that are left when all planes were taken."""
+        while self._step <= self._final_step:
+            yield self._batch(min(BATCH, self._final_step + 1 - self._step))
+
+    def _batch(self, steps: int) -> Callable[[], None]:
+        step, self._step = self._step, self._step + steps
+        return partial(self._advance, step, self._step)
+
+    def _advance(self, step: int, after: int) -> None:
+        """Take a batch of steps through all stages, each in its turn."""
+        stage = count = 0
+        try:
+            while stage < self._turns.size:
+                if count < 0:
+                    self._room *= 2
+                if stage == 0 or count < 0:
+                    extrema = Found.room_for(self._room)
+                    found = Found.room_for(self._room * (MAX_FRAMES if self._invariant else 1))
+                stage, count = _advance(
+                    step,
+                    after,
+                    stage,
+                    count,
+                    self._turns,
+                    self._n,
+                    self._schedule,
+                    self._core,
+                    self._taps,
+                    self._rings,
+                    self._dogs,
+                    self._invariant,
+                    extrema.arrays,
+                    found.arrays,
+                )
+                if self._failed:
+                    return
+                if 0 < stage < self._turns.size:
+                    time.sleep(0)
+            self._found[step] = found.first(count)
+        except BaseException:
+            self._failed = True
+            raise
 
 
 def halo(first_octave: bool, finer: bool = False) -> int:
@@ -201,9 +254,9 @@ def _taps(first_octave: bool, finer: bool) -> tuple[NDArray[np.float32], ...]:
     return FIRST_TAPS if first_octave else _AS_IT_IS, *LEVEL_TAPS
 
 
-def planes_held() -> int:
-    """About how many planes a sweep keeps in memory."""
-    sweep = Sweep(((0, 1), (0, 1), (0, 1)), (1, 1), 1, True)
+def planes_held(threads: int) -> int:
+    """About how many planes a sweep that so many threads share keeps in memory."""
+    sweep = Sweep(((0, 1), (0, 1), (0, 1)), (1, 1), 1, True, threads=threads)
     return sum(ring.shape[0] for ring in sweep._rings) + 3 * (LEVELS + 2)
 
 
@@ -287,9 +340,11 @@ def _vertex(before: float, here: float, after: float) -> float:
 
 @kernel
 def _advance(
-    slab: Any,
-    start: Any,
-    steps: Any,
+    step: Any,
+    after: Any,
+    stage: Any,
+    count: Any,
+    turns: Any,
     n: Any,
     schedule: Any,
     core: Any,
@@ -297,90 +352,117 @@ def _advance(
     rings: Any,
     dogs: Any,
     invariant: Any,
-    out_index: Any,
-    out_offset: Any,
-    out_level: Any,
-    out_response: Any,
-    out_descriptor: Any,
-    out_frame: Any,
+    extrema: Any,
+    found: Any,
 ) -> Any:
-    """Take `steps` steps; in each, every Gaussian gains at most one plane.
+    """Take the steps from `step` to `after`; in each, every Gaussian gains at most one plane.
 
     By step s the input has gained plane s, and Gaussian i plane s − ``schedule[i, 2]``, the
     sum of the taps' radii so far, which is the last plane its source can make. That keeps
     all rings in lockstep, also after the input has ended.
 
-    Returns the number of steps taken and of keypoints found: fewer than asked for when the
-    output might not hold another batch's keypoints; (0, 0) if it is too small for one.
+    Each Gaussian is a stage, then the extrema, then their descriptors. Begins with `stage` and
+    what was counted before it; returns the one that could not begin yet, or their number if all
+    have ended, and how many extrema or keypoints there are: −1 if there was no room for them.
     """
-    ny, nx = dogs.shape[2:]
-    levels = dogs.shape[0] - 2
     gaussians = schedule.shape[0]
-    lead = schedule[gaussians - 1, 2]
     radius = 0
     for i in range(gaussians):
         radius = max(radius, taps[i].size - 1)
-    scratch = blur_scratch(BATCH, nx, radius)
+    scratch = blur_scratch(BATCH, dogs.shape[3], radius)
+    for i in range(stage, gaussians):
+        if not may_begin(turns, i, step):
+            return i, 0
+        a = max(step - schedule[i, 2], schedule[i, 0])
+        b = min(after - schedule[i, 2], schedule[i, 1])
+        if a < b:
+            blur_planes(rings[i], a, b - a, n, taps[i], scratch, rings[i + 1])
+        done(turns, i, after)
+    if stage <= gaussians:
+        if not may_begin(turns, gaussians, step):
+            return gaussians, count
+        start, stop, lead = schedule[gaussians - 1]
+        first, last = max(step - lead, start), min(after - lead, stop)
+        # If run again, it finds the differences of the two planes before gone.
+        before = min(2, first - start) if count < 0 else 0
+        count = _find(first - before, first, last, core, rings, dogs, extrema)
+        if count < 0:
+            return gaussians, count
+        done(turns, gaussians, after)
+    if not may_begin(turns, gaussians + 1, step):
+        return gaussians + 1, count
+    count = _describe(extrema, count, n, rings, invariant, found)
+    done(turns, gaussians + 1, after)
+    return gaussians + 2, count
+
+
+@kernel
+def _find(
+    before: Any, first: Any, last: Any, core: Any, rings: Any, dogs: Any, extrema: Any
+) -> int:
+    """Find the extrema of the planes ``first − 1 … last − 2``, whose last neighbours are there.
+
+    From plane `before` on differences are made. Returns the number, −1 if there is no room.
+    """
+    index, offset, level_of, response = extrema[0], extrema[1], extrema[2], extrema[3]
+    ny, nx = dogs.shape[2:]
+    levels = dogs.shape[0] - 2
+    places = np.empty((levels * TILE * nx, 3), np.int64)
+    count = 0
+    for plane in range(before, last):
+        z = plane - 1
+        test = plane >= first and core[0, 0] <= z < core[0, 1]
+        for top in range(0, ny, TILE):
+            end = min(top + TILE, ny)
+            for level in range(levels + 2):
+                _difference(rings[level + 2], rings[level + 1], plane, top, end, dogs[level])
+            if not test:
+                continue
+            # A row is tested against the ones beside it, so that it lags behind by one.
+            rows = max(top - 1, core[1, 0]), min(end - 1, core[1, 1])
+            here = _extrema(dogs, z, rows, (core[2, 0], core[2, 1]), places)
+            if count + here > level_of.size:
+                return -1
+            for at in range(here):
+                level, y, x = places[at, 0], places[at, 1], places[at, 2]
+                d = dogs[level]
+                v = d[z % 3, y, x]
+                index[count, 0] = z
+                index[count, 1] = y
+                index[count, 2] = x
+                offset[count, 0] = _vertex(d[(z - 1) % 3, y, x], v, d[(z + 1) % 3, y, x])
+                offset[count, 1] = _vertex(d[z % 3, y - 1, x], v, d[z % 3, y + 1, x])
+                offset[count, 2] = _vertex(d[z % 3, y, x - 1], v, d[z % 3, y, x + 1])
+                under, over = dogs[level - 1, z % 3, y, x], dogs[level + 1, z % 3, y, x]
+                offset[count, 3] = _vertex(under, v, over)
+                level_of[count] = level
+                response[count] = v
+                count += 1
+    return count
+
+
+@kernel
+def _describe(extrema: Any, n_extrema: int, n: int, rings: Any, invariant: bool, found: Any) -> int:
+    """Describe the extrema of a batch, but for those that are refused; return the keypoints."""
+    index, offset, level, response = extrema[0], extrema[1], extrema[2], extrema[3]
+    out_index, out_offset, out_level, out_response, descriptor, frame = found
     patch = np.empty((PATCH + 2, PATCH + 2, PATCH + 2), np.float32)
     ranks = np.empty((MAX_FRAMES, BINS), np.uint8)
     frames = np.zeros((MAX_FRAMES, 3, 3), np.float32)
     frames[0] = np.eye(3)
-    most = MAX_FRAMES if invariant else 1
-    places = np.empty((levels * TILE * nx, 3), np.int64)
-    index = np.empty(3, np.int64)
-    offset = np.empty(3, np.float64)
     count = 0
-    for taken in range(0, steps, BATCH):
-        before_batch = count
-        step = start + taken
-        after = start + min(taken + BATCH, steps)
-        for s in range(taken, min(after - start, slab.shape[0])):
-            rings[0][(start + s) % rings[0].shape[0]] = slab[s]
-        for i in range(gaussians):
-            a = max(step - schedule[i, 2], schedule[i, 0])
-            b = min(after - schedule[i, 2], schedule[i, 1])
-            if a < b:
-                blur_planes(rings[i], a, b - a, n, taps[i], scratch, rings[i + 1])
-        first = max(step - lead, schedule[gaussians - 1, 0])
-        last = min(after - lead, schedule[gaussians - 1, 1])
-        # A batch that is run again finds the differences of its two planes before gone.
-        again = 0 if taken else min(2, first - schedule[gaussians - 1, 0])
-        for plane in range(first - again, last):
-            z = plane - 1
-            test = plane >= first and core[0, 0] <= z < core[0, 1]
-            for top in range(0, ny, TILE):
-                end = min(top + TILE, ny)
-                for level in range(levels + 2):
-                    _difference(rings[level + 2], rings[level + 1], plane, top, end, dogs[level])
-                if not test:
-                    continue
-                # A row is tested against the ones beside it, so that it lags behind by one.
-                rows = max(top - 1, core[1, 0]), min(end - 1, core[1, 1])
-                here = _extrema(dogs, z, rows, (core[2, 0], core[2, 1]), places)
-                if count + most * here > out_level.size:
-                    return taken, before_batch
-                for at in range(here):
-                    level, y, x = places[at, 0], places[at, 1], places[at, 2]
-                    d = dogs[level]
-                    v = d[z % 3, y, x]
-                    index[0] = z
-                    index[1] = y
-                    index[2] = x
-                    offset[0] = _vertex(d[(z - 1) % 3, y, x], v, d[(z + 1) % 3, y, x])
-                    offset[1] = _vertex(d[z % 3, y - 1, x], v, d[z % 3, y + 1, x])
-                    offset[2] = _vertex(d[z % 3, y, x - 1], v, d[z % 3, y, x + 1])
-                    shift = _vertex(dogs[level - 1, z % 3, y, x], v, dogs[level + 1, z % 3, y, x])
-                    sigma = SIGMA0 * 2.0 ** ((level + shift) / LEVELS)
-                    sample_patch(rings[level + 1], n, index, offset, STEP * sigma, patch)
-                    if not describe(patch, ranks[0]):
-                        continue
-                    for i in range(describe_in_frames(patch, frames, ranks) if invariant else 1):
-                        out_index[count] = index
-                        out_offset[count, :3] = offset
-                        out_offset[count, 3] = shift
-                        out_level[count] = level
-                        out_response[count] = v
-                        out_descriptor[count] = ranks[i]
-                        out_frame[count] = frames[i]
-                        count += 1
-    return steps, count
+    for at in range(n_extrema):
+        sigma = SIGMA0 * 2.0 ** ((level[at] + offset[at, 3]) / LEVELS)
+        ring = rings[level[at] + 1]
+        sample_patch(ring, n, index[at], offset[at, :3], STEP * sigma, patch)
+        if not describe(patch, ranks[0]):
+            continue
+        for i in range(describe_in_frames(patch, frames, ranks) if invariant else 1):
+            out_index[count] = index[at]
+            out_offset[count] = offset[at]
+            out_level[count] = level[at]
+            out_response[count] = response[at]
+            descriptor[count] = ranks[i]
+            frame[count] = frames[i]
+            count += 1
+    return count

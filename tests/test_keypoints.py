@@ -7,6 +7,7 @@ import tracemalloc
 from collections.abc import Iterator
 from itertools import pairwise, product
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -17,6 +18,7 @@ from hypothesis import strategies as st
 from scipy import ndimage
 
 from kpt_dask import cluster, progress
+from kpt_dask import keypoints as keypoints_module
 from kpt_dask.descriptors import BINS, STEP
 from kpt_dask.errors import ParameterError
 from kpt_dask.grid import Grid
@@ -25,9 +27,10 @@ from kpt_dask.keypoints import (
     Octave,
     core_width,
     extract,
-    extract_block,
     plan_blocks,
     slab_lengths,
+    sweep_blocks,
+    teams,
 )
 from kpt_dask.pyramid import fill_pyramid
 from kpt_dask.scalespace import level_sigma, octave_shapes
@@ -94,7 +97,7 @@ def found_in(
 ) -> Found:
     source = Octave(stored(values, chunks), octave == 0, finer)
     blocks = plan_blocks(source.shape, block or source.shape, halo(octave == 0, finer))
-    return canonical(Found.join(extract_block(source, one, invariant) for one in blocks))
+    return canonical(Found.join(sweep_blocks([(source, one) for one in blocks], invariant)))
 
 
 def assert_same_bytes(one: Found, other: Found) -> None:
@@ -286,26 +289,27 @@ def test_cores_own_every_voxel_once_and_see_far_enough(
             assert d in (n, b + margin)
 
 
-@given(st.integers(0, 9), st.sampled_from([1, 2, 4]), st.integers(4, 40))
-@settings(max_examples=4, deadline=None)
+@given(st.integers(0, 9), st.sampled_from([1, 2, 3, 4, 8]), st.integers(4, 40))
+@settings(max_examples=5, deadline=None)
 def test_a_sweep_stays_within_its_memory(seed: int, threads: int, mib: int) -> None:
     shape, memory, margin = (150, 110, 120), mib << 20, halo(True)
+    at_once, size = teams(threads)
     try:
-        core = slab_lengths([shape], threads)[0], *core_width(shape, threads, memory, margin)
+        core = slab_lengths([shape], at_once)[0], *core_width(shape, threads, memory, margin)
     except ParameterError:
         assume(False)
     octave = Octave(stored(noise(shape, seed)), True, False)
     # A middle block has a halo on all sides that it may have.
     blocks = plan_blocks(shape, core, margin)
     block = max(blocks, key=lambda one: np.prod([b - a for a, b in one.read[1:]]))
-    extract_block(octave, block)
+    sweep_blocks([(octave, block)], threads=size)
     tracemalloc.start()
     try:
-        extract_block(octave, block)
+        sweep_blocks([(octave, block)], threads=size)
         _, peak = tracemalloc.get_traced_memory()
     finally:
         tracemalloc.stop()
-    assert peak <= memory / threads
+    assert peak <= memory / at_once
 
 
 @given(st.tuples(*3 * [st.integers(1, 4000)]), st.integers(1, 64), st.integers(16, 4096))
@@ -321,25 +325,25 @@ def test_what_is_planned_fits_or_is_refused(shape: Shape, threads: int, mib: int
 
 
 @given(st.tuples(*3 * [st.integers(1, 4000)]), st.integers(1, 64))
-def test_slabs_cover_every_octave_and_no_thread_gets_much_more(shape: Shape, threads: int) -> None:
+def test_slabs_cover_every_octave_and_no_team_gets_much_more(shape: Shape, at_once: int) -> None:
     shapes = octave_shapes(shape)
-    lengths = slab_lengths(shapes, threads)
+    lengths = slab_lengths(shapes, at_once)
     slabs = []
     for (z, y, x), length in zip(shapes, lengths, strict=True):
         assert 1 <= length <= z
         assert length == z or length >= 32
         ends = [min(length, z - first) for first in range(0, z, length)]
-        assert len(ends) <= threads
+        assert len(ends) <= at_once
         slabs += [planes * y * x for planes in ends]
     # Whoever is free takes the next one, as workers do.
-    busy = threads * [0]
+    busy = at_once * [0]
     for voxels in slabs:
         busy[busy.index(min(busy))] += voxels
-    share = sum(slabs) / threads
+    share = sum(slabs) / at_once
     assert max(busy) <= max(1.5 * share, share + 40 * shapes[0][1] * shapes[0][2])
 
 
-def test_two_threads_end_together() -> None:
+def test_two_teams_end_together() -> None:
     """One has half of the work in a slab; the other in a shorter one and all later octaves."""
     shapes = octave_shapes((349, 200, 200))
     lengths = slab_lengths(shapes, 2)
@@ -361,6 +365,66 @@ def test_memory_and_workers_change_nothing(head: Volume, client: Client, descrip
     assert whole.identical(distributed)
     for name in whole:
         assert whole[name].values.tobytes() == distributed[name].values.tobytes()
+
+
+@given(
+    st.tuples(*3 * [st.integers(3, 40)]), st.integers(0, 2**32), st.integers(2, 5), st.booleans()
+)
+@settings(max_examples=12, deadline=None)
+def test_threads_that_share_a_sweep_change_nothing(
+    shape: Shape, seed: int, threads: int, invariant: bool
+) -> None:
+    """Not even the order; of volumes so small that threads wait for one another all the time."""
+    octave = Octave(stored(noise(shape, seed)), True, False)
+    parts = [(octave, block) for block in plan_blocks(shape, (17, 40, 40), halo(True))]
+    alone = sweep_blocks(parts, invariant)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(keypoints_module, "SHARED_VOXELS", 0)
+        shared = sweep_blocks(parts, invariant, threads)
+    for one, other in zip(alone, shared, strict=True):
+        assert_same_bytes(one, other)
+
+
+@given(st.integers(1, 200))
+def test_every_team_has_threads_and_few_are_left_out(threads: int) -> None:
+    at_once, size = teams(threads)
+    assert size >= 1
+    assert threads - 1 <= at_once * size <= threads
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+def test_a_slab_that_cannot_be_read_ends_the_sweep(
+    threads: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shape = (200, 100, 100)
+    octave = Octave(stored(noise(shape, 1)), True, False)
+    real, reads = Octave._read, iter(range(100))
+
+    def read(self: Octave, *args: Any) -> np.ndarray:
+        if next(reads) == 3:
+            raise OSError("gone")
+        return real(self, *args)
+
+    monkeypatch.setattr(Octave, "_read", read)
+    with pytest.raises(OSError, match="gone"):
+        sweep_blocks([(octave, plan_blocks(shape, shape, halo(True))[0])], threads=threads)
+
+
+def test_a_batch_that_fails_ends_the_threads_that_wait_for_it(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    shape = (200, 100, 100)
+    octave = Octave(stored(noise(shape, 1)), True, False)
+    real, rooms = Found.room_for, iter(range(1000))
+
+    def room_for(n: int) -> Found:
+        if next(rooms) == 9:
+            raise MemoryError("no room")
+        return real(n)
+
+    monkeypatch.setattr(Found, "room_for", room_for)
+    with pytest.raises(MemoryError, match="no room"):
+        sweep_blocks([(octave, plan_blocks(shape, shape, halo(True))[0])], threads=2)
 
 
 def test_too_little_memory_is_refused(head: Volume, client: Client) -> None:

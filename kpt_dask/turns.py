@@ -1,0 +1,103 @@
+"""Threads that share work of several stages: each stage does one batch after the other.
+
+While a thread is at a late stage of a batch, another may be at an early one of the next. So
+they need not be kept from one another's results by waiting for all: a stage only waits until
+it has done the batch before. Kernels wait without the interpreter, and not for long.
+"""
+
+import threading
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import numpy as np
+from llvmlite import ir
+from numba import types
+from numba.extending import intrinsic
+from numpy.typing import NDArray
+
+from kpt_dask.jit import kernel
+
+_LOOKS = 20_000
+"""How often a kernel looks whether it may go on, some ten microseconds, before it gives up."""
+_intrinsic: Callable[[Callable[..., Any]], Callable[..., Any]] = intrinsic
+
+
+def turns(stages: int, first: int) -> NDArray[np.int64]:
+    """Make the turns of so many stages, whose first batch begins at step `first`."""
+    return np.full(stages, first, np.int64)
+
+
+def share(jobs: Iterator[Callable[[], None]], threads: int) -> None:
+    """Do jobs in several threads, this one among them.
+
+    Parameters
+    ----------
+    jobs : iterator of callable
+        Asked for the next job by one thread at a time, while the others are busy with theirs.
+        Jobs that wait for earlier ones must be able to do so: those have begun.
+    threads : int
+        Of this process.
+
+    Raises
+    ------
+    Exception
+        Whatever a job, or the iterator, raised first. No job runs any longer then.
+    """
+    lock = threading.Lock()
+
+    def work() -> None:
+        while True:
+            with lock:
+                job = next(jobs, None)
+            if job is None:
+                return
+            job()
+
+    if threads == 1:
+        work()
+        return
+    with ThreadPoolExecutor(threads - 1) as executor:
+        others = [executor.submit(work) for _ in range(threads - 1)]
+        work()
+    for other in others:
+        other.result()
+
+
+@kernel
+def may_begin(turns: NDArray[np.int64], stage: int, step: int) -> bool:
+    """Whether a stage may do the batch that begins at a step, soon.
+
+    If not, the caller should let other threads have this core for a moment, and ask again.
+    """
+    looks = 0
+    while _look(turns, stage) != step and looks < _LOOKS:
+        looks += 1
+    return looks < _LOOKS
+
+
+@_intrinsic
+def _look(_: Any, turns: Any, stage: Any) -> Any:
+    """Read a turn, and see whatever was written before it was set."""
+
+    def code(context: Any, b: Any, own: Any, arguments: Any) -> Any:
+        return b.load_atomic(_place(context, b, own, arguments), "acquire", 8)
+
+    return types.int64(turns, types.intp), code
+
+
+@_intrinsic
+def done(_: Any, turns: Any, stage: Any, step: Any) -> Any:
+    """Let a stage do the batch that begins at a step, and what it wrote be seen."""
+
+    def code(context: Any, b: Any, own: Any, arguments: Any) -> Any:
+        b.store_atomic(arguments[2], _place(context, b, own, arguments), "release", 8)
+        return context.get_dummy_value()
+
+    return types.void(turns, types.intp, types.int64), code
+
+
+def _place(context: Any, b: Any, own: Any, arguments: Any) -> Any:
+    data = context.make_array(own.args[0])(context, b, arguments[0]).data
+    word = b.bitcast(data, ir.IntType(64).as_pointer())
+    return b.gep(word, [arguments[1]])
