@@ -276,8 +276,8 @@ def scipy_dog(level: np.ndarray) -> int:
 def read(volume: Volume) -> None:
     for o, level in enumerate(volume.levels):
         z, y, x = level.shape
-        for _ in Octave(level, o == 0, False).slabs(0, z, ((0, y), (0, x))):
-            pass
+        for slab in Octave(level, o == 0, False).slabs(0, z, ((0, y), (0, x))):
+            slab()
 
 
 def blur_all(pyramid: list[np.ndarray]) -> None:
