@@ -12,9 +12,10 @@ import uuid
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import CancelledError, ThreadPoolExecutor
 from contextlib import contextmanager
-from functools import partial
+from functools import cache, partial
 from itertools import islice
 from pathlib import Path
+from threading import BoundedSemaphore
 from typing import Any, TypeVar
 
 import dask
@@ -41,6 +42,10 @@ CONNECT_SECONDS = 10
 
 IN_FLIGHT_PER_THREAD = 4
 """Tasks handed out at a time: enough that no thread waits, few enough to hold their results."""
+
+TEAM = 2
+"""Threads of a process that work together on a task, if it has them. Of many, some would often
+wait for others: of a sweep, for its slowest stage, which takes a quarter of the time."""
 
 
 @contextmanager
@@ -200,6 +205,39 @@ def run(
                 _abandon(client, name, list(flying))
 
 
+def teams(threads: int) -> tuple[int, int]:
+    """Divide the threads of a process into teams; return how many, and the threads of each."""
+    n = max(threads // TEAM, 1)
+    return n, threads // n
+
+
+def run_in_teams(
+    client: Client,
+    function: Callable[..., T],
+    tasks: Sequence[tuple[Any, ...]],
+    description: str,
+) -> Iterator[tuple[int, T]]:
+    """Compute ``function(*task, threads)`` like `run`, each in so many threads of a process.
+
+    For large tasks that can share more than memory: there are no more at once than `teams` says.
+    """
+    named = partial(_in_team, function)
+    named.__name__ = function.__name__  # type: ignore[attr-defined]
+    return run(client, named, tasks, description)
+
+
+def _in_team(function: Callable[..., T], *task: Any) -> T:
+    at_once, threads = teams(get_worker().state.nthreads)
+    with _turns(at_once):
+        return function(*task, threads)
+
+
+@cache
+def _turns(at_once: int) -> BoundedSemaphore:
+    """Keep the teams of this process from being more, which would take more memory."""
+    return BoundedSemaphore(at_once)
+
+
 def run_small(
     client: Client,
     function: Callable[..., T],
@@ -220,12 +258,6 @@ def run_small(
     batches = [(function, tasks[a : a + size]) for a in range(0, len(tasks), size)]
     done = dict(run(client, _each, batches, description))
     return [result for i in range(len(batches)) for result in done[i]]
-
-
-def threads_here() -> int:
-    """Threads of the worker that runs this task."""
-    threads: int = get_worker().state.nthreads
-    return threads
 
 
 def _call(function: Callable[..., T], task: tuple[Any, ...]) -> T:

@@ -14,10 +14,9 @@ from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import dataclass
-from functools import cache, partial
+from functools import partial
 from itertools import product
-from threading import BoundedSemaphore
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 import xarray as xr
@@ -33,10 +32,8 @@ from kpt_dask.errors import ParameterError
 from kpt_dask.omezarr import CHUNKS
 from kpt_dask.scalespace import INPUT_SIGMA, LEVELS, SIGMA0, TRUNCATE, level_sigma
 from kpt_dask.sweep import Found, Sweep, halo, planes_held
-from kpt_dask.turns import share
+from kpt_dask.turns import later, work_off
 from kpt_dask.volume import Volume
-
-T = TypeVar("T")
 
 PARAMETERS: dict[str, Any] = {
     "detector": "difference of Gaussians",
@@ -61,9 +58,6 @@ SLABS_AHEAD = 2
 LATER = 1.15
 """How much longer a voxel of a later octave takes, about: its rows are shorter, and its task comes
 after another one."""
-TEAM = 2
-"""Threads that share a sweep, if a process has them: of three, one would often wait for the
-slowest stage, which takes a third of the time."""
 SHARED_VOXELS = 1 << 13
 """Of a plane, at least, for threads to share a sweep: else handing out batches takes as long."""
 FEWEST_PLANES = 32
@@ -236,12 +230,6 @@ def slab_lengths(shapes: Sequence[tuple[int, int, int]], teams: int) -> list[int
     return lengths
 
 
-def teams(threads: int) -> tuple[int, int]:
-    """Divide the threads of a process into teams; return how many, and the threads of each."""
-    n = max(threads // TEAM, 1)
-    return n, threads // n
-
-
 def core_width(
     shape: tuple[int, int, int], threads: int, memory: int, margin: int
 ) -> tuple[int, int]:
@@ -265,7 +253,7 @@ def core_width(
     ParameterError
         If not even a small core fits.
     """
-    at_once, size = teams(threads)
+    at_once, size = cluster.teams(threads)
     # Slabs ahead, the one that is swept, the one before it, and two to unpack the next. Some of a
     # team may be at the next octave already, which takes a quarter.
     planes = 1.25 * planes_held(size) + (SLABS_AHEAD + 4) * CHUNKS[0]
@@ -336,7 +324,7 @@ def extract(
         if str(getattr(session.scheduler, "address", "")).startswith("inproc:"):
             _prepare()
         workers = session.nthreads().values()
-        at_once = sum(teams(threads)[0] for threads in workers)
+        at_once = sum(cluster.teams(threads)[0] for threads in workers)
         lengths = slab_lengths([octave.shape for octave in octaves], at_once)
         cuts: list[list[Part]] = []
         for octave, length in zip(octaves, lengths, strict=True):
@@ -351,7 +339,9 @@ def extract(
             together.append([part for cut in cuts[rest:] for part in cut])
         tasks = [(parts, invariant) for parts in together]
         found: list[list[Found]] = [[] for _ in octaves]
-        for index, results in cluster.run(session, extract_blocks, tasks, "Extracting keypoints"):
+        for index, results in cluster.run_in_teams(
+            session, sweep_blocks, tasks, "Extracting keypoints"
+        ):
             for (octave, _), result in zip(together[index], results, strict=True):
                 found[octaves.index(octave)].append(result)
     return _dataset(volume, [Found.join(parts) for parts in found], finer)
@@ -366,19 +356,6 @@ def _prepare() -> None:
         sweep = Sweep(((0, 4), (0, 4), (0, 4)), (4, 4), 4, first_octave=True)
         sweep.feed(np.zeros((4, 4, 4), np.float32))
         sweep.finish()
-
-
-def extract_blocks(parts: Sequence[Part], invariant: bool) -> list[Found]:
-    """Find the keypoints of several blocks, each in its octave, with a team of the worker."""
-    at_once, threads = teams(cluster.threads_here())
-    with _turns(at_once):
-        return sweep_blocks(parts, invariant, threads)
-
-
-@cache
-def _turns(at_once: int) -> BoundedSemaphore:
-    """Keep the teams of this process from being more, which would take more memory."""
-    return BoundedSemaphore(at_once)
 
 
 def sweep_blocks(parts: Sequence[Part], invariant: bool = False, threads: int = 1) -> list[Found]:
@@ -401,12 +378,12 @@ def sweep_blocks(parts: Sequence[Part], invariant: bool = False, threads: int = 
         for i in sorted(range(len(parts)), key=lambda i: not small[i]):
             batches = _batches(*parts[i], invariant, 1 if small[i] else threads, found[i])
             if small[i]:
-                yield partial(share, batches, 1)
+                yield partial(work_off, batches, 1)
             else:
                 yield from batches
 
     with closing(jobs()) as all_jobs:
-        share(all_jobs, threads)
+        work_off(all_jobs, threads)
     results = [Found.join(batches[step] for step in sorted(batches)) for batches in found]
     for (_, block), result in zip(parts, results, strict=True):
         result.index[:, 1:] += [start for start, _ in block.read[1:]]
@@ -429,22 +406,15 @@ def _batches(
         threads=threads,
         found=found,
     )
-    ahead: deque[Future[NDArray[np.float32]]] = deque()
+    ahead: deque[Callable[[], NDArray[np.float32]]] = deque()
     for read in octave.slabs(sweep.first_plane, sweep.last_plane, block.read[1:]):
-        ahead.append(Future())
-        yield partial(_keep, ahead[-1], read)
+        job, slab = later(read)
+        yield job
+        ahead.append(slab)
         if len(ahead) > 1:
-            yield from sweep.take(ahead.popleft().result())
-    yield from sweep.take(ahead.popleft().result())
+            yield from sweep.take(ahead.popleft()())
+    yield from sweep.take(ahead.popleft()())
     yield from sweep.drain()
-
-
-def _keep(future: Future[T], function: Callable[[], T]) -> None:
-    """Put what a function returns, or raises, where others wait for it."""
-    try:
-        future.set_result(function())
-    except BaseException as error:
-        future.set_exception(error)
 
 
 def _slabs(first: int, last: int, depth: int) -> Iterator[tuple[int, int]]:

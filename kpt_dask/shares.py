@@ -76,7 +76,7 @@ def run_blocks(
     organs: OrganTable,
     client: Client,
 ) -> Tally:
-    """Compute blocks of the transfer, and gather what they count.
+    """Compute blocks of the transfer, each by a team, and gather what they count.
 
     Raises
     ------
@@ -84,7 +84,7 @@ def run_blocks(
         If an atlas was removed meanwhile.
     """
     total = Tally.empty(len(organs))
-    for _, tally in cluster.run(client, function, tasks, "Transferring organs"):
+    for _, tally in cluster.run_in_teams(client, function, tasks, "Transferring organs"):
         total += tally
     for atlas in atlases:
         atlas.ensure_present()

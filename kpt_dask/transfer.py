@@ -6,8 +6,9 @@ same however the volume is cut. Nothing is read of the atlases' organs that no s
 """
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -41,6 +42,7 @@ from kpt_dask.omezarr import Region
 from kpt_dask.options import DEFAULTS, TransferOptions
 from kpt_dask.rows import LANES
 from kpt_dask.shares import SHARD, Share, finish_slab, run_blocks, slabs
+from kpt_dask.turns import later, work_off
 from kpt_dask.volume import Volume
 
 READING, FINISHING = 8, 28
@@ -135,8 +137,8 @@ def transfer(
         if mode == "across":
             moves = without_negligible(moves, len(organs))
         totals = np.bincount(moves.organ, moves.weight, minlength=len(organs))
-        threads = session.nthreads().values()
-        room = memory / max(threads)
+        workers = session.nthreads().values()
+        room = memory / max(workers)
         reaches = moves.reaches()
         largest = max((sum(o.voxels for o in a.organs.values()) for a in atlases), default=0)
         each, chunks = np.where(moves.bent(), SAMPLING, 1), volume.levels[0].chunks
@@ -163,7 +165,9 @@ def transfer(
             if part is not None:
                 pieces += [part] if fits(part) else cut(part, SHARD, 1, time, fits)
         tasks = []
-        for hand in deal(pieces, sum(threads), time):
+        for hand in deal(pieces, sum(cluster.teams(n)[0] for n in workers), time):
+            # The smallest last, so that threads end together.
+            hand.sort(key=time, reverse=True)
             here = moves.take(
                 np.flatnonzero(np.any([moves.reach(piece) for piece in hand], axis=0))
             )
@@ -204,6 +208,7 @@ def transfer_slabs(
     probability: zarr.Array[Any],
     labels: zarr.Array[Any],
     regions: Sequence[Region],
+    threads: int = 1,
 ) -> Tally:
     """Fill some slabs of the probabilities, and decide their voxels.
 
@@ -218,43 +223,67 @@ def transfer_slabs(
     smallest : float
         Share below which a voxel is background.
     room : float
-        Bytes that all this may take. The atlases' organs are kept from slab to slab if they
+        Bytes that each thread may take. The atlases' organs are kept from slab to slab if they
         fit, and else read again.
     regions : sequence of tuple of slice
         The slabs: whole shards, one shard deep.
+    threads : int
+        That share the work.
     """
     moves = replace(moves, weight=moves.weight / totals[moves.organ])
     reaches = moves.reaches()
-    keep = _bytes_to_keep(atlases, moves, organs) <= room / 2
-    tally = Tally.empty(len(organs))
+    keep = _bytes_to_keep(atlases, moves, organs) <= threads * room / 2
     boxes = [overlaps(reaches, box_of(slab)) for slab in regions]
-    # One piece of memory for all: to get new memory from the system takes as long as to fill it.
-    # What an organ leaves beside the rows of the next is HU too.
     most = max(math.prod(_padded(box)) for own in boxes for box in own.values())
-    all_scan, all_share = np.zeros(most, np.int16), np.empty(most, np.float32)
-    # Atlases that are kept are added together: few calls on much.
     everywhere = [box_of(slab) for slab in regions]
-    kept = read_moved(atlases, moves, everywhere, organs) if keep else {}
+    kept: list[Callable[[], dict[int, MovedOrgan]]] = []
+    # One piece of memory a thread: to get new memory from the system takes as long as to fill it.
+    # What an organ leaves beside the rows of the next is HU too.
+    rooms = [(np.zeros(most, np.int16), np.empty(most, np.float32)) for _ in range(threads)]
+    tallies: list[Tally] = []
 
-    def shares(own: dict[int, Box], whole: Box, hu: NDArray[np.int16]) -> Iterator[Share]:
+    def jobs() -> Iterator[Callable[[], None]]:
+        # Atlases that are kept are added together: few calls on much.
+        for some in np.array_split(np.array(list(atlases)), threads) if keep else ():
+            own = moves.take(np.flatnonzero(np.isin(moves.atlas, some)))
+            if own.atlas.size:
+                job, organs_of = later(partial(read_moved, atlases, own, everywhere, organs))
+                kept.append(organs_of)
+                yield job
+        for slab, reached in zip(regions, boxes, strict=True):
+            if reached:
+                yield partial(fill, slab, reached)
+
+    def fill(slab: Region, own: dict[int, Box]) -> None:
+        whole = enclosing(list(own.values()))
+        assert whole is not None
+        hu = direct.read(image, slices(whole)).astype(np.float32, copy=False)
+        tally, pieces = Tally.empty(len(organs)), rooms.pop()
+        found = shares(own, whole, hu.astype(np.int16), *pieces)
+        finish_slab(probability, labels, found, organs, smallest, slab, (whole, hu), tally)
+        rooms.append(pieces)
+        tallies.append(tally)
+
+    def shares(
+        own: dict[int, Box],
+        whole: Box,
+        hu: NDArray[np.int16],
+        all_scan: NDArray[np.int16],
+        all_share: NDArray[np.float32],
+    ) -> Iterator[Share]:
         for o, box in own.items():
             shape = _padded(box)
             scan = all_scan[: math.prod(shape)].reshape(shape)
             share = all_share[: math.prod(shape)].reshape(shape)
             scan[..., LANES:-LANES] = hu[within(box, whole)]
             share[...] = 0
-            for organ in [kept[o]] if keep else _one_by_one(atlases, moves, o, box, organs):
+            parts = [some()[o] for some in kept if o in some()]
+            for organ in parts if keep else _one_by_one(atlases, moves, o, box, organs):
                 organ.add(share, scan, box, nus[o])
             yield o, box, share[..., LANES:-LANES]
 
-    for slab, own in zip(regions, boxes, strict=True):
-        whole = enclosing(list(own.values()))
-        if whole is not None:
-            hu = direct.read(image, slices(whole)).astype(np.float32, copy=False)
-            found = shares(own, whole, hu.astype(np.int16))
-            what = organs, smallest, slab, (whole, hu), tally
-            finish_slab(probability, labels, found, *what)
-    return tally
+    work_off(jobs(), threads)
+    return sum(tallies, start=Tally.empty(len(organs)))
 
 
 def _padded(box: Box) -> tuple[int, int, int]:

@@ -7,8 +7,8 @@ it has done the batch before. Kernels wait without the interpreter, and not for 
 
 import threading
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
-from typing import Any
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any, TypeVar
 
 import numpy as np
 from llvmlite import ir
@@ -20,6 +20,9 @@ from kpt_dask.jit import kernel
 
 _LOOKS = 20_000
 """How often a kernel looks whether it may go on, some ten microseconds, before it gives up."""
+
+T = TypeVar("T")
+
 _intrinsic: Callable[[Callable[..., Any]], Callable[..., Any]] = intrinsic
 
 
@@ -28,7 +31,23 @@ def turns(stages: int, first: int) -> NDArray[np.int64]:
     return np.full(stages, first, np.int64)
 
 
-def share(jobs: Iterator[Callable[[], None]], threads: int) -> None:
+def later(function: Callable[[], T]) -> tuple[Callable[[], None], Callable[[], T]]:
+    """Make a job of a function, and what waits until it is done and gives what it returned.
+
+    If it raised, so does whoever waits, and not the job.
+    """
+    future: Future[T] = Future()
+
+    def job() -> None:
+        try:
+            future.set_result(function())
+        except BaseException as error:
+            future.set_exception(error)
+
+    return job, future.result
+
+
+def work_off(jobs: Iterator[Callable[[], None]], threads: int) -> None:
     """Do jobs in several threads, this one among them.
 
     Parameters
@@ -44,15 +63,19 @@ def share(jobs: Iterator[Callable[[], None]], threads: int) -> None:
     Exception
         Whatever a job, or the iterator, raised first. No job runs any longer then.
     """
-    lock = threading.Lock()
+    lock, failed = threading.Lock(), threading.Event()
 
     def work() -> None:
-        while True:
-            with lock:
-                job = next(jobs, None)
-            if job is None:
-                return
-            job()
+        try:
+            while True:
+                with lock:
+                    job = None if failed.is_set() else next(jobs, None)
+                if job is None:
+                    return
+                job()
+        except BaseException:
+            failed.set()
+            raise
 
     if threads == 1:
         work()

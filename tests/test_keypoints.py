@@ -30,7 +30,6 @@ from kpt_dask.keypoints import (
     plan_blocks,
     slab_lengths,
     sweep_blocks,
-    teams,
 )
 from kpt_dask.pyramid import fill_pyramid
 from kpt_dask.scalespace import level_sigma, octave_shapes
@@ -293,7 +292,7 @@ def test_cores_own_every_voxel_once_and_see_far_enough(
 @settings(max_examples=5, deadline=None)
 def test_a_sweep_stays_within_its_memory(seed: int, threads: int, mib: int) -> None:
     shape, memory, margin = (150, 110, 120), mib << 20, halo(True)
-    at_once, size = teams(threads)
+    at_once, size = cluster.teams(threads)
     try:
         core = slab_lengths([shape], at_once)[0], *core_width(shape, threads, memory, margin)
     except ParameterError:
@@ -387,7 +386,7 @@ def test_threads_that_share_a_sweep_change_nothing(
 
 @given(st.integers(1, 200))
 def test_every_team_has_threads_and_few_are_left_out(threads: int) -> None:
-    at_once, size = teams(threads)
+    at_once, size = cluster.teams(threads)
     assert size >= 1
     assert threads - 1 <= at_once * size <= threads
 
