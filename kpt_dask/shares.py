@@ -10,6 +10,7 @@ import numpy as np
 import zarr
 from distributed import Client
 from numpy.typing import NDArray
+from zarr.codecs import BloscCodec
 
 from atlas_store import Atlas, OrganTable, direct
 from kpt_dask import cluster
@@ -18,12 +19,15 @@ from kpt_dask.flat import flat, row_of
 from kpt_dask.grid import Grid
 from kpt_dask.jit import kernel
 from kpt_dask.measures import Tally, count_labels, count_shares
-from kpt_dask.omezarr import COMPRESSOR, Region, write_region
+from kpt_dask.omezarr import Region, write_region
 from kpt_dask.options import MODES
 
 SHARD = (32, 256, 256)
 """A file of all organs' probabilities, and a chunk of the label map. Large: to make a file takes as
 long as to pack a MB."""
+PACKED = BloscCodec(cname="lz4", shuffle="noshuffle")
+"""How probabilities are packed: of what is not 0, bytes of one kind are no more alike than others,
+and to put them side by side takes as long as to pack them."""
 CHUNKS = (32, 32, 32)
 """What of an organ's probabilities is packed together. Those without it are not stored, and shards
 without any organ neither. Small: of an organ's bounding box as much is empty as not."""
@@ -49,7 +53,7 @@ def create_probability(
         shards=(len(organs), *(-(-n // c) * c for n, c in zip(sizes, chunks, strict=True))),
         # All in one folder: a folder for each takes as long to make as the file.
         chunk_key_encoding={"name": "default", "separator": "."},
-        compressors=COMPRESSOR,
+        compressors=PACKED,
         fill_value=0,
         dimension_names=("organ", "z", "y", "x"),
         attributes={

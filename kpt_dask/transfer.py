@@ -8,7 +8,7 @@ same however the volume is cut. Nothing is read of the atlases' organs that no s
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 import numpy as np
@@ -143,6 +143,7 @@ def transfer(
         largest = max((sum(o.voxels for o in a.organs.values()) for a in atlases), default=0)
         each, chunks = np.where(moves.bent(), SAMPLING, 1), volume.levels[0].chunks
 
+        @cache
         def time(box: Box) -> float:
             own = list(overlaps(reaches, box).values())
             moved, there = moves.visited_in(box) @ each, sum(map(volume_of, own))
