@@ -6,7 +6,8 @@ cut, and a block reads only the planes of an atlas that its field brings here.
 """
 
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -42,6 +43,7 @@ from kpt_dask.options import DEFAULTS, TransferOptions
 from kpt_dask.rows import LOG2_E, exp2, fetch
 from kpt_dask.shares import SHARD, VANISHING, Share, finish_slab, run_blocks, slabs
 from kpt_dask.surroundings import Room, read_planes, surroundings_of
+from kpt_dask.turns import later, work_off
 from kpt_dask.volume import Volume
 from kpt_dask.warps import (
     Matched,
@@ -56,13 +58,13 @@ from kpt_dask.warps import (
 )
 
 PIECES = 1
-"""Blocks for each thread, so that the threads end at about the same time."""
+"""Blocks for each team, so that all end at about the same time."""
 VISIT = 6
 """How much longer a voxel of a cell takes than one that is only read, about."""
 BEND = 50
 """Planes of an atlas that a block reads, beyond as many as it has itself, about."""
 TOGETHER = 8
-"""Atlases that are read before any of them votes, where there is room."""
+"""Atlases that are read for each thread before any of them votes, where there is room."""
 CELLS = 256
 """Cells in which they vote one after the other."""
 AHEAD = 32
@@ -141,10 +143,12 @@ def transfer(
     domains = domains_of(landed, step)
     per_plane = _per_plane(atlases)
     with cluster.session(client) as session:
-        threads = session.nthreads().values()
-        pieces, room = PIECES * sum(threads), RETURNED * memory / max(threads)
+        workers = session.nthreads().values()
+        at_once, threads = cluster.teams(max(workers))
+        pieces = PIECES * sum(cluster.teams(n)[0] for n in workers)
+        room = RETURNED * memory / at_once
         tasks = []
-        for block in plan_blocks(domains, grid, step, per_plane, pieces, room):
+        for block in plan_blocks(domains, grid, step, per_plane, pieces, threads, room):
             region = aligned(block, SHARD, grid.shape)
             cells = in_cells(wider(box_of(region), grid.shape), step)
             here = [(atlas, matched.around(cells, grid, widths)) for atlas, matched in own]
@@ -154,7 +158,13 @@ def transfer(
 
 
 def plan_blocks(
-    domains: Sequence[Box | None], grid: Grid, step: int, per_plane: int, pieces: int, room: float
+    domains: Sequence[Box | None],
+    grid: Grid,
+    step: int,
+    per_plane: int,
+    pieces: int,
+    threads: int,
+    room: float,
 ) -> list[Box]:
     """Cut the scan where organs may be into blocks that take about as long as each other.
 
@@ -166,6 +176,8 @@ def plan_blocks(
         Voxels of a plane of the largest atlas.
     pieces : int
         How many blocks there are to be at least.
+    threads : int
+        That share a block.
     room : float
         Bytes that a block may take, if it can be cut.
     """
@@ -190,7 +202,7 @@ def plan_blocks(
     def fits(piece: Box) -> bool:
         box = wider(piece, grid.shape)
         votes = sum(volume_of(overlap(in_voxels(domain, step), box)) for domain in known)
-        finished = SLAB_BYTES * math.prod(_slab(box))
+        finished = threads * SLAB_BYTES * math.prod(_slab(box))
         summed = 4 * (2 * cells(box) * step**3 + 2 * votes + planes(box))
         return summed + finished <= room
 
@@ -210,6 +222,7 @@ def transfer_block(
     probability: zarr.Array[Any],
     labels: zarr.Array[Any],
     region: Region,
+    threads: int = 1,
 ) -> Tally:
     """Fill one block of the probabilities, and decide its voxels.
 
@@ -225,64 +238,161 @@ def transfer_block(
         Share below which a voxel is background.
     room : float
         Bytes that the block may take, if so few do; more are used to read several atlases at once.
+    threads : int
+        That share the work.
     """
-    step = step_of(grid)
     says = np.array([[name in atlas.annotated for name in organs.names] for atlas, _ in atlases])
     group_of, group_nus = _groups(says, nus)
+    step = step_of(grid)
     # With the neighbours of its voxels.
     cells = plan_cells(domains, group_of, wider(box_of(region), grid.shape), step)
-    whole = in_grid(cells.box, grid, step)
-    scan = direct.read(image, slices(whole)).astype(np.float32, copy=False)
-    here = np.full((len(cells.index), width_of(step)), NOWHERE, np.float32)
-    gather(scan, begin_of(whole), cells.index, step, here)
-    votes = np.zeros((cells.organ.size, width_of(step)), np.float32)
-    totals = np.zeros((cells.group.size, width_of(step)), np.float32)
-    scale = np.array([LOG2_E / (2 * nu * nu) for nu in group_nus], np.float32)[cells.group]
-    nodes, corners = cells.nodes()
-    per_atlas = _per_plane(atlas for atlas, _ in atlases) * (shape_of(whole)[0] + BEND)
-    taken = SLAB_BYTES * math.prod(_slab(box_of(region)))
-    taken += scan.nbytes + here.nbytes + votes.nbytes + totals.nbytes
-    left = (room - taken) / 4
-    together = max(min(int(left / per_atlas), TOGETHER), 1) if per_atlas else 1
-    where, rooms = positions(step), [Room() for _ in range(together)]
-    for first in range(0, len(atlases), together):
-        read = []
-        for i, own in zip(range(first, len(atlases)), rooms, strict=False):
-            field = fit(*atlases[i], grid, nodes, widths)
-            planes = _planes(atlases[i][0], field, nodes, corners, step)
-            if planes is not None:
-                packed, there, coding = read_planes(atlases[i][0], *planes, own)
-                numbers = np.array([coding.number_of(value) for value in organs.values], np.uint16)
-                how = packed, (*coding.hu, *coding.label), np.array(there)
-                read.append((numbers[cells.organ], says[i][cells.organ], field, *how))
-        # Some cells for all these atlases, so that their votes stay in the cache.
-        for begin in range(0, len(cells.index), CELLS):
-            for numbers, annotated, field, packed, code, ends in read:
-                accumulate(
-                    (begin, min(begin + CELLS, len(cells.index))),
-                    (cells.index, corners, cells.groups, cells.organs),
-                    (numbers, scale, annotated),
-                    step,
-                    where,
-                    here,
-                    field,
-                    packed,
-                    code,
-                    ends,
-                    votes,
-                    totals,
-                )
-    tally = Tally.empty(len(organs))
+    block = _Block(image, grid, atlases, organs, widths, cells, says, group_nus)
     found = {o: in_voxels(domain, step) for o, domain in enumerate(domains) if domain is not None}
-    looked_for = overlaps(found, whole)
-    for slab in slabs(region):
-        boxes = overlaps(looked_for, box_of(slab))
-        if boxes:
-            shares = _shares(cells, votes, totals, boxes, step, grid.shape)
-            around = whole, scan
-            what = organs, smallest, slab, around, tally
-            finish_slab(probability, labels, shares, *what)
-    return tally
+    looked_for = [(slab, overlaps(found, box_of(slab))) for slab in slabs(region)]
+    tallies = []
+
+    def finish(slab: Region, boxes: dict[int, Box]) -> None:
+        tally = Tally.empty(len(organs))
+        shares = block.shares(boxes)
+        scan = block.box, block.scan
+        finish_slab(probability, labels, shares, organs, smallest, slab, scan, tally)
+        tallies.append(tally)
+
+    taken = block.nbytes + threads * SLAB_BYTES * math.prod(_slab(box_of(region)))
+    per_atlas = 4 * _per_plane(atlas for atlas, _ in atlases) * (shape_of(block.box)[0] + BEND)
+    together = int(min((room - taken) / max(per_atlas, 1), threads * TOGETHER))
+
+    def jobs() -> Iterator[Callable[[], None]]:
+        yield from block.votes_of(max(together, 1))
+        for slab, boxes in looked_for:
+            if boxes:
+                yield partial(finish, slab, boxes)
+
+    work_off(jobs(), threads)
+    return sum(tallies, start=Tally.empty(len(organs)))
+
+
+class _Block:
+    """Votes in the cells of a block.
+
+    Parameters
+    ----------
+    image, grid, atlases, organs, widths
+        As for `transfer_block`.
+    cells : Cells
+    says : bool array (atlas, organ)
+        Whether an atlas annotates an organ.
+    nus
+        Of each group of organs, HU.
+
+    Attributes
+    ----------
+    box : Box
+        Of the cells.
+    scan : float32 array (z, y, x)
+        HU there.
+    """
+
+    def __init__(
+        self,
+        image: zarr.Array[Any],
+        grid: Grid,
+        atlases: Sequence[tuple[Atlas, Matched]],
+        organs: OrganTable,
+        widths: Widths,
+        cells: Cells,
+        says: NDArray[np.bool_],
+        nus: Sequence[float],
+    ) -> None:
+        self._image, self._grid, self._widths = image, grid, widths
+        self._atlases, self._organs, self._says = atlases, organs, says
+        self._cells, self._step = cells, step_of(grid)
+        self._nodes, self._corners = cells.nodes()
+        self._scale = np.array([LOG2_E / (2 * nu * nu) for nu in nus], np.float32)[cells.group]
+        self._where = positions(self._step)
+        self.box = in_grid(cells.box, grid, self._step)
+        self.scan = np.empty(shape_of(self.box), np.float32)
+        n = width_of(self._step)
+        self._here = np.empty((len(cells.index), n), np.float32)
+        self._votes = np.zeros((cells.organ.size, n), np.float32)
+        self._totals = np.zeros((cells.group.size, n), np.float32)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all that is held until the end."""
+        return sum(a.nbytes for a in (self.scan, self._here, self._votes, self._totals))
+
+    def votes_of(self, together: int) -> Iterator[Callable[[], None]]:
+        """Give jobs that let all atlases vote, of which so many are read together."""
+        ready: list[Callable[[], None]] = []
+        for slab in slabs(aligned(self.box, SHARD, self._grid.shape)):
+            within_it = overlap(self.box, box_of(slab))
+            assert within_it is not None
+            job, wait = later(partial(self._read_scan, within_it))
+            ready.append(wait)
+            yield job
+        n = len(self._here)
+        parts = [(begin, min(begin + CELLS, n)) for begin in range(0, n, CELLS)]
+        # Some cells for all these atlases, so that their votes stay in the cache.
+        rooms = [Room() for _ in range(together)]
+        for first in range(0, len(self._atlases), together):
+            atlases = []
+            for i, room in zip(range(first, len(self._atlases)), rooms, strict=False):
+                job, atlas = later(partial(self._read_atlas, i, room, ready if first else ()))
+                atlases.append(atlas)
+                yield job
+            done = []
+            for part in parts:
+                job, wait = later(partial(self._vote, part, atlases, () if first else ready))
+                done.append(wait)
+                yield job
+            ready = done
+        for wait in ready:
+            wait()
+
+    def shares(self, boxes: dict[int, Box]) -> Iterator[Share]:
+        """Share of each organ in its box, smoothed, when all have voted."""
+        what = self._cells, self._votes, self._totals
+        return _shares(*what, boxes, self._step, self._grid.shape)
+
+    def _read_scan(self, part: Box) -> None:
+        direct.read(self._image, slices(part), self.scan[within(part, self.box)])
+
+    def _read_atlas(self, i: int, room: Room, free: Sequence[Callable[[], None]]) -> Any:
+        """Read what an atlas's field brings to the cells, when the room for it is free."""
+        atlas, matched = self._atlases[i]
+        field = fit(atlas, matched, self._grid, self._nodes, self._widths)
+        planes = _planes(atlas, field, self._nodes, self._corners, self._step)
+        for wait in free:
+            wait()
+        if planes is None:
+            return None
+        packed, there, coding = read_planes(atlas, *planes, room)
+        values = self._organs.values
+        numbers = np.array([coding.number_of(value) for value in values], np.uint16)
+        own = numbers[self._cells.organ], self._scale, self._says[i][self._cells.organ]
+        return own, field, packed, (*coding.hu, *coding.label), np.array(there)
+
+    def _vote(
+        self,
+        part: tuple[int, int],
+        atlases: Sequence[Callable[[], Any]],
+        scan: Sequence[Callable[[], None]],
+    ) -> None:
+        """Let atlases vote in some cells, when they are read; in the beginning, and the scan."""
+        cells, own = self._cells, slice(*part)
+        if scan:
+            for wait in scan:
+                wait()
+            self._here[own] = NOWHERE
+            corner = begin_of(self.box)
+            gather(self.scan, corner, cells.index[own], self._step, self._here[own])
+        lattice = cells.index, self._corners, cells.groups, cells.organs
+        for atlas in atlases:
+            if read := atlas():
+                says, *brings = read
+                what = self._step, self._where, self._here, *brings, self._votes, self._totals
+                accumulate(part, lattice, says, *what)
 
 
 def _slab(box: Box) -> tuple[int, int, int]:

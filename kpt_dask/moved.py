@@ -46,8 +46,15 @@ class MovedOrgan:
     weights: NDArray[np.float32]
     affines: list[tuple[Any, Any, Any, Any, Any, Any]]
 
-    def add(self, share: NDArray[np.float32], scan: NDArray[np.int16], box: Box, nu: float) -> None:
-        """Add all moves to the organ's share in a box of the volume.
+    def add(
+        self,
+        share: NDArray[np.float32],
+        scan: NDArray[np.int16],
+        box: Box,
+        nu: float,
+        bent: bool,
+    ) -> None:
+        """Add all moves of a kind to the organ's share in a box of the volume.
 
         Parameters
         ----------
@@ -56,12 +63,15 @@ class MovedOrgan:
         box : Box
         nu : float
             HU.
+        bent : bool
+            Those by affines, or those by whole voxels, which come first, whichever atlas's they
+            are: sums depend on their order.
         """
         first = begin_of(box)
-        if self.weights.size:
+        if self.weights.size and not bent:
             moved = self.strips, self.planes, self.halves, self.shifts, self.weights
             accumulate(share, scan, first, *moved, nu)
-        for strips, shape, low, high, inverse, weight in self.affines:
+        for strips, shape, low, high, inverse, weight in self.affines if bent else ():
             start, stop = np.maximum(low, first), np.minimum(high, first + shape_of(box))
             if (start < stop).all():
                 planes = np.empty((2, 1), np.int64)

@@ -279,8 +279,10 @@ def transfer_slabs(
             scan[..., LANES:-LANES] = hu[within(box, whole)]
             share[...] = 0
             parts = [some()[o] for some in kept if o in some()]
-            for organ in parts if keep else _one_by_one(atlases, moves, o, box, organs):
-                organ.add(share, scan, box, nus[o])
+            for bent in (False, True):
+                read = parts if keep else _one_by_one(atlases, moves, o, bent, box, organs)
+                for organ in read:
+                    organ.add(share, scan, box, nus[o], bent)
             yield o, box, share[..., LANES:-LANES]
 
     work_off(jobs(), threads)
@@ -306,10 +308,10 @@ def _bytes_to_keep(atlases: dict[int, Atlas], moves: Moves, organs: OrganTable) 
 
 
 def _one_by_one(
-    atlases: dict[int, Atlas], moves: Moves, organ: int, box: Box, organs: OrganTable
+    atlases: dict[int, Atlas], moves: Moves, organ: int, bent: bool, box: Box, organs: OrganTable
 ) -> Iterator[MovedOrgan]:
-    """Read what moves bring of an organ into a box, one atlas after the other."""
-    for a in atlases:
-        own = moves.take(np.flatnonzero((moves.atlas == a) & (moves.organ == organ)))
-        if own.atlas.size:
-            yield from read_moved({a: atlases[a]}, own, [box], organs).values()
+    """Read what moves of a kind bring of an organ into a box, one atlas after the other."""
+    wanted = (moves.organ == organ) & (moves.bent() == bent)
+    for a in np.unique(moves.atlas[wanted]).tolist():
+        own = moves.take(np.flatnonzero(wanted & (moves.atlas == a)))
+        yield from read_moved(atlases, own, [box], organs).values()
