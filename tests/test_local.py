@@ -11,6 +11,7 @@ from distributed import Client
 from numpy.typing import NDArray
 
 from atlas_store import AtlasStore, load_organs
+from kpt_dask import cluster
 from kpt_dask import local as module
 from kpt_dask import shares as share_module
 from kpt_dask.atlases import add_atlas, store_parameters
@@ -161,6 +162,39 @@ def test_blocks_give_what_the_whole_gives(
         found, labels = run(volume, store, MATCHES, path, one_process, memory)
         np.testing.assert_array_equal(found.view(np.uint32), whole[0].view(np.uint32))
         np.testing.assert_array_equal(labels, whole[1])
+
+
+@pytest.mark.parametrize("threads", [1, 3])
+def test_any_team_gives_the_same_bytes(
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    volume: Volume,
+    store: AtlasStore,
+    whole: tuple[Array, Array],
+    threads: int,
+) -> None:
+    """So few cells and atlases are done together that threads wait for one another."""
+    monkeypatch.setattr(module, "TOGETHER", 1)
+    monkeypatch.setattr(module, "CELLS", 2)
+    with cluster.local(threads) as client:
+        found, labels = run(volume, store, MATCHES, tmp_path / "own", client)
+    np.testing.assert_array_equal(found.view(np.uint32), whole[0].view(np.uint32))
+    np.testing.assert_array_equal(labels, whole[1])
+
+
+def test_an_atlas_that_cannot_be_read_ends_the_transfer(
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    volume: Volume,
+    store: AtlasStore,
+    one_process: Client,
+) -> None:
+    def gone(*_: Any) -> None:
+        raise OSError("gone")
+
+    monkeypatch.setattr(module, "read_planes", gone)
+    with pytest.raises(OSError, match="gone"):
+        run(volume, store, MATCHES, tmp_path / "p", one_process)
 
 
 def test_an_atlas_without_the_organ_abstains(

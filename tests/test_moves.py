@@ -12,6 +12,7 @@ from distributed import Client
 from numpy.typing import NDArray
 
 from atlas_store import AtlasStore
+from kpt_dask import cluster
 from kpt_dask import shares as share_module
 from kpt_dask import transfer as module
 from kpt_dask.boxes import Box
@@ -123,6 +124,7 @@ def run(
     client: Client,
     mode: str,
     across: Mapping[str, Sequence[str]] | None = None,
+    memory: int = 1 << 30,
 ) -> tuple[Array, Array]:
     """Probabilities and label map."""
     group = zarr.create_group(str(path))
@@ -137,6 +139,7 @@ def run(
         labels,
         mode=mode,
         options=TransferOptions(rho=RHO, across=across or {}),
+        memory=memory,
         client=client,
     )
     return np.asarray(probability[...]), labels[...]
@@ -202,6 +205,28 @@ def test_shares_are_what_the_equations_say_in_any_blocks(
         found, cut = run(volume, store, matches, path, one_process, mode, across)
         np.testing.assert_array_equal(found.view(np.uint32), whole.view(np.uint32))
         np.testing.assert_array_equal(cut, labels)
+
+
+@pytest.mark.parametrize("threads", [1, 3])
+@pytest.mark.parametrize("memory", [1 << 30, 1])
+@pytest.mark.parametrize("case", ["across", "affine"])
+def test_any_team_gives_the_same_bytes(
+    tmp_path: Path,
+    volume: Volume,
+    store: AtlasStore,
+    one_process: Client,
+    case: str,
+    memory: int,
+    threads: int,
+) -> None:
+    """Atlases are divided among its threads, or read one after the other."""
+    mode, matches, across = CASES[case]
+    expected, decided = run(volume, store, matches, tmp_path / "two", one_process, mode, across)
+    with cluster.local(threads) as client:
+        what = volume, store, matches, tmp_path / "own", client, mode, across, memory
+        found, labels = run(*what)
+    np.testing.assert_array_equal(found.view(np.uint32), expected.view(np.uint32))
+    np.testing.assert_array_equal(labels, decided)
 
 
 @pytest.mark.parametrize("case", ["across", "affine"])
