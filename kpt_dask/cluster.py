@@ -15,7 +15,6 @@ from contextlib import contextmanager
 from functools import cache, partial
 from itertools import islice
 from pathlib import Path
-from threading import BoundedSemaphore
 from typing import Any, TypeVar
 
 import dask
@@ -228,14 +227,16 @@ def run_in_teams(
 
 def _in_team(function: Callable[..., T], *task: Any) -> T:
     at_once, threads = teams(get_worker().state.nthreads)
-    with _turns(at_once):
-        return function(*task, threads)
+    return _leaders(at_once).submit(function, *task, threads).result()
 
 
 @cache
-def _turns(at_once: int) -> BoundedSemaphore:
-    """Keep the teams of this process from being more, which would take more memory."""
-    return BoundedSemaphore(at_once)
+def _leaders(teams: int) -> ThreadPoolExecutor:
+    """Threads that tasks of teams run in, so that there are no more at once than there is room for.
+
+    Always the same ones: memory that one gives back is not used again by others.
+    """
+    return ThreadPoolExecutor(teams, "leader")
 
 
 def run_small(

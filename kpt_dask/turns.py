@@ -7,7 +7,7 @@ it has done the batch before. Kernels wait without the interpreter, and not for 
 
 import threading
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from typing import Any, TypeVar
 
 import numpy as np
@@ -24,6 +24,10 @@ _LOOKS = 20_000
 T = TypeVar("T")
 
 _intrinsic: Callable[[Callable[..., Any]], Callable[..., Any]] = intrinsic
+
+_HELPERS = ThreadPoolExecutor(256, "helper")
+"""Threads that stay, begun when they are needed: what new ones give back of memory, others could
+not use again."""
 
 
 def turns(stages: int, first: int) -> NDArray[np.int64]:
@@ -80,9 +84,11 @@ def work_off(jobs: Iterator[Callable[[], None]], threads: int) -> None:
     if threads == 1:
         work()
         return
-    with ThreadPoolExecutor(threads - 1) as executor:
-        others = [executor.submit(work) for _ in range(threads - 1)]
+    others = [_HELPERS.submit(work) for _ in range(threads - 1)]
+    try:
         work()
+    finally:
+        wait(others)
     for other in others:
         other.result()
 
