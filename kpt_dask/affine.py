@@ -1,6 +1,6 @@
 """Affines from matches that are partly wrong: RANSAC. Knows points in mm; no atlases, no organs."""
 
-from functools import cache
+from functools import lru_cache
 from itertools import combinations
 from math import comb
 from typing import Any
@@ -56,18 +56,14 @@ def fit_affine(
     return np.ascontiguousarray(found.T), agree
 
 
+@lru_cache(256)
 def _samples(n: int) -> NDArray[np.int64]:
     """Choose 4 of n: all ways (in order), or `TRIALS` of them."""
     if comb(n, 4) <= TRIALS:
-        return _all_fours(n)
+        return np.array(list(combinations(range(n), 4)))
     chosen = np.empty((TRIALS, 4), np.int64)
     _choose(n, _DRAWN, chosen)
     return chosen
-
-
-@cache
-def _all_fours(n: int) -> NDArray[np.int64]:
-    return np.array(list(combinations(range(n), 4)))
 
 
 @kernel

@@ -11,11 +11,9 @@ from typing import Any
 
 import numpy as np
 import xarray as xr
-from distributed import Client
 from numpy.typing import NDArray
 
 from atlas_store import Atlas, OrganTable
-from kpt_dask import cluster
 from kpt_dask.affine import fit_affine
 from kpt_dask.boxes import Box
 from kpt_dask.distances import REACH
@@ -268,7 +266,6 @@ def plan_affines(
     atlases: Sequence[Atlas],
     organs: OrganTable,
     grid: Grid,
-    client: Client,
 ) -> Moves:
     """Move each atlas's organ by one affine where its matches support one, else as `plan_moves`.
 
@@ -284,8 +281,8 @@ def plan_affines(
     pairs = zip(atlas[first].tolist(), proposals.organ[first].tolist(), strict=True)
     ends = np.cumsum(np.bincount(pair, minlength=first.size))
     groups = np.split(np.argsort(pair, kind="stable"), ends)[:-1]
-    tasks = [(before[own], position[own]) for own in groups]
-    fitted = cluster.run_small(client, fit_affine, tasks, "Fitting affines")
+    # Here: to hand so little work to others takes as long as to do it.
+    fitted = [fit_affine(before[own], position[own]) for own in groups]
     for (a, o), own, found in zip(pairs, groups, fitted, strict=True):
         if found is not None:
             affine, agree = found

@@ -131,7 +131,7 @@ def transfer(
             distance = _distances(keypoints, matches, atlases, organs, reach, session)
         proposals = propose(matches, votes, atlases, organs, options.across, distance, options.rho)
         if mode == "affine":
-            moves = plan_affines(proposals, keypoints, matches, atlases, organs, grid, session)
+            moves = plan_affines(proposals, keypoints, matches, atlases, organs, grid)
         else:
             moves = plan_moves(proposals, matches, atlases, organs, grid)
         if mode == "across":
