@@ -12,10 +12,12 @@ import uuid
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import CancelledError, ThreadPoolExecutor
 from contextlib import contextmanager
-from functools import cache, partial
+from functools import partial
 from itertools import islice
 from pathlib import Path
+from threading import Lock
 from typing import Any, TypeVar
+from weakref import WeakKeyDictionary
 
 import dask
 from dask.system import CPU_COUNT
@@ -45,6 +47,10 @@ IN_FLIGHT_PER_THREAD = 4
 TEAM = 2
 """Threads of a process that work together on a task, if it has them. Of many, some would often
 wait for others: of a sweep, for its slowest stage, which takes a quarter of the time."""
+
+_LEADERS: "WeakKeyDictionary[Worker, ThreadPoolExecutor]" = WeakKeyDictionary()
+"""Of each worker in this process, the threads that tasks of teams run in: no more than teams."""
+_LOCK = Lock()
 
 
 @contextmanager
@@ -226,17 +232,12 @@ def run_in_teams(
 
 
 def _in_team(function: Callable[..., T], *task: Any) -> T:
-    at_once, threads = teams(get_worker().state.nthreads)
-    return _leaders(at_once).submit(function, *task, threads).result()
-
-
-@cache
-def _leaders(teams: int) -> ThreadPoolExecutor:
-    """Threads that tasks of teams run in, so that there are no more at once than there is room for.
-
-    Always the same ones: memory that one gives back is not used again by others.
-    """
-    return ThreadPoolExecutor(teams, "leader")
+    worker = get_worker()
+    at_once, threads = teams(worker.state.nthreads)
+    with _LOCK:
+        # Always the same threads: memory that one gives back is not used again by others.
+        leaders = _LEADERS.setdefault(worker, ThreadPoolExecutor(at_once, "leader"))
+    return leaders.submit(function, *task, threads).result()
 
 
 def run_small(

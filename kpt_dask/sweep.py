@@ -211,12 +211,8 @@ class Sweep:
         """Take a batch of steps through all stages, each in its turn."""
         stage = count = 0
         try:
+            extrema, found = self._rooms()
             while stage < self._turns.size:
-                if count < 0:
-                    self._room *= 2
-                if stage == 0 or count < 0:
-                    extrema = Found.room_for(self._room)
-                    found = Found.room_for(self._room * (MAX_FRAMES if self._invariant else 1))
                 stage, count = _advance(
                     step,
                     after,
@@ -235,12 +231,20 @@ class Sweep:
                 )
                 if self._failed:
                     return
-                if 0 < stage < self._turns.size:
+                if count < 0:
+                    self._room *= 2
+                    extrema, found = self._rooms()
+                elif stage < self._turns.size:
                     time.sleep(0)
             self._found[step] = found.first(count)
         except BaseException:
             self._failed = True
             raise
+
+    def _rooms(self) -> tuple[Found, Found]:
+        """Make room for the extrema of a batch, and for their keypoints."""
+        most = MAX_FRAMES if self._invariant else 1
+        return Found.room_for(self._room), Found.room_for(most * self._room)
 
 
 def halo(first_octave: bool, finer: bool = False) -> int:

@@ -81,6 +81,28 @@ def test_results_come_as_they_finish(processes: Client) -> None:
     assert [index for index, _ in finished] == [1, 0]
 
 
+def test_no_more_teams_work_than_there_are(threads: Client) -> None:
+    """Each is told how many threads it has; more tasks at once would take more memory."""
+    at_once, size = cluster.teams(CPU_COUNT)
+
+    def work(_: int, own: int) -> tuple[int, float, float]:
+        begun = time.monotonic()
+        time.sleep(0.02)
+        return own, begun, time.monotonic()
+
+    tasks = [(number,) for number in range(8)]
+    done = dict(cluster.run_in_teams(threads, work, tasks, "Working"))
+    assert sorted(done) == list(range(8))
+    assert {own for own, _, _ in done.values()} == {size}
+    times = [times for _, *times in done.values()]
+    assert max(sum(a <= begun < b for a, b in times) for begun, _ in times) <= at_once
+
+
+def test_a_worker_with_one_thread_is_a_team(processes: Client) -> None:
+    done = dict(cluster.run_in_teams(processes, operator.sub, [(9,), (7,)], "Subtracting"))
+    assert done == {0: 8, 1: 6}
+
+
 @pytest.mark.parametrize("error", [ScanNotFoundError("a.nii is not there."), KeyError("liver")])
 def test_errors_arrive_as_they_were(client: Client, error: Exception) -> None:
     def fail() -> None:
