@@ -73,7 +73,7 @@ print(json.dumps({"seconds": time.time() - ready, "keypoints": n, "ready": ready
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write the figures here")
-    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--repeats", type=int, default=7)
     parser.add_argument("--quick", action="store_true", help="tiny volumes, once: a smoke test")
     options = parser.parse_args()
     shapes, repeats = {"C": C, "W": W}, options.repeats

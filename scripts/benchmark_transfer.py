@@ -58,7 +58,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write the figures here")
     parser.add_argument("--store", metavar="STORE", help=f"real patients, at least {MANY + 1}")
-    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--repeats", type=int, default=7)
     parser.add_argument("--quick", action="store_true", help="two tiny atlases: a smoke test")
     options = parser.parse_args()
     shape: Shape = (100, 80, 96) if options.quick else C
