@@ -216,6 +216,11 @@ def teams(threads: int) -> tuple[int, int]:
     return n, threads // n
 
 
+def count_teams(client: Client) -> int:
+    """Count the teams of all workers."""
+    return sum(teams(threads)[0] for threads in client.nthreads().values())
+
+
 def run_in_teams(
     client: Client,
     function: Callable[..., T],
@@ -236,7 +241,9 @@ def _in_team(function: Callable[..., T], *task: Any) -> T:
     at_once, threads = teams(worker.state.nthreads)
     with _LOCK:
         # Always the same threads: memory that one gives back is not used again by others.
-        leaders = _LEADERS.setdefault(worker, ThreadPoolExecutor(at_once, "leader"))
+        if worker not in _LEADERS:
+            _LEADERS[worker] = ThreadPoolExecutor(at_once, "leader")
+        leaders = _LEADERS[worker]
     return leaders.submit(function, *task, threads).result()
 
 

@@ -10,9 +10,8 @@ threads of a process share a sweep, in teams.
 
 import math
 from collections import deque
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import closing
 from dataclasses import dataclass
 from functools import partial
 from itertools import product
@@ -32,7 +31,7 @@ from kpt_dask.errors import ParameterError
 from kpt_dask.omezarr import CHUNKS
 from kpt_dask.scalespace import INPUT_SIGMA, LEVELS, SIGMA0, TRUNCATE, level_sigma
 from kpt_dask.sweep import Found, Sweep, halo, planes_held
-from kpt_dask.turns import later, work_off
+from kpt_dask.turns import Jobs, later, work_off
 from kpt_dask.volume import Volume
 
 PARAMETERS: dict[str, Any] = {
@@ -323,13 +322,12 @@ def extract(
     with cluster.session(client) as session:
         if str(getattr(session.scheduler, "address", "")).startswith("inproc:"):
             _prepare()
-        workers = session.nthreads().values()
-        at_once = sum(cluster.teams(threads)[0] for threads in workers)
+        at_once, threads = cluster.count_teams(session), max(session.nthreads().values())
         lengths = slab_lengths([octave.shape for octave in octaves], at_once)
         cuts: list[list[Part]] = []
         for octave, length in zip(octaves, lengths, strict=True):
             shape, margin = octave.shape, halo(octave.first, octave.finer)
-            core = length, *core_width(shape, max(workers), memory, margin)
+            core = length, *core_width(shape, threads, memory, margin)
             cuts.append([(octave, block) for block in plan_blocks(shape, core, margin)])
         # The last octaves are small: those that are whole are one task.
         whole = [len(cut) == 1 for cut in cuts]
@@ -374,7 +372,7 @@ def sweep_blocks(parts: Sequence[Part], invariant: bool = False, threads: int = 
     found: list[dict[int, Found]] = [{} for _ in parts]
     small = [math.prod(b - a for a, b in block.read[1:]) < SHARED_VOXELS for _, block in parts]
 
-    def jobs() -> Generator[Callable[[], None], None, None]:
+    def jobs() -> Jobs:
         for i in sorted(range(len(parts)), key=lambda i: not small[i]):
             batches = _batches(*parts[i], invariant, 1 if small[i] else threads, found[i])
             if small[i]:
@@ -382,9 +380,8 @@ def sweep_blocks(parts: Sequence[Part], invariant: bool = False, threads: int = 
             else:
                 yield from batches
 
-    with closing(jobs()) as all_jobs:
-        work_off(all_jobs, threads)
-    results = [Found.join(batches[step] for step in sorted(batches)) for batches in found]
+    work_off(jobs(), threads)
+    results = [Found.in_order(batches) for batches in found]
     for (_, block), result in zip(parts, results, strict=True):
         result.index[:, 1:] += [start for start, _ in block.read[1:]]
     return results
@@ -392,7 +389,7 @@ def sweep_blocks(parts: Sequence[Part], invariant: bool = False, threads: int = 
 
 def _batches(
     octave: Octave, block: Block, invariant: bool, threads: int, found: dict[int, Found]
-) -> Iterator[Callable[[], None]]:
+) -> Jobs:
     """Give the batches of a sweep, and before them what reads their planes."""
     (y0, y1), (x0, x1) = block.read[1:]
     z, y, x = block.core
@@ -406,14 +403,15 @@ def _batches(
         threads=threads,
         found=found,
     )
-    ahead: deque[Callable[[], NDArray[np.float32]]] = deque()
+    before: Callable[[], NDArray[np.float32]] | None = None
     for read in octave.slabs(sweep.first_plane, sweep.last_plane, block.read[1:]):
         job, slab = later(read)
         yield job
-        ahead.append(slab)
-        if len(ahead) > 1:
-            yield from sweep.take(ahead.popleft()())
-    yield from sweep.take(ahead.popleft()())
+        if before is not None:
+            yield from sweep.take(before())
+        before = slab
+    assert before is not None
+    yield from sweep.take(before())
     yield from sweep.drain()
 
 

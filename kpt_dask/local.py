@@ -41,9 +41,9 @@ from kpt_dask.measures import Tally
 from kpt_dask.omezarr import Region
 from kpt_dask.options import DEFAULTS, TransferOptions
 from kpt_dask.rows import LOG2_E, exp2, fetch
-from kpt_dask.shares import SHARD, VANISHING, Share, finish_slab, run_blocks, slabs
+from kpt_dask.shares import SHARD, VANISHING, Share, cut_in_slabs, finish_slab, run_blocks, slabs
 from kpt_dask.surroundings import Room, read_planes, surroundings_of
-from kpt_dask.turns import later, work_off
+from kpt_dask.turns import Jobs, later, work_off
 from kpt_dask.volume import Volume
 from kpt_dask.warps import (
     Matched,
@@ -143,9 +143,8 @@ def transfer(
     domains = domains_of(landed, step)
     per_plane = _per_plane(atlases)
     with cluster.session(client) as session:
-        workers = session.nthreads().values()
-        at_once, threads = cluster.teams(max(workers))
-        pieces = PIECES * sum(cluster.teams(n)[0] for n in workers)
+        at_once, threads = cluster.teams(max(session.nthreads().values()))
+        pieces = PIECES * cluster.count_teams(session)
         room = RETURNED * memory / at_once
         tasks = []
         for block in plan_blocks(domains, grid, step, per_plane, pieces, threads, room):
@@ -252,17 +251,14 @@ def transfer_block(
     tallies = []
 
     def finish(slab: Region, boxes: dict[int, Box]) -> None:
-        tally = Tally.empty(len(organs))
-        shares = block.shares(boxes)
-        scan = block.box, block.scan
-        finish_slab(probability, labels, shares, organs, smallest, slab, scan, tally)
-        tallies.append(tally)
+        what = organs, smallest, slab, (block.box, block.scan)
+        tallies.append(finish_slab(probability, labels, block.shares(boxes), *what))
 
     taken = block.nbytes + threads * SLAB_BYTES * math.prod(_slab(box_of(region)))
     per_atlas = 4 * _per_plane(atlas for atlas, _ in atlases) * (shape_of(block.box)[0] + BEND)
     together = int(min((room - taken) / max(per_atlas, 1), threads * TOGETHER))
 
-    def jobs() -> Iterator[Callable[[], None]]:
+    def jobs() -> Jobs:
         yield from block.votes_of(max(together, 1))
         for slab, boxes in looked_for:
             if boxes:
@@ -322,13 +318,11 @@ class _Block:
         """Bytes of all that is held until the end."""
         return sum(a.nbytes for a in (self.scan, self._here, self._votes, self._totals))
 
-    def votes_of(self, together: int) -> Iterator[Callable[[], None]]:
+    def votes_of(self, together: int) -> Jobs:
         """Give jobs that let all atlases vote, of which so many are read together."""
         ready: list[Callable[[], None]] = []
-        for slab in slabs(aligned(self.box, SHARD, self._grid.shape)):
-            within_it = overlap(self.box, box_of(slab))
-            assert within_it is not None
-            job, wait = later(partial(self._read_scan, within_it))
+        for slab in cut_in_slabs(self.box, self._grid.shape):
+            job, wait = later(partial(self._read_scan, slab))
             ready.append(wait)
             yield job
         n = len(self._here)
@@ -352,8 +346,23 @@ class _Block:
 
     def shares(self, boxes: dict[int, Box]) -> Iterator[Share]:
         """Share of each organ in its box, smoothed, when all have voted."""
-        what = self._cells, self._votes, self._totals
-        return _shares(*what, boxes, self._step, self._grid.shape)
+        cells = self._cells
+        for o, box in boxes.items():
+            slots = np.flatnonzero(cells.organ == o)
+            index = cells.index[cells.cell_of[slots]]
+            depth, height, width = shape_of(box)
+            around = np.zeros((depth + 2, height + 2, width + 2), np.float32)
+            voted = self._votes, self._totals, cells.group_of
+            spread(*voted, slots, index, begin_of(box) - 1, self._step, around)
+            for axis, ((begin, end), n) in enumerate(zip(box, self._grid.shape, strict=True)):
+                along = np.moveaxis(around, axis, 0)
+                if begin == 0:
+                    along[0] = along[1]
+                if end == n:
+                    along[-1] = along[-2]
+            share = np.empty((depth, height, width), np.float32)
+            smooth(around, share)
+            yield o, box, share
 
     def _read_scan(self, part: Box) -> None:
         direct.read(self._image, slices(part), self.scan[within(part, self.box)])
@@ -362,7 +371,7 @@ class _Block:
         """Read what an atlas's field brings to the cells, when the room for it is free."""
         atlas, matched = self._atlases[i]
         field = fit(atlas, matched, self._grid, self._nodes, self._widths)
-        planes = _planes(atlas, field, self._nodes, self._corners, self._step)
+        planes = self._planes(atlas, field)
         for wait in free:
             wait()
         if planes is None:
@@ -372,6 +381,16 @@ class _Block:
         numbers = np.array([coding.number_of(value) for value in values], np.uint16)
         own = numbers[self._cells.organ], self._scale, self._says[i][self._cells.organ]
         return own, field, packed, (*coding.hu, *coding.label), np.array(there)
+
+    def _planes(self, atlas: Atlas, field: NDArray[np.float32]) -> tuple[int, int] | None:
+        """Planes of an atlas, of those it holds, that its field can bring to the cells, if any."""
+        reached = self._corners[(field[self._corners, 3] > 0).any(axis=1)]
+        if not reached.size:
+            return None
+        z = (self._nodes[:, 0] * self._step + field[:, 0])[reached]
+        begin, end = surroundings_of(atlas)[0]
+        first, stop = max(int(np.floor(z.min())) - 1, begin), min(int(np.ceil(z.max())) + 2, end)
+        return (first, stop) if first < stop else None
 
     def _vote(
         self,
@@ -417,49 +436,6 @@ def _groups(says: NDArray[np.bool_], nus: Sequence[float]) -> tuple[list[int], l
     kinds = [(nu, says[:, o].tobytes()) for o, nu in enumerate(nus)]
     known = list(dict.fromkeys(kinds))
     return [known.index(kind) for kind in kinds], [nu for nu, _ in known]
-
-
-def _planes(
-    atlas: Atlas,
-    field: NDArray[np.float32],
-    nodes: NDArray[np.int64],
-    corners: NDArray[np.int64],
-    step: int,
-) -> tuple[int, int] | None:
-    """Planes of an atlas, of those it holds, that its field can bring to the cells, if any."""
-    reached = corners[(field[corners, 3] > 0).any(axis=1)]
-    if not reached.size:
-        return None
-    z = (nodes[:, 0] * step + field[:, 0])[reached]
-    begin, end = surroundings_of(atlas)[0]
-    first, stop = max(int(np.floor(z.min())) - 1, begin), min(int(np.ceil(z.max())) + 2, end)
-    return (first, stop) if first < stop else None
-
-
-def _shares(
-    cells: Cells,
-    votes: NDArray[np.float32],
-    totals: NDArray[np.float32],
-    boxes: dict[int, Box],
-    step: int,
-    grid: tuple[int, int, int],
-) -> Iterator[Share]:
-    """Share of each organ in its box, smoothed."""
-    for o, box in boxes.items():
-        slots = np.flatnonzero(cells.organ == o)
-        index = cells.index[cells.cell_of[slots]]
-        depth, height, width = shape_of(box)
-        around = np.zeros((depth + 2, height + 2, width + 2), np.float32)
-        spread(votes, totals, cells.group_of, slots, index, begin_of(box) - 1, step, around)
-        for axis, ((begin, end), n) in enumerate(zip(box, grid, strict=True)):
-            along = np.moveaxis(around, axis, 0)
-            if begin == 0:
-                along[0] = along[1]
-            if end == n:
-                along[-1] = along[-2]
-        share = np.empty((depth, height, width), np.float32)
-        smooth(around, share)
-        yield o, box, share
 
 
 @kernel

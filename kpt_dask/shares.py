@@ -14,7 +14,7 @@ from zarr.codecs import BloscCodec
 
 from atlas_store import Atlas, OrganTable, direct
 from kpt_dask import cluster
-from kpt_dask.boxes import Box, begin_of, box_of, overlap, shape_of, slices, within
+from kpt_dask.boxes import Box, aligned, begin_of, box_of, overlap, shape_of, slices, within
 from kpt_dask.flat import flat, row_of
 from kpt_dask.grid import Grid
 from kpt_dask.jit import kernel
@@ -73,6 +73,12 @@ def slabs(region: Region) -> list[Region]:
     return [(slice(a, min(a + SHARD[0], z.stop)), y, x) for a in cuts]
 
 
+def cut_in_slabs(box: Box, shape: tuple[int, int, int]) -> list[Box]:
+    """Cut a box of a volume of a shape where its slabs end."""
+    parts = (overlap(box, box_of(slab)) for slab in slabs(aligned(box, SHARD, shape)))
+    return [part for part in parts if part is not None]
+
+
 def run_blocks(
     function: Callable[..., Tally],
     tasks: Sequence[tuple[Any, ...]],
@@ -103,8 +109,7 @@ def finish_slab(
     smallest: float,
     region: Region,
     scan: tuple[Box, NDArray[np.float32]],
-    tally: Tally,
-) -> None:
+) -> Tally:
     """Write the shares of a slab, decide its labels, write these too, and count them.
 
     Parameters
@@ -123,9 +128,13 @@ def finish_slab(
         The slab: whole shards of `probability`, and whole chunks of `labels`.
     scan : tuple
         A box that holds those of the shares, some of it in the slab, and its HU (z, y, x).
-    tally : Tally
-        Changed.
+
+    Returns
+    -------
+    Tally
+        What is counted of the slab.
     """
+    tally = Tally.empty(len(organs))
     around, hu = scan
     slab = box_of(region)
     here = overlap(around, slab)
@@ -142,6 +151,7 @@ def finish_slab(
     whole = np.zeros(shape_of(slab), labels.dtype)
     whole[within(here, slab)] = decision.labels
     write_region(labels, region, whole)
+    return tally
 
 
 class Decision:

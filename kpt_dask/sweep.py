@@ -8,7 +8,7 @@ behind the one that has the batch before. It knows neither Dask nor Zarr.
 
 import math
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import Annotated, Any
@@ -94,6 +94,11 @@ class Found:
         """Concatenate."""
         all_parts = list(parts) or [cls.room_for(0)]
         return cls(*(np.concatenate(a) for a in zip(*(p.arrays for p in all_parts), strict=True)))
+
+    @classmethod
+    def in_order(cls, batches: Mapping[int, "Found"]) -> "Found":
+        """Concatenate what was found in batches, given by their first steps."""
+        return cls.join(batches[step] for step in sorted(batches))
 
 
 class Sweep:
@@ -183,7 +188,7 @@ class Sweep:
         """Drain what is still under way and return all keypoints."""
         for batch in self.drain():
             batch()
-        return Found.join(self._found[step] for step in sorted(self._found))
+        return Found.in_order(self._found)
 
     def take(self, slab: Planes) -> Iterator[Callable[[], None]]:
         """Take the next planes as `feed` does, but leave the work of each batch to the caller.

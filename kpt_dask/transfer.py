@@ -41,8 +41,8 @@ from kpt_dask.moves import Moves, plan_affines, plan_moves, propose, without_neg
 from kpt_dask.omezarr import Region
 from kpt_dask.options import DEFAULTS, TransferOptions
 from kpt_dask.rows import LANES
-from kpt_dask.shares import SHARD, Share, finish_slab, run_blocks, slabs
-from kpt_dask.turns import later, work_off
+from kpt_dask.shares import SHARD, Share, cut_in_slabs, finish_slab, run_blocks
+from kpt_dask.turns import Jobs, later, work_off
 from kpt_dask.volume import Volume
 
 READING, FINISHING = 8, 28
@@ -137,8 +137,7 @@ def transfer(
         if mode == "across":
             moves = without_negligible(moves, len(organs))
         totals = np.bincount(moves.organ, moves.weight, minlength=len(organs))
-        workers = session.nthreads().values()
-        room = memory / max(workers)
+        room = memory / max(session.nthreads().values())
         reaches = moves.reaches()
         largest = max((sum(o.voxels for o in a.organs.values()) for a in atlases), default=0)
         each, chunks = np.where(moves.bent(), SAMPLING, 1), volume.levels[0].chunks
@@ -161,12 +160,10 @@ def transfer(
         everywhere = box_of(tuple(slice(0, n) for n in grid.shape))
         reached = overlap(enclosing(list(reaches.values())), everywhere)
         pieces: list[Box] = []
-        for slab in slabs(aligned(reached, SHARD, grid.shape)) if reached else []:
-            part = overlap(reached, box_of(slab))
-            if part is not None:
-                pieces += [part] if fits(part) else cut(part, SHARD, 1, time, fits)
+        for part in cut_in_slabs(reached, grid.shape) if reached else []:
+            pieces += [part] if fits(part) else cut(part, SHARD, 1, time, fits)
         tasks = []
-        for hand in deal(pieces, sum(cluster.teams(n)[0] for n in workers), time):
+        for hand in deal(pieces, cluster.count_teams(session), time):
             # The smallest last, so that threads end together.
             hand.sort(key=time, reverse=True)
             here = moves.take(
@@ -243,7 +240,7 @@ def transfer_slabs(
     rooms = [(np.zeros(most, np.int16), np.empty(most, np.float32)) for _ in range(threads)]
     tallies: list[Tally] = []
 
-    def jobs() -> Iterator[Callable[[], None]]:
+    def jobs() -> Jobs:
         # Atlases that are kept are added together: few calls on much.
         for some in np.array_split(np.array(list(atlases)), threads) if keep else ():
             own = moves.take(np.flatnonzero(np.isin(moves.atlas, some)))
@@ -259,11 +256,11 @@ def transfer_slabs(
         whole = enclosing(list(own.values()))
         assert whole is not None
         hu = direct.read(image, slices(whole)).astype(np.float32, copy=False)
-        tally, pieces = Tally.empty(len(organs)), rooms.pop()
+        pieces = rooms.pop()
         found = shares(own, whole, hu.astype(np.int16), *pieces)
-        finish_slab(probability, labels, found, organs, smallest, slab, (whole, hu), tally)
+        what = organs, smallest, slab, (whole, hu)
+        tallies.append(finish_slab(probability, labels, found, *what))
         rooms.append(pieces)
-        tallies.append(tally)
 
     def shares(
         own: dict[int, Box],

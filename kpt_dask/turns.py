@@ -6,8 +6,9 @@ it has done the batch before. Kernels wait without the interpreter, and not for 
 """
 
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from concurrent.futures import Future, ThreadPoolExecutor, wait
+from contextlib import closing
 from typing import Any, TypeVar
 
 import numpy as np
@@ -22,6 +23,7 @@ _LOOKS = 20_000
 """How often a kernel looks whether it may go on, some ten microseconds, before it gives up."""
 
 T = TypeVar("T")
+Jobs = Generator[Callable[[], None], None, None]
 
 _intrinsic: Callable[[Callable[..., Any]], Callable[..., Any]] = intrinsic
 
@@ -51,21 +53,21 @@ def later(function: Callable[[], T]) -> tuple[Callable[[], None], Callable[[], T
     return job, future.result
 
 
-def work_off(jobs: Iterator[Callable[[], None]], threads: int) -> None:
+def work_off(jobs: Jobs, threads: int) -> None:
     """Do jobs in several threads, this one among them.
 
     Parameters
     ----------
-    jobs : iterator of callable
-        Asked for the next job by one thread at a time, while the others are busy with theirs.
-        Jobs that wait for earlier ones must be able to do so: those have begun.
+    jobs : generator of callable
+        Asked for the next job by one thread at a time, while the others are busy with theirs;
+        closed afterwards. A job may wait for earlier ones: those have begun.
     threads : int
         Of this process.
 
     Raises
     ------
     Exception
-        Whatever a job, or the iterator, raised first. No job runs any longer then.
+        Whatever a job, or the generator, raised first. No job runs any longer then.
     """
     lock, failed = threading.Lock(), threading.Event()
 
@@ -81,14 +83,12 @@ def work_off(jobs: Iterator[Callable[[], None]], threads: int) -> None:
             failed.set()
             raise
 
-    if threads == 1:
-        work()
-        return
-    others = [_HELPERS.submit(work) for _ in range(threads - 1)]
-    try:
-        work()
-    finally:
-        wait(others)
+    with closing(jobs):
+        others = [_HELPERS.submit(work) for _ in range(threads - 1)]
+        try:
+            work()
+        finally:
+            wait(others)
     for other in others:
         other.result()
 

@@ -2,7 +2,6 @@
 
 import threading
 import time
-from collections.abc import Callable, Iterator
 from functools import partial
 
 import numpy as np
@@ -11,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kpt_dask.jit import kernel
-from kpt_dask.turns import done, later, may_begin, turns, work_off
+from kpt_dask.turns import Jobs, done, later, may_begin, turns, work_off
 
 
 @kernel
@@ -51,7 +50,7 @@ def test_every_job_is_done_once_and_asked_for_by_one_thread_at_a_time(threads: i
     did: list[int] = []
     asking = threading.Lock()
 
-    def jobs() -> Iterator[Callable[[], None]]:
+    def jobs() -> Jobs:
         for i in range(200):
             assert asking.acquire(blocking=False)
             time.sleep(0)
@@ -64,7 +63,7 @@ def test_every_job_is_done_once_and_asked_for_by_one_thread_at_a_time(threads: i
 
 def test_two_threads_work_side_by_side() -> None:
     both = threading.Barrier(2, timeout=30)
-    work_off(iter([both.wait, both.wait]), 2)
+    work_off((both.wait for _ in range(2)), 2)
 
 
 @pytest.mark.parametrize("threads", [1, 2])
@@ -74,7 +73,7 @@ def test_what_fails_is_raised_and_nothing_new_begins(threads: int) -> None:
     def fail() -> None:
         raise OSError("gone")
 
-    def jobs() -> Iterator[Callable[[], None]]:
+    def jobs() -> Jobs:
         yield fail
         for i in range(1000):
             yield partial(did.append, i)
