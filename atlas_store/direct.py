@@ -13,6 +13,7 @@ import struct
 import uuid
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from io import BufferedWriter
 from itertools import product
 from pathlib import Path
 from typing import Any, NamedTuple, cast
@@ -35,6 +36,10 @@ _COPIED = 2
 _INDEX_ENTRY = 16
 _CHECKSUM = 4
 _NO_CHUNK = 2**64 - 1
+_TOGETHER = 8
+"""Chunks that are gathered at a time: so few that they stay in the cache."""
+_PIECES = 1024
+"""That are written with one call: the most that Linux takes."""
 _SHUFFLES = {"noshuffle": 0, "shuffle": 1, "bitshuffle": 2}
 
 Region = tuple[slice, ...]
@@ -186,21 +191,30 @@ def read(array: "zarr.Array[Any]", region: Region, out: NDArray[Any] | None = No
         out[...] = array[region]
         return out
     for numbers, within, outside in _cut(region, array.shards or array.chunks):
-        path, target = folder / _key(array, numbers), out[outside]
+        path, target = f"{folder}/{_key(array, numbers)}", out[outside]
         try:
             if array.shards:
                 _read_shard(array, path, within, target)
             else:
-                _unpack_part(array, path.read_bytes(), within, target)
+                _unpack_part(array, _contents(path), within, target)
         except FileNotFoundError:
             target[...] = array.fill_value
     return out
 
 
-def _read_shard(array: "zarr.Array[Any]", path: Path, within: Region, out: NDArray[Any]) -> None:
+def _contents(path: str) -> bytes:
+    """Read a file: with few calls, after each of which a thread may have to wait for others."""
+    file = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        return os.read(file, os.fstat(file).st_size)
+    finally:
+        os.close(file)
+
+
+def _read_shard(array: "zarr.Array[Any]", path: str, within: Region, out: NDArray[Any]) -> None:
     """Read a region of a shard; raises ValueError if it is damaged."""
     per_axis = _chunks_per_shard(array)
-    with path.open("rb") as file:
+    with open(path, "rb") as file:
         index = _INDEX_ENTRY * math.prod(per_axis) + _CHECKSUM
         size = file.seek(0, os.SEEK_END)
         file.seek(max(size - index, 0))
@@ -256,7 +270,7 @@ class Writer:
     def __init__(self, array: "zarr.Array[Any]") -> None:
         self._array = array
         self._folder = _folder(array)
-        self._shards: dict[Path, _Shard] = {}
+        self._shards: dict[str, _Shard] = {}
 
     def add(self, region: Region, data: NDArray[Any]) -> None:
         """Write a region, or pack it."""
@@ -266,7 +280,7 @@ class Writer:
             return
         data = data.astype(array.dtype, copy=False)
         for numbers, within, outside in _cut(region, array.shards or array.chunks):
-            path = self._folder / _key(array, numbers)
+            path = f"{self._folder}/{_key(array, numbers)}"
             if not array.shards:
                 _put(path, _pack(array, within, data[outside]))
                 continue
@@ -291,23 +305,23 @@ class _Shard:
 
     def add(self, within: Region, data: NDArray[Any]) -> None:
         """Pack what is to keep of a region."""
-        compressed = _compressor(self._array)
-        kept = _occupied(data, [part.start for part in within], self._array.chunks)
-        if self._array.config.write_empty_chunks:
+        array = self._array
+        compressed = _compressor(array)
+        first = [part.start // size for part, size in zip(within, array.chunks, strict=True)]
+        rows = _Rows.of(data, within, array.chunks)
+        kept = rows.occupied()
+        if array.config.write_empty_chunks:
             kept[...] = True
-        whole = np.empty(self._array.chunks, self._array.dtype)
-        pieces = _cut(within, self._array.chunks)
-        for keep, (number, inside, outside) in zip(kept.flat, pieces, strict=True):
-            if not keep:
-                continue
-            part = data[outside]
-            if part.shape != whole.shape:
-                whole[...] = 0
-            whole[inside] = part
-            chunk = compressed(whole)
-            self._table[number] = self._size, len(chunk)
-            self._chunks.append(chunk)
-            self._size += len(chunk)
+        chosen = np.argwhere(kept)
+        room = np.empty((min(len(chosen), _TOGETHER), *array.chunks), array.dtype)
+        for begin in range(0, len(chosen), _TOGETHER):
+            some = chosen[begin : begin + _TOGETHER]
+            rows.gather(some, room)
+            for number, whole in zip((some + first).tolist(), room, strict=False):
+                chunk = compressed(whole)
+                self._table[tuple(number)] = self._size, len(chunk)
+                self._chunks.append(chunk)
+                self._size += len(chunk)
 
     def packed(self) -> list[bytes] | None:
         """Give what the file holds; nothing if there is nothing to keep."""
@@ -316,32 +330,103 @@ class _Shard:
         return [*self._chunks, index, checksum] if self._chunks else None
 
 
-def _occupied(data: NDArray[Any], begin: Sequence[int], unit: Sequence[int]) -> NDArray[np.bool_]:
-    """Whether anything is not 0 in each unit that a region touches; in C order."""
-    *axes, columns = [
-        (np.arange(a, a + n) // size - a // size, (a + n - 1) // size - a // size + 1)
-        for a, n, size in zip(begin, data.shape, unit, strict=True)
-    ]
-    owner = np.zeros(1, np.int64)
-    for own, count in axes:
-        owner = (owner[:, None] * count + own).ravel()
-    ends = np.searchsorted(columns[0], np.arange(columns[1] + 1))
-    kept = np.zeros((math.prod(count for _, count in axes), columns[1]), np.bool_)
-    _mark(data.reshape(-1, data.shape[-1]), owner, ends, kept)
-    return kept
+class _Rows(NamedTuple):
+    """Rows of a region of an array, and how chunks cut them.
+
+    Attributes
+    ----------
+    memory : ndarray (n)
+        That the region's data span.
+    step : int
+        From one row of the data, along their last axis, to the next.
+    shape, begin, unit : tuple of int
+        Of the region, its first number in the first chunk that it touches, and of a chunk.
+    """
+
+    memory: NDArray[Any]
+    step: int
+    shape: tuple[int, ...]
+    begin: tuple[int, ...]
+    unit: tuple[int, ...]
+
+    @classmethod
+    def of(cls, data: NDArray[Any], region: Region, unit: tuple[int, ...]) -> "_Rows":
+        """Rows of the data of a region."""
+        rows = data.reshape(-1, data.shape[-1])
+        if rows.strides[1] != rows.itemsize:
+            rows = np.ascontiguousarray(rows)
+        step = rows.strides[0] // rows.itemsize
+        # In one piece: so kernels look at many numbers at once.
+        span = (len(rows) - 1) * step + rows.shape[1]
+        memory = np.lib.stride_tricks.as_strided(rows, (span,), (rows.itemsize,))
+        begin = tuple(part.start % size for part, size in zip(region, unit, strict=True))
+        return cls(memory, step, data.shape, begin, unit)
+
+    def occupied(self) -> NDArray[np.bool_]:
+        """Whether anything is not 0 in each chunk, along each axis."""
+        each = zip(self.begin, self.shape, self.unit, strict=True)
+        kept = np.zeros([-(-(a + n) // size) for a, n, size in each], np.bool_)
+        _mark(*self, kept.reshape(-1, kept.shape[-1]))
+        return kept
+
+    def gather(self, chosen: NDArray[np.int64], out: NDArray[Any]) -> None:
+        """Gather some chunks, (n, axis) from the first that is touched; 0 beside the region."""
+        _gather(*self, chosen, out.reshape(len(out), -1, self.unit[-1]))
 
 
 @kernel
-def _mark(rows: Any, owner: Any, ends: Any, kept: Any) -> None:
-    """Mark each unit with a number that is not 0: `owner` of a row, between two `ends` in it."""
-    for row in range(rows.shape[0]):
-        own = kept[owner[row]]
-        for unit in range(own.size):
-            if not own[unit]:
-                found = False
-                for number in rows[row, ends[unit] : ends[unit + 1]]:
-                    found |= number != 0
-                own[unit] = found
+def _mark(memory: Any, step: Any, shape: Any, begin: Any, unit: Any, kept: Any) -> None:
+    """Do what `_Rows.occupied` does; `kept` has a row for each row of chunks."""
+    rows = 1
+    for axis in range(len(shape) - 1):
+        rows *= shape[axis]
+    for row in range(rows):
+        numbers = memory[row * step : row * step + shape[-1]]
+        some = 0
+        for x in range(shape[-1]):
+            some |= numbers[x] != 0
+        # Most rows have none.
+        if some == 0:
+            continue
+        chunks, rest, ahead = 0, row, 1
+        for back in range(2, len(shape) + 1):
+            at = rest % shape[-back] + begin[-back]
+            chunks += ahead * (at // unit[-back])
+            ahead *= -(-(begin[-back] + shape[-back]) // unit[-back])
+            rest //= shape[-back]
+        own = kept[chunks]
+        for c in range(own.size):
+            first = max(c * unit[-1] - begin[-1], 0)
+            found = 0
+            for x in range(first, min((c + 1) * unit[-1] - begin[-1], shape[-1])):
+                found |= numbers[x] != 0
+            own[c] |= found != 0
+
+
+@kernel
+def _gather(
+    memory: Any, step: Any, shape: Any, begin: Any, unit: Any, chosen: Any, out: Any
+) -> None:
+    """Do what `_Rows.gather` does; `out` has a row for each of a chunk's."""
+    for n in range(chosen.shape[0]):
+        # Of the region, and of the chunk, where both begin along the rows, and how long.
+        before = chosen[n, -1] * unit[-1] - begin[-1]
+        source, target = max(before, 0), max(-before, 0)
+        columns = min(shape[-1] - source, unit[-1] - target)
+        for row in range(out.shape[1]):
+            there, rest, ahead, inside = 0, row, 1, True
+            for back in range(2, len(shape) + 1):
+                at = chosen[n, -back] * unit[-back] + rest % unit[-back] - begin[-back]
+                inside &= (at >= 0) & (at < shape[-back])
+                there += ahead * at
+                ahead *= shape[-back]
+                rest //= unit[-back]
+            own = out[n, row]
+            if not inside or columns < own.size:
+                own[:] = 0
+            if inside:
+                place = there * step + source
+                own[target : target + columns] = memory[place : place + columns]
 
 
 def _pack(array: "zarr.Array[Any]", within: Region, data: NDArray[Any]) -> list[bytes] | None:
@@ -362,7 +447,7 @@ def _compressor(array: "zarr.Array[Any]") -> Callable[[NDArray[Any]], bytes]:
     return lambda chunk: cast(bytes, compress(chunk, *how, codec.typesize))
 
 
-def _folder(array: "zarr.Array[Any]") -> Path | None:
+def _folder(array: "zarr.Array[Any]") -> str | None:
     """Where the array lies, if its chunks are local files, packed as this project packs them."""
     if not isinstance(array.store, LocalStore) or not isinstance(array.metadata, ArrayV3Metadata):
         return None
@@ -376,7 +461,7 @@ def _folder(array: "zarr.Array[Any]") -> Path | None:
         and array.dtype.isnative
         and array.fill_value == 0
     )
-    return Path(array.store.root, array.path) if plain else None
+    return f"{array.store.root}/{array.path}" if plain else None
 
 
 def _stages(array: "zarr.Array[Any]") -> Sequence[Any]:
@@ -420,17 +505,29 @@ def _cut(region: Region, unit: tuple[int, ...]) -> Iterator[tuple[tuple[int, ...
         yield numbers, inside, outside
 
 
-def _put(path: Path, data: Sequence[bytes] | None) -> None:
+def _put(path: str, data: Sequence[bytes] | None) -> None:
     """Write a file, there whole or not at all; without data there is none."""
     if data is None:
-        path.unlink(missing_ok=True)
+        Path(path).unlink(missing_ok=True)
         return
     partial = f"{path}.{uuid.uuid4().hex}.partial"
     try:
         file = open(partial, "xb")  # noqa: SIM115 - closed below
     except FileNotFoundError:
-        path.parent.mkdir(parents=True, exist_ok=True)
+        Path(path).parent.mkdir(parents=True, exist_ok=True)
         file = open(partial, "xb")  # noqa: SIM115
     with file:
-        file.writelines(data)
+        _write_pieces(file, data)
     os.replace(partial, path)
+
+
+def _write_pieces(file: BufferedWriter, data: Sequence[bytes]) -> None:
+    """Write pieces in few calls: after each a thread may have to wait for others."""
+    for first in range(0, len(data), _PIECES):
+        some = data[first : first + _PIECES]
+        written = os.writev(file.fileno(), some)
+        for piece in some if written < sum(map(len, some)) else ():
+            # So much at once, or a disk so full, that not all was written.
+            file.write(piece[max(written, 0) :])
+            written -= len(piece)
+        file.flush()

@@ -22,6 +22,7 @@ SEED = 0
 """Of the choice of matches, where there are more than `TRIALS` ways to choose."""
 
 _DRAWN = np.random.default_rng(SEED).random((TRIALS, 4))
+_AGREE = TOLERANCE * TOLERANCE
 _FLAT = 1.0
 """mm³; four points that span less lie in a plane."""
 
@@ -50,10 +51,11 @@ def fit_affine(
     n = len(source)
     if n < LEAST:
         return None
-    found, agree = np.empty((4, 3)), np.empty(n, np.bool_)
-    if not _fit(source, target, _samples(n), found, agree):
+    found, apart = np.empty((4, 3)), np.empty(n)
+    before, after = np.ascontiguousarray(source.T), np.ascontiguousarray(target.T)
+    if not _fit(before, after, _samples(n), found, apart):
         return None
-    return np.ascontiguousarray(found.T), agree
+    return np.ascontiguousarray(found.T), apart < _AGREE
 
 
 @lru_cache(256)
@@ -89,18 +91,20 @@ def _fit(
     target: NDArray[np.float64],
     samples: NDArray[np.int64],
     out: NDArray[np.float64],
-    agree: NDArray[np.bool_],
+    apart: NDArray[np.float64],
 ) -> bool:
     """Find the affine that `fit_affine` gives, if there is one.
 
     Parameters
     ----------
+    source, target : float64 arrays (3, n)
+        Points, axis by axis: many are looked at together.
     samples : int64 array (m, 4)
         Which pairs are tried.
     out : float64 array (4, 3)
         Receives it: x becomes ``(x, 1) @ out``.
-    agree : bool array (n)
-        Receives who agrees with it.
+    apart : float64 array (n)
+        Receives how far from its target it maps each point, mm².
 
     Returns
     -------
@@ -109,9 +113,9 @@ def _fit(
     """
     if _best(source, target, samples, out) < LEAST:
         return False
-    _agree(source, target, out, agree)
-    _least_squares(source, target, agree, out)
-    return _agree(source, target, out, agree) >= LEAST and _is_plausible(out)
+    _agree(source, target, out, apart)
+    _least_squares(source, target, apart, out)
+    return _agree(source, target, out, apart) >= LEAST and _is_plausible(out)
 
 
 @kernel
@@ -129,23 +133,25 @@ def _best(
         How many agree; 0 if none is plausible.
     """
     edges, moved, inverse = np.empty((3, 3)), np.empty((3, 3)), np.empty((3, 3))
-    found, agree = np.empty((4, 3)), np.empty(source.shape[0], np.bool_)
+    found, apart = np.empty((4, 3)), np.empty(source.shape[1])
     most_agree = 0
     for s in range(samples.shape[0]):
         first = samples[s, 0]
         for k in range(3):
             for a in range(3):
-                edges[k, a] = source[samples[s, k + 1], a] - source[first, a]
-                moved[k, a] = target[samples[s, k + 1], a] - target[first, a]
+                edges[k, a] = source[a, samples[s, k + 1]] - source[a, first]
+                moved[k, a] = target[a, samples[s, k + 1]] - target[a, first]
         if not abs(_invert(edges, inverse)) > _FLAT:
             continue
-        _through(inverse, moved, source[first], target[first], found)
+        _through(inverse, moved, source[:, first], target[:, first], found)
         if not _is_plausible(found):
             continue
-        count = _agree(source, target, found, agree)
+        count = _agree(source, target, found, apart)
         if count > most_agree:
             most_agree = count
             out[...] = found
+            if count == source.shape[1]:
+                break
     return most_agree
 
 
@@ -153,27 +159,27 @@ def _best(
 def _least_squares(
     source: NDArray[np.float64],
     target: NDArray[np.float64],
-    agree: NDArray[np.bool_],
+    apart: NDArray[np.float64],
     out: NDArray[np.float64],
 ) -> None:
-    """Fit an affine to pairs of which four do not lie in a plane."""
+    """Fit an affine to the pairs that agree, of which four do not lie in a plane."""
     before, after = np.zeros(3), np.zeros(3)
     squares, products, inverse = np.zeros((3, 3)), np.zeros((3, 3)), np.empty((3, 3))
     n = 0
-    for m in range(agree.size):
-        if agree[m]:
-            before += source[m]
-            after += target[m]
+    for m in range(apart.size):
+        if apart[m] < _AGREE:
+            before += source[:, m]
+            after += target[:, m]
             n += 1
     before /= n
     after /= n
-    for m in range(agree.size):
-        if agree[m]:
+    for m in range(apart.size):
+        if apart[m] < _AGREE:
             for i in range(3):
                 for j in range(3):
-                    d = source[m, i] - before[i]
-                    squares[i, j] += d * (source[m, j] - before[j])
-                    products[i, j] += d * (target[m, j] - after[j])
+                    d = source[i, m] - before[i]
+                    squares[i, j] += d * (source[j, m] - before[j])
+                    products[i, j] += d * (target[j, m] - after[j])
     _invert(squares, inverse)
     _through(inverse, products, before, after, out)
 
@@ -192,18 +198,22 @@ def _through(inverse: Any, moved: Any, before: Any, after: Any, out: Any) -> Non
 
 
 @kernel
-def _agree(source: Any, target: Any, affine: Any, agree: Any) -> int:
-    """Which points an affine maps less than `TOLERANCE` from their targets; counts them."""
+def _agree(source: Any, target: Any, affine: Any, apart: Any) -> int:
+    """Count the points that an affine maps less than `TOLERANCE` from their targets.
+
+    `apart` (n) receives how far from there it maps each point, squared.
+    """
+    for a in range(3):
+        z, y, x, end = affine[0, a], affine[1, a], affine[2, a], affine[3, a]
+        for m in range(apart.size):
+            d = end - target[a, m]
+            d += source[0, m] * z
+            d += source[1, m] * y
+            d += source[2, m] * x
+            apart[m] = d * d + (apart[m] if a > 0 else 0.0)
     count = 0
-    for m in range(source.shape[0]):
-        apart = 0.0
-        for a in range(3):
-            d = affine[3, a] - target[m, a]
-            for k in range(3):
-                d += source[m, k] * affine[k, a]
-            apart += d * d
-        agree[m] = apart < TOLERANCE * TOLERANCE
-        count += 1 if agree[m] else 0
+    for m in range(apart.size):
+        count += apart[m] < _AGREE
     return count
 
 
@@ -215,15 +225,16 @@ def _is_plausible(affine: Any) -> bool:
         return False
     # All squared stretches, the eigenvalues of L Lᵀ, lie between two bounds.
     least, most = SCALES[0] ** 2, SCALES[1] ** 2
-    low, high = np.empty((3, 3)), np.empty((3, 3))
-    for i in range(3):
-        for j in range(3):
-            squared = 0.0
-            for k in range(3):
-                squared += linear[i, k] * linear[j, k]
-            low[i, j] = squared - (least if i == j else 0.0)
-            high[i, j] = (most if i == j else 0.0) - squared
-    return _is_positive(low) and _is_positive(high)
+    a, d, f = _dot(linear, 0, 0), _dot(linear, 1, 1), _dot(linear, 2, 2)
+    b, c, e = _dot(linear, 0, 1), _dot(linear, 0, 2), _dot(linear, 1, 2)
+    return _is_positive(a - least, b, c, d - least, e, f - least) and _is_positive(
+        most - a, -b, -c, most - d, -e, most - f
+    )
+
+
+@kernel
+def _dot(m: Any, i: int, j: int) -> Any:
+    return m[i, 0] * m[j, 0] + m[i, 1] * m[j, 1] + m[i, 2] * m[j, 2]
 
 
 @kernel
@@ -248,7 +259,12 @@ def _determinant(m: NDArray[np.float64]) -> float:
 
 
 @kernel
-def _is_positive(m: NDArray[np.float64]) -> bool:
-    """Whether all eigenvalues of a symmetric matrix are over 0: Sylvester's criterion."""
-    corner = m[0, 0] * m[1, 1] - m[0, 1] * m[1, 0]
-    return bool(m[0, 0] > 0 and corner > 0 and _determinant(m) > 0)
+def _is_positive(a: float, b: float, c: float, d: float, e: float, f: float) -> bool:
+    """Whether all eigenvalues of a symmetric matrix are over 0: Sylvester's criterion.
+
+    Its rows: a b c, b d e, c e f.
+    """
+    corner = a * d - b * b
+    return (
+        a > 0 and corner > 0 and a * (d * f - e * e) - b * (b * f - e * c) + c * (b * e - d * c) > 0
+    )

@@ -15,7 +15,8 @@ from atlas_store import Atlas, OrganTable
 from kpt_dask.boxes import Box, begin_of, joined, shape_of
 from kpt_dask.jit import kernel
 from kpt_dask.moves import Moves
-from kpt_dask.strips import read_strips
+from kpt_dask.rows import LANES
+from kpt_dask.strips import fill, read_strips
 from kpt_dask.summing import accumulate, sample
 
 
@@ -35,8 +36,13 @@ class MovedOrgan:
         where its planes begin in `planes`.
     weights : float32 array (m)
         Of these moves.
-    affines : list of (strips, shape, low, high, inverse, weight)
-        Of the moves by affines: the organ, the size of its bounding box, and as in `Moves`.
+    affines : int64 array (k, 10)
+        Of the moves by affines: `low` and `high` as in `Moves`, the size of the bounding box, and
+        where its planes begin in `planes`.
+    inverse : float64 array (k, 3, 4)
+        As in `Moves`.
+    affine_weights : float32 array (k)
+        Of these moves.
     """
 
     strips: NDArray[np.int16]
@@ -44,7 +50,9 @@ class MovedOrgan:
     halves: NDArray[np.int64]
     shifts: NDArray[np.int64]
     weights: NDArray[np.float32]
-    affines: list[tuple[Any, Any, Any, Any, Any, Any]]
+    affines: NDArray[np.int64]
+    inverse: NDArray[np.float64]
+    affine_weights: NDArray[np.float32]
 
     def add(
         self,
@@ -71,16 +79,9 @@ class MovedOrgan:
         if self.weights.size and not bent:
             moved = self.strips, self.planes, self.halves, self.shifts, self.weights
             accumulate(share, scan, first, *moved, nu)
-        for strips, shape, low, high, inverse, weight in self.affines if bent else ():
-            start, stop = np.maximum(low, first), np.minimum(high, first + shape_of(box))
-            if (start < stop).all():
-                planes = np.empty((2, 1), np.int64)
-                where = inverse[None], start[None], stop[None], np.array(shape[:1])
-                _planes_from(*where, *planes)
-                begin, end = planes[:, 0].tolist()
-                dense = strips.dense(shape, (begin, end))
-                into = start - first, stop - first, inverse
-                sample(share, scan, first, dense, begin, *into, weight, nu)
+        if self.affine_weights.size and bent:
+            bending = self.affines, self.inverse, self.affine_weights
+            _bend(share, scan, first, self.strips, self.planes, *bending, nu)
 
 
 def read_moved(
@@ -106,7 +107,6 @@ def read_moved(
         ranges.append(zip(first.tolist(), stop.tolist(), strict=True))
     wanted: dict[int, dict[str, list[tuple[int, int]]]] = {}
     mine: list[int] = []
-    by_affine = np.logical_or.reduceat(bent, begins).tolist()
     for g, ((a, o), *parts) in enumerate(zip(pairs, *ranges, strict=True)):
         planes = joined((a, b) for a, b in parts if a < b)
         if planes:
@@ -125,19 +125,57 @@ def read_moved(
     all_halves = np.concatenate([own.halves for own in strips])
     shifts = np.column_stack([moves.low, moves.high - moves.low, offsets])
     weights = moves.weight.astype(np.float32)
-    affines: dict[int, list[tuple[Any, Any, Any, Any, Any, Any]]] = {}
-    for g, organ in zip(mine, strips, strict=True):
-        for i in range(begins[g], begins[g] + counts[g]) if by_affine[g] else ():
-            a, o = pairs[g]
-            shape = shape_of(atlases[a].organs[names[o]].bounding_box)
-            where = moves.low[i], moves.high[i], moves.inverse[i]
-            affines.setdefault(o, []).append((organ, shape, *where, weights[i]))
+    sizes = np.array([shape_of(atlases[a].organs[names[o]].bounding_box) for a, o in pairs])
+    bending = np.column_stack([moves.low, moves.high, np.repeat(sizes, counts, axis=0), offsets])
     found = {}
     for o in sorted({pairs[g][1] for g in mine}):
-        own = np.flatnonzero((moves.organ == o) & (offsets >= 0) & ~bent)
-        what = shifts[own], weights[own], affines.get(o, [])
-        found[o] = MovedOrgan(strips[0].values, all_planes, all_halves, *what)
+        own = (moves.organ == o) & (offsets >= 0)
+        straight, by_affine = np.flatnonzero(own & ~bent), np.flatnonzero(own & bent)
+        found[o] = MovedOrgan(
+            strips[0].values,
+            all_planes,
+            all_halves,
+            shifts[straight],
+            weights[straight],
+            bending[by_affine],
+            moves.inverse[moves.affine[by_affine]],
+            weights[by_affine],
+        )
     return found
+
+
+@kernel
+def _bend(
+    share: Any,
+    scan: Any,
+    first: Any,
+    strips: Any,
+    planes: Any,
+    affines: Any,
+    inverse: Any,
+    weights: Any,
+    nu: Any,
+) -> None:
+    """Add one organ, moved by several affines, to its share: see `MovedOrgan`."""
+    # In one call, after each of which a thread may have to wait for others.
+    start, stop = np.empty((1, 3), np.int64), np.empty((1, 3), np.int64)
+    begin, end = np.empty(1, np.int64), np.empty(1, np.int64)
+    for m in range(weights.size):
+        empty = False
+        for axis in range(3):
+            start[0, axis] = max(affines[m, axis], first[axis])
+            size = share.shape[axis] - (2 * LANES if axis == 2 else 0)
+            stop[0, axis] = min(affines[m, 3 + axis], first[axis] + size)
+            empty |= start[0, axis] >= stop[0, axis]
+        if empty:
+            continue
+        _planes_from(inverse[m : m + 1], start, stop, affines[m, 6:7], begin, end)
+        own = planes[affines[m, 9] + begin[0]], planes[affines[m, 9] + end[0]]
+        shape = end[0] - begin[0], affines[m, 7], affines[m, 8] + LANES
+        organ = np.empty(shape, np.int16)
+        fill(strips[own[0] : own[1]], begin[0], organ)
+        into = start[0] - first, stop[0] - first
+        sample(share, scan, first, organ, begin[0], *into, inverse[m], weights[m], nu)
 
 
 def _planes(
@@ -147,8 +185,8 @@ def _planes(
 
     These are planes of the bounding box; where there are none, the first is not before the other.
     """
-    bent = np.array(list(moves.inverse), np.int64)
-    inverse = np.array(list(moves.inverse.values())).reshape(-1, 3, 4)
+    bent = np.flatnonzero(moves.bent())
+    inverse = moves.inverse[moves.affine[bent]]
     who = zip(moves.atlas[bent].tolist(), moves.organ[bent].tolist(), strict=True)
     bounds = [atlases[a].organs[organs.names[o]].bounding_box for a, o in who]
     depth = np.array([shape_of(box)[0] for box in bounds], np.int64)

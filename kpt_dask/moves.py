@@ -14,7 +14,7 @@ import xarray as xr
 from numpy.typing import NDArray
 
 from atlas_store import Atlas, OrganTable
-from kpt_dask.affine import fit_affine
+from kpt_dask.affine import LEAST, fit_affine
 from kpt_dask.boxes import Box
 from kpt_dask.distances import REACH
 from kpt_dask.grid import Grid
@@ -40,9 +40,11 @@ class Moves:
         Where the organ comes to lie: first voxels of the scan, and the ones past the last.
     voxels : int64 array (n)
         Voxels of the organ.
-    inverse : mapping of int to float64 array (3, 4)
-        Of the moves by affines: from voxels of the scan to those of the organ's bounding box.
-        In the others this box comes to lie between `low` and `high`.
+    affine : int64 array (n)
+        Which of `inverse` a move is by, or −1: then the organ's bounding box comes to lie between
+        `low` and `high`.
+    inverse : float64 array (k, 3, 4)
+        Affines, from voxels of the scan to those of an organ's bounding box.
     """
 
     atlas: NDArray[np.int64]
@@ -51,14 +53,11 @@ class Moves:
     low: NDArray[np.int64]
     high: NDArray[np.int64]
     voxels: NDArray[np.int64]
-    inverse: Mapping[int, NDArray[np.float64]]
+    affine: NDArray[np.int64]
+    inverse: NDArray[np.float64]
 
     def take(self, index: NDArray[np.int64]) -> "Moves":
         """Keep some moves, given by their indices, in that order."""
-        inverse = {}
-        if self.inverse:
-            kept = enumerate(index.tolist())
-            inverse = {i: self.inverse[j] for i, j in kept if j in self.inverse}
         return Moves(
             self.atlas[index],
             self.organ[index],
@@ -66,7 +65,8 @@ class Moves:
             self.low[index],
             self.high[index],
             self.voxels[index],
-            inverse,
+            self.affine[index],
+            self.inverse,
         )
 
     def begins(self) -> NDArray[np.int64]:
@@ -76,9 +76,7 @@ class Moves:
 
     def bent(self) -> NDArray[np.bool_]:
         """Whether each move is by an affine (n)."""
-        found = np.zeros(self.atlas.size, np.bool_)
-        found[list(self.inverse)] = True
-        return found
+        return self.affine >= 0
 
     def reach(self, box: Box) -> NDArray[np.bool_]:
         """Whether each move reaches a box (n)."""
@@ -227,7 +225,8 @@ def plan_moves(
     atlas, organ, shift = atlas[first], proposals.organ[first], shift[first]
     bounds, voxels = _organs(atlas, organ, atlases, organs)
     low, high = bounds[..., 0] + shift, bounds[..., 1] + shift
-    return Moves(atlas, organ, weights.astype(np.float64), low, high, voxels, {})
+    none = np.full(atlas.size, -1), np.empty((0, 3, 4))
+    return Moves(atlas, organ, weights.astype(np.float64), low, high, voxels, *none)
 
 
 def _organs(
@@ -275,34 +274,36 @@ def plan_affines(
     position = keypoints.position.values[matches.keypoint.values[proposals.match]]
     position = position.astype(np.float64)
     before = position - matches.translation.values[proposals.match]
-    affines: list[tuple[int, int, float, Box, NDArray[np.float64]]] = []
     moved = np.zeros(atlas.size, bool)
     first, pair = _distinct(np.column_stack([atlas, proposals.organ]))
-    pairs = zip(atlas[first].tolist(), proposals.organ[first].tolist(), strict=True)
     ends = np.cumsum(np.bincount(pair, minlength=first.size))
     groups = np.split(np.argsort(pair, kind="stable"), ends)[:-1]
+    bent: list[int] = []
+    affines: list[NDArray[np.float64]] = []
+    weights: list[float] = []
     # Here: to hand so little work to others takes as long as to do it.
-    fitted = [fit_affine(before[own], position[own]) for own in groups]
-    for (a, o), own, found in zip(pairs, groups, fitted, strict=True):
-        if found is not None:
+    for g, own in enumerate(groups):
+        if own.size >= LEAST and (found := fit_affine(before[own], position[own])) is not None:
             affine, agree = found
-            weight = float(proposals.weight[own[agree]].sum())
-            box, inverse = _in_voxels(affine, atlases[a], organs.names[o], grid)
-            affines.append((a, o, weight, box, inverse))
+            bent.append(first[g])
+            affines.append(affine)
+            weights.append(float(proposals.weight[own[agree]].sum()))
             moved[own] = True
     rest = Proposals(proposals.match[~moved], proposals.organ[~moved], proposals.weight[~moved])
     shifted = plan_moves(rest, matches, atlases, organs, grid)
-    boxes = np.array([box for _, _, _, box, _ in affines], np.int64).reshape(-1, 3, 2)
-    bent = np.array([(a, o) for a, o, *_ in affines], np.int64).reshape(-1, 2)
-    _, voxels = _organs(bent[:, 0], bent[:, 1], atlases, organs)
+    who = atlas[bent], proposals.organ[bent]
+    bounds, voxels = _organs(*who, atlases, organs)
+    origins = np.array([a.info.origin for a in atlases]).reshape(-1, 3)[who[0]]
+    low, high, inverse = _in_voxels(np.array(affines).reshape(-1, 3, 4), bounds, origins, grid)
     both = Moves(
-        np.append(bent[:, 0], shifted.atlas),
-        np.append(bent[:, 1], shifted.organ),
-        np.append([w for _, _, w, *_ in affines], shifted.weight),
-        np.concatenate([boxes[..., 0], shifted.low]),
-        np.concatenate([boxes[..., 1], shifted.high]),
+        np.append(who[0], shifted.atlas),
+        np.append(who[1], shifted.organ),
+        np.append(weights, shifted.weight),
+        np.concatenate([low, shifted.low]),
+        np.concatenate([high, shifted.high]),
         np.append(voxels, shifted.voxels),
-        {i: inverse for i, (*_, inverse) in enumerate(affines)},
+        np.append(np.arange(len(bent)), shifted.affine),
+        inverse,
     )
     return both.take(np.lexsort((both.organ, both.atlas)))
 
@@ -323,25 +324,38 @@ def without_negligible(moves: Moves, n_organs: int) -> Moves:
 
 
 def _in_voxels(
-    affine: NDArray[np.float64], atlas: Atlas, organ: str, grid: Grid
-) -> tuple[Box, NDArray[np.float64]]:
-    """Express an affine in mm, from the atlas to the scan, in voxels.
+    affines: NDArray[np.float64],
+    bounds: NDArray[np.int64],
+    origins: NDArray[np.float64],
+    grid: Grid,
+) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.float64]]:
+    """Express affines in mm, from atlases to the scan, in voxels.
+
+    Parameters
+    ----------
+    affines : float64 array (k, 3, 4)
+    bounds : int64 array (k, 3, 2)
+        Of each one's organ.
+    origins : float64 array (k, 3)
+        Of each one's atlas.
+    grid : Grid
+        Of the scan, and the atlases' spacing.
 
     Returns
     -------
-    Box, float64 array (3, 4)
-        Where the organ comes to lie, and the way back: see `Moves`.
+    low, high : int64 arrays (k, 3)
+    inverse : float64 array (k, 3, 4)
+        Where the organs come to lie, and the way back: see `Moves`.
     """
-    bounds = np.array(atlas.organs[organ].bounding_box)
     spacing = float(grid.spacing[0])
-    first = np.array(atlas.info.origin) + spacing * bounds[:, 0]
-    linear = affine[:, :3]
+    linear, size = affines[..., :3], bounds[..., 1] - bounds[..., 0]
+    first = (origins + spacing * bounds[..., 0])[..., None]
     # In voxels, from the bounding box's voxel 0 to the scan's.
-    offset = (linear @ first + affine[:, 3] - grid.origin) / spacing
-    ends = [(-0.5, n - 0.5) for n in (bounds[:, 1] - bounds[:, 0]).tolist()]
-    corners = np.array(list(product(*ends))) @ linear.T + offset
-    low = np.floor(corners.min(axis=0)).astype(int).tolist()
-    high = (np.ceil(corners.max(axis=0)).astype(int) + 1).tolist()
-    z, y, x = zip(low, high, strict=True)
+    offset = (linear @ first + affines[..., 3:] - grid.origin[:, None]) / spacing
+    # All eight: of an axis, the first border or the last.
+    ends = np.array(list(product((0, 1), repeat=3))).T
+    corners = linear @ (ends * size[..., None] - 0.5) + offset
+    low = np.floor(corners.min(axis=2)).astype(np.int64)
+    high = np.ceil(corners.max(axis=2)).astype(np.int64) + 1
     back = np.linalg.inv(linear)
-    return (z, y, x), np.column_stack([back, -back @ offset])
+    return low, high, np.concatenate([back, -back @ offset], axis=2)

@@ -179,25 +179,27 @@ class Decision:
 
     def claim(self, value: int, box: Box, share: NDArray[np.float32]) -> None:
         """Let an organ claim voxels of a box within; ties go to whichever came first."""
-        here = within(box, self._block)
-        largest, labels = flat(self._largest[here]), flat(self.labels[here])
-        _claim(share.shape, self.labels.dtype.type(value), flat(share), largest, labels)
+        first = begin_of(box) - begin_of(self._block)
+        decided = self.labels.dtype.type(value), self._largest, self.labels
+        _claim(share.shape, flat(share), first, *decided)
 
 
 @kernel
-def _claim(shape: Any, value: Any, share: Any, largest: Any, labels: Any) -> None:
-    """Give voxels to an organ where its share is the largest so far."""
+def _claim(shape: Any, share: Any, first: Any, value: Any, largest: Any, labels: Any) -> None:
+    """Give voxels of a box, from the `first` on, to an organ where its share is the largest."""
     depth, height, width = shape
     for z in range(depth):
         for y in range(height):
-            ours, best = row_of(share, z, y, width), row_of(largest, z, y, width)
+            ours = row_of(share, z, y, width)
+            at = first[0] + z, first[1] + y, first[2]
+            best = largest[at[0], at[1], at[2] : at[2] + width]
             over = 0
             for x in range(width):
                 over += ours[x] > best[x]
             # In most rows it nowhere is.
             if over == 0:
                 continue
-            own = row_of(labels, z, y, width)
+            own = labels[at[0], at[1], at[2] : at[2] + width]
             for x in range(width):
                 if ours[x] > best[x]:
                     own[x] = value

@@ -59,26 +59,21 @@ class Strips:
     planes: NDArray[np.int64]
     halves: NDArray[np.int64]
 
-    def dense(
-        self, shape: tuple[int, int, int], planes: tuple[int, int] | None = None
-    ) -> NDArray[np.int16]:
-        """Fill planes of the organ's bounding box: HU, `OUTSIDE` where the organ is not.
+    def dense(self, shape: tuple[int, int, int]) -> NDArray[np.int16]:
+        """Fill the organ's bounding box: HU, `OUTSIDE` where the organ is not.
 
         Parameters
         ----------
         shape : (int, int, int)
             Of the bounding box.
-        planes : (int, int), optional
-            The first one and the one after the last; all of them if not given.
 
         Returns
         -------
         int16 array (z, y, x + `LANES`), C order
             Beside the box there is none of the organ.
         """
-        first, stop = planes or (0, shape[0])
-        out = np.full((stop - first, shape[1], shape[2] + LANES), OUTSIDE, np.int16)
-        _fill(self.values[self.planes[first] : self.planes[stop]], first, out)
+        out = np.empty((*shape[:2], shape[2] + LANES), np.int16)
+        fill(self.values[self.planes[0] : self.planes[-1]], 0, out)
         return out
 
 
@@ -380,7 +375,9 @@ def _strips(
 
 
 @kernel
-def _fill(strips: NDArray[np.int16], first: int, out: NDArray[np.int16]) -> None:
+def fill(strips: NDArray[np.int16], first: int, out: NDArray[np.int16]) -> None:
+    """Do what `Strips.dense` does, of planes from the `first` on."""
+    out[...] = OUTSIDE
     for i in range(strips.shape[0]):
         z, y, x = strips[i, 0] - first, strips[i, 1], strips[i, 2]
         for lane in range(LANES):

@@ -253,15 +253,16 @@ def test_processes_give_the_same_bytes_as_threads(
 def test_slabs_share_the_voxels_of_an_organ() -> None:
     rng = np.random.default_rng(0)
     low = rng.integers(-20, 40, (50, 3))
-    one = np.ones(50, np.int64)
+    one, no_affines = np.ones(50, np.int64), np.empty((0, 3, 4))
     high = low + rng.integers(1, 30, (50, 3))
-    moves = Moves(one, one, one * 1.0, low, high, rng.integers(1, 999, 50), {})
+    moves = Moves(one, one, one * 1.0, low, high, rng.integers(1, 999, 50), -one, no_affines)
     slabs: list[Box] = [((z, z + 16), (-100, 100), (-100, 100)) for z in range(-32, 80, 16)]
     found = np.array([moves.visited_in(slab) for slab in slabs])
     np.testing.assert_allclose(found.sum(axis=0), moves.voxels)
     np.testing.assert_array_equal(found > 0, [moves.reach(slab) for slab in slabs])
     # A ball has more in its middle, and as much below it as above.
-    ball = Moves(one[:1], one[:1], one[:1], 0 * low[:1], 0 * low[:1] + 30, one[:1] * 100, {})
+    one, low = one[:1], 0 * low[:1]
+    ball = Moves(one, one, one, low, low + 30, one * 100, -one, no_affines)
     thirds = [ball.visited_in(((z, z + 10), (0, 30), (0, 30)))[0] for z in (0, 10, 20)]
     np.testing.assert_allclose(thirds, [26, 48, 26], rtol=0.01)
 
