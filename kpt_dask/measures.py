@@ -108,57 +108,29 @@ class Tally:
         )
 
 
-def count_shares(share: NDArray[np.float32], threshold: float, tally: Tally, organ: int) -> bool:
-    """Count the shares of an organ in a box.
-
-    Parameters
-    ----------
-    share : float32 array (z, y, x)
-    threshold : float
-        Share below which a voxel is background.
-    tally : Tally
-        Changed.
-    organ : int
-        The organ's row of it.
-
-    Returns
-    -------
-    bool
-        Whether any share is over 0.
-    """
-    levels = tuple(np.float32(min(level * threshold, 1.0)) for level in LEVELS)
-    return _count_shares(share.shape, flat(share), levels, tally.above[organ])
+def levels_of(threshold: float) -> tuple[np.float32, ...]:
+    """Shares from which on voxels are counted, `LEVELS` times the threshold."""
+    return tuple(np.float32(min(level * threshold, 1.0)) for level in LEVELS)
 
 
 @kernel
-def _count_shares(shape: Any, share: Any, levels: Any, above: Any) -> bool:
-    found = False
-    depth, height, width = shape
-    for z in range(depth):
-        for y in range(height):
-            row = row_of(share, z, y, width)
-            some, a, b, c, d = 0, 0, 0, 0, 0
-            for x in range(width):
-                some += row[x] > 0
-            # Most rows have none.
-            if some == 0:
-                continue
-            found = True
-            for x in range(width):
-                a += row[x] >= levels[0]
-                b += row[x] >= levels[1]
-                c += row[x] >= levels[2]
-                d += row[x] >= levels[3]
-            above[0] += a
-            above[1] += b
-            above[2] += c
-            above[3] += d
-    return found
+def count_row(share: Any, levels: Any, above: Any) -> None:
+    """Count the voxels of a row whose share is at least each level, in `above` (4)."""
+    a, b, c, d = 0, 0, 0, 0
+    for x in range(share.size):
+        a += share[x] >= levels[0]
+        b += share[x] >= levels[1]
+        c += share[x] >= levels[2]
+        d += share[x] >= levels[3]
+    above[0] += a
+    above[1] += b
+    above[2] += c
+    above[3] += d
 
 
 def count_labels(
     labels: NDArray[Any],
-    hu: NDArray[np.float32],
+    hu: NDArray[Any],
     values: Sequence[int],
     corner: NDArray[np.int64],
     tally: Tally,

@@ -18,7 +18,7 @@ from kpt_dask.boxes import Box, aligned, begin_of, box_of, overlap, shape_of, sl
 from kpt_dask.flat import flat, row_of
 from kpt_dask.grid import Grid
 from kpt_dask.jit import kernel
-from kpt_dask.measures import Tally, count_labels, count_shares
+from kpt_dask.measures import Tally, count_labels, count_row, levels_of
 from kpt_dask.omezarr import Region, write_region
 from kpt_dask.options import MODES
 
@@ -108,7 +108,7 @@ def finish_slab(
     organs: OrganTable,
     smallest: float,
     region: Region,
-    scan: tuple[Box, NDArray[np.float32]],
+    scan: tuple[Box, NDArray[Any]],
 ) -> Tally:
     """Write the shares of a slab, decide its labels, write these too, and count them.
 
@@ -143,8 +143,7 @@ def finish_slab(
     # The slab owns the shards that these touch.
     with direct.writing(probability) as writer:
         for organ, box, share in shares:
-            decision.claim(organs.values[organ], box, share)
-            if count_shares(share, smallest, tally, organ):
+            if decision.claim(organs.values[organ], box, share, tally.above[organ]):
                 writer.add((slice(organ, organ + 1), *slices(box)), share[None])
     own = decision.labels, hu[within(here, around)]
     count_labels(*own, organs.values, begin_of(here), tally)
@@ -176,27 +175,63 @@ class Decision:
         self.labels = np.zeros(shape_of(self._block), dtype)
         below = np.nextafter(np.float32(smallest), np.float32(0))
         self._largest = np.full(self.labels.shape, below)
+        self._levels = levels_of(smallest)
 
-    def claim(self, value: int, box: Box, share: NDArray[np.float32]) -> None:
-        """Let an organ claim voxels of a box within; ties go to whichever came first."""
+    def claim(
+        self, value: int, box: Box, share: NDArray[np.float32], above: NDArray[np.int64]
+    ) -> bool:
+        """Let an organ claim voxels of a box within; ties go to whichever came first.
+
+        Parameters
+        ----------
+        value : int
+            The organ's label.
+        box : Box
+        share : float32 array (z, y, x)
+            The organ's, of the box.
+        above : int64 array (4)
+            Row of `Tally.above`; counts the shares.
+
+        Returns
+        -------
+        bool
+            Whether any share is over 0.
+        """
         first = begin_of(box) - begin_of(self._block)
         decided = self.labels.dtype.type(value), self._largest, self.labels
-        _claim(share.shape, flat(share), first, *decided)
+        return _claim(share.shape, flat(share), first, *decided, self._levels, above)
 
 
 @kernel
-def _claim(shape: Any, share: Any, first: Any, value: Any, largest: Any, labels: Any) -> None:
-    """Give voxels of a box, from the `first` on, to an organ where its share is the largest."""
+def _claim(
+    shape: Any,
+    share: Any,
+    first: Any,
+    value: Any,
+    largest: Any,
+    labels: Any,
+    levels: Any,
+    above: Any,
+) -> bool:
+    """Do what `Decision.claim` does, from the `first` voxel on."""
     depth, height, width = shape
+    found = False
     for z in range(depth):
         for y in range(height):
             ours = row_of(share, z, y, width)
+            some = 0
+            for x in range(width):
+                some += ours[x] > 0
+            # Most rows have none, and none claims a voxel.
+            if some == 0:
+                continue
+            found = True
+            count_row(ours, levels, above)
             at = first[0] + z, first[1] + y, first[2]
             best = largest[at[0], at[1], at[2] : at[2] + width]
             over = 0
             for x in range(width):
                 over += ours[x] > best[x]
-            # In most rows it nowhere is.
             if over == 0:
                 continue
             own = labels[at[0], at[1], at[2] : at[2] + width]
@@ -204,3 +239,4 @@ def _claim(shape: Any, share: Any, first: Any, value: Any, largest: Any, labels:
                 if ours[x] > best[x]:
                     own[x] = value
                     best[x] = ours[x]
+    return found

@@ -155,7 +155,7 @@ def transfer(
             """Whether scan and labels, the share of an organ, and the organs of an atlas do."""
             voxels = math.prod(shape_of(box_of(aligned(box, SHARD, grid.shape))))
             there = max(map(volume_of, overlaps(reaches, box).values()), default=0)
-            return bool(12 * voxels + 6 * there + BYTES * largest <= room)
+            return bool(10 * voxels + 6 * there + BYTES * largest <= room)
 
         everywhere = box_of(tuple(slice(0, n) for n in grid.shape))
         reached = overlap(enclosing(list(reaches.values())), everywhere)
@@ -255,9 +255,9 @@ def transfer_slabs(
     def fill(slab: Region, own: dict[int, Box]) -> None:
         whole = enclosing(list(own.values()))
         assert whole is not None
-        hu = direct.read(image, slices(whole)).astype(np.float32, copy=False)
+        hu = direct.read(image, slices(whole), np.empty(shape_of(whole), np.int16))
         pieces = rooms.pop()
-        found = shares(own, whole, hu.astype(np.int16), *pieces)
+        found = shares(own, whole, hu, *pieces)
         what = organs, smallest, slab, (whole, hu)
         tallies.append(finish_slab(probability, labels, found, *what))
         rooms.append(pieces)

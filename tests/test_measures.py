@@ -5,9 +5,11 @@ import pytest
 import xarray as xr
 
 from atlas_store import load_organs
+from kpt_dask.boxes import box_of
 from kpt_dask.grid import Grid
-from kpt_dask.measures import OrganMeasures, Tally, count_labels, count_shares, organ_measures
+from kpt_dask.measures import OrganMeasures, Tally, count_labels, organ_measures
 from kpt_dask.omezarr import regions
+from kpt_dask.shares import Decision
 
 SHAPE = (20, 24, 30)
 GRID = Grid.isotropic(SHAPE, 2.0, (100.0, -50.0, 20.0))
@@ -40,9 +42,12 @@ def found(arrays: Arrays, block: tuple[int, int, int]) -> dict[str, OrganMeasure
     total = Tally.empty(len(ORGANS))
     for region in regions(SHAPE, block):
         tally = Tally.empty(len(ORGANS))
-        for o in range(len(ORGANS)):
-            some = count_shares(shares[o][region], THRESHOLD, tally, o)
-            assert some == shares[o][region].any()
+        decision = Decision(box_of(region), THRESHOLD, np.uint16)
+        for o, value in enumerate(ORGANS.values):
+            part = shares[o][region]
+            some = decision.claim(value, box_of(region), part, tally.above[o])
+            assert some == part.any()
+        np.testing.assert_array_equal(decision.labels, labels[region])
         corner = np.array([part.start for part in region])
         count_labels(labels[region], hu[region], ORGANS.values, corner, tally)
         total += tally

@@ -428,7 +428,7 @@ def decided_all(shares: Array, values: Sequence[int]) -> Array:
     everywhere = ((0, z), (0, y), (0, x))
     decision = Decision(everywhere, 0.15, np.uint16)
     for value, share in zip(values, shares, strict=True):
-        decision.claim(value, everywhere, share)
+        decision.claim(value, everywhere, share, np.zeros(4, np.int64))
     return decision.labels
 
 
