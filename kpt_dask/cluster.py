@@ -32,6 +32,7 @@ from distributed import (
     get_worker,
 )
 from distributed.comm.core import connect
+from distributed.protocol.pickle import dumps, loads
 
 from kpt_dask import progress
 from kpt_dask.errors import ParameterError
@@ -50,6 +51,8 @@ wait for others: of a sweep, for its slowest stage, which takes a quarter of the
 
 _LEADERS: "WeakKeyDictionary[Worker, ThreadPoolExecutor]" = WeakKeyDictionary()
 """Of each worker in this process, the threads that tasks of teams run in: no more than teams."""
+_THREADS: "WeakKeyDictionary[Client, tuple[float, list[int]]]" = WeakKeyDictionary()
+"""Of each client, until when it is known how many threads its workers have, and how many."""
 _LOCK = Lock()
 
 
@@ -157,13 +160,14 @@ def run(
         removed safely.
     """
     name = f"{getattr(function, '__name__', 'task')}-{uuid.uuid4().hex}"
-    limit = _Limit(client)
     waiting = enumerate(tasks)
     flying: dict[Future[T], int] = {}
     landed = as_completed(loop=client.loop, with_results=True)
 
     def submit() -> None:
-        batch = list(islice(waiting, max(limit.now() - len(flying), 0)))
+        # A cluster's workers come and go.
+        limit = IN_FLIGHT_PER_THREAD * max(sum(threads(client)), 1)
+        batch = list(islice(waiting, max(limit - len(flying), 0)))
         if not batch:
             return
         # At once: messages to the scheduler and from it to a worker wait for some milliseconds
@@ -210,6 +214,15 @@ def run(
                 _abandon(client, name, list(flying))
 
 
+def threads(client: Client) -> list[int]:
+    """Threads of each worker, as they were at most a second ago: to ask takes a millisecond."""
+    known_until, found = _THREADS.get(client, (0.0, []))
+    if time.monotonic() >= known_until or not found:
+        found = list(client.nthreads().values())
+        _THREADS[client] = time.monotonic() + 1, found
+    return found
+
+
 def teams(threads: int) -> tuple[int, int]:
     """Divide the threads of a process into teams; return how many, and the threads of each."""
     n = max(threads // TEAM, 1)
@@ -218,7 +231,7 @@ def teams(threads: int) -> tuple[int, int]:
 
 def count_teams(client: Client) -> int:
     """Count the teams of all workers."""
-    return sum(teams(threads)[0] for threads in client.nthreads().values())
+    return sum(teams(n)[0] for n in threads(client))
 
 
 def run_in_teams(
@@ -233,10 +246,12 @@ def run_in_teams(
     """
     named = partial(_in_team, function)
     named.__name__ = function.__name__  # type: ignore[attr-defined]
-    return run(client, named, tasks, description)
+    # Or the scheduler would unpack them, and pack them again.
+    return run(client, named, [(dumps(task),) for task in tasks], description)
 
 
-def _in_team(function: Callable[..., T], *task: Any) -> T:
+def _in_team(function: Callable[..., T], packed: bytes) -> T:
+    task = loads(packed)
     worker = get_worker()
     at_once, threads = teams(worker.state.nthreads)
     with _LOCK:
@@ -262,8 +277,7 @@ def run_small(
     list
         The results, in the order of the tasks.
     """
-    threads = sum(client.nthreads().values())
-    size = -(-len(tasks) // max(threads, 1)) or 1
+    size = -(-len(tasks) // max(sum(threads(client)), 1)) or 1
     batches = [(function, tasks[a : a + size]) for a in range(0, len(tasks), size)]
     done = dict(run(client, _each, batches, description))
     return [result for i in range(len(batches)) for result in done[i]]
@@ -275,22 +289,6 @@ def _call(function: Callable[..., T], task: tuple[Any, ...]) -> T:
 
 def _each(function: Callable[..., T], tasks: Sequence[tuple[Any, ...]]) -> list[T]:
     return [_call(function, task) for task in tasks]
-
-
-class _Limit:
-    """How many tasks may be in flight now; a cluster's workers come and go."""
-
-    def __init__(self, client: Client) -> None:
-        self._client = client
-        self._known_until = 0.0
-        self._tasks = 0
-
-    def now(self) -> int:
-        if time.monotonic() >= self._known_until:
-            threads: int = sum(self._client.nthreads().values())
-            self._tasks = IN_FLIGHT_PER_THREAD * max(threads, 1)
-            self._known_until = time.monotonic() + 1
-        return self._tasks
 
 
 def _abandon(client: Client, name: str, futures: list[Future[T]]) -> None:

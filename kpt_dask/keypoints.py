@@ -322,7 +322,7 @@ def extract(
     with cluster.session(client) as session:
         if str(getattr(session.scheduler, "address", "")).startswith("inproc:"):
             _prepare()
-        at_once, threads = cluster.count_teams(session), max(session.nthreads().values())
+        at_once, threads = cluster.count_teams(session), max(cluster.threads(session))
         lengths = slab_lengths([octave.shape for octave in octaves], at_once)
         cuts: list[list[Part]] = []
         for octave, length in zip(octaves, lengths, strict=True):

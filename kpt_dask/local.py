@@ -143,7 +143,7 @@ def transfer(
     domains = domains_of(landed, step)
     per_plane = _per_plane(atlases)
     with cluster.session(client) as session:
-        at_once, threads = cluster.teams(max(session.nthreads().values()))
+        at_once, threads = cluster.teams(max(cluster.threads(session)))
         pieces = PIECES * cluster.count_teams(session)
         room = RETURNED * memory / at_once
         tasks = []

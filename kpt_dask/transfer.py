@@ -137,7 +137,7 @@ def transfer(
         if mode == "across":
             moves = without_negligible(moves, len(organs))
         totals = np.bincount(moves.organ, moves.weight, minlength=len(organs))
-        room = memory / max(session.nthreads().values())
+        room = memory / max(cluster.threads(session))
         reaches = moves.reaches()
         largest = max((sum(o.voxels for o in a.organs.values()) for a in atlases), default=0)
         each, chunks = np.where(moves.bent(), SAMPLING, 1), volume.levels[0].chunks
