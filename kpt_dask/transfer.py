@@ -230,35 +230,48 @@ def transfer_slabs(
     """
     moves = replace(moves, weight=moves.weight / totals[moves.organ])
     reaches = moves.reaches()
-    keep = _bytes_to_keep(atlases, moves, organs) <= threads * room / 2
     boxes = [overlaps(reaches, box_of(slab)) for slab in regions]
+    whole = [enclosing(list(own.values())) for own in boxes]
+    slabs = [(i, box) for i, box in enumerate(whole) if box is not None]
     most = max(math.prod(_padded(box)) for own in boxes for box in own.values())
     everywhere = [box_of(slab) for slab in regions]
-    kept: list[Callable[[], dict[int, MovedOrgan]]] = []
+    spare = threads * room / 2 - _bytes_to_keep(atlases, moves, organs)
+    keep = spare >= 0
+    kept: list[dict[int, MovedOrgan]] = []
+    unpacked: dict[int, Callable[[], NDArray[np.int16]]] = {}
     # One piece of memory a thread: to get new memory from the system takes as long as to fill it.
     # What an organ leaves beside the rows of the next is HU too.
     rooms = [(np.zeros(most, np.int16), np.empty(most, np.float32)) for _ in range(threads)]
     tallies: list[Tally] = []
 
     def jobs() -> Jobs:
-        # Atlases that are kept are added together: few calls on much.
-        for some in np.array_split(np.array(list(atlases)), threads) if keep else ():
-            own = moves.take(np.flatnonzero(np.isin(moves.atlas, some)))
-            if own.atlas.size:
-                job, organs_of = later(partial(read_moved, atlases, own, everywhere, organs))
-                kept.append(organs_of)
-                yield job
-        for slab, reached in zip(regions, boxes, strict=True):
-            if reached:
-                yield partial(fill, slab, reached)
+        ready, left = None, spare
+        if keep:
+            job, ready = later(read_atlases)
+            yield job
+        # Threads that all read atlases would wait for each other's Python; to unpack takes none.
+        for i, box in slabs:
+            left -= 2 * volume_of(box)
+            if kept or left < 0:
+                break
+            job, unpacked[i] = later(partial(unpack, box))
+            yield job
+        for i, box in slabs:
+            yield partial(fill, i, box, ready)
 
-    def fill(slab: Region, own: dict[int, Box]) -> None:
-        whole = enclosing(list(own.values()))
-        assert whole is not None
-        hu = direct.read(image, slices(whole), np.empty(shape_of(whole), np.int16))
+    def read_atlases() -> None:
+        kept.append(read_moved(atlases, moves, everywhere, organs))
+
+    def unpack(box: Box) -> NDArray[np.int16]:
+        return direct.read(image, slices(box), np.empty(shape_of(box), np.int16))
+
+    def fill(i: int, box: Box, ready: Callable[[], None] | None) -> None:
+        hu = unpacked.pop(i)() if i in unpacked else unpack(box)
+        if ready:
+            ready()
         pieces = rooms.pop()
-        found = shares(own, whole, hu, *pieces)
-        what = organs, smallest, slab, (whole, hu)
+        found = shares(boxes[i], box, hu, *pieces)
+        what = organs, smallest, regions[i], (box, hu)
         tallies.append(finish_slab(probability, labels, found, *what))
         rooms.append(pieces)
 
@@ -275,7 +288,7 @@ def transfer_slabs(
             share = all_share[: math.prod(shape)].reshape(shape)
             scan[..., LANES:-LANES] = hu[within(box, whole)]
             share[...] = 0
-            parts = [some()[o] for some in kept if o in some()]
+            parts = [kept[0][o]] if keep and o in kept[0] else []
             for bent in (False, True):
                 read = parts if keep else _one_by_one(atlases, moves, o, bent, box, organs)
                 for organ in read:
