@@ -299,6 +299,7 @@ class _Shard:
 
     def __init__(self, array: "zarr.Array[Any]") -> None:
         self._array = array
+        self._compressed = _compressor(array)
         self._table = np.full((*_chunks_per_shard(array), 2), _NO_CHUNK, "<u8")
         self._chunks: list[bytes] = []
         self._size = 0
@@ -306,7 +307,6 @@ class _Shard:
     def add(self, within: Region, data: NDArray[Any]) -> None:
         """Pack what is to keep of a region."""
         array = self._array
-        compressed = _compressor(array)
         first = [part.start // size for part, size in zip(within, array.chunks, strict=True)]
         rows = _Rows.of(data, within, array.chunks)
         kept = rows.occupied()
@@ -318,7 +318,7 @@ class _Shard:
             some = chosen[begin : begin + _TOGETHER]
             rows.gather(some, room)
             for number, whole in zip((some + first).tolist(), room, strict=False):
-                chunk = compressed(whole)
+                chunk = self._compressed(whole)
                 self._table[tuple(number)] = self._size, len(chunk)
                 self._chunks.append(chunk)
                 self._size += len(chunk)
@@ -472,10 +472,12 @@ def _stages(array: "zarr.Array[Any]") -> Sequence[Any]:
         return stages
     [sharding] = stages
     assert isinstance(sharding, ShardingCodec)
+    index: Sequence[Any] = sharding.index_codecs
     plain = (
         sharding.index_location.value == "end"
-        and [type(codec) for codec in sharding.index_codecs] == [BytesCodec, Crc32cCodec]
-        and sharding.index_codecs[0].to_dict() == BytesCodec(endian="little").to_dict()
+        and [type(codec) for codec in index] == [BytesCodec, Crc32cCodec]
+        and index[0].endian is not None
+        and index[0].endian.value == "little"
     )
     return sharding.codecs if plain else ()
 

@@ -27,7 +27,10 @@ def overlap(box: Box | None, other: Box) -> Box | None:
     """Box of what two boxes share, None if that is nothing."""
     if box is None:
         return None
-    z, y, x = ((max(a, c), min(b, d)) for (a, b), (c, d) in zip(box, other, strict=True))
+    # Written out, as in `shape_of`: they are asked for by the thousand.
+    (a, b), (c, d), (e, f) = box
+    (g, h), (i, j), (k, m) = other
+    z, y, x = (max(a, g), min(b, h)), (max(c, i), min(d, j)), (max(e, k), min(f, m))
     return (z, y, x) if z[0] < z[1] and y[0] < y[1] and x[0] < x[1] else None
 
 
@@ -77,8 +80,8 @@ def volume_of(box: Box | None) -> int:
 
 def shape_of(box: Box) -> tuple[int, int, int]:
     """Voxels along each axis."""
-    z, y, x = (b - a for a, b in box)
-    return z, y, x
+    (a, b), (c, d), (e, f) = box
+    return b - a, d - c, f - e
 
 
 def begin_of(box: Box) -> NDArray[np.int64]:
