@@ -1,14 +1,14 @@
 """Affines from matches that are partly wrong: RANSAC. Knows points in mm; no atlases, no organs."""
 
-from functools import lru_cache
-from itertools import combinations
-from math import comb
+from functools import partial
 from typing import Any
 
 import numpy as np
+from dask.system import CPU_COUNT
 from numpy.typing import NDArray
 
 from kpt_dask.jit import kernel
+from kpt_dask.turns import work_off
 
 LEAST = 8
 """Matches that must agree, at least: twice the 4 that any affine fits exactly."""
@@ -22,57 +22,94 @@ SEED = 0
 """Of the choice of matches, where there are more than `TRIALS` ways to choose."""
 
 _DRAWN = np.random.default_rng(SEED).random((TRIALS, 4))
+_THREADS = min(CPU_COUNT, 4)
 _AGREE = TOLERANCE * TOLERANCE
 _FLAT = 1.0
 """mm³; four points that span less lie in a plane."""
 
 
-def fit_affine(
-    source: NDArray[np.float64], target: NDArray[np.float64]
-) -> tuple[NDArray[np.float64], NDArray[np.bool_]] | None:
-    """Find the plausible affine that most points agree with.
+def fit_affines(
+    source: NDArray[np.float64], target: NDArray[np.float64], ends: NDArray[np.int64]
+) -> tuple[NDArray[np.float64], NDArray[np.bool_]]:
+    """Find, of each group of points, the plausible affine that most of them agree with.
 
     Parameters
     ----------
     source, target : float64 arrays (n, 3)
-        Points before and after, mm.
+        Points before and after, mm, group by group.
+    ends : int64 array (g)
+        Where each group ends.
 
     Returns
     -------
-    affine : float64 array (3, 4)
+    affines : float64 array (g, 3, 4)
         Least squares over those that agree with the best of the affines through 4 pairs, the
-        first in a tie: x becomes ``affine[:, :3] @ x + affine[:, 3]``.
+        first in a tie: x becomes ``affine[:, :3] @ x + affine[:, 3]``. NaN if fewer than `LEAST`
+        agree, or if it is implausible: mirrored, or with a singular value outside of `SCALES`.
     agree : bool array (n)
-        Which points it maps less than `TOLERANCE` from their targets.
-
-    None if fewer than `LEAST` agree, or if it is implausible: mirrored, or with a singular
-    value outside of `SCALES`.
+        Which points their group's affine maps less than `TOLERANCE` from their targets.
     """
-    n = len(source)
-    if n < LEAST:
-        return None
-    found, apart = np.empty((4, 3)), np.empty(n)
-    before, after = np.ascontiguousarray(source.T), np.ascontiguousarray(target.T)
-    if not _fit(before, after, _samples(n), found, apart):
-        return None
-    return np.ascontiguousarray(found.T), apart < _AGREE
-
-
-@lru_cache(256)
-def _samples(n: int) -> NDArray[np.int64]:
-    """Choose 4 of n: all ways (in order), or `TRIALS` of them."""
-    if comb(n, 4) <= TRIALS:
-        return np.array(list(combinations(range(n), 4)))
-    chosen = np.empty((TRIALS, 4), np.int64)
-    _choose(n, _DRAWN, chosen)
-    return chosen
+    found, agree = np.empty((len(ends), 4, 3)), np.zeros(len(source), np.bool_)
+    points = source, target, _DRAWN, ends
+    threads = min(len(ends), CPU_COUNT)
+    # Their number of points varies, so none gets all groups of many.
+    work_off(
+        (partial(_fit_groups, *points, i, threads, found, agree) for i in range(threads)), threads
+    )
+    return found.transpose(0, 2, 1), agree
 
 
 @kernel
-def _choose(n: int, drawn: NDArray[np.float64], chosen: NDArray[np.int64]) -> None:
-    """Choose 4 of n by numbers from 0 to 1."""
+def _fit_groups(
+    source: NDArray[np.float64],
+    target: NDArray[np.float64],
+    drawn: NDArray[np.float64],
+    ends: NDArray[np.int64],
+    first: int,
+    step: int,
+    out: NDArray[np.float64],
+    agree: NDArray[np.bool_],
+) -> None:
+    """Do what `fit_affines` does, for every so-manieth group; x becomes ``(x, 1) @ out[g]``."""
+    chosen = np.empty((TRIALS, 4), np.int64)
+    for g in range(first, ends.size, step):
+        begin = ends[g - 1] if g > 0 else 0
+        n = ends[g] - begin
+        # Axis by axis: so many are looked at together.
+        before, after, apart = np.empty((3, n)), np.empty((3, n)), np.empty(n)
+        for m in range(n):
+            for axis in range(3):
+                before[axis, m] = source[begin + m, axis]
+                after[axis, m] = target[begin + m, axis]
+        samples = chosen[: _choose(n, drawn, chosen)]
+        if _fit(before, after, samples, out[g], apart):
+            for m in range(n):
+                agree[begin + m] = apart[m] < _AGREE
+        else:
+            out[g] = np.nan
+
+
+@kernel
+def _choose(n: int, drawn: NDArray[np.float64], chosen: NDArray[np.int64]) -> int:
+    """Choose 4 of n: all ways, in order, or as many as there are numbers drawn from 0 to 1.
+
+    Returns
+    -------
+    int
+        How many ways `chosen` (m, 4) has received.
+    """
+    count = 0
+    if n * (n - 1) * (n - 2) * (n - 3) // 24 <= drawn.shape[0]:
+        for a in range(n):
+            for b in range(a + 1, n):
+                for c in range(b + 1, n):
+                    for d in range(c + 1, n):
+                        chosen[count, 0], chosen[count, 1] = a, b
+                        chosen[count, 2], chosen[count, 3] = c, d
+                        count += 1
+        return count
     before = np.empty(4, np.int64)
-    for s in range(len(drawn)):
+    for s in range(drawn.shape[0]):
         for k in range(4):
             # The i-th of those that are left, so that none is chosen twice.
             i = int(drawn[s, k] * (n - k))
@@ -80,9 +117,11 @@ def _choose(n: int, drawn: NDArray[np.float64], chosen: NDArray[np.int64]) -> No
             while at < k and i >= before[at]:
                 i += 1
                 at += 1
-            before[at + 1 : k + 1] = before[at:k].copy()
+            for later in range(k, at, -1):
+                before[later] = before[later - 1]
             before[at] = i
             chosen[s, k] = i
+    return len(drawn)
 
 
 @kernel
@@ -93,16 +132,15 @@ def _fit(
     out: NDArray[np.float64],
     apart: NDArray[np.float64],
 ) -> bool:
-    """Find the affine that `fit_affine` gives, if there is one.
+    """Find the affine of a group, if there is one.
 
     Parameters
     ----------
     source, target : float64 arrays (3, n)
-        Points, axis by axis: many are looked at together.
     samples : int64 array (m, 4)
         Which pairs are tried.
     out : float64 array (4, 3)
-        Receives it: x becomes ``(x, 1) @ out``.
+        Receives it.
     apart : float64 array (n)
         Receives how far from its target it maps each point, mm².
 
@@ -111,7 +149,7 @@ def _fit(
     bool
         Whether it is plausible, and enough agree.
     """
-    if _best(source, target, samples, out) < LEAST:
+    if source.shape[1] < LEAST or _best(source, target, samples, out) < LEAST:
         return False
     _agree(source, target, out, apart)
     _least_squares(source, target, apart, out)

@@ -14,7 +14,7 @@ import xarray as xr
 from numpy.typing import NDArray
 
 from atlas_store import Atlas, OrganTable
-from kpt_dask.affine import LEAST, fit_affine
+from kpt_dask.affine import fit_affines
 from kpt_dask.boxes import Box
 from kpt_dask.distances import REACH
 from kpt_dask.grid import Grid
@@ -274,27 +274,22 @@ def plan_affines(
     position = keypoints.position.values[matches.keypoint.values[proposals.match]]
     position = position.astype(np.float64)
     before = position - matches.translation.values[proposals.match]
-    moved = np.zeros(atlas.size, bool)
     first, pair = _distinct(np.column_stack([atlas, proposals.organ]))
-    ends = np.cumsum(np.bincount(pair, minlength=first.size))
-    groups = np.split(np.argsort(pair, kind="stable"), ends)[:-1]
-    bent: list[int] = []
-    affines: list[NDArray[np.float64]] = []
-    weights: list[float] = []
+    order = np.argsort(pair, kind="stable")
+    counts = np.bincount(pair, minlength=first.size)
     # Here: to hand so little work to others takes as long as to do it.
-    for g, own in enumerate(groups):
-        if own.size >= LEAST and (found := fit_affine(before[own], position[own])) is not None:
-            affine, agree = found
-            bent.append(first[g])
-            affines.append(affine)
-            weights.append(float(proposals.weight[own[agree]].sum()))
-            moved[own] = True
+    affines, agree = fit_affines(before[order], position[order], np.cumsum(counts))
+    bent = np.flatnonzero(~np.isnan(affines[:, 0, 0]))
+    moved = np.zeros(first.size, np.bool_)
+    moved[bent] = True
+    moved = moved[pair]
+    weights = np.bincount(pair[order], agree * proposals.weight[order], minlength=first.size)[bent]
     rest = Proposals(proposals.match[~moved], proposals.organ[~moved], proposals.weight[~moved])
     shifted = plan_moves(rest, matches, atlases, organs, grid)
-    who = atlas[bent], proposals.organ[bent]
+    who = atlas[first[bent]], proposals.organ[first[bent]]
     bounds, voxels = _organs(*who, atlases, organs)
     origins = np.array([a.info.origin for a in atlases]).reshape(-1, 3)[who[0]]
-    low, high, inverse = _in_voxels(np.array(affines).reshape(-1, 3, 4), bounds, origins, grid)
+    low, high, inverse = _in_voxels(affines[bent], bounds, origins, grid)
     both = Moves(
         np.append(who[0], shifted.atlas),
         np.append(who[1], shifted.organ),
@@ -302,7 +297,7 @@ def plan_affines(
         np.concatenate([low, shifted.low]),
         np.concatenate([high, shifted.high]),
         np.append(voxels, shifted.voxels),
-        np.append(np.arange(len(bent)), shifted.affine),
+        np.append(np.arange(bent.size), shifted.affine),
         inverse,
     )
     return both.take(np.lexsort((both.organ, both.atlas)))

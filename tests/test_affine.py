@@ -1,12 +1,16 @@
 """Affines that most matches agree with, against plain numpy over the same choices of four."""
 
+from itertools import combinations
+from math import comb
+from typing import Any
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kpt_dask import affine
-from kpt_dask.affine import LEAST, SCALES, TOLERANCE, TRIALS, fit_affine
+from kpt_dask.affine import LEAST, SCALES, TOLERANCE, TRIALS, fit_affines
 
 
 @given(
@@ -29,7 +33,7 @@ def test_the_best_of_the_tries_is_found(
     target[bad] = rng.uniform(-50, 50, (bad.sum(), 3))
     rows = np.column_stack([source, np.ones(n)])
     counts = []
-    for four in affine._samples(n):
+    for four in samples_of(n):
         tried, *_ = np.linalg.lstsq(rows[four], target[four], rcond=None)
         stretches = np.linalg.svd(tried[:3], compute_uv=False)
         plausible = SCALES[0] < stretches.min() and stretches.max() < SCALES[1]
@@ -38,10 +42,14 @@ def test_the_best_of_the_tries_is_found(
         counts.append((apart < TOLERANCE).sum() if plausible else 0)
     out = np.empty((4, 3))
     by_axis = np.ascontiguousarray(source.T), np.ascontiguousarray(target.T)
-    assert affine._best(*by_axis, affine._samples(n), out) == max(counts)
+    assert affine._best(*by_axis, samples_of(n), out) == max(counts)
     if max(counts) > 0:
         assert (np.linalg.norm(rows @ out - target, axis=1) < TOLERANCE).sum() == max(counts)
-    found = fit_affine(source, target)
+    # Beside another, and one that is empty.
+    everything = np.concatenate([source, source + 3]), np.concatenate([target, target + 4])
+    affines, agreeing = fit_affines(*everything, np.array([n, n, 2 * n]))
+    assert np.isnan(affines[1]).all()
+    found = None if np.isnan(affines[0]).any() else (affines[0], agreeing[:n])
     if max(counts) < LEAST:
         assert found is None
         return
@@ -57,11 +65,19 @@ def test_the_best_of_the_tries_is_found(
         np.testing.assert_array_equal(found[1], agree)
 
 
+def samples_of(n: int) -> Any:
+    chosen = np.empty((TRIALS, 4), np.int64)
+    return chosen[: affine._choose(n, affine._DRAWN, chosen)]
+
+
 @pytest.mark.parametrize("n", [9, 12, 13, 100])
 def test_no_match_is_chosen_twice(n: int) -> None:
-    samples = affine._samples(n)
+    samples = samples_of(n)
     assert (np.diff(np.sort(samples, axis=1)) > 0).all()
     assert samples.min() == 0
     assert samples.max() == n - 1
-    assert len(samples) <= TRIALS
-    assert (samples == affine._samples(n)).all()
+    if comb(n, 4) <= TRIALS:
+        assert samples.tolist() == list(map(list, combinations(range(n), 4)))
+    else:
+        assert len(samples) == TRIALS
+    assert (samples == samples_of(n)).all()
