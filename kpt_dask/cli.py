@@ -1,6 +1,5 @@
 """The command line: ``kpt``."""
 
-import gc
 import logging
 import os
 import signal
@@ -38,9 +37,6 @@ AGAIN_AFTER = 0.01
 
 def main() -> None:
     """Run the command line."""
-    # A collection of all that the libraries are made of takes a tenth of a second, finds next to
-    # nothing, and would come four times in a segmentation.
-    gc.set_threshold(*gc.get_threshold()[:2], 100)
     signal.signal(signal.SIGINT, _interrupt)
     signal.signal(signal.SIGTERM, _interrupt)
     sys.unraisablehook = _repeat_interruption
