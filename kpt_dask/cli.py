@@ -26,6 +26,7 @@ from kpt_dask.cli_base import (
     transfer_options,
     working,
 )
+from kpt_dask.malloc import keep_memory
 from kpt_dask.options import TransferOptions
 
 TERMINATED = 143
@@ -37,6 +38,7 @@ AGAIN_AFTER = 0.01
 
 def main() -> None:
     """Run the command line."""
+    keep_memory()
     signal.signal(signal.SIGINT, _interrupt)
     signal.signal(signal.SIGTERM, _interrupt)
     sys.unraisablehook = _repeat_interruption

@@ -11,6 +11,7 @@ from typing import ParamSpec, TypeVar
 from distributed import Client
 
 from kpt_dask import cluster
+from kpt_dask.malloc import keep_memory
 
 _LASTING = ExitStack()
 
@@ -21,14 +22,15 @@ T = TypeVar("T")
 class Confined:
     """A process of its own, confined to some cores from its first moment, as `taskset` would.
 
-    Whatever it does, such as reading and handing out tasks, is confined to the same cores.
+    Whatever it does, such as reading and handing out tasks, is confined to the same cores. Its
+    memory is that of `kpt`.
     """
 
     def __init__(self, cores: Collection[int]) -> None:
         everywhere = os.sched_getaffinity(0)
         os.sched_setaffinity(0, cores)
         try:
-            self._pool = ProcessPoolExecutor(1, mp_context=get_context("spawn"))
+            self._pool = ProcessPoolExecutor(1, get_context("spawn"), keep_memory)
             self._pool.submit(os.getpid).result()
         finally:
             os.sched_setaffinity(0, everywhere)
