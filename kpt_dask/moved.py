@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from atlas_store import Atlas, OrganTable
-from kpt_dask.boxes import Box, begin_of, joined, shape_of
+from kpt_dask.boxes import Box, joined, shape_of
 from kpt_dask.jit import kernel
 from kpt_dask.moves import Moves
 from kpt_dask.rows import LANES
@@ -57,10 +57,12 @@ class MovedOrgan:
     def add(
         self,
         share: NDArray[np.float32],
-        scan: NDArray[np.int16],
         box: Box,
+        scan: NDArray[np.int16],
+        around: Box,
         nu: float,
         bent: bool,
+        fresh: bool,
     ) -> None:
         """Add all moves of a kind to the organ's share in a box of the volume.
 
@@ -69,19 +71,28 @@ class MovedOrgan:
         share, scan
             As for `kpt_dask.summing.accumulate`.
         box : Box
+            Of the share; beside it in x, its rows hold nothing.
+        around : Box
+            Of the scan.
         nu : float
             HU.
         bent : bool
             Those by affines, or those by whole voxels, which come first, whichever atlas's they
             are: sums depend on their order.
+        fresh : bool
+            Whether the share is set to 0 first.
         """
-        first = begin_of(box)
+        (z, _), (y, _), (x, stop) = box
+        (z0, _), (y0, _), (x0, _) = around
+        columns = (LANES + x - x0, LANES + stop - x0) if fresh else (0, 0)
+        into = scan, (z - z0, y - y0), np.array([z, y, x0]), self.strips, self.planes
         if self.weights.size and not bent:
-            moved = self.strips, self.planes, self.halves, self.shifts, self.weights
-            accumulate(share, scan, first, *moved, nu)
+            accumulate(share, columns, *into, self.halves, self.shifts, self.weights, nu)
+        elif fresh:
+            share[..., slice(*columns)] = 0
         if self.affine_weights.size and bent:
             bending = self.affines, self.inverse, self.affine_weights
-            _bend(share, scan, first, self.strips, self.planes, *bending, nu)
+            _bend(share, *into, *bending, nu)
 
 
 def read_moved(
@@ -148,6 +159,7 @@ def read_moved(
 def _bend(
     share: Any,
     scan: Any,
+    corner: Any,
     first: Any,
     strips: Any,
     planes: Any,
@@ -175,7 +187,8 @@ def _bend(
         organ = np.empty(shape, np.int16)
         fill(strips[own[0] : own[1]], begin[0], organ)
         into = start[0] - first, stop[0] - first
-        sample(share, scan, first, organ, begin[0], *into, inverse[m], weights[m], nu)
+        where = corner, first
+        sample(share, scan, *where, organ, begin[0], *into, inverse[m], weights[m], nu)
 
 
 def _planes(

@@ -22,7 +22,9 @@ FARTHEST = 30000.0
 @kernel
 def accumulate(
     share: NDArray[np.float32],
+    fresh: tuple[int, int],
     scan: NDArray[np.int16],
+    corner: tuple[int, int],
     first: NDArray[np.int64],
     strips: NDArray[np.int16],
     planes: NDArray[np.int64],
@@ -36,9 +38,13 @@ def accumulate(
     Parameters
     ----------
     share, scan : float32 and int16 arrays (z, y, `LANES` + x + `LANES`)
-        Of a box; `share` is changed, beside the box too. HU.
+        Of two boxes that begin and end at the same x; `share` is changed, beside the box too. HU.
+    fresh : (int, int)
+        Columns of `share` that are set to 0 first.
+    corner : (int, int)
+        Plane and row of `scan` where the share's first ones are.
     first : int64 array (3)
-        First voxel of the box in the volume.
+        First voxel of the share's box in the volume.
     strips : int16 array (n, `PLACE` + `LANES`)
         See `kpt_dask.strips.Strips`.
     planes, halves : int64 arrays (p)
@@ -57,10 +63,12 @@ def accumulate(
     depth, height, length = share.shape
     # Flat and unsigned: cutting a row out, or asking whether an index is negative, costs as much
     # as a strip.
-    out, here, there = share.ravel(), scan.ravel(), strips.ravel()
+    there = strips.ravel()
     columns, voxels = np.uint64(PLACE + LANES), np.uint64(PLACE)
     for z in range(depth):
-        # All moves of a plane before the next plane: it stays in the cache.
+        # All that is done to a plane before the next plane: it stays in the cache.
+        share[z, :, fresh[0] : fresh[1]] = 0
+        out, here = share[z].ravel(), scan[corner[0] + z, corner[1] :].ravel()
         for m in range(shifts.shape[0]):
             k = first[0] + z - shifts[m, 0]
             if k < 0 or k >= shifts[m, 3] or weights[m] < LIGHTEST:
@@ -69,7 +77,7 @@ def accumulate(
             down, right = shifts[m, 1] - first[1], shifts[m, 2] - first[2] + LANES
             inside = 0 <= down <= height - shifts[m, 4] and right >= 0
             inside = inside and right <= length - LANES - shifts[m, 5]
-            base = (z * height + down) * length + right
+            base = down * length + right
             own = shifts[m, 6] + k
             strip, half, stop = planes[own], halves[own], planes[own + 1]
             while strip < stop:
@@ -119,6 +127,7 @@ def _place(strips: Any, of: Any, base: Any, length: Any) -> Any:
 def sample(
     share: Any,
     scan: Any,
+    corner: Any,
     first: Any,
     organ: Any,
     begin: Any,
@@ -132,7 +141,7 @@ def sample(
 
     Parameters
     ----------
-    share, scan, first
+    share, scan, corner, first
         As for `accumulate`.
     organ : int16 array (z, y, x), C order
         HU of planes of its bounding box: see `kpt_dask.strips.Strips.dense`. Rows are longer than
@@ -177,7 +186,8 @@ def sample(
                 # The last column is none of the organ's.
                 at[q] = np.uint32((k * height + j) * width + i if inside else width - 1)
             column = LANES + int(low) - first[2]
-            here, out = scan[z, y, column : column + n], share[z, y, column : column + n]
+            row = scan[corner[0] + z, corner[1] + y]
+            here, out = row[column : column + n], share[z, y, column : column + n]
             for q in range(n):
                 apart[q] = np.float32(here[q]) - np.float32(voxels[at[q]])
             for q in range(n):

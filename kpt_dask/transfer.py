@@ -154,8 +154,7 @@ def transfer(
         def fits(box: Box) -> bool:
             """Whether scan and labels, the share of an organ, and the organs of an atlas do."""
             voxels = math.prod(shape_of(box_of(aligned(box, SHARD, grid.shape))))
-            there = max(map(volume_of, overlaps(reaches, box).values()), default=0)
-            return bool(10 * voxels + 6 * there + BYTES * largest <= room)
+            return bool(14 * voxels + BYTES * largest <= room)
 
         everywhere = box_of(tuple(slice(0, n) for n in grid.shape))
         reached = overlap(enclosing(list(reaches.values())), everywhere)
@@ -233,15 +232,19 @@ def transfer_slabs(
     boxes = [overlaps(reaches, box_of(slab)) for slab in regions]
     whole = [enclosing(list(own.values())) for own in boxes]
     slabs = [(i, box) for i, box in enumerate(whole) if box is not None]
-    most = max(math.prod(_padded(box)) for own in boxes for box in own.values())
+    most = max(
+        math.prod(_padded((*box[:2], around[2])))
+        for own, around in zip(boxes, whole, strict=True)
+        if around is not None
+        for box in own.values()
+    )
     everywhere = [box_of(slab) for slab in regions]
     spare = threads * room / 2 - _bytes_to_keep(atlases, moves, organs)
     keep = spare >= 0
     kept: list[dict[int, MovedOrgan]] = []
     unpacked: dict[int, Callable[[], NDArray[np.int16]]] = {}
     # One piece of memory a thread: to get new memory from the system takes as long as to fill it.
-    # What an organ leaves beside the rows of the next is HU too.
-    rooms = [(np.zeros(most, np.int16), np.empty(most, np.float32)) for _ in range(threads)]
+    rooms = [np.zeros(most, np.float32) for _ in range(threads)]
     tallies: list[Tally] = []
 
     def jobs() -> Jobs:
@@ -263,44 +266,44 @@ def transfer_slabs(
         kept.append(read_moved(atlases, moves, everywhere, organs))
 
     def unpack(box: Box) -> NDArray[np.int16]:
-        return direct.read(image, slices(box), np.empty(shape_of(box), np.int16))
+        hu = np.zeros(_padded(box), np.int16)
+        direct.read(image, slices(box), hu[..., LANES:-LANES])
+        return hu
 
-    def fill(i: int, box: Box, ready: Callable[[], None] | None) -> None:
-        hu = unpacked.pop(i)() if i in unpacked else unpack(box)
+    def fill(i: int, around: Box, ready: Callable[[], None] | None) -> None:
+        hu = unpacked.pop(i)() if i in unpacked else unpack(around)
         if ready:
             ready()
-        pieces = rooms.pop()
-        found = shares(boxes[i], box, hu, *pieces)
-        what = organs, smallest, regions[i], (box, hu)
+        room = rooms.pop()
+        found = shares(boxes[i], around, hu, room)
+        what = organs, smallest, regions[i], (around, hu[..., LANES:-LANES])
         tallies.append(finish_slab(probability, labels, found, *what))
-        rooms.append(pieces)
+        rooms.append(room)
 
     def shares(
-        own: dict[int, Box],
-        whole: Box,
-        hu: NDArray[np.int16],
-        all_scan: NDArray[np.int16],
-        all_share: NDArray[np.float32],
+        own: dict[int, Box], around: Box, hu: NDArray[np.int16], room: NDArray[np.float32]
     ) -> Iterator[Share]:
         for o, box in own.items():
-            shape = _padded(box)
-            scan = all_scan[: math.prod(shape)].reshape(shape)
-            share = all_share[: math.prod(shape)].reshape(shape)
-            scan[..., LANES:-LANES] = hu[within(box, whole)]
-            share[...] = 0
+            shape = _padded((*box[:2], around[2]))
+            share = room[: math.prod(shape)].reshape(shape)
             parts = [kept[0][o]] if keep and o in kept[0] else []
+            fresh = True
             for bent in (False, True):
                 read = parts if keep else _one_by_one(atlases, moves, o, bent, box, organs)
                 for organ in read:
-                    organ.add(share, scan, box, nus[o], bent)
-            yield o, box, share[..., LANES:-LANES]
+                    organ.add(share, box, hu, around, nus[o], bent, fresh)
+                    fresh = False
+            columns = share[..., LANES:-LANES][within(box, (*box[:2], around[2]))]
+            if fresh:
+                columns[...] = 0
+            yield o, box, columns
 
     work_off(jobs(), threads)
     return sum(tallies, start=Tally.empty(len(organs)))
 
 
 def _padded(box: Box) -> tuple[int, int, int]:
-    """Longer rows, as the kernel wants them, and of the same length in share and scan."""
+    """Shape of a box with longer rows, as kernels want them."""
     depth, height, width = shape_of(box)
     return depth, height, LANES + width + LANES
 

@@ -149,8 +149,7 @@ def test_moved_strips_add_up_like_moved_voxels(
                     expected[at] += weight * np.exp(-(d**2) / (2 * nu**2))
     packed = (np.where(organ == OUTSIDE, 0, organ).astype(np.int32) << 16) | (organ != OUTSIDE)
     values = strips._ordered(strips._cut_out(packed, WIDE, 0, 1))
-    padding = (0, 0), (0, 0), (LANES, LANES)
-    share = np.zeros((*box[:2], box[2] + 2 * LANES), np.float32)
+    share = rng.random((*box[:2], box[2] + 2 * LANES), np.float32)
     corner = np.array([7, -8, 9])
     [found] = strips._planes_of(values, [(0, len(values))], [shape])
     assert found is not None
@@ -160,5 +159,8 @@ def test_moved_strips_add_up_like_moved_voxels(
     planes, halves = np.concatenate([[0, 0], planes]), np.concatenate([[0, 0], halves])
     shifts = np.column_stack([where, np.tile((*shape, 2), (len(offsets), 1))])
     what = values, planes, halves, shifts, weights
-    accumulate(share, np.pad(scan, padding), corner, *what, nu)
+    # The scan goes on beside the share's planes and rows.
+    around = np.pad(scan, ((2, 0), (3, 1), (LANES, LANES)), constant_values=7)
+    columns = (LANES, LANES + box[2])
+    accumulate(share, columns, around, (2, 3), corner, *what, nu)
     np.testing.assert_allclose(share[..., LANES:-LANES], expected, atol=1e-6)
