@@ -272,13 +272,21 @@ class Writer:
         self._folder = _folder(array)
         self._shards: dict[str, _Shard] = {}
 
-    def add(self, region: Region, data: NDArray[Any]) -> None:
-        """Write a region, or pack it."""
+    def add(
+        self, region: Region, data: NDArray[Any], rows: NDArray[np.bool_] | None = None
+    ) -> None:
+        """Write a region, or pack it.
+
+        If `rows` is given, of the shape of `data` but for the last axis, it says which rows hold
+        anything but 0, if any do.
+        """
         array = self._array
         if self._folder is None:
             array[region] = data
             return
         data = data.astype(array.dtype, copy=False)
+        if rows is None:
+            rows = np.ones(data.shape[:-1], np.bool_)
         for numbers, within, outside in _cut(region, array.shards or array.chunks):
             path = f"{self._folder}/{_key(array, numbers)}"
             if not array.shards:
@@ -286,7 +294,7 @@ class Writer:
                 continue
             if path not in self._shards:
                 self._shards[path] = _Shard(array)
-            self._shards[path].add(within, data[outside])
+            self._shards[path].add(within, data[outside], rows[outside[:-1]])
 
     def finish(self) -> None:
         """Write the shards."""
@@ -304,11 +312,11 @@ class _Shard:
         self._chunks: list[bytes] = []
         self._size = 0
 
-    def add(self, within: Region, data: NDArray[Any]) -> None:
-        """Pack what is to keep of a region."""
+    def add(self, within: Region, data: NDArray[Any], filled: NDArray[np.bool_]) -> None:
+        """Pack what is to keep of a region, of which some rows are filled."""
         array = self._array
         first = [part.start // size for part, size in zip(within, array.chunks, strict=True)]
-        rows = _Rows.of(data, within, array.chunks)
+        rows = _Rows.of(data, within, array.chunks, filled)
         kept = rows.occupied()
         if array.config.write_empty_chunks:
             kept[...] = True
@@ -339,18 +347,27 @@ class _Rows(NamedTuple):
         That the region's data span.
     step : int
         From one row of the data, along their last axis, to the next.
+    filled : bool array (rows)
+        Whether each holds anything but 0, if it may.
     shape, begin, unit : tuple of int
         Of the region, its first number in the first chunk that it touches, and of a chunk.
     """
 
     memory: NDArray[Any]
     step: int
+    filled: NDArray[np.bool_]
     shape: tuple[int, ...]
     begin: tuple[int, ...]
     unit: tuple[int, ...]
 
     @classmethod
-    def of(cls, data: NDArray[Any], region: Region, unit: tuple[int, ...]) -> "_Rows":
+    def of(
+        cls,
+        data: NDArray[Any],
+        region: Region,
+        unit: tuple[int, ...],
+        filled: NDArray[np.bool_],
+    ) -> "_Rows":
         """Rows of the data of a region."""
         rows = data.reshape(-1, data.shape[-1])
         if rows.strides[1] != rows.itemsize:
@@ -360,7 +377,7 @@ class _Rows(NamedTuple):
         span = (len(rows) - 1) * step + rows.shape[1]
         memory = np.lib.stride_tricks.as_strided(rows, (span,), (rows.itemsize,))
         begin = tuple(part.start % size for part, size in zip(region, unit, strict=True))
-        return cls(memory, step, data.shape, begin, unit)
+        return cls(memory, step, filled.ravel(), data.shape, begin, unit)
 
     def occupied(self) -> NDArray[np.bool_]:
         """Whether anything is not 0 in each chunk, along each axis."""
@@ -375,18 +392,12 @@ class _Rows(NamedTuple):
 
 
 @kernel
-def _mark(memory: Any, step: Any, shape: Any, begin: Any, unit: Any, kept: Any) -> None:
+def _mark(
+    memory: Any, step: Any, filled: Any, shape: Any, begin: Any, unit: Any, kept: Any
+) -> None:
     """Do what `_Rows.occupied` does; `kept` has a row for each row of chunks."""
-    rows = 1
-    for axis in range(len(shape) - 1):
-        rows *= shape[axis]
-    for row in range(rows):
-        numbers = memory[row * step : row * step + shape[-1]]
-        some = 0
-        for x in range(shape[-1]):
-            some |= numbers[x] != 0
-        # Most rows have none.
-        if some == 0:
+    for row in range(filled.size):
+        if not filled[row]:
             continue
         chunks, rest, ahead = 0, row, 1
         for back in range(2, len(shape) + 1):
@@ -394,18 +405,28 @@ def _mark(memory: Any, step: Any, shape: Any, begin: Any, unit: Any, kept: Any) 
             chunks += ahead * (at // unit[-back])
             ahead *= -(-(begin[-back] + shape[-back]) // unit[-back])
             rest //= shape[-back]
-        own = kept[chunks]
+        own, numbers = kept[chunks], memory[row * step : row * step + shape[-1]]
         for c in range(own.size):
+            # Most are marked by their first rows.
+            if own[c]:
+                continue
             first = max(c * unit[-1] - begin[-1], 0)
             found = 0
             for x in range(first, min((c + 1) * unit[-1] - begin[-1], shape[-1])):
                 found |= numbers[x] != 0
-            own[c] |= found != 0
+            own[c] = found != 0
 
 
 @kernel
 def _gather(
-    memory: Any, step: Any, shape: Any, begin: Any, unit: Any, chosen: Any, out: Any
+    memory: Any,
+    step: Any,
+    filled: Any,
+    shape: Any,
+    begin: Any,
+    unit: Any,
+    chosen: Any,
+    out: Any,
 ) -> None:
     """Do what `_Rows.gather` does; `out` has a row for each of a chunk's."""
     for n in range(chosen.shape[0]):
@@ -422,6 +443,7 @@ def _gather(
                 ahead *= shape[-back]
                 rest //= unit[-back]
             own = out[n, row]
+            inside = inside and filled[there]
             if not inside or columns < own.size:
                 own[:] = 0
             if inside:

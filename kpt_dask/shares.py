@@ -143,8 +143,9 @@ def finish_slab(
     # The slab owns the shards that these touch.
     with direct.writing(probability) as writer:
         for organ, box, share in shares:
-            if decision.claim(organs.values[organ], box, share, tally.above[organ]):
-                writer.add((slice(organ, organ + 1), *slices(box)), share[None])
+            rows = decision.claim(organs.values[organ], box, share, tally.above[organ])
+            if rows.any():
+                writer.add((slice(organ, organ + 1), *slices(box)), share[None], rows[None])
     own = decision.labels, hu[within(here, around)]
     count_labels(*own, organs.values, begin_of(here), tally)
     whole = np.zeros(shape_of(slab), labels.dtype)
@@ -179,7 +180,7 @@ class Decision:
 
     def claim(
         self, value: int, box: Box, share: NDArray[np.float32], above: NDArray[np.int64]
-    ) -> bool:
+    ) -> NDArray[np.bool_]:
         """Let an organ claim voxels of a box within; ties go to whichever came first.
 
         Parameters
@@ -194,12 +195,14 @@ class Decision:
 
         Returns
         -------
-        bool
-            Whether any share is over 0.
+        bool array (z, y)
+            Whether any share of a row is over 0.
         """
         first = begin_of(box) - begin_of(self._block)
         decided = self.labels.dtype.type(value), self._largest, self.labels
-        return _claim(share.shape, flat(share), first, *decided, self._levels, above)
+        rows = np.zeros(share.shape[:2], np.bool_)
+        _claim(share.shape, flat(share), first, *decided, self._levels, above, rows)
+        return rows
 
 
 @kernel
@@ -212,10 +215,10 @@ def _claim(
     labels: Any,
     levels: Any,
     above: Any,
-) -> bool:
+    rows: Any,
+) -> None:
     """Do what `Decision.claim` does, from the `first` voxel on."""
     depth, height, width = shape
-    found = False
     for z in range(depth):
         for y in range(height):
             ours = row_of(share, z, y, width)
@@ -225,7 +228,7 @@ def _claim(
             # Most rows have none, and none claims a voxel.
             if some == 0:
                 continue
-            found = True
+            rows[z, y] = True
             count_row(ours, levels, above)
             at = first[0] + z, first[1] + y, first[2]
             best = largest[at[0], at[1], at[2] : at[2] + width]
@@ -239,4 +242,3 @@ def _claim(
                 if ours[x] > best[x]:
                     own[x] = value
                     best[x] = ours[x]
-    return found

@@ -114,8 +114,11 @@ def test_shards_are_what_zarr_reads_and_hold_what_was_written_last(
     np.testing.assert_array_equal(direct.read(ours, part), expected[part])
 
 
+@pytest.mark.parametrize("known", [True, False])
 @pytest.mark.parametrize("local", [True, False])
-def test_what_is_written_together_shares_its_shards(tmp_path: Path, local: bool) -> None:
+def test_what_is_written_together_shares_its_shards(
+    tmp_path: Path, local: bool, known: bool
+) -> None:
     store = str(tmp_path / "a") if local else MemoryStore()
     array = make(store, (3, 9, 20), (1, 4, 4), np.float32, shards=(3, 4, 8))
     rng = np.random.default_rng(0)
@@ -128,8 +131,9 @@ def test_what_is_written_together_shares_its_shards(tmp_path: Path, local: bool)
     with direct.writing(array) as writer:
         for region in regions:
             data = rng.random([part.stop - part.start for part in region], np.float32)
+            data[:, 1:2] = 0
             expected[region] = data
-            writer.add(region, data)
+            writer.add(region, data, data.any(axis=-1) if known else None)
             # What was packed is kept.
             data[...] = 7 if local else data
     np.testing.assert_array_equal(np.asarray(array[...]), expected)
