@@ -23,6 +23,7 @@ SEED = 0
 
 _DRAWN = np.random.default_rng(SEED).random((TRIALS, 4))
 _THREADS = min(CPU_COUNT, 4)
+"""More would have next to nothing to do: all affines together take some milliseconds."""
 _AGREE = TOLERANCE * TOLERANCE
 _FLAT = 1.0
 """mm³; four points that span less lie in a plane."""
@@ -99,7 +100,7 @@ def _choose(n: int, drawn: NDArray[np.float64], chosen: NDArray[np.int64]) -> in
         How many ways `chosen` (m, 4) has received.
     """
     count = 0
-    if n * (n - 1) * (n - 2) * (n - 3) // 24 <= drawn.shape[0]:
+    if n * (n - 1.0) * (n - 2.0) * (n - 3.0) <= 24 * drawn.shape[0]:
         for a in range(n):
             for b in range(a + 1, n):
                 for c in range(b + 1, n):
