@@ -1,14 +1,12 @@
 """Affines from matches that are partly wrong: RANSAC. Knows points in mm; no atlases, no organs."""
 
-from functools import partial
 from typing import Any
 
 import numpy as np
-from dask.system import CPU_COUNT
 from numpy.typing import NDArray
 
 from kpt_dask.jit import kernel
-from kpt_dask.turns import work_off
+from kpt_dask.turns import each
 
 LEAST = 8
 """Matches that must agree, at least: twice the 4 that any affine fits exactly."""
@@ -22,8 +20,8 @@ SEED = 0
 """Of the choice of matches, where there are more than `TRIALS` ways to choose."""
 
 _DRAWN = np.random.default_rng(SEED).random((TRIALS, 4))
-_THREADS = min(CPU_COUNT, 4)
-"""More would have next to nothing to do: all affines together take some milliseconds."""
+_PARTS = 4
+"""That may be fitted side by side."""
 _AGREE = TOLERANCE * TOLERANCE
 _FLAT = 1.0
 """mm³; four points that span less lie in a plane."""
@@ -51,12 +49,9 @@ def fit_affines(
         Which points their group's affine maps less than `TOLERANCE` from their targets.
     """
     found, agree = np.empty((len(ends), 4, 3)), np.zeros(len(source), np.bool_)
+    # Those of many points lie together: each part gets as many.
     points = source, target, _DRAWN, ends
-    threads = min(len(ends), CPU_COUNT)
-    # Their number of points varies, so none gets all groups of many.
-    work_off(
-        (partial(_fit_groups, *points, i, threads, found, agree) for i in range(threads)), threads
-    )
+    each(_fit_groups, ((*points, i, _PARTS, found, agree) for i in range(_PARTS)))
     return found.transpose(0, 2, 1), agree
 
 

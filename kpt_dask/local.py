@@ -43,7 +43,7 @@ from kpt_dask.options import DEFAULTS, TransferOptions
 from kpt_dask.rows import LOG2_E, exp2, fetch
 from kpt_dask.shares import SHARD, VANISHING, Share, cut_in_slabs, finish_slab, run_blocks, slabs
 from kpt_dask.surroundings import Room, read_planes, surroundings_of
-from kpt_dask.turns import Jobs, later, work_off
+from kpt_dask.turns import Jobs, each, later, work_off
 from kpt_dask.volume import Volume
 from kpt_dask.warps import (
     Matched,
@@ -139,7 +139,7 @@ def transfer(
     widths = options.sigma_x, options.sigma_t
     smallest, nus = options.smallest_share("local"), options.nus("local", organs)
     own = list(zip(atlases, by_atlas(keypoints, matches, len(atlases)), strict=True))
-    landed = [landing_boxes(*one, organs, grid, widths) for one in own]
+    landed = each(landing_boxes, ((*one, organs, grid, widths) for one in own))
     domains = domains_of(landed, step)
     per_plane = _per_plane(atlases)
     with cluster.session(client) as session:

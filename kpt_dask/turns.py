@@ -6,12 +6,14 @@ it has done the batch before. Kernels wait without the interpreter, and not for 
 """
 
 import threading
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import closing
+from functools import partial
 from typing import Any, TypeVar
 
 import numpy as np
+from dask.system import CPU_COUNT
 from llvmlite import ir
 from numba import types
 from numba.extending import intrinsic
@@ -21,6 +23,9 @@ from kpt_dask.jit import kernel
 
 _LOOKS = 20_000
 """How often a kernel looks whether it may go on, some ten microseconds, before it gives up."""
+
+_PLANNING = min(CPU_COUNT, 4)
+"""Threads that plan. More would have next to nothing to do: all of it takes some milliseconds."""
 
 T = TypeVar("T")
 Jobs = Generator[Callable[[], None], None, None]
@@ -91,6 +96,19 @@ def work_off(jobs: Jobs, threads: int) -> None:
             wait(others)
     for other in others:
         other.result()
+
+
+def each(function: Callable[..., T], tasks: Iterable[tuple[Any, ...]]) -> list[T]:
+    """Compute ``function(*task)`` for every task, in threads of this process: for planning.
+
+    Returns
+    -------
+    list
+        The results, in the order of the tasks.
+    """
+    pairs = [later(partial(function, *task)) for task in tasks]
+    work_off((job for job, _ in pairs), _PLANNING)
+    return [result() for _, result in pairs]
 
 
 @kernel

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kpt_dask.jit import kernel
-from kpt_dask.turns import Jobs, done, later, may_begin, turns, work_off
+from kpt_dask.turns import Jobs, done, each, later, may_begin, turns, work_off
 
 
 @kernel
@@ -93,3 +93,18 @@ def test_who_waits_gets_what_a_job_returned_or_raised() -> None:
     for _ in range(2):
         with pytest.raises(ZeroDivisionError):
             result()
+
+
+def test_each_task_gives_its_result_in_order() -> None:
+    tasks = [(k, 0.001 * (k % 3)) for k in range(40)]
+
+    def late(k: int, seconds: float) -> int:
+        time.sleep(seconds)
+        if k == 50:
+            raise OSError("gone")
+        return k * k
+
+    assert each(late, tasks) == [k * k for k in range(40)]
+    assert each(late, []) == []
+    with pytest.raises(OSError, match="gone"):
+        each(late, [*tasks, (50, 0)])
