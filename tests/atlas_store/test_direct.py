@@ -1,6 +1,7 @@
 """Chunks without Zarr's event loop, against Zarr itself."""
 
 import json
+import resource
 from pathlib import Path
 from typing import Any
 
@@ -216,3 +217,27 @@ def test_what_does_not_fit_is_named(tmp_path: Path) -> None:
         assert "the codecs" in str(direct.misfit({**document, "codecs": codecs}, *whole))
     document["codecs"][0]["configuration"]["endian"] = "big"
     assert "the codecs" in str(direct.misfit(document, *whole))
+
+
+def test_shards_of_very_many_chunks_are_written(tmp_path: Path) -> None:
+    array = make(str(tmp_path / "a"), (3000,), (1,), np.int32, shards=(3000,))
+    data = np.arange(1, 3001, dtype=np.int32)
+    direct.write(array, (slice(0, 3000),), data)
+    np.testing.assert_array_equal(np.asarray(array[...]), data)
+
+
+def test_nothing_is_in_place_of_what_could_not_be_written(tmp_path: Path) -> None:
+    array = make(str(tmp_path / "a"), (64, 64), (16, 64), np.float32, shards=(64, 64))
+    whole = slice(0, 64), slice(0, 64)
+    data = np.random.default_rng(0).random((64, 64), np.float32)
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    # As if the disk were full in the middle of the second chunk.
+    resource.setrlimit(resource.RLIMIT_FSIZE, (6000, before[1]))
+    try:
+        with pytest.raises(OSError, match="too large"):
+            direct.write(array, whole, data)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert not np.asarray(array[...]).any()
+    direct.write(array, whole, data)
+    np.testing.assert_array_equal(np.asarray(array[...]), data)
