@@ -115,6 +115,10 @@ class AtlasInfo:
     organ_table: str
     digest: str
 
+    def __reduce__(self) -> tuple[type[Self], tuple[Any, ...]]:
+        """Pickle, as `OrganInfo` does."""
+        return type(self), tuple(getattr(self, name) for name in self.__slots__)
+
     def dump(self) -> bytes:
         """Write the marker; it carries a checksum of itself."""
         content = {"encoding-type": ENCODING_TYPE, "encoding-version": ENCODING_VERSION}

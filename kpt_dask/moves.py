@@ -193,8 +193,10 @@ def propose(
             nearness = np.exp(-(distance[own, o].astype(np.float64) ** 2) / (2 * rho**2))
             weight = probability[own] * nearness
         else:
-            movers = [names.index(mover) for mover in across.get(name, (name,))]
-            here = np.isin(moving, movers) & shown[:, o]
+            here = moving == o
+            if name in across:
+                here = np.isin(moving, [names.index(mover) for mover in across[name]])
+            here &= shown[:, o]
             own, weight = agreeing[here], weights[here]
         found.append((own[weight > 0], weight[weight > 0]))
     return Proposals(

@@ -228,23 +228,12 @@ def transfer_slabs(
         That share the work.
     """
     moves = replace(moves, weight=moves.weight / totals[moves.organ])
-    reaches = moves.reaches()
-    boxes = [overlaps(reaches, box_of(slab)) for slab in regions]
-    whole = [enclosing(list(own.values())) for own in boxes]
-    slabs = [(i, box) for i, box in enumerate(whole) if box is not None]
-    most = max(
-        math.prod(_padded((*box[:2], around[2])))
-        for own, around in zip(boxes, whole, strict=True)
-        if around is not None
-        for box in own.values()
-    )
-    everywhere = [box_of(slab) for slab in regions]
     spare = threads * room / 2 - _bytes_to_keep(atlases, moves, organs)
     keep = spare >= 0
     kept: list[dict[int, MovedOrgan]] = []
+    boxes: list[dict[int, Box]] = []
     unpacked: dict[int, Callable[[], NDArray[np.int16]]] = {}
-    # One piece of memory a thread: to get new memory from the system takes as long as to fill it.
-    rooms = [np.zeros(most, np.float32) for _ in range(threads)]
+    rooms: list[NDArray[np.float32]] = []
     tallies: list[Tally] = []
 
     def jobs() -> Jobs:
@@ -252,6 +241,15 @@ def transfer_slabs(
         if keep:
             job, ready = later(read_atlases)
             yield job
+        reaches = moves.reaches()
+        boxes.extend(overlaps(reaches, box_of(slab)) for slab in regions)
+        whole = [enclosing(list(own.values())) for own in boxes]
+        slabs = [(i, box) for i, box in enumerate(whole) if box is not None]
+        shapes = [
+            _padded((*box[:2], around[2])) for i, around in slabs for box in boxes[i].values()
+        ]
+        # One piece of memory a thread: to get new memory takes as long as to fill it.
+        rooms.extend(np.zeros(max(map(math.prod, shapes)), np.float32) for _ in range(threads))
         # Threads that all read atlases would wait for each other's Python; to unpack takes none.
         for i, box in slabs:
             left -= 2 * volume_of(box)
@@ -263,7 +261,8 @@ def transfer_slabs(
             yield partial(fill, i, box, ready)
 
     def read_atlases() -> None:
-        kept.append(read_moved(atlases, moves, everywhere, organs))
+        slabs = [box_of(slab) for slab in regions]
+        kept.append(read_moved(atlases, moves, slabs, organs))
 
     def unpack(box: Box) -> NDArray[np.int16]:
         hu = np.zeros(_padded(box), np.int16)
