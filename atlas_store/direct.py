@@ -28,6 +28,7 @@ from zarr.core.chunk_key_encodings import DefaultChunkKeyEncoding
 from zarr.core.metadata.v3 import ArrayV3Metadata
 from zarr.storage import LocalStore
 
+from atlas_store.flat import flat
 from atlas_store.jit import kernel
 
 _HEADER = 16
@@ -370,12 +371,10 @@ class _Rows(NamedTuple):
     ) -> "_Rows":
         """Rows of the data of a region."""
         rows = data.reshape(-1, data.shape[-1])
-        if rows.strides[1] != rows.itemsize:
-            rows = np.ascontiguousarray(rows)
-        step = rows.strides[0] // rows.itemsize
-        # In one piece: so kernels look at many numbers at once.
-        span = (len(rows) - 1) * step + rows.shape[1]
-        memory = np.lib.stride_tricks.as_strided(rows, (span,), (rows.itemsize,))
+        try:
+            memory, (step, _) = flat(rows)
+        except ValueError:
+            memory, (step, _) = flat(np.ascontiguousarray(rows))
         begin = tuple(part.start % size for part, size in zip(region, unit, strict=True))
         return cls(memory, step, filled.ravel(), data.shape, begin, unit)
 

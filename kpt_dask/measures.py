@@ -13,7 +13,8 @@ import xarray as xr
 from numpy.typing import NDArray
 
 from atlas_store import OrganTable
-from kpt_dask.flat import flat, row_of
+from atlas_store.flat import flat
+from kpt_dask.flat import row_of
 from kpt_dask.grid import Grid
 from kpt_dask.jit import kernel
 

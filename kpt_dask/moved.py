@@ -112,8 +112,10 @@ def read_moved(
     counts = np.diff(np.append(begins, moves.atlas.size))
     names = organs.names
     pairs = list(zip(moves.atlas[begins].tolist(), moves.organ[begins].tolist(), strict=True))
+    sizes = np.array([shape_of(atlases[a].organs[names[o]].bounding_box) for a, o in pairs])
+    sizes = np.repeat(sizes, counts, axis=0)
     ranges = []
-    for each in _planes(atlases, moves, boxes, organs):
+    for each in _planes(moves, sizes[:, 0], boxes):
         first, stop = np.minimum.reduceat(each[0], begins), np.maximum.reduceat(each[1], begins)
         ranges.append(zip(first.tolist(), stop.tolist(), strict=True))
     wanted: dict[int, dict[str, list[tuple[int, int]]]] = {}
@@ -136,8 +138,7 @@ def read_moved(
     all_halves = np.concatenate([own.halves for own in strips])
     shifts = np.column_stack([moves.low, moves.high - moves.low, offsets])
     weights = moves.weight.astype(np.float32)
-    sizes = np.array([shape_of(atlases[a].organs[names[o]].bounding_box) for a, o in pairs])
-    bending = np.column_stack([moves.low, moves.high, np.repeat(sizes, counts, axis=0), offsets])
+    bending = np.column_stack([moves.low, moves.high, sizes, offsets])
     found = {}
     for o in sorted({pairs[g][1] for g in mine}):
         own = (moves.organ == o) & (offsets >= 0)
@@ -192,17 +193,15 @@ def _bend(
 
 
 def _planes(
-    atlases: Mapping[int, Atlas], moves: Moves, boxes: Sequence[Box], organs: OrganTable
+    moves: Moves, depths: NDArray[np.int64], boxes: Sequence[Box]
 ) -> Iterator[tuple[NDArray[np.int64], NDArray[np.int64]]]:
     """Of each box, which planes of its organ each move brings there: the first, and past the last.
 
-    These are planes of the bounding box; where there are none, the first is not before the other.
+    These are planes of the bounding box, of which each move's organ has `depths`; where there are
+    none, the first is not before the other.
     """
     bent = np.flatnonzero(moves.bent())
     inverse = moves.inverse[moves.affine[bent]]
-    who = zip(moves.atlas[bent].tolist(), moves.organ[bent].tolist(), strict=True)
-    bounds = [atlases[a].organs[organs.names[o]].bounding_box for a, o in who]
-    depth = np.array([shape_of(box)[0] for box in bounds], np.int64)
     for box in boxes:
         reached = moves.reach(box)
         start, stop = (np.array(ends) for ends in zip(*box, strict=True))
@@ -210,7 +209,7 @@ def _planes(
         first, past = low[:, 0] - moves.low[:, 0], high[:, 0] - moves.low[:, 0]
         if bent.size:
             own = np.empty((2, bent.size), np.int64)
-            _planes_from(inverse, low[bent], high[bent], depth, *own)
+            _planes_from(inverse, low[bent], high[bent], depths[bent], *own)
             first[bent], past[bent] = own
         yield np.where(reached, first, np.iinfo(np.int64).max), np.where(reached, past, 0)
 

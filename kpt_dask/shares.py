@@ -13,9 +13,10 @@ from numpy.typing import NDArray
 from zarr.codecs import BloscCodec
 
 from atlas_store import Atlas, OrganTable, direct
+from atlas_store.flat import flat
 from kpt_dask import cluster
 from kpt_dask.boxes import Box, aligned, begin_of, box_of, overlap, shape_of, slices, within
-from kpt_dask.flat import flat, row_of
+from kpt_dask.flat import row_of
 from kpt_dask.grid import Grid
 from kpt_dask.jit import kernel
 from kpt_dask.measures import Tally, count_labels, count_row, levels_of

@@ -235,6 +235,7 @@ def transfer_slabs(
     unpacked: dict[int, Callable[[], NDArray[np.int16]]] = {}
     rooms: list[NDArray[np.float32]] = []
     tallies: list[Tally] = []
+    everywhere = [box_of(slab) for slab in regions]
 
     def jobs() -> Jobs:
         ready, left = None, spare
@@ -242,7 +243,7 @@ def transfer_slabs(
             job, ready = later(read_atlases)
             yield job
         reaches = moves.reaches()
-        boxes.extend(overlaps(reaches, box_of(slab)) for slab in regions)
+        boxes.extend(overlaps(reaches, slab) for slab in everywhere)
         whole = [enclosing(list(own.values())) for own in boxes]
         slabs = [(i, box) for i, box in enumerate(whole) if box is not None]
         shapes = [
@@ -261,8 +262,7 @@ def transfer_slabs(
             yield partial(fill, i, box, ready)
 
     def read_atlases() -> None:
-        slabs = [box_of(slab) for slab in regions]
-        kept.append(read_moved(atlases, moves, slabs, organs))
+        kept.append(read_moved(atlases, moves, everywhere, organs))
 
     def unpack(box: Box) -> NDArray[np.int16]:
         hu = np.zeros(_padded(box), np.int16)
@@ -283,7 +283,8 @@ def transfer_slabs(
         own: dict[int, Box], around: Box, hu: NDArray[np.int16], room: NDArray[np.float32]
     ) -> Iterator[Share]:
         for o, box in own.items():
-            shape = _padded((*box[:2], around[2]))
+            rows = *box[:2], around[2]
+            shape = _padded(rows)
             share = room[: math.prod(shape)].reshape(shape)
             parts = [kept[0][o]] if keep and o in kept[0] else []
             fresh = True
@@ -292,7 +293,7 @@ def transfer_slabs(
                 for organ in read:
                     organ.add(share, box, hu, around, nus[o], bent, fresh)
                     fresh = False
-            columns = share[..., LANES:-LANES][within(box, (*box[:2], around[2]))]
+            columns = share[..., LANES:-LANES][within(box, rows)]
             if fresh:
                 columns[...] = 0
             yield o, box, columns

@@ -241,3 +241,15 @@ def test_nothing_is_in_place_of_what_could_not_be_written(tmp_path: Path) -> Non
     assert not np.asarray(array[...]).any()
     direct.write(array, whole, data)
     np.testing.assert_array_equal(np.asarray(array[...]), data)
+
+
+def test_data_may_lie_in_memory_as_they_like(tmp_path: Path) -> None:
+    array = make(str(tmp_path / "a"), (6, 8), (2, 3), np.int32, shards=(6, 9))
+    whole = np.arange(1, 49, dtype=np.int32).reshape(6, 8)
+    pairs = np.zeros((6, 8), [("a", np.int8), ("b", np.int32)])
+    pairs["b"] = whole
+    everywhere = slice(0, 6), slice(0, 8)
+    same = np.broadcast_to(whole[:1], (6, 8))
+    for data in (whole[::-1], whole[:, ::-1], whole.reshape(8, 6).T, pairs["b"], same):
+        direct.write(array, everywhere, data)
+        np.testing.assert_array_equal(np.asarray(array[...]), data)

@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kpt_dask.flat import flat
+from atlas_store.flat import flat
 
 
 @given(st.tuples(*[st.integers(1, 5)] * 3), st.tuples(*[st.integers(0, 3)] * 3))
@@ -23,6 +23,7 @@ def test_a_part_of_an_array_is_found_in_its_memory(
 
 def test_rows_in_pieces_are_refused() -> None:
     whole = np.arange(60).reshape(3, 4, 5)
-    for part in (whole[..., ::2], whole[::-1], whole.transpose(2, 1, 0)):
+    pairs = np.zeros((3, 4), [("a", np.int8), ("b", np.int32)])["b"]
+    for part in (whole[..., ::2], whole[::-1], whole.transpose(2, 1, 0), pairs):
         with pytest.raises(ValueError, match="rows in one piece"):
             flat(part)
