@@ -16,8 +16,8 @@ from atlas_store.errors import (
     StoreFormatError,
     StoreNotFoundError,
 )
-from atlas_store.info import AtlasInfo, OrganInfo
 from atlas_store.keypoints import read_keypoints, write_keypoints
+from atlas_store.marker import AtlasInfo, OrganInfo
 from atlas_store.organs import Organ, OrganTable, load_organs
 from atlas_store.store import AtlasStore
 from atlas_store.verify import Problem

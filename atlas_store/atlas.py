@@ -10,12 +10,12 @@ import zarr
 from numpy.typing import NDArray
 
 from atlas_store.errors import AtlasNotFoundError, KeypointsFormatError, StoreFormatError
-from atlas_store.guard import Guarded
-from atlas_store.info import AtlasInfo, OrganInfo
 from atlas_store.keypoints import as_dataset, read_arrays
 from atlas_store.layout import IMAGE, KEYPOINTS, LABELS, data_folder, marker_key
-from atlas_store.objects import Objects
+from atlas_store.marker import AtlasInfo, OrganInfo
 from atlas_store.organs import OrganTable
+from atlas_store.storage.guard import Guarded
+from atlas_store.storage.objects import Objects
 
 
 @dataclass(frozen=True, eq=False)

@@ -18,7 +18,9 @@ import zarr
 
 from atlas_store.atlas import check_labels
 from atlas_store.errors import AtlasExistsError, KeypointsFormatError, StoreFormatError
-from atlas_store.info import (
+from atlas_store.keypoints import check_keypoints, first_labels, write_keypoints
+from atlas_store.layout import KEYPOINTS, LABELS, data_folder, marker_key
+from atlas_store.marker import (
     ENCODING_TYPE,
     ENCODING_VERSION,
     AtlasInfo,
@@ -27,10 +29,8 @@ from atlas_store.info import (
     digest,
     table_digest,
 )
-from atlas_store.keypoints import check_keypoints, first_labels, write_keypoints
-from atlas_store.layout import KEYPOINTS, LABELS, data_folder, marker_key
-from atlas_store.objects import Objects, finish_writes
 from atlas_store.organs import OrganTable
+from atlas_store.storage.objects import Objects, finish_writes
 
 ABANDONED_AFTER = timedelta(hours=24)
 """An unfinished add of another machine counts as interrupted after this time."""

@@ -17,9 +17,9 @@ import zarr
 from numpy.typing import DTypeLike, NDArray
 from zarr.codecs import BloscCodec
 
-from atlas_store.direct import misfit, unpack_into
+from atlas_store.arrays.chunk_io import misfit, unpack_into
 from atlas_store.errors import KeypointsFormatError
-from atlas_store.objects import Objects
+from atlas_store.storage.objects import Objects
 
 ENCODING_TYPE = "kpt-keypoints"
 ENCODING_VERSION = "2"

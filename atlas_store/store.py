@@ -22,7 +22,8 @@ from atlas_store.errors import (
     StoreFormatError,
     StoreNotFoundError,
 )
-from atlas_store.info import (
+from atlas_store.layout import ATLASES, MARKERS, ROOT, marker_key, parse_folder
+from atlas_store.marker import (
     AtlasInfo,
     Json,
     canonical,
@@ -33,9 +34,8 @@ from atlas_store.info import (
     natural_order,
     parse_json,
 )
-from atlas_store.layout import ATLASES, MARKERS, ROOT, marker_key, parse_folder
-from atlas_store.objects import Objects
 from atlas_store.organs import OrganTable
+from atlas_store.storage.objects import Objects
 from atlas_store.verify import Problem, verify_index
 from atlas_store.verify import verify as verify_store
 

@@ -12,10 +12,11 @@ from datetime import UTC, datetime
 import numpy as np
 
 from atlas_store.atlas import Atlas
-from atlas_store.cache import forget, index_folder, recall
 from atlas_store.draft import digests_of, is_abandoned
 from atlas_store.errors import AtlasStoreError, StoreFormatError
-from atlas_store.info import (
+from atlas_store.keypoints import first_labels
+from atlas_store.layout import ATLASES, MARKERS, ROOT, marker_key, parse_folder
+from atlas_store.marker import (
     AtlasInfo,
     Json,
     differences,
@@ -25,10 +26,9 @@ from atlas_store.info import (
     parse_json,
     table_digest,
 )
-from atlas_store.keypoints import first_labels
-from atlas_store.layout import ATLASES, MARKERS, ROOT, marker_key, parse_folder
-from atlas_store.objects import PARTIAL_SUFFIX, Objects
 from atlas_store.organs import OrganTable
+from atlas_store.storage.cache import forget, index_folder, recall
+from atlas_store.storage.objects import PARTIAL_SUFFIX, Objects
 
 INSTANT = 2.0
 """Seconds in which a running add certainly gets from a folder to its first object."""

@@ -8,15 +8,15 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from kpt_dask.atlases import add_atlas, add_folder, store_parameters
+    from kpt_dask.atlases.add import add_atlas, add_folder, store_parameters
     from kpt_dask.evaluation import evaluate
-    from kpt_dask.keypoints import extract
-    from kpt_dask.matching import match
-    from kpt_dask.scan import open_scan
+    from kpt_dask.keypoints.extraction import extract
+    from kpt_dask.matching.first_pass import match
+    from kpt_dask.matching.voting import vote
+    from kpt_dask.organ_transfer.moving.schedule import transfer
+    from kpt_dask.scans.scan import open_scan
     from kpt_dask.segmentation import open_probability, segment
-    from kpt_dask.transfer import transfer
-    from kpt_dask.volume import convert, open_volume
-    from kpt_dask.voting import vote
+    from kpt_dask.volumes.volume import convert, open_volume
 
 __all__ = [
     "add_atlas",
@@ -35,19 +35,19 @@ __all__ = [
 ]
 
 _HOME = {
-    "add_atlas": "atlases",
-    "add_folder": "atlases",
-    "convert": "volume",
+    "add_atlas": "atlases.add",
+    "add_folder": "atlases.add",
+    "convert": "volumes.volume",
     "evaluate": "evaluation",
-    "extract": "keypoints",
-    "match": "matching",
+    "extract": "keypoints.extraction",
+    "match": "matching.first_pass",
     "open_probability": "segmentation",
-    "open_scan": "scan",
-    "open_volume": "volume",
+    "open_scan": "scans.scan",
+    "open_volume": "volumes.volume",
     "segment": "segmentation",
-    "store_parameters": "atlases",
-    "transfer": "transfer",
-    "vote": "voting",
+    "store_parameters": "atlases.add",
+    "transfer": "organ_transfer.moving.schedule",
+    "vote": "matching.voting",
 }
 
 

@@ -1,5 +1,5 @@
 """``python -m kpt_dask`` is ``kpt``."""
 
-from kpt_dask.cli import main
+from kpt_dask.cli.main import main
 
 main()

@@ -15,17 +15,17 @@ from distributed import Client
 from numpy.typing import NDArray
 
 from atlas_store import Atlas, AtlasStore, OrganTable
-from kpt_dask import cluster, progress
-from kpt_dask.atlases import labels_at
+from kpt_dask.atlases.add import labels_at
 from kpt_dask.errors import ParameterError
-from kpt_dask.keypoints import first_frames
-from kpt_dask.omezarr import open_array, write_label_image
+from kpt_dask.keypoints.extraction import first_frames
+from kpt_dask.matching.selection import check_selection
 from kpt_dask.options import DEFAULTS, TransferOptions
-from kpt_dask.pairs import Pair, labelled_organs, open_pair
-from kpt_dask.scan_labels import labels_onto
+from kpt_dask.resampling.labels_on_scan import labels_onto
+from kpt_dask.runtime import cluster, progress
+from kpt_dask.scans.pairs import Pair, labelled_organs, open_pair
 from kpt_dask.segmentation import Stations, choose_atlases, segment_volume
-from kpt_dask.selection import check_selection
-from kpt_dask.volume import Volume, convert_into, label_blocks, open_volume
+from kpt_dask.volumes.omezarr import open_array, write_label_image
+from kpt_dask.volumes.volume import Volume, convert_into, label_blocks, open_volume
 
 LIBRARIES = ("kpt-dask", "dask", "numba", "numpy", "scipy", "xarray", "zarr")
 """Whose versions are kept with the results."""
@@ -83,7 +83,7 @@ def evaluate(
     store : AtlasStore
         The atlases.
     scans : sequence of Pair, optional
-        From `kpt_dask.pairs.find_pairs`.
+        From `kpt_dask.scans.pairs.find_pairs`.
     mode, options
         As for `kpt_dask.segment`.
     atlases : int, optional

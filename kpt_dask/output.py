@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from atlas_store.objects import finish_writes
+from atlas_store.storage.objects import finish_writes
 from kpt_dask.errors import OutputExistsError
 
 

@@ -13,22 +13,23 @@ import zarr
 from distributed import Client
 
 from atlas_store import AtlasKeypoints, AtlasStore, EmptyStoreError, write_keypoints
-from kpt_dask import cluster, local
 from kpt_dask.errors import ParameterError
-from kpt_dask.keypoints import CHOICES, PARAMETERS, extract, first_frames
-from kpt_dask.matching import match
-from kpt_dask.measures import OrganMeasures, organ_measures
-from kpt_dask.omezarr import create_label_image, finish_label_image, open_array
+from kpt_dask.keypoints.extraction import CHOICES, PARAMETERS, extract, first_frames
+from kpt_dask.matching.first_pass import match
+from kpt_dask.matching.second_pass import rematch
+from kpt_dask.matching.selection import check_selection, only, propose_atlases, select_atlases
+from kpt_dask.matching.voting import vote
 from kpt_dask.options import DEFAULTS, TransferOptions
+from kpt_dask.organ_transfer.decision import SHARD, create_probability
+from kpt_dask.organ_transfer.measures import OrganMeasures, organ_measures
+from kpt_dask.organ_transfer.moving.schedule import transfer
+from kpt_dask.organ_transfer.warping import block as warping
 from kpt_dask.output import check_absent, replacing
-from kpt_dask.rematching import rematch
-from kpt_dask.scan import check_ending, open_scan, write_labels
-from kpt_dask.scan_labels import labels_onto
-from kpt_dask.selection import check_selection, only, propose_atlases, select_atlases
-from kpt_dask.shares import SHARD, create_probability
-from kpt_dask.transfer import transfer
-from kpt_dask.volume import Volume, convert_into, open_volume
-from kpt_dask.voting import vote
+from kpt_dask.resampling.labels_on_scan import labels_onto
+from kpt_dask.runtime import cluster
+from kpt_dask.scans.scan import check_ending, open_scan, write_labels
+from kpt_dask.volumes.omezarr import create_label_image, finish_label_image, open_array
+from kpt_dask.volumes.volume import Volume, convert_into, open_volume
 
 ENCODING_TYPE = "kpt-segmentation"
 ENCODING_VERSION = "1"
@@ -115,7 +116,7 @@ def segment(
     Parameters
     ----------
     scan : str or Path
-        A file that `kpt_dask.scan.open_scan` reads.
+        A file that `kpt_dask.scans.scan.open_scan` reads.
     store : AtlasStore, str or Path
         The atlases.
     out : str or Path
@@ -128,9 +129,9 @@ def segment(
         Ids of atlases to leave out.
     select : int, optional
         Use only so many atlases, those that agree best with the scan; see
-        `kpt_dask.selection`.
+        `kpt_dask.matching.selection`.
     index : str
-        How to find them: one of `atlas_store.index.MODES`.
+        How to find them: one of `atlas_store.index.search.MODES`.
     labels : str or Path, optional
         Where to write the label map as NIfTI, on the scan's own grid.
     overwrite : bool
@@ -232,7 +233,7 @@ def segment_volume(
     if mode == "local":
         widths = options.sigma_x, options.sigma_t
         nearer = rematch(keypoints, atlases, matches, widths=widths, client=client)
-        tally = local.transfer(
+        tally = warping.transfer(
             volume,
             store,
             atlas_ids,

@@ -21,7 +21,7 @@ from typing import Any
 import nibabel as nib
 import numpy as np
 
-from kpt_dask.phantom import phantom_slab
+from kpt_dask.demo.phantom import phantom_slab
 
 Shape = tuple[int, int, int]
 
@@ -43,7 +43,7 @@ print(time.perf_counter() - start)
 CONVERT = """
 import json, sys, time
 from kpt_dask import convert, open_scan
-from kpt_dask.cluster import session
+from kpt_dask.runtime.cluster import session
 
 def kib(name):
     with open("/proc/self/status") as file:

@@ -25,13 +25,14 @@ import xarray as xr
 from confined import Confined, client
 from scipy import ndimage
 
-from kpt_dask import cluster
-from kpt_dask.descriptors import BINS, PATCH, STEP, describe, sample_patch
-from kpt_dask.keypoints import Octave, extract
-from kpt_dask.omezarr import CHUNKS
-from kpt_dask.phantom import phantom_grid, phantom_slab
-from kpt_dask.pyramid import fill_pyramid
-from kpt_dask.scalespace import (
+from kpt_dask.demo.phantom import phantom_grid, phantom_slab
+from kpt_dask.keypoints.descriptors import BINS, PATCH, STEP, describe, sample_patch
+from kpt_dask.keypoints.extraction import Octave, extract
+from kpt_dask.keypoints.sweep import BATCH, Sweep
+from kpt_dask.runtime import cluster
+from kpt_dask.volumes.omezarr import CHUNKS
+from kpt_dask.volumes.pyramid import fill_pyramid
+from kpt_dask.volumes.scale_space import (
     FIRST_TAPS,
     LEVEL_TAPS,
     LEVELS,
@@ -41,8 +42,7 @@ from kpt_dask.scalespace import (
     level_sigma,
     octave_shapes,
 )
-from kpt_dask.sweep import BATCH, Sweep
-from kpt_dask.volume import Volume, create_volume, open_volume, write_region
+from kpt_dask.volumes.volume import Volume, create_volume, open_volume, write_region
 
 Shape = tuple[int, int, int]
 Times = list[float]
@@ -53,8 +53,8 @@ MEMORY = 512 << 20
 
 CHILD = """
 import time
-from kpt_dask.keypoints import extract
-from kpt_dask.volume import open_volume
+from kpt_dask.keypoints.extraction import extract
+from kpt_dask.volumes.volume import open_volume
 import sys, json
 
 def kib(name):

@@ -27,19 +27,20 @@ import zarr
 from memory import resident_mib
 
 from atlas_store import AtlasKeypoints, AtlasStore, load_organs, write_keypoints
-from kpt_dask import cluster, demo
-from kpt_dask.atlases import add_atlas, store_parameters
-from kpt_dask.keypoints import extract
-from kpt_dask.matching import match
-from kpt_dask.omezarr import create_label_image, finish_label_image
+from kpt_dask.atlases.add import add_atlas, store_parameters
+from kpt_dask.demo import run as demo
+from kpt_dask.demo.phantom import write_phantom
+from kpt_dask.keypoints.extraction import extract
+from kpt_dask.matching.first_pass import match
+from kpt_dask.matching.voting import vote
 from kpt_dask.options import DEFAULTS
-from kpt_dask.phantom import write_phantom
-from kpt_dask.scan import open_scan, write_labels
-from kpt_dask.scan_labels import labels_onto
-from kpt_dask.shares import SHARD, create_probability
-from kpt_dask.transfer import transfer
-from kpt_dask.volume import convert_into
-from kpt_dask.voting import vote
+from kpt_dask.organ_transfer.decision import SHARD, create_probability
+from kpt_dask.organ_transfer.moving.schedule import transfer
+from kpt_dask.resampling.labels_on_scan import labels_onto
+from kpt_dask.runtime import cluster
+from kpt_dask.scans.scan import open_scan, write_labels
+from kpt_dask.volumes.omezarr import create_label_image, finish_label_image
+from kpt_dask.volumes.volume import convert_into
 
 DATA = Path(__file__).parents[2] / "shared" / "data" / "openkbp"
 STATIONS = ("gunzip", "start", "convert", "extract", "match", "vote", "transfer", "write", "all")

@@ -31,16 +31,16 @@ from numcodecs import Blosc
 from zarr.codecs import BloscCodec
 
 from atlas_store import Atlas, AtlasKeypoints, AtlasStore, OrganInfo, load_organs
-from atlas_store.cache import index_folder
-from atlas_store.index import AtlasIndex
-from atlas_store.info import digest
+from atlas_store.index.search import AtlasIndex
 from atlas_store.keypoints import VARIABLES
 from atlas_store.layout import data_folder, marker_key
-from kpt_dask import cluster
-from kpt_dask.atlases import add_atlas, store_parameters
-from kpt_dask.matching import match
-from kpt_dask.phantom import write_phantom
-from kpt_dask.selection import only, propose_atlases, select_atlases
+from atlas_store.marker import digest
+from atlas_store.storage.cache import index_folder
+from kpt_dask.atlases.add import add_atlas, store_parameters
+from kpt_dask.demo.phantom import write_phantom
+from kpt_dask.matching.first_pass import match
+from kpt_dask.matching.selection import only, propose_atlases, select_atlases
+from kpt_dask.runtime import cluster
 
 DATA = Path(__file__).parents[2] / "shared" / "data" / "openkbp"
 IN_ORGANS = 110

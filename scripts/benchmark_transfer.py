@@ -32,22 +32,23 @@ from confined import Confined, client
 from memory import resident_mib
 
 from atlas_store import AtlasKeypoints, AtlasStore, load_organs
-from kpt_dask import demo, local
-from kpt_dask.atlases import add_atlas, store_parameters
+from kpt_dask.atlases.add import add_atlas, store_parameters
+from kpt_dask.demo import run as demo
+from kpt_dask.demo.phantom import write_phantom
 from kpt_dask.grid import Grid
-from kpt_dask.keypoints import extract
-from kpt_dask.matching import match
-from kpt_dask.omezarr import create_array
+from kpt_dask.keypoints.extraction import extract
+from kpt_dask.matching.first_pass import match
+from kpt_dask.matching.second_pass import rematch
+from kpt_dask.matching.voting import vote
 from kpt_dask.options import MODES
-from kpt_dask.phantom import write_phantom
-from kpt_dask.pyramid import fill_pyramid
-from kpt_dask.rematching import rematch
-from kpt_dask.scan import open_scan
-from kpt_dask.shares import SHARD, create_probability
-from kpt_dask.surroundings import NAME as SURROUNDINGS
-from kpt_dask.transfer import transfer
-from kpt_dask.volume import Volume, convert, create_volume, open_volume
-from kpt_dask.voting import vote
+from kpt_dask.organ_transfer.crop import NAME as SURROUNDINGS
+from kpt_dask.organ_transfer.decision import SHARD, create_probability
+from kpt_dask.organ_transfer.moving.schedule import transfer
+from kpt_dask.organ_transfer.warping import block as warping
+from kpt_dask.scans.scan import open_scan
+from kpt_dask.volumes.omezarr import create_array
+from kpt_dask.volumes.pyramid import fill_pyramid
+from kpt_dask.volumes.volume import Volume, convert, create_volume, open_volume
 
 FEW, MANY = 19, 100
 MEMORY = 256 << 20
@@ -201,7 +202,7 @@ def transferred(scan: Scan, mode: str, memory: int = 1 << 30) -> None:
     if mode == "local":
         matches = rematch(keypoints, atlases, matches, client=client())
         found = keypoints, matches, probability, labels
-        local.transfer(volume, store, scan.atlases, *found, **how)
+        warping.transfer(volume, store, scan.atlases, *found, **how)
     else:
         everything = keypoints, matches, votes, probability, labels
         transfer(volume, store, scan.atlases, *everything, mode=mode, **how)

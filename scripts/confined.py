@@ -10,8 +10,8 @@ from typing import ParamSpec, TypeVar
 
 from distributed import Client
 
-from kpt_dask import cluster
-from kpt_dask.malloc import keep_memory
+from kpt_dask.runtime import cluster
+from kpt_dask.runtime.allocator import keep_memory
 
 _LASTING = ExitStack()
 

@@ -8,10 +8,10 @@ import pytest
 from distributed import Client, LocalCluster
 
 from atlas_store import AtlasStore, load_organs
-from kpt_dask import cluster
-from kpt_dask.atlases import add_atlas, store_parameters
-from kpt_dask.pairs import find_pairs
-from kpt_dask.phantom import write_phantom
+from kpt_dask.atlases.add import add_atlas, store_parameters
+from kpt_dask.demo.phantom import write_phantom
+from kpt_dask.runtime import cluster
+from kpt_dask.scans.pairs import find_pairs
 
 DATA = Path(os.environ.get("KPT_DATA", Path(__file__).parents[2] / "shared" / "data"))
 

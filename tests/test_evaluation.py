@@ -14,10 +14,10 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from atlas_store import AtlasStore, EmptyStoreError, load_organs
-from kpt_dask.atlases import add_atlas, store_parameters
+from kpt_dask.atlases.add import add_atlas, store_parameters
 from kpt_dask.errors import LabelError, ParameterError, ScanNotFoundError
 from kpt_dask.evaluation import dice, evaluate, keypoint_votes
-from kpt_dask.pairs import Pair, find_pairs
+from kpt_dask.scans.pairs import Pair, find_pairs
 from kpt_dask.segmentation import segment
 
 ORGANS = load_organs("visceral")

@@ -4,8 +4,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.spatial.transform import Rotation
 
-from kpt_dask.axes import Orientation
 from kpt_dask.grid import Grid
+from kpt_dask.resampling.axes import Orientation
 
 SHAPE = (7, 5, 4)
 

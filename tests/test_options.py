@@ -6,7 +6,7 @@ import pytest
 from click.testing import CliRunner
 
 from atlas_store import load_organs
-from kpt_dask.cli import kpt
+from kpt_dask.cli.main import kpt
 from kpt_dask.errors import ParameterError
 from kpt_dask.options import MODES, TransferOptions, parse_across, parse_nu
 

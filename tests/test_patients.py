@@ -12,7 +12,7 @@ from atlas_store import AtlasStore
 from kpt_dask.evaluation import dice, evaluate
 from kpt_dask.options import MODES
 from kpt_dask.segmentation import segment, segment_volume
-from kpt_dask.volume import open_volume
+from kpt_dask.volumes.volume import open_volume
 
 
 def test_mode_organ(patients: AtlasStore, one_process: Client) -> None:

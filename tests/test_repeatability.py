@@ -12,13 +12,13 @@ from distributed import Client
 from scipy import ndimage
 from scipy.spatial.distance import cdist
 
-from kpt_dask.descriptors import PATCH, STEP
 from kpt_dask.grid import Grid
-from kpt_dask.keypoints import CHOICES, extract
-from kpt_dask.matching import Keypoints
-from kpt_dask.pyramid import fill_pyramid
-from kpt_dask.scan import open_scan
-from kpt_dask.volume import create_volume
+from kpt_dask.keypoints.descriptors import PATCH, STEP
+from kpt_dask.keypoints.extraction import CHOICES, extract
+from kpt_dask.matching.first_pass import Keypoints
+from kpt_dask.scans.scan import open_scan
+from kpt_dask.volumes.pyramid import fill_pyramid
+from kpt_dask.volumes.volume import create_volume
 
 DESCRIPTORS = CHOICES["descriptor"]
 REACH = STEP * (PATCH // 2 + 1)

@@ -16,11 +16,11 @@ from ome_zarr_models.v05.image import Image
 from ome_zarr_models.v05.image_label import ImageLabel
 
 from atlas_store import AtlasStore, AtlasStoreError, EmptyStoreError, load_organs, read_keypoints
-from kpt_dask.atlases import store_parameters
+from kpt_dask.atlases.add import store_parameters
+from kpt_dask.demo.phantom import phantom
 from kpt_dask.errors import OutputExistsError, ParameterError, ScanFormatError, ScanNotFoundError
 from kpt_dask.options import MODES
-from kpt_dask.phantom import phantom
-from kpt_dask.scan import open_scan
+from kpt_dask.scans.scan import open_scan
 from kpt_dask.segmentation import Segmentation, open_probability, segment
 
 Array = NDArray[Any]

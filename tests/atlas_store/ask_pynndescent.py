@@ -13,8 +13,8 @@ from pathlib import Path
 
 import numpy as np
 
-from atlas_store.index import AtlasIndex, Neighbours
-from atlas_store.segments import Segment
+from atlas_store.index.search import AtlasIndex, Neighbours
+from atlas_store.index.segments import Segment
 
 
 def main(folder: Path) -> None:

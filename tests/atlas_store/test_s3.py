@@ -11,7 +11,7 @@ import pytest
 import xarray as xr
 
 from atlas_store import AtlasExistsError, AtlasStore, StoreExistsError, load_organs
-from atlas_store.objects import Objects
+from atlas_store.storage.objects import Objects
 
 SERVER = """
 from moto.server import ThreadedMotoServer

@@ -28,8 +28,8 @@ from atlas_store import (
     StoreNotFoundError,
     load_organs,
 )
-from atlas_store.info import canonical, digest, is_id, natural_order
-from atlas_store.objects import Objects, finish_writes
+from atlas_store.marker import canonical, digest, is_id, natural_order
+from atlas_store.storage.objects import Objects, finish_writes
 
 
 @pytest.fixture(params=["path", "string", "file URL", "relative", "memory URL"])

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 
 import atlas_store
 from atlas_store import AtlasStore
-from atlas_store.objects import Objects
+from atlas_store.storage.objects import Objects
 from atlas_store.verify import verify
 
 

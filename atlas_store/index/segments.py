@@ -1,0 +1,326 @@
+"""A segment of the index: keypoints of some atlases, never changed once made.
+
+Small segments are searched exactly, by BLAS. Large ones by a graph of neighbours
+(pynndescent), which proposes atlases that are then searched exactly.
+"""
+
+import io
+import json
+import math
+import pickle
+import threading
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, Self
+
+import numpy as np
+from numpy.typing import NDArray
+
+from atlas_store.index.nearest import Best, of_every_atlas, of_listed_atlases
+from atlas_store.keypoints import DESCRIPTOR_BINS
+from atlas_store.marker import canonical, digest
+from atlas_store.storage.cache import keep, recall
+
+ENCODING = {"encoding-type": "kpt-index-segment", "encoding-version": "2"}
+
+PAYS_FROM = 1 << 24
+"""Descriptors of one sign from which a graph beats BLAS, although pynndescent compiles for a
+minute in every process; see scripts/benchmark_store.py."""
+LISTED = 512
+"""Neighbours that a graph is asked for: among the keypoints of 100 patients it then finds 99.97 %
+of the matches that pass the ratio test, with half as many 99.2 %."""
+
+_FEWEST = 512
+"""Descriptors of which a graph can be made."""
+_COLUMNS = 8192
+"""Descriptors whose distances are held at a time."""
+_FIRST_LEVEL = 4096
+_FANOUT = 4
+
+_FIELDS = ("keypoint", "label", "position", "scale", "descriptor")
+
+_one_at_a_time = threading.Lock()
+"""pynndescent 0.7.0 gives wrong neighbours to two threads that query one graph."""
+
+Limits = tuple[NDArray[np.float32], NDArray[np.float32]]
+"""The lowest and the highest scale that the match of each keypoint may have, mm."""
+
+
+@dataclass(frozen=True, eq=False)
+class Side:
+    """Keypoints of one sign, n of them, atlas by atlas.
+
+    Attributes
+    ----------
+    offsets : ndarray (A + 1), int64
+        Those of atlas i are ``offsets[i]`` to ``offsets[i + 1]``.
+    keypoint : ndarray (n), int32
+        Which keypoint of its atlas it is.
+    label : ndarray (n), uint16
+        Label value of its organ, 0 for none.
+    position : ndarray (n, 3), float32
+        (z, y, x) in mm, in the world of its atlas.
+    scale : ndarray (n), float32
+        mm.
+    descriptor : ndarray (n, 64), uint8
+        Ranks.
+    """
+
+    offsets: NDArray[np.int64]
+    keypoint: NDArray[np.int32]
+    label: NDArray[np.uint16]
+    position: NDArray[np.float32]
+    scale: NDArray[np.float32]
+    descriptor: NDArray[np.uint8]
+
+    @cached_property
+    def atlas_of(self) -> NDArray[np.int32]:
+        """Atlas of each keypoint."""
+        counts = np.diff(self.offsets)
+        return np.repeat(np.arange(counts.size, dtype=np.int32), counts)
+
+    def only(self, atlases: NDArray[np.int64]) -> "Side":
+        """Those of some atlases, in that order."""
+        counts = np.diff(self.offsets)[atlases]
+        offsets = np.concatenate([[0], np.cumsum(counts)]).astype(np.int64)
+        rows = np.arange(offsets[-1]) + np.repeat(self.offsets[atlases] - offsets[:-1], counts)
+        return Side(offsets, *(getattr(self, name)[rows] for name in _FIELDS))
+
+    def search(
+        self,
+        descriptor: NDArray[np.uint8],
+        limits: Limits,
+        place: NDArray[np.int64],
+        segment: int,
+        best: Best,
+    ) -> None:
+        """Search all atlases exactly; see `atlas_store.index.nearest`."""
+        here = descriptor.astype(np.float32)
+        squared = (here**2).sum(axis=1)
+        for a, b in _runs(self.offsets):
+            columns = slice(int(self.offsets[a]), int(self.offsets[b]))
+            there = self.descriptor[columns].astype(np.float32)
+            of_every_atlas(
+                here @ there.T,
+                (squared, (there**2).sum(axis=1)),
+                limits,
+                self.scale[columns],
+                self.offsets[a : b + 1] - columns.start,
+                place[a:b],
+                segment,
+                columns.start,
+                best,
+            )
+
+
+@dataclass(frozen=True, eq=False)
+class Segment:
+    """Keypoints of A atlases.
+
+    Attributes
+    ----------
+    atlases : tuple of (str, str)
+        Id and uuid of each; a uuid names content that never changes.
+    annotated : bool ndarray (A, O)
+        Which organs of the store's table each of them annotates.
+    sides : tuple of Side
+        Those of sign -1, and those of sign 1.
+    """
+
+    atlases: tuple[tuple[str, str], ...]
+    annotated: NDArray[np.bool_]
+    sides: tuple[Side, Side]
+
+    def __len__(self) -> int:
+        """Count the keypoints."""
+        return sum(len(side.scale) for side in self.sides)
+
+    @classmethod
+    def join(cls, parts: Sequence[Self]) -> Self:
+        """One segment of several."""
+
+        def joined(sides: Sequence[Side]) -> Side:
+            counts = np.concatenate([np.diff(side.offsets) for side in sides])
+            return Side(
+                np.concatenate([[0], np.cumsum(counts)]).astype(np.int64),
+                *(np.concatenate([getattr(side, name) for side in sides]) for name in _FIELDS),
+            )
+
+        first, second = (joined([part.sides[i] for part in parts]) for i in (0, 1))
+        return cls(
+            tuple(atlas for part in parts for atlas in part.atlases),
+            np.concatenate([part.annotated for part in parts]),
+            (first, second),
+        )
+
+    def only(self, atlases: Sequence[int]) -> "Segment":
+        """Those of some atlases, in that order."""
+        rows = np.asarray(atlases, np.int64)
+        first, second = (side.only(rows) for side in self.sides)
+        own = tuple(self.atlases[i] for i in atlases)
+        return Segment(own, self.annotated[rows], (first, second))
+
+    @cached_property
+    def name(self) -> str:
+        """Names its content, as far as the uuids of the atlases do."""
+        return digest(canonical([ENCODING, self.atlases]))
+
+    def dump(self) -> bytes:
+        """Write it as an ``.npz`` without pickles."""
+        about = json.dumps(ENCODING | {"atlases": self.atlases}).encode()
+        arrays = {
+            f"{name}_{i}": getattr(side, name)
+            for i, side in enumerate(self.sides)
+            for name in ("offsets", *_FIELDS)
+        }
+        arrays["annotated"] = self.annotated
+        file = io.BytesIO()
+        np.savez(file, allow_pickle=False, about=np.frombuffer(about, np.uint8), **arrays)
+        return file.getvalue()
+
+    @classmethod
+    def load(cls, data: bytes) -> Self | None:
+        """Read what `dump` wrote; None if another version did."""
+        with np.load(io.BytesIO(data), allow_pickle=False) as arrays:
+            about = json.loads(arrays["about"].tobytes())
+            if any(about.get(key) != value for key, value in ENCODING.items()):
+                return None
+            first, second = (
+                Side(*(arrays[f"{name}_{i}"] for name in ("offsets", *_FIELDS))) for i in (0, 1)
+            )
+            annotated = arrays["annotated"]
+        return cls(tuple((i, uuid) for i, uuid in about["atlases"]), annotated, (first, second))
+
+    def query(
+        self,
+        descriptor: NDArray[np.uint8],
+        limits: Limits,
+        sign: int,
+        place: NDArray[np.int64],
+        number: int,
+        best: Best,
+        mode: str,
+        folder: Path,
+    ) -> None:
+        """Search for keypoints of one sign.
+
+        Parameters
+        ----------
+        descriptor : uint8 array (n, 64)
+        limits : float32 arrays (n)
+            The lowest and highest scale that a match may have.
+        place : int64 array (A)
+            What to call each atlas; those below 0 are passed over.
+        number : int
+            What to call this segment.
+        best : Best
+            Receives what is nearer than what it holds, which is of other segments.
+        mode : str
+            ``auto``, ``pynndescent`` or ``exact``.
+        folder : Path
+            Where graphs are cached.
+        """
+        side = self.sides[sign > 0]
+        fewest = {"auto": PAYS_FROM, "pynndescent": _FEWEST}.get(mode, math.inf)
+        if 2 * np.count_nonzero(place >= 0) < place.size:
+            # A list that mostly names atlases nobody wants would say too little.
+            wanted = np.flatnonzero(place >= 0)
+            some = side.only(wanted)
+            some.search(descriptor, limits, place[wanted], number, best)
+            moved = side.offsets[wanted] - some.offsets[:-1]
+            own = best[1] == number
+            best[2][own] += moved[some.atlas_of[best[2][own]]]
+        elif len(side.scale) < fewest:
+            side.search(descriptor, limits, place, number, best)
+        else:
+            stem = f"{self.name}-{max(sign, 0)}-pynndescent-{version('pynndescent')}"
+            listed = _listed(side.descriptor, descriptor, folder, stem)
+            known = side.descriptor, side.scale, side.atlas_of, side.offsets
+            of_listed_atlases(listed, descriptor, limits, *known, place, number, best)
+
+
+def merges(sizes: Sequence[int]) -> list[list[int]]:
+    """Plan which segments to join, as log-structured stores do.
+
+    Segments of a like size, within a factor of `_FANOUT`, are joined as soon as there are
+    `_FANOUT` of them. So a store of n descriptors has O(log n) segments, and each descriptor
+    is moved O(log n) times while they grow.
+
+    Parameters
+    ----------
+    sizes : sequence of int
+        Descriptors in each segment.
+
+    Returns
+    -------
+    list of list of int
+        Indices of the segments to join, two or more in each list.
+    """
+    groups = [([i], size) for i, size in enumerate(sizes)]
+    while True:
+        levels = defaultdict(list)
+        for group in groups:
+            levels[_level(group[1])].append(group)
+        full = next((level for level in sorted(levels) if len(levels[level]) >= _FANOUT), None)
+        if full is None:
+            return [sorted(members) for members, _ in groups if len(members) > 1]
+        joined = levels.pop(full)
+        groups = [group for level in levels.values() for group in level]
+        groups.append(([i for g in joined for i in g[0]], sum(g[1] for g in joined)))
+
+
+def _level(size: int) -> int:
+    level = 0
+    while size >= _FIRST_LEVEL * _FANOUT**level:
+        level += 1
+    return level
+
+
+def _runs(offsets: NDArray[np.int64]) -> list[tuple[int, int]]:
+    """Cut atlases into runs of at most `_COLUMNS` keypoints, or of one atlas."""
+    runs = []
+    a = 0
+    while a < offsets.size - 1:
+        b = int(np.searchsorted(offsets, offsets[a] + _COLUMNS, side="right")) - 1
+        b = min(max(b, a + 1), offsets.size - 1)
+        runs.append((a, b))
+        a = b
+    return runs
+
+
+def _listed(
+    known: NDArray[np.uint8], descriptor: NDArray[np.uint8], folder: Path, stem: str
+) -> NDArray[np.int32]:
+    """Rows of `known` that are probably the nearest, (n, `LISTED`); -1 where there are fewer."""
+    assert known.shape[1] == DESCRIPTOR_BINS
+    with _one_at_a_time:
+        graph = _graph(known, folder, stem)
+        listed, _ = graph.query(descriptor.astype(np.float32), k=LISTED, epsilon=0.3)
+        return np.ascontiguousarray(listed, np.int32)
+
+
+_graphs: dict[str, Any] = {}
+"""Graphs of this process by name: reading one takes longer than asking it."""
+
+
+def _graph(known: NDArray[np.uint8], folder: Path, stem: str) -> Any:
+    """Get a graph: of this process, of the user's cache, or made now."""
+    # Imported where it pays: it takes seconds, and a minute the first time on a machine.
+    from pynndescent import NNDescent
+
+    graph = _graphs.get(stem)
+    for path in folder.glob(f"{stem}-*.graph") if graph is None else ():
+        # A pickle, but one that this user's own process wrote; never one of a store.
+        if (data := recall(path)) is not None:
+            graph = pickle.loads(data)
+            break
+    if graph is None:
+        graph = NNDescent(known.astype(np.float32), random_state=0)
+        graph.prepare()
+        keep(folder, stem, ".graph", pickle.dumps(graph))
+    _graphs[stem] = graph
+    return graph

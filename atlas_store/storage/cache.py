@@ -1,0 +1,48 @@
+"""The user's own cache: what can be made again, kept so that it need not be.
+
+An object's name ends with the SHA-256 of its content, so what was damaged is not believed.
+Nothing here is shared between users, and a cache that cannot be written is done without.
+"""
+
+import os
+from contextlib import suppress
+from pathlib import Path
+from uuid import uuid4
+
+from atlas_store.marker import digest
+
+
+def cache_folder() -> Path:
+    """Folder of the user's cache: in ``$XDG_CACHE_HOME``, or else in ``~/.cache``."""
+    base = Path(os.environ.get("XDG_CACHE_HOME", ""))
+    return (base if base.is_absolute() else Path.home() / ".cache") / "kpt-dask"
+
+
+def index_folder(store_uuid: str) -> Path:
+    """Where the cache keeps the index of a store."""
+    # A digest, as the uuid comes from a store and must not lead anywhere else.
+    return cache_folder() / "index" / digest(store_uuid.encode())[:32]
+
+
+def keep(folder: Path, stem: str, suffix: str, data: bytes) -> None:
+    """Keep `data` as ``<stem>-<SHA-256><suffix>``, whole or not at all."""
+    partial = folder / f"{uuid4().hex}.partial"
+    with suppress(OSError):
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        partial.write_bytes(data)
+        partial.replace(folder / f"{stem}-{digest(data)}{suffix}")
+
+
+def recall(path: Path) -> bytes | None:
+    """Read what `keep` kept; None if it is gone or damaged."""
+    try:
+        data = path.read_bytes()
+    except OSError:
+        return None
+    return data if path.stem.rpartition("-")[2] == digest(data) else None
+
+
+def forget(path: Path) -> None:
+    """Delete a file of the cache; nothing happens if that is not possible."""
+    with suppress(OSError):
+        path.unlink()

@@ -1,0 +1,80 @@
+"""Read arrays from a store that somebody else may have written, in bounded memory.
+
+Zarr believes what an array's description and its chunks say of their size. What it is about
+to believe is looked at here first, so that no file makes the reader allocate more than
+`MAX_CHUNK` bytes.
+"""
+
+import json
+import math
+import os
+import struct
+from contextlib import suppress
+
+import numpy as np
+from zarr.abc.store import ByteRequest, Store
+from zarr.core.buffer import Buffer, BufferPrototype
+from zarr.storage import LocalStore, WrapperStore
+
+from atlas_store.errors import StoreFormatError
+from atlas_store.storage.objects import check_size
+
+MAX_CHUNK = 1 << 28
+"""Bytes of a chunk once it is unpacked; those of an atlas have a few MiB."""
+MAX_VOXELS = 1 << 34
+"""Elements of an array; a whole body at 0.5 mm has a quarter of it."""
+
+_BLOSC_HEADER = 16
+
+
+class Guarded(WrapperStore[Store]):
+    """A Zarr store that gives no array or chunk of absurd size."""
+
+    async def get(
+        self, key: str, prototype: BufferPrototype, byte_range: ByteRequest | None = None
+    ) -> Buffer | None:
+        """Read an object; `StoreFormatError` if unpacking it would take too much."""
+        if isinstance(self._store, LocalStore):
+            with suppress(OSError):
+                check_size(key, os.stat(f"{self._store.root}/{key}").st_size)
+        buffer = await super().get(key, prototype, byte_range)
+        if buffer is None or byte_range is not None:
+            return buffer
+        if key.endswith("zarr.json"):
+            _check_description(key, buffer.to_bytes())
+        elif "/c/" in key:
+            _check_chunk(key, buffer[:_BLOSC_HEADER].to_bytes(), len(buffer))
+        return buffer
+
+
+def _check_description(key: str, data: bytes) -> None:
+    try:
+        content = json.loads(data)
+        if content["node_type"] != "array":
+            return
+        shape = content["shape"]
+        chunks = content["chunk_grid"]["configuration"]["chunk_shape"]
+        codecs = [codec["name"] for codec in content["codecs"]]
+        size = np.dtype(content["data_type"]).itemsize
+        whole = all(type(n) is int and n >= 0 for n in (*shape, *chunks))
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        raise _refused(key, f"its description makes no sense ({error!r})") from error
+    if not whole or math.prod(shape) > MAX_VOXELS:
+        raise _refused(key, f"it has the shape {shape}")
+    if math.prod(chunks) * size > MAX_CHUNK:
+        raise _refused(key, f"it has chunks of {chunks}")
+    # Of these it is known how much they unpack to before they do.
+    if codecs != ["bytes", "blosc"]:
+        raise _refused(key, f"it has the codecs {codecs}")
+
+
+def _check_chunk(key: str, header: bytes, length: int) -> None:
+    if len(header) < _BLOSC_HEADER:
+        raise _refused(key, "it is too short")
+    unpacked, packed = struct.unpack_from("<I", header, 4) + struct.unpack_from("<I", header, 12)
+    if packed != length or unpacked > MAX_CHUNK:
+        raise _refused(key, f"it would unpack {packed} bytes to {unpacked}")
+
+
+def _refused(key: str, what: str) -> StoreFormatError:
+    return StoreFormatError(f"{key} is damaged, {what}: remove the atlas and add it again.")

@@ -1,0 +1,230 @@
+"""Bytes by key, on a local path or an object store: the only module that knows which.
+
+Everything else in this package says `read`, `write_new` or `delete_folder` and leaves the
+place to zarr's stores. Keys are relative to the root of the store, with ``/``.
+"""
+
+import asyncio
+import os
+from collections.abc import AsyncIterator, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from numpy.typing import NDArray
+from zarr.abc.store import Store
+from zarr.core.buffer import Buffer, default_buffer_prototype
+from zarr.core.sync import sync
+from zarr.storage import FsspecStore, LocalStore
+
+from atlas_store.arrays import chunk_io
+from atlas_store.errors import StoreFormatError
+
+PARTIAL_SUFFIX = ".partial"
+"""Ends the name of a local file that is being written; it is renamed when complete."""
+
+MAX_OBJECT = 1 << 29
+"""Bytes of an object; the largest of an atlas have a few MiB."""
+
+_DELETE_ATTEMPTS = 10
+_SYNCING_THREADS = 8
+
+
+class Objects:
+    """The objects of one zarr store, read and written synchronously.
+
+    Parameters
+    ----------
+    store : zarr.abc.store.Store
+        Where the objects are.
+    url : str
+        What to call that place in messages.
+    """
+
+    def __init__(self, store: Store, url: str) -> None:
+        self.store = store
+        self.url = url
+
+    @classmethod
+    def at(cls, url: str | os.PathLike[str]) -> "Objects":
+        """Objects below a local path or an fsspec URL; nothing is touched yet."""
+        text = os.fspath(url).removeprefix("file://")
+        if "://" in text:
+            # Others write there as well: a listing kept from before would hide what they did.
+            return cls(FsspecStore.from_url(text, {"use_listings_cache": False}), text)
+        return cls(LocalStore(Path(text).absolute()), text)
+
+    def is_vacant(self) -> bool:
+        """Whether nothing at all is there; an empty folder is nothing."""
+        if isinstance(self.store, LocalStore):
+            root = self.store.root
+            return not root.exists() or (root.is_dir() and not any(root.iterdir()))
+        return not self.names("")
+
+    def read(self, key: str) -> bytes | None:
+        """Read one object; None if there is none, `StoreFormatError` if it is absurdly large."""
+        if isinstance(self.store, LocalStore):
+            # Twenty times faster than through the event loop, which counts for small objects.
+            try:
+                with open(f"{self.store.root}/{key}", "rb", buffering=0) as file:
+                    check_size(key, os.fstat(file.fileno()).st_size)
+                    return file.readall()
+            except (FileNotFoundError, IsADirectoryError, NotADirectoryError):
+                return None
+        buffer = sync(self.store.get(key, default_buffer_prototype()))
+        return None if buffer is None else buffer.to_bytes()
+
+    def read_many(self, keys: Iterable[str]) -> list[bytes | None]:
+        """Read objects, in order; those of an object store all at once."""
+        if isinstance(self.store, LocalStore):
+            return [self.read(key) for key in keys]
+
+        async def gather() -> list[bytes | None]:
+            prototype = default_buffer_prototype()
+            buffers = await asyncio.gather(*(self.store.get(key, prototype) for key in keys))
+            return [None if buffer is None else buffer.to_bytes() for buffer in buffers]
+
+        return sync(gather())
+
+    def unpack(self, wanted: Sequence[chunk_io.Rows], out: NDArray[Any]) -> None:
+        """Unpack rows of blosc chunks one after another, along the first axis of `out`.
+
+        Raises
+        ------
+        ValueError
+            If a chunk is missing or damaged.
+        """
+        if isinstance(self.store, LocalStore):
+            root = self.store.root
+            files = [rows._replace(key=f"{root}/{rows.key}") for rows in wanted]
+            chunk_io.unpack_files(files, out)
+        else:
+            chunk_io.unpack_all(wanted, self.read_many(rows.key for rows in wanted), out)
+
+    def write(self, key: str, data: bytes) -> None:
+        """Write an object atomically, replacing what was there."""
+        sync(self.store.set(key, _buffer(data)))
+
+    def write_new(self, key: str, data: bytes) -> bool:
+        """Write an object only if there is none; of several writers at once, one succeeds.
+
+        `data` must differ from what any other writer would write there.
+
+        Returns
+        -------
+        bool
+            Whether this call wrote it.
+        """
+        if isinstance(self.store, FsspecStore):
+            # FsspecStore.set_if_not_exists asks first and writes then: two writers both win.
+            path = f"{self.store.path}/{key}"
+            try:
+                sync(self.store.fs._pipe_file(path, data, mode="create"))
+            except FileExistsError:
+                return False
+            return True
+        # set_if_not_exists does not say whether it wrote, but what is there now does.
+        sync(self.store.set_if_not_exists(key, _buffer(data)))
+        return self.read(key) == data
+
+    def settle(self, path: str) -> None:
+        """Return when an object, or all below a folder, would survive a loss of power.
+
+        An object store has kept what it has confirmed; a file system only what was synced.
+        """
+        if not isinstance(self.store, LocalStore):
+            return
+        root = self.store.root / path
+        paths = [root, root.parent]
+        for parent, folders, names in os.walk(root):
+            paths += [Path(parent, name) for name in (*folders, *names)]
+        with ThreadPoolExecutor(_SYNCING_THREADS) as threads:
+            list(threads.map(_sync_to_disk, paths))
+
+    def exists(self, key: str) -> bool:
+        """Whether there is an object with this key."""
+        return sync(self.store.exists(key))
+
+    def delete(self, key: str) -> None:
+        """Delete an object; nothing happens if there is none."""
+        sync(self.store.delete(key))
+
+    def delete_folder(self, folder: str) -> None:
+        """Delete every object below a folder; nothing happens if there is none."""
+        for _ in range(_DELETE_ATTEMPTS):
+            try:
+                return sync(self.store.delete_dir(folder))
+            except FileNotFoundError:
+                # Somebody else is deleting the same folder; what is left is ours to delete.
+                continue
+
+    def names(self, folder: str) -> list[str]:
+        """Names of the objects and folders directly in a folder, in no order."""
+        if isinstance(self.store, LocalStore):
+            try:
+                return os.listdir(self.store.root / folder)
+            except (FileNotFoundError, NotADirectoryError):
+                return []
+        return sync(_collect(self.store.list_dir(folder)))
+
+    def keys(self, folder: str) -> list[str]:
+        """Keys of all objects below a folder, relative to it, sorted."""
+        if isinstance(self.store, LocalStore):
+            # LocalStore.list_prefix cuts the root out of the middle of a key as well, so that
+            # the keys of a store in /c or /image come out wrong.
+            root = self.store.root / folder
+            paths = (Path(parent) / name for parent, _, names in os.walk(root) for name in names)
+            return sorted(path.relative_to(root).as_posix() for path in paths)
+        found = sync(_collect(self.store.list_prefix(f"{folder}/")))
+        return sorted(key.removeprefix(f"{folder}/") for key in found)
+
+
+def check_size(key: str, size: int) -> None:
+    """Refuse an object that would take too much memory, before it is read."""
+    if size > MAX_OBJECT:
+        raise StoreFormatError(
+            f"{key} is damaged, it has {size} bytes: remove the atlas and add it again."
+        )
+
+
+def _sync_to_disk(path: Path) -> None:
+    # A folder cannot be opened everywhere (Windows), nor synced on every file system.
+    with suppress(OSError):
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
+def _buffer(data: bytes) -> Buffer:
+    return default_buffer_prototype().buffer.from_bytes(data)
+
+
+async def _collect(names: AsyncIterator[str]) -> list[str]:
+    return [name async for name in names]
+
+
+def finish_writes() -> None:
+    """Wait for what Zarr still writes on its own threads.
+
+    Whoever interrupts the main thread while Zarr writes does not interrupt the writing: it
+    would bring back a part of a folder that is removed meanwhile.
+    """
+
+    async def finish() -> None:
+        own = asyncio.current_task()
+        assert own is not None
+        # Two that finish at once must not wait for each other.
+        _finishing.add(own)
+        try:
+            await asyncio.gather(*(asyncio.all_tasks() - _finishing), return_exceptions=True)
+        finally:
+            _finishing.discard(own)
+
+    sync(finish())
+
+
+_finishing: set[asyncio.Task[Any]] = set()
+"""Tasks of `finish_writes`; only Zarr's event loop looks at it."""

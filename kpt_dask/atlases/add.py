@@ -1,0 +1,327 @@
+"""Annotated scans become atlases of a store: volume, labels, surroundings, labelled keypoints.
+
+An atlas appears in the store when it is complete, or not at all.
+"""
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import zarr
+from distributed import Client
+from numpy.typing import NDArray
+
+from atlas_store import (
+    AtlasExistsError,
+    AtlasInfo,
+    AtlasStore,
+    AtlasStoreError,
+    OrganInfo,
+    OrganTable,
+    ParameterMismatchError,
+)
+from kpt_dask.atlases.profiles import organ_profiles
+from kpt_dask.errors import KptError, LabelError, ParameterError
+from kpt_dask.grid import Grid
+from kpt_dask.keypoints.extraction import extract, parameters
+from kpt_dask.organ_transfer.crop import write_surroundings
+from kpt_dask.organ_transfer.organ_strips import write_strips
+from kpt_dask.runtime import cluster, progress
+from kpt_dask.scans.pairs import LABELS, SCANS, find_pairs, labelled_organs, open_pair
+from kpt_dask.scans.scan import Scan, scan_name
+from kpt_dask.volumes.omezarr import Region, open_array, write_label_image
+from kpt_dask.volumes.volume import convert_into, label_blocks
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What became of one scan of a folder.
+
+    Attributes
+    ----------
+    id : str
+        The atlas.
+    info : AtlasInfo or None
+        What the store says of the atlas, if it was added.
+    problem : str or None
+        Why it could not be added. Without either, the atlas was there already.
+    """
+
+    id: str
+    info: AtlasInfo | None = None
+    problem: str | None = None
+
+
+def store_parameters(
+    spacing: float = 2.0, *, descriptor: str = "upright", finer: bool = False
+) -> dict[str, Any]:
+    """Say what all atlases of a store are made with, for `AtlasStore.create`.
+
+    Parameters
+    ----------
+    spacing : float
+        Of the working grid, mm.
+    descriptor, finer
+        As for `kpt_dask.extract`.
+
+    Raises
+    ------
+    ParameterError
+        If the spacing is not positive, or the descriptor is unknown.
+    """
+    if not (np.isfinite(spacing) and spacing > 0):
+        raise ParameterError(f"The spacing must be a positive number of mm, not {spacing:g}.")
+    return {"spacing": float(spacing), **parameters(descriptor, finer)}
+
+
+def add_atlas(
+    store: AtlasStore,
+    scan: str | Path,
+    labels: str | Path,
+    *,
+    atlas_id: str | None = None,
+    annotated: Sequence[str] | None = None,
+    replace: bool = False,
+    memory: int = 1 << 30,
+    client: Client | None = None,
+) -> AtlasInfo:
+    """Add an annotated scan to a store.
+
+    Parameters
+    ----------
+    store : AtlasStore
+        Created with `store_parameters`.
+    scan, labels : str or Path
+        A scan and its label map on the same grid, with the label values of the store's
+        organ table.
+    atlas_id : str, optional
+        Its name in the store; the scan's file name without ending unless given.
+    annotated : sequence of str, optional
+        The organs that whoever annotated the scan looked for; unless given, those whose
+        labels occur. What is labelled but not named here is left out of the atlas: it
+        neither votes nor is transferred. What is named but not labelled is known to be
+        outside the scan.
+    replace : bool
+        Whether an atlas of this id may be there; it stays until the new one is complete.
+    memory : int
+        Bytes that extraction may take in each process.
+    client : distributed.Client, optional
+        Where blocks are computed; threads of this process if there is no current one.
+
+    Returns
+    -------
+    AtlasInfo
+        What the store says of the atlas.
+
+    Raises
+    ------
+    GridMismatchError
+        If the labels lie on another grid than the scan.
+    LabelError
+        If there is no label, or one that the organ table does not know.
+    KptError, AtlasStoreError
+        If a file, an option or the store cannot be used. The store is left as it was.
+    """
+    source, labelled = open_pair(scan, labels)
+    made_with = store_parameters(
+        store.parameters.get("spacing", 2.0),
+        descriptor=store.parameters.get("descriptor", "upright"),
+        finer=store.parameters.get("finer", False),
+    )
+    name = scan_name(source.path) if atlas_id is None else atlas_id
+    with store.draft(name, made_with, replace=replace) as draft:
+        wanted = _annotated(labelled, store.organs, annotated)
+        image = draft.group.create_group("image")
+        with cluster.session(client) as session:
+            volume = convert_into(source, image, spacing=made_with["spacing"], client=session)
+            blocks = _only(label_blocks(labelled, volume), store.organs, wanted)
+            write_label_image(image, "organs", blocks, volume.grid, store.organs)
+            keypoints = extract(
+                volume,
+                descriptor=made_with["descriptor"],
+                finer=made_with["finer"],
+                memory=memory,
+                client=session,
+            )
+        voxels = open_array(image, "labels/organs/0")
+        organs = survey(voxels, volume.grid, store.organs)
+        if not organs:
+            raise LabelError(
+                f"{labels} shows no organ that is left at {made_with['spacing']:g} mm; use a"
+                " store of a smaller spacing."
+            )
+        what = organs, store.organs
+        held, coding = write_surroundings(
+            draft.group, volume.levels[0], voxels, *what, float(volume.grid.spacing[0])
+        )
+        write_strips(draft.group, held, coding, *what)
+        label = labels_at(keypoints.position.values, voxels, volume.grid)
+        z, y, x = volume.grid.spacing.tolist()
+        z0, y0, x0 = volume.grid.origin.tolist()
+        return draft.commit(
+            keypoints.assign(label=("keypoint", label)),
+            annotated=wanted,
+            organs=organs,
+            shape=volume.grid.shape,
+            spacing=(z, y, x),
+            origin=(z0, y0, x0),
+            source=(source.path, labelled.path),
+        )
+
+
+def add_folder(
+    store: AtlasStore,
+    folder: str | Path,
+    *,
+    scan_pattern: str = SCANS,
+    labels_pattern: str = LABELS,
+    annotated: Sequence[str] | None = None,
+    replace: bool = False,
+    memory: int = 1 << 30,
+    client: Client | None = None,
+    told: Callable[[Outcome], None] | None = None,
+) -> list[Outcome]:
+    """Add every scan of a folder that has a label map; a bad one does not stop the others.
+
+    Parameters
+    ----------
+    store, annotated, memory, client
+        As for `add_atlas`.
+    folder, scan_pattern, labels_pattern
+        As for `kpt_dask.scans.pairs.find_pairs`; what stands for ``{id}`` is the id of the atlas.
+    replace : bool
+        Whether atlases that are there are made anew; otherwise they are skipped.
+    told : callable, optional
+        Called with each outcome as soon as it is known.
+
+    Returns
+    -------
+    list of Outcome
+        One for each scan, in natural order of the ids.
+
+    Raises
+    ------
+    ParameterError, ScanNotFoundError
+        If there is nothing to add; see `find_pairs`.
+    ParameterMismatchError
+        If the store was made with other parameters.
+    """
+    outcomes = []
+    pairs = find_pairs(folder, scan_pattern, labels_pattern)
+    with (
+        cluster.session(client) as session,
+        progress.stage("Adding atlases", total=len(pairs)) as advance,
+    ):
+        for pair in pairs:
+            outcome = Outcome(pair.id)
+            if replace or pair.id not in store:
+                try:
+                    info = add_atlas(
+                        store,
+                        pair.scan,
+                        pair.labels,
+                        atlas_id=pair.id,
+                        annotated=annotated,
+                        replace=replace,
+                        memory=memory,
+                        client=session,
+                    )
+                    outcome = Outcome(pair.id, info)
+                except AtlasExistsError:
+                    pass
+                except ParameterMismatchError:
+                    raise
+                except (KptError, AtlasStoreError) as error:
+                    outcome = Outcome(pair.id, problem=str(error))
+            outcomes.append(outcome)
+            if told is not None:
+                told(outcome)
+            advance(1)
+    return outcomes
+
+
+def survey(labels: "zarr.Array[Any]", grid: Grid, organs: OrganTable) -> dict[str, OrganInfo]:
+    """Measure the organs that a label map shows, in one streamed pass.
+
+    Parameters
+    ----------
+    labels : zarr.Array (z, y, x)
+        On the working grid.
+    grid : Grid
+        Its grid.
+    organs : OrganTable
+        The organs to look for.
+
+    Returns
+    -------
+    dict of str to OrganInfo
+        By name, in the order of the table; keypoints are not counted.
+    """
+    profiles = organ_profiles(labels, organs.values)
+    found = {}
+    for i, organ in enumerate(organs):
+        along = [profile[i] for profile in profiles]
+        voxels = int(along[0].sum())
+        if voxels:
+            z, y, x = ((int(p.nonzero()[0][0]), int(p.nonzero()[0][-1]) + 1) for p in along)
+            centre = grid.to_mm([np.arange(p.size) @ p / voxels for p in along])
+            found[organ.name] = OrganInfo(
+                voxels, (z, y, x), (float(centre[0]), float(centre[1]), float(centre[2]))
+            )
+    return found
+
+
+def labels_at(
+    position: NDArray[np.float32], labels: "zarr.Array[Any]", grid: Grid
+) -> NDArray[np.uint16]:
+    """Label of the voxel nearest to each point.
+
+    Parameters
+    ----------
+    position : ndarray (n, 3), float32
+        (z, y, x) in mm; what lies outside belongs to the nearest edge.
+    labels : zarr.Array (z, y, x)
+        The label map.
+    grid : Grid
+        Its grid.
+
+    Returns
+    -------
+    ndarray (n), uint16
+    """
+    voxel = np.floor(grid.to_index(position) + 0.5).astype(np.int64)
+    z, y, x = np.clip(voxel, 0, np.array(grid.shape) - 1).T
+    if not len(z):
+        return np.zeros(0, np.uint16)
+    return np.asarray(labels.vindex[z, y, x]).astype(np.uint16)
+
+
+def _annotated(
+    labels: Scan, organs: OrganTable, annotated: Sequence[str] | None
+) -> tuple[str, ...]:
+    """Name the annotated organs, in the order of the table."""
+    shown = labelled_organs(labels, organs)
+    if annotated is None:
+        return shown
+    wanted = {organs.by_name(name).name for name in annotated}
+    if not wanted.intersection(shown):
+        raise LabelError(
+            f"{labels.path} shows none of the organs that are said to be annotated; it shows"
+            f" {', '.join(shown)}."
+        )
+    return tuple(name for name in organs.names if name in wanted)
+
+
+def _only(
+    blocks: Iterable[tuple[Region, NDArray[np.uint16]]],
+    organs: OrganTable,
+    names: Iterable[str],
+) -> Iterator[tuple[Region, NDArray[np.uint16]]]:
+    """Leave out the labels of organs that are not annotated."""
+    kept = np.zeros(1 << 16, np.uint16)
+    for name in names:
+        kept[organs.by_name(name).value] = organs.by_name(name).value
+    for region, part in blocks:
+        yield region, kept[part]

@@ -1,0 +1,410 @@
+"""``kpt atlas``: make a store of annotated scans, fill it, look at it."""
+
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from kpt_dask.cli.common import (
+    Failure,
+    columns,
+    console,
+    fail,
+    json_option,
+    memory_option,
+    overwrite_option,
+    print_json,
+    scheduler_option,
+    size,
+    table,
+    working,
+)
+
+if TYPE_CHECKING:
+    from atlas_store import AtlasInfo, AtlasStore
+    from kpt_dask.atlases.add import Outcome
+
+
+def _names(ctx: click.Context, param: click.Parameter, value: str | None) -> list[str] | None:
+    if value is None:
+        return None
+    names = [name.strip() for name in value.split(",")]
+    if not all(names):
+        raise click.BadParameter(f"{value!r}: write the names of organs, separated by commas.")
+    return names
+
+
+annotated_option = click.option(
+    "--annotated",
+    callback=_names,
+    metavar="NAME,…",
+    help="The organs that whoever annotated the scan looked for. Labels of others are left "
+    "out. Unless given, the organs whose labels occur.",
+)
+store_argument = click.argument("store", metavar="STORE")
+
+
+@click.group()
+def atlas() -> None:
+    """Keep a store of annotated scans: the atlases.
+
+    STORE is a folder, or the URL of one in an object store (s3://…).
+    """
+
+
+@atlas.command()
+@store_argument
+@click.option(
+    "--organs",
+    default="visceral",
+    show_default=True,
+    metavar="TABLE",
+    help="What the label values mean: visceral, openkbp, or a TOML file.",
+)
+@click.option(
+    "--spacing",
+    type=float,
+    default=2.0,
+    show_default=True,
+    help="Of the grid that all atlases are brought to, mm.",
+)
+@click.option(
+    "--descriptor",
+    type=click.Choice(["upright", "invariant"]),
+    default="upright",
+    show_default=True,
+    help="What keypoints are compared by: invariant ones also match in turned patients.",
+)
+@click.option(
+    "--finer", is_flag=True, help="Find smaller keypoints too, from half the voxel size on."
+)
+def create(store: str, organs: str, spacing: float, descriptor: str, finer: bool) -> None:
+    """Create an empty store.
+
+    Scans that are segmented from it are treated as its atlases are.
+
+    \b
+    Example:
+      kpt atlas create atlases --organs openkbp
+    """
+    from atlas_store import AtlasStore, load_organs
+    from kpt_dask.atlases.add import store_parameters
+
+    parameters = store_parameters(spacing, descriptor=descriptor, finer=finer)
+    made = AtlasStore.create(store, load_organs(organs), parameters)
+    click.echo(f"{made.url}: an empty store for {', '.join(made.organs.names)}.")
+
+
+@atlas.command()
+@store_argument
+@click.argument("scan", type=click.Path())
+@click.argument("labels", type=click.Path())
+@click.option("--id", "atlas_id", metavar="ID", help="Its name; the scan's name unless given.")
+@annotated_option
+@overwrite_option
+@memory_option
+@scheduler_option
+@json_option
+def add(
+    store: str,
+    scan: str,
+    labels: str,
+    atlas_id: str | None,
+    annotated: list[str] | None,
+    overwrite: bool,
+    memory: int,
+    scheduler: str | None,
+    as_json: bool,
+) -> None:
+    """Add the scan SCAN with the label map LABELS, which lies on the same grid.
+
+    \b
+    Example:
+      kpt atlas add atlases anna_ct.nii.gz anna_organs.nii.gz --id anna
+    """
+    from atlas_store import AtlasStore
+    from kpt_dask.atlases.add import add_atlas
+
+    opened = AtlasStore.open(store)
+    with working(scheduler) as client:
+        added = add_atlas(
+            opened,
+            scan,
+            labels,
+            atlas_id=atlas_id,
+            annotated=annotated,
+            replace=overwrite,
+            memory=memory,
+            client=client,
+        )
+    if as_json:
+        print_json(_describe(added))
+    else:
+        click.echo(f"{added.id}: {_in_short(added)}.")
+
+
+@atlas.command("add-folder")
+@store_argument
+@click.argument("folder", metavar="DIR", type=click.Path())
+@click.option(
+    "--scan",
+    "scan_pattern",
+    default="{id}_ct.nii.gz",
+    show_default=True,
+    metavar="PATTERN",
+    help="How scans are named; {id} is the id of the atlas.",
+)
+@click.option(
+    "--labels",
+    "labels_pattern",
+    default="{id}_seg.nii.gz",
+    show_default=True,
+    metavar="PATTERN",
+    help="How their label maps are named.",
+)
+@annotated_option
+@overwrite_option
+@memory_option
+@scheduler_option
+@json_option
+def add_folder(
+    store: str,
+    folder: str,
+    scan_pattern: str,
+    labels_pattern: str,
+    annotated: list[str] | None,
+    overwrite: bool,
+    memory: int,
+    scheduler: str | None,
+    as_json: bool,
+) -> None:
+    """Add all annotated scans of a folder; those that are there already are skipped.
+
+    A scan that cannot be added does not stop the others. Run it again after an interruption.
+
+    \b
+    Example:
+      kpt atlas add-folder atlases scans --scan '{id}/ct.nii.gz' --labels '{id}/organs.nii.gz'
+    """
+    from rich.console import Console
+
+    from atlas_store import AtlasStore
+    from kpt_dask.atlases import add
+
+    errors = Console(stderr=True, markup=False, highlight=False, soft_wrap=True)
+    opened = AtlasStore.open(store)
+    with working(scheduler) as client:
+        outcomes = add.add_folder(
+            opened,
+            folder,
+            scan_pattern=scan_pattern,
+            labels_pattern=labels_pattern,
+            annotated=annotated,
+            replace=overwrite,
+            memory=memory,
+            client=client,
+            told=lambda outcome: errors.print(_became(outcome)),
+        )
+    failed = {o.id: o.problem for o in outcomes if o.problem is not None}
+    added = [o.id for o in outcomes if o.info is not None]
+    present = [o.id for o in outcomes if o.info is None and o.problem is None]
+    if as_json:
+        print_json({"added": added, "present": present, "failed": failed})
+    else:
+        click.echo(f"{len(added)} added, {len(present)} there already, {len(failed)} failed.")
+    if failed:
+        fail(f"{len(failed)} of {len(outcomes)} scans were not added: {', '.join(failed)}.")
+
+
+@atlas.command("list")
+@store_argument
+@json_option
+def list_atlases(store: str, as_json: bool) -> None:
+    """List the atlases of a store.
+
+    \b
+    Example:
+      kpt atlas list atlases
+    """
+    from atlas_store import AtlasStore
+
+    opened = AtlasStore.open(store)
+    infos = [found.info for found in opened.atlases()]
+    if as_json:
+        print_json([_describe(info) for info in infos])
+        return
+    header = (
+        *("id", "organs annotated", "keypoints", "in organs"),
+        *("size (z, y, x)", "added (UTC)", "from"),
+    )
+    rows = [
+        (
+            info.id,
+            _organs(info.annotated, opened.organs.names),
+            str(info.keypoints),
+            str(sum(organ.keypoints for organ in info.organs.values())),
+            " × ".join(map(str, info.shape)),
+            _moment(info),
+            ", ".join(info.source[:1]),
+        )
+        for info in infos
+    ]
+    if rows:
+        click.echo(columns(header, rows, left=(0, 1, 5, 6)))
+    number = _count(len(infos), "atlas", "atlases")
+    click.echo(f"{opened.url}: {number} at {opened.parameters['spacing']:g} mm.")
+
+
+@atlas.command()
+@store_argument
+@click.argument("atlas_id", metavar="[ID]", required=False)
+@json_option
+def info(store: str, atlas_id: str | None, as_json: bool) -> None:
+    """Say what a store is made for, or what an atlas of it holds.
+
+    \b
+    Examples:
+      kpt atlas info atlases
+      kpt atlas info atlases anna
+    """
+    from atlas_store import AtlasStore
+
+    opened = AtlasStore.open(store)
+    if atlas_id is None:
+        _show_store(opened, as_json)
+    else:
+        _show_atlas(opened[atlas_id].info, as_json)
+
+
+@atlas.command()
+@store_argument
+@click.argument("atlas_ids", metavar="ID…", nargs=-1, required=True)
+def remove(store: str, atlas_ids: tuple[str, ...]) -> None:
+    """Remove atlases from a store.
+
+    \b
+    Example:
+      kpt atlas remove atlases anna
+    """
+    from atlas_store import AtlasStore
+
+    opened = AtlasStore.open(store)
+    # All or none: a mistyped id among them is found before the first is gone.
+    for atlas_id in atlas_ids:
+        _ = opened[atlas_id]
+    for atlas_id in atlas_ids:
+        opened.remove(atlas_id)
+        click.echo(f"{atlas_id}: removed.")
+
+
+@atlas.command()
+@store_argument
+@click.option("--repair", is_flag=True, help="Remove what interrupted adds and removals left.")
+@json_option
+def verify(store: str, repair: bool, as_json: bool) -> None:
+    """Read all of a store again, and say what is wrong with it.
+
+    \b
+    Example:
+      kpt atlas verify atlases --repair
+    """
+    from dataclasses import asdict
+
+    from atlas_store import AtlasStore
+    from kpt_dask.runtime import progress
+
+    opened = AtlasStore.open(store)
+    with progress.shown(), progress.stage("Verifying"):
+        problems = opened.verify(repair=repair)
+    if as_json:
+        print_json([asdict(problem) for problem in problems])
+    else:
+        for problem in problems:
+            click.echo(str(problem))
+        if not problems:
+            click.echo(f"{opened.url}: {_count(len(opened), 'atlas', 'atlases')}, all sound.")
+    left = sum(not problem.repaired for problem in problems)
+    if left:
+        raise Failure(f"{opened.url} has {_count(left, 'problem', 'problems')}.")
+
+
+def _describe(info: "AtlasInfo") -> dict[str, Any]:
+    from dataclasses import asdict
+
+    return asdict(info)
+
+
+def _in_short(info: "AtlasInfo") -> str:
+    organs = _count(len(info.annotated), "organ", "organs")
+    within = sum(organ.keypoints for organ in info.organs.values())
+    return (
+        f"{organs} annotated, {info.keypoints} keypoints ({within} in organs),"
+        f" {size(info.shape, info.spacing[0])}"
+    )
+
+
+def _became(outcome: "Outcome") -> str:
+    if outcome.problem is not None:
+        return f"{outcome.id}: not added: {outcome.problem}"
+    if outcome.info is not None:
+        return f"{outcome.id}: {_in_short(outcome.info)}"
+    return f"{outcome.id}: there already"
+
+
+def _organs(annotated: tuple[str, ...], known: tuple[str, ...]) -> str:
+    """Name what is annotated, or what is not, whichever is shorter."""
+    missing = [name for name in known if name not in annotated]
+    count = f"{len(annotated)} of {len(known)}"
+    if not missing:
+        return f"all {len(known)}"
+    if len(missing) < len(annotated):
+        return f"{count}: all but {', '.join(missing)}"
+    return f"{count}: {', '.join(annotated)}"
+
+
+def _show_store(store: "AtlasStore", as_json: bool) -> None:
+    infos = [found.info for found in store.atlases()]
+    annotated = {n: sum(n in info.annotated for info in infos) for n in store.organs.names}
+    if as_json:
+        about: dict[str, Any] = {"url": store.url, "uuid": store.uuid}
+        about |= {"atlases": [info.id for info in infos], "annotated": annotated}
+        about |= {"organs": store.organs.to_json(), "parameters": dict(store.parameters)}
+        print_json(about)
+        return
+    organs = table("organ", "SNOMED CT", "label", "ν (HU)", "atlases", "keypoints", left=2)
+    for organ in store.organs:
+        code = " ".join(organ.snomed) if organ.snomed else ""
+        shown = [info.organs[organ.name].keypoints for info in infos if organ.name in info.organs]
+        mean = f"{sum(shown) / len(shown):.1f}" if shown else ""
+        numbers = str(organ.value), f"{organ.nu:g}", str(annotated[organ.name]), mean
+        organs.add_row(organ.name, code, *numbers)
+    click.echo(f"{store.url}: {_count(len(infos), 'atlas', 'atlases')}.")
+    console().print(organs)
+    click.echo("Atlases that annotate an organ, and keypoints in it on average where it shows.")
+    made_with = ", ".join(f"{name} {value}" for name, value in store.parameters.items())
+    click.echo(f"Made with {made_with}.")
+
+
+def _show_atlas(info: "AtlasInfo", as_json: bool) -> None:
+    if as_json:
+        print_json(_describe(info))
+        return
+    voxel = info.spacing[0] * info.spacing[1] * info.spacing[2] / 1000
+    organs = table("organ", "volume (mL)", "keypoints", "centroid (z, y, x, mm)")
+    for name in info.annotated:
+        if found := info.organs.get(name):
+            centroid = ", ".join(f"{mm:.0f}" for mm in found.centroid)
+            organs.add_row(name, f"{found.voxels * voxel:.1f}", str(found.keypoints), centroid)
+        else:
+            organs.add_row(name, "not shown", "", "")
+    click.echo(f"{info.id}: {_in_short(info)}.")
+    console().print(organs)
+    made_from = " and ".join(info.source)
+    click.echo(f"Added {_moment(info)} UTC from {made_from} with {info.software}.")
+
+
+def _moment(info: "AtlasInfo") -> str:
+    return info.added.replace("T", " ")[:16]
+
+
+def _count(number: int, one: str, many: str) -> str:
+    return f"{number} {one if number == 1 else many}"

@@ -1,0 +1,120 @@
+"""Many scans in one go, one after another on the workers of one client.
+
+Each scan uses all workers, so memory is that of a single scan and an interrupted batch has
+lost one scan's work at most: calling it again goes on where it stopped.
+"""
+
+import logging
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from distributed import Client
+
+from atlas_store.errors import AtlasStoreError
+from kpt_dask.errors import KptError, ParameterError
+from kpt_dask.scans.scan import scan_name
+
+log = logging.getLogger(__name__)
+
+
+class Output(NamedTuple):
+    """What segmenting a scan leaves behind.
+
+    Attributes
+    ----------
+    segmentation : Path
+        The OME-Zarr with probabilities, labels, keypoints and provenance.
+    labels : Path
+        The NIfTI label map on the scan's own grid.
+    """
+
+    segmentation: Path
+    labels: Path
+
+    @property
+    def complete(self) -> bool:
+        """Whether both are there; each appears only when it is finished."""
+        return self.segmentation.exists() and self.labels.exists()
+
+
+def outputs(scans: Iterable[Path], out_dir: Path) -> Mapping[Path, Output]:
+    """Name the outputs of scans: OUT/NAME.zarr and OUT/NAME.nii.gz.
+
+    Raises
+    ------
+    ParameterError
+        If two scans would write to the same place.
+    """
+    by_name: dict[str, Path] = {}
+    for scan in scans:
+        name = scan_name(scan)
+        if name in by_name:
+            raise ParameterError(
+                f"{by_name[name]} and {scan} would both become {out_dir / name}.zarr: "
+                "segment them into different folders."
+            )
+        by_name[name] = scan
+    return {
+        scan: Output(out_dir / f"{name}.zarr", out_dir / f"{name}.nii.gz")
+        for name, scan in by_name.items()
+    }
+
+
+def segment_batch(
+    scans: Iterable[Path], store: str, out_dir: Path, client: Client, **options: Any
+) -> dict[Path, str]:
+    """Segment every scan that is not segmented yet; a bad scan does not stop the others.
+
+    Parameters
+    ----------
+    scans : iterable of Path
+        CT scans.
+    store : str
+        Path or URL of the atlas store.
+    out_dir : Path
+        Folder for the outputs, named as in `outputs`.
+    client : distributed.Client
+        Whose workers compute.
+    **options
+        Handed on to `kpt_dask.segmentation.segment`.
+
+    Returns
+    -------
+    failed : dict of Path to str
+        Why, for every scan that could not be segmented.
+
+    Raises
+    ------
+    ParameterError
+        If two scans would write to the same place.
+    """
+    from kpt_dask.segmentation import segment
+
+    failed: dict[Path, str] = {}
+    for scan, output in outputs(scans, out_dir).items():
+        if output.complete:
+            log.info("%s: is there already", output.segmentation)
+            continue
+        log.info("%s: begins", scan)
+        try:
+            # Overwriting, because one of the two may be left from an interrupted batch.
+            segment(
+                scan,
+                store,
+                output.segmentation,
+                labels=output.labels,
+                overwrite=True,
+                client=client,
+                **options,
+            )
+        except (KptError, AtlasStoreError) as error:
+            failed[scan] = str(error)
+        except Exception as error:
+            log.exception("%s: unexpected", scan)
+            failed[scan] = f"{type(error).__name__}: {error}"
+        if scan in failed:
+            log.error("%s: failed: %s", scan, failed[scan])
+        else:
+            log.info("%s: done", output.segmentation)
+    return failed

@@ -1,0 +1,279 @@
+"""What all commands of the command line share: errors, options, and how answers look.
+
+Light to import, as are all modules of the command line: what computes is imported inside the
+commands, so that ``kpt --help`` answers at once.
+"""
+
+import errno
+import json
+import os
+import sys
+from collections.abc import Callable, Container, Iterator, Sequence
+from contextlib import contextmanager
+from functools import wraps
+from typing import IO, TYPE_CHECKING, Any, NoReturn, TypeVar, cast
+
+import click
+
+from kpt_dask.options import MODES, RHO, SIGMA_T, SIGMA_X, TransferOptions, parse_across, parse_nu
+
+if TYPE_CHECKING:
+    from distributed import Client
+    from rich.console import Console
+    from rich.table import Table
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+INTERRUPTED = 130
+"""Exit code after Ctrl-C, as shells have it."""
+
+PIPED_WIDTH = 500
+"""Columns of a table that goes to a file or another program: it takes what it needs."""
+
+
+class Failure(click.ClickException):
+    """A sentence for the user; the program ends with 1."""
+
+    def show(self, file: IO[Any] | None = None) -> None:
+        """Write the sentence to standard error."""
+        click.echo(f"kpt: {self.message}", file=file, err=True)
+
+
+class Commands(click.Group):
+    """The commands; what they raise becomes a sentence, unless ``KPT_DEBUG`` is set."""
+
+    def invoke(self, ctx: click.Context) -> Any:
+        """Run a command."""
+        try:
+            return super().invoke(ctx)
+        except (click.ClickException, click.exceptions.Exit, click.Abort):
+            raise
+        except KeyboardInterrupt:
+            click.echo("kpt: interrupted; nothing is left half-written.", err=True)
+            raise click.exceptions.Exit(INTERRUPTED) from None
+        except Exception as error:
+            # Click knows what to do when whoever reads a pipe has gone.
+            gone = isinstance(error, OSError) and error.errno == errno.EPIPE
+            if gone or os.environ.get("KPT_DEBUG"):
+                raise
+            raise Failure(_sentence(error)) from error
+
+
+def _sentence(error: Exception) -> str:
+    from atlas_store.errors import AtlasStoreError
+    from kpt_dask.errors import KptError
+
+    if isinstance(error, KptError | AtlasStoreError):
+        return str(error)
+    if isinstance(error, OSError) and error.strerror:
+        where = f"{error.filename}: " if error.filename is not None else ""
+        return f"{where}{error.strerror}."
+    return (
+        f"{type(error).__name__}: {error}. This is a fault of the program: set KPT_DEBUG=1 to"
+        " see where it is, and report it."
+    )
+
+
+def fail(sentence: str) -> NoReturn:
+    """End the program with a sentence."""
+    raise Failure(sentence)
+
+
+def _bytes(ctx: click.Context, param: click.Parameter, value: str) -> int:
+    from dask.utils import parse_bytes
+
+    try:
+        size: int = parse_bytes(value)
+    except (ValueError, AttributeError):
+        size = 0
+    if size <= 0:
+        raise click.BadParameter(f"{value!r} is no amount of memory; write for instance 2GiB.")
+    return size
+
+
+scheduler_option = click.option(
+    "--scheduler",
+    metavar="ADDRESS",
+    help="Compute on a running Dask cluster: its address or scheduler file. "
+    "Without it, on all cores of this machine.",
+)
+memory_option = click.option(
+    "--memory",
+    callback=_bytes,
+    default="1GiB",
+    show_default=True,
+    metavar="SIZE",
+    help="Memory that finding keypoints may take in each process and, when segmenting, moving "
+    "organs.",
+)
+overwrite_option = click.option(
+    "--overwrite",
+    is_flag=True,
+    help="Replace an output that exists, once the new one is complete.",
+)
+json_option = click.option(
+    "--json", "as_json", is_flag=True, help="Print the answer as JSON, for a program to read."
+)
+
+
+def transfer_options(command: F) -> F:
+    """Add the options of the transfer; the command gets ``mode`` and ``options``."""
+
+    @wraps(command)
+    def with_options(
+        *,
+        threshold: float | None,
+        nu: str,
+        across: tuple[str, ...],
+        rho: float,
+        sigma_x: float,
+        sigma_t: float,
+        **others: Any,
+    ) -> Any:
+        options = TransferOptions(
+            threshold, parse_nu(nu), rho, sigma_x, sigma_t, parse_across(across)
+        )
+        return command(options=options, **others)
+
+    adapted: Any = with_options
+    for option in reversed(_TRANSFER):
+        adapted = option(adapted)
+    return cast(F, adapted)
+
+
+_TRANSFER = (
+    click.option(
+        "--mode",
+        default=next(iter(MODES)),
+        show_default=True,
+        metavar="MODE",
+        help="How organs are transferred, the most accurate first: "
+        + "; ".join(f"{name} {mode.does}" for name, mode in MODES.items())
+        + ".",
+    ),
+    click.option(
+        "--threshold",
+        type=float,
+        metavar="SHARE",
+        help="A voxel is background where no organ's share of the votes reaches this; lower finds"
+        " more, and more that is wrong.  [default: "
+        + ", ".join(f"{mode.threshold:g} in mode {name}" for name, mode in MODES.items())
+        + "]",
+    ),
+    click.option(
+        "--nu",
+        default="1",
+        show_default=True,
+        metavar="NU",
+        help="How much intensities of scan and atlas may differ: a factor for every organ, or HU"
+        " by organ, as in mandible=300,larynx=80. An organ's own nu is in the store's table; "
+        + " and ".join(
+            f"{name} takes at least {mode.least_nu:g}"
+            for name, mode in MODES.items()
+            if mode.least_nu
+        )
+        + ".",
+    ),
+    click.option(
+        "--across",
+        multiple=True,
+        metavar="ORGAN=ORGANS",
+        help="Let matches in other organs move an organ, as in spleen=spleen,lung_left,liver; may"
+        " be repeated. Not in mode local.",
+    ),
+    click.option(
+        "--rho",
+        type=float,
+        default=RHO,
+        show_default=True,
+        metavar="MM",
+        help="Mode across: a match d mm from an organ counts exp(-d²/2ρ²).",
+    ),
+    click.option(
+        "--sigma-x",
+        type=float,
+        default=SIGMA_X,
+        show_default=True,
+        metavar="MM",
+        help="Mode local: matches d mm away count exp(-d²/2σ_x²) for an atlas's displacement.",
+    ),
+    click.option(
+        "--sigma-t",
+        type=float,
+        default=SIGMA_T,
+        show_default=True,
+        metavar="MM",
+        help="Mode local: matches whose translation is t mm from what the others agree on count"
+        " exp(-t²/2σ_t²).",
+    ),
+)
+
+select_option = click.option(
+    "--select",
+    type=int,
+    metavar="K",
+    help="Use only the K atlases whose keypoints agree best with the scan.",
+)
+index_option = click.option(
+    "--index",
+    default="auto",
+    show_default=True,
+    metavar="WAY",
+    help="How --select finds like keypoints: exact compares all; pynndescent asks a graph that is "
+    "made once, in minutes, and kept in your cache; auto does that where it pays.",
+)
+
+
+@contextmanager
+def working(scheduler: str | None) -> Iterator["Client | None"]:
+    """Show progress, and connect to a cluster if one is asked for."""
+    from kpt_dask.runtime import cluster, progress
+
+    with progress.shown():
+        if scheduler is None:
+            yield None
+        else:
+            with cluster.session(scheduler=scheduler) as client:
+                yield client
+
+
+def print_json(answer: Any) -> None:
+    """Write an answer for a program."""
+    click.echo(json.dumps(answer, indent=2, ensure_ascii=False))
+
+
+def console() -> "Console":
+    """Make the console that answers go to; its tables are not cut where nobody looks."""
+    from rich.console import Console
+
+    width = None if sys.stdout.isatty() else PIPED_WIDTH
+    return Console(markup=False, highlight=False, width=width)
+
+
+def table(*columns: str, left: int = 1) -> "Table":
+    """Make a table; all columns after the first `left` hold numbers."""
+    from rich import box
+    from rich.table import Table
+
+    made = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False)
+    for i, column in enumerate(columns):
+        made.add_column(column, justify="left" if i < left else "right", overflow="fold")
+    return made
+
+
+def columns(header: Sequence[str], rows: Sequence[Sequence[str]], left: Container[int]) -> str:
+    """Lay out a long list, of which `table` would make hard work; all but `left` are numbers."""
+    widths = [max(map(len, column)) for column in zip(header, *rows, strict=True)]
+    rule = tuple("─" * width for width in widths)
+    return "\n".join(
+        "   ".join(
+            cell.ljust(width) if i in left else cell.rjust(width)
+            for i, (cell, width) in enumerate(zip(row, widths, strict=True))
+        ).rstrip()
+        for row in (header, rule, *rows)
+    )
+
+
+def size(shape: tuple[int, int, int], spacing: float) -> str:
+    """Say how large a volume is."""
+    return f"{' × '.join(map(str, shape))} at {spacing:g} mm"

@@ -1,0 +1,388 @@
+"""The command line: ``kpt``."""
+
+import logging
+import os
+import signal
+import sys
+from pathlib import Path
+from typing import Any, NoReturn
+
+import click
+
+from kpt_dask.cli.atlas import atlas
+from kpt_dask.cli.common import (
+    INTERRUPTED,
+    Commands,
+    console,
+    index_option,
+    json_option,
+    memory_option,
+    overwrite_option,
+    print_json,
+    scheduler_option,
+    select_option,
+    size,
+    table,
+    transfer_options,
+    working,
+)
+from kpt_dask.options import TransferOptions
+from kpt_dask.runtime.allocator import keep_memory
+
+TERMINATED = 143
+"""Exit code after SIGTERM, as shells have it."""
+
+AGAIN_AFTER = 0.01
+"""Seconds until an interruption that got lost is repeated."""
+
+
+def main() -> None:
+    """Run the command line."""
+    keep_memory()
+    signal.signal(signal.SIGINT, _interrupt)
+    signal.signal(signal.SIGTERM, _interrupt)
+    sys.unraisablehook = _repeat_interruption
+    try:
+        kpt()
+    except SystemExit as end:
+        if end.code not in (INTERRUPTED, TERMINATED):
+            raise
+        # Everything is closed and removed; what libraries' threads are in the middle of could
+        # still crash the interpreter when it winds itself up.
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(int(end.code))
+
+
+def _interrupt(signum: int, _: object) -> NoReturn:
+    """Unwind, so that what is half-written is removed."""
+    # What libraries log about being interrupted helps nobody.
+    logging.disable()
+    raise KeyboardInterrupt if signum == signal.SIGINT else SystemExit(TERMINATED)
+
+
+def _repeat_interruption(lost: "sys.UnraisableHookArgs") -> None:
+    """Interrupt again: Python drops what is raised while it collects garbage."""
+    error = lost.exc_value
+    if not isinstance(error, KeyboardInterrupt | SystemExit):
+        sys.__unraisablehook__(lost)
+        return
+
+    def interrupt(*_: object) -> None:
+        raise error
+
+    signal.signal(signal.SIGALRM, interrupt)
+    signal.setitimer(signal.ITIMER_REAL, AGAIN_AFTER)
+
+
+@click.group(cls=Commands, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(package_name="kpt-dask", message="kpt-dask %(version)s")
+def kpt() -> None:
+    """Segment organs in CT scans from annotated examples, by keypoint transfer.
+
+    \b
+    To begin:
+      kpt demo                                            see it work on a phantom
+      kpt atlas create atlases                            make a store for the examples
+      kpt atlas add atlases SCAN.nii.gz LABELS.nii.gz     add an annotated scan
+      kpt segment SCAN.nii.gz atlases OUT.zarr            segment another scan
+    """
+
+
+kpt.add_command(atlas)
+
+
+@kpt.command()
+@click.argument("scan", type=click.Path())
+@click.argument("out", metavar="OUT.zarr", type=click.Path())
+@click.option(
+    "--spacing", type=float, default=2.0, show_default=True, help="Of the isotropic grid, mm."
+)
+@overwrite_option
+@scheduler_option
+@json_option
+def convert(
+    scan: str, out: str, spacing: float, overwrite: bool, scheduler: str | None, as_json: bool
+) -> None:
+    """Convert SCAN (.nii, .nii.gz) to an OME-Zarr image on an isotropic grid.
+
+    \b
+    Example:
+      kpt convert scan.nii.gz scan.zarr --spacing 1.5
+    """
+    from kpt_dask.scans.scan import open_scan
+    from kpt_dask.volumes.volume import convert as convert_scan
+
+    with working(scheduler) as client:
+        volume = convert_scan(
+            open_scan(scan), out, spacing=spacing, overwrite=overwrite, client=client
+        )
+    grid = volume.grid
+    if as_json:
+        print_json(
+            {
+                "path": out,
+                "shape": list(grid.shape),
+                "spacing": grid.spacing.tolist(),
+                "origin": grid.origin.tolist(),
+                "levels": [list(level.shape) for level in volume.levels],
+            }
+        )
+    else:
+        click.echo(f"{out}: {size(grid.shape, grid.spacing[0])}, {len(volume.levels)} levels.")
+
+
+@kpt.command()
+@click.argument("scan", type=click.Path())
+@click.argument("store", metavar="STORE")
+@click.argument("out", metavar="OUT.zarr", type=click.Path())
+@transfer_options
+@click.option("--exclude", multiple=True, metavar="ID", help="Leave an atlas out; may be repeated.")
+@select_option
+@index_option
+@click.option(
+    "--labels",
+    type=click.Path(),
+    metavar="OUT.nii.gz",
+    help="Write the label map as NIfTI as well, on the scan's own grid.",
+)
+@overwrite_option
+@memory_option
+@scheduler_option
+@json_option
+def segment(
+    scan: str,
+    store: str,
+    out: str,
+    mode: str,
+    options: TransferOptions,
+    exclude: tuple[str, ...],
+    select: int | None,
+    index: str,
+    labels: str | None,
+    overwrite: bool,
+    memory: int,
+    scheduler: str | None,
+    as_json: bool,
+) -> None:
+    """Segment SCAN from the atlases of STORE.
+
+    OUT.zarr is an OME-Zarr image of the scan with the label map labels/organs; it also holds
+    the probability of each organ, keypoints, matches and votes.
+
+    \b
+    Example:
+      kpt segment scan.nii.gz atlases scan.zarr --labels organs.nii.gz
+    """
+    from dataclasses import asdict
+
+    from kpt_dask.segmentation import segment as segment_scan
+
+    with working(scheduler) as client:
+        found = segment_scan(
+            scan,
+            store,
+            out,
+            mode=mode,
+            options=options,
+            exclude=exclude,
+            select=select,
+            index=index,
+            labels=labels,
+            overwrite=overwrite,
+            memory=memory,
+            client=client,
+        )
+    if as_json:
+        print_json(
+            {
+                "path": str(found.path),
+                "labels": labels,
+                "mode": mode,
+                "organs": {name: asdict(organ) for name, organ in found.organs.items()},
+                "atlases": list(found.atlases),
+                "keypoints": found.n_keypoints,
+                "matches": found.n_matches,
+                "seconds": found.seconds,
+            }
+        )
+        return
+    organs = table("organ", "volume (mL)", "between", "mean HU", "votes", "confidence", "")
+    for name, organ in found.organs.items():
+        if organ.volume_ml == 0:
+            organs.add_row(name, "not found", "", "", str(organ.votes), "", "")
+            continue
+        low, high = organ.interval_ml
+        organs.add_row(
+            name,
+            f"{organ.volume_ml:.1f}",
+            f"{low:.1f} – {high:.1f}",
+            f"{organ.mean_hu:.0f}",
+            str(organ.votes),
+            f"{organ.confidence:.2f}",
+            "at the border of the scan" if organ.at_border else "",
+        )
+    console().print(organs)
+    click.echo(
+        f"{found.n_keypoints} keypoints, {found.n_matches} matches with {len(found.atlases)}"
+        f" atlases, {found.seconds:.1f} s."
+    )
+    click.echo(f"Written: {', '.join(filter(None, (str(found.path), labels)))}.")
+
+
+@kpt.command()
+@click.argument("store", metavar="STORE")
+@click.option(
+    "--scans",
+    type=click.Path(),
+    metavar="DIR",
+    help="Evaluate the scans of a folder. Without it, each atlas by means of the others.",
+)
+@click.option(
+    "--scan",
+    "scan_pattern",
+    default="{id}_ct.nii.gz",
+    show_default=True,
+    metavar="PATTERN",
+    help="How scans are named in DIR.",
+)
+@click.option(
+    "--labels",
+    "labels_pattern",
+    default="{id}_seg.nii.gz",
+    show_default=True,
+    metavar="PATTERN",
+    help="How their label maps are named.",
+)
+@transfer_options
+@click.option(
+    "--atlases", type=int, metavar="N", help="Use only the first N atlases other than the scan."
+)
+@click.option("--limit", type=int, metavar="N", help="Evaluate only the first N scans.")
+@select_option
+@index_option
+@memory_option
+@scheduler_option
+@click.option(
+    "--json",
+    "json_file",
+    type=click.Path(),
+    metavar="FILE",
+    help="Write the results as JSON too, replacing FILE; - for standard output alone.",
+)
+def evaluate(
+    store: str,
+    scans: str | None,
+    scan_pattern: str,
+    labels_pattern: str,
+    mode: str,
+    options: TransferOptions,
+    atlases: int | None,
+    limit: int | None,
+    select: int | None,
+    index: str,
+    memory: int,
+    scheduler: str | None,
+    json_file: str | None,
+) -> None:
+    """Measure how well scans with known labels are segmented.
+
+    Each atlas of STORE is segmented by the others (leave one out), or each scan of DIR by
+    all of STORE. A scan is never segmented by the atlas of its own id. Temporary files go to
+    $TMPDIR, which all workers of a cluster must share.
+
+    \b
+    Examples:
+      kpt evaluate atlases --limit 20 --atlases 19 --json results.json
+      kpt evaluate atlases --scans test --labels '{id}_organs.nii.gz'
+    """
+    import json
+
+    from atlas_store import AtlasStore
+    from kpt_dask.evaluation import evaluate as evaluate_store
+    from kpt_dask.output import replacing
+    from kpt_dask.scans.pairs import find_pairs
+
+    opened = AtlasStore.open(store)
+    pairs = None if scans is None else find_pairs(scans, scan_pattern, labels_pattern)
+    with working(scheduler) as client:
+        results = evaluate_store(
+            opened,
+            pairs,
+            mode=mode,
+            options=options,
+            atlases=atlases,
+            limit=limit,
+            select=select,
+            index=index,
+            memory=memory,
+            client=client,
+        )
+    if json_file == "-":
+        print_json(results)
+        return
+    if json_file is not None:
+        with replacing(Path(json_file), overwrite=True) as partial:
+            partial.write_text(json.dumps(results, indent=2, ensure_ascii=False) + "\n", "utf-8")
+    _print_results(results)
+
+
+def _print_results(results: dict[str, Any]) -> None:
+    organs = table("organ", "Dice", "keypoints", "% labelled", "% correct")
+    for name, dice in results["dice_by_organ"].items():
+        counts = results["keypoints"][name]
+        labelled, correct = (
+            "–" if counts[share] is None else f"{counts[share]:.0f}"
+            for share in ("labelled", "correct")
+        )
+        organs.add_row(name, f"{dice:.3f}", f"{counts['mean']:.1f}", labelled, correct)
+    organs.add_section()
+    organs.add_row("mean", f"{results['mean_dice']:.3f}", "", "", "")
+    stations = table("station", "seconds per scan")
+    for name, seconds in results["seconds"].items():
+        if name == "total":
+            stations.add_section()
+        stations.add_row(name, f"{seconds:.2f}")
+    answer = console()
+    answer.print(organs)
+    answer.print()
+    answer.print(stations)
+    click.echo(
+        f"Mode {results['mode']}: mean Dice {results['mean_dice']:.3f} over"
+        f" {results['scans']} scans, {results['atlases']} atlases for each."
+    )
+
+
+@kpt.command()
+@click.option(
+    "--out",
+    type=click.Path(path_type=Path),
+    default=Path("demo"),
+    show_default=True,
+    metavar="DIR",
+    help="Folder for everything that is made.",
+)
+@memory_option
+@scheduler_option
+def demo(out: Path, memory: int, scheduler: str | None) -> None:
+    """Make whole-body phantoms, and segment one from eight others.
+
+    A second run reuses the store of the first.
+
+    \b
+    Example:
+      kpt demo --out somewhere
+    """
+    from kpt_dask.demo import run as demonstration
+
+    with working(scheduler) as client:
+        shown = demonstration.demo(out, memory=memory, client=client)
+    organs = table("organ", "Dice", "volume (mL)")
+    for name, score in shown.dice.items():
+        organs.add_row(name, f"{score:.3f}", f"{shown.segmentation.organs[name].volume_ml:.0f}")
+    organs.add_section()
+    organs.add_row("mean", f"{sum(shown.dice.values()) / len(shown.dice):.3f}", "")
+    console().print(organs)
+    click.echo(f"Segmented in {shown.segmentation.seconds:.1f} s. Open the result:")
+    for line in demonstration.how_to_open(out):
+        click.echo(line)

@@ -1,0 +1,296 @@
+"""A batch of scans as one SLURM job that brings its own workers.
+
+The command submits itself: inside the job it runs again, starts a Dask scheduler there and
+asks SLURM, through dask-jobqueue, for the worker jobs. What one site needs and another does
+not (modules to load, a network interface, a quality of service) comes from Dask's own
+configuration, `jobqueue.slurm`, and goes into both kinds of job.
+"""
+
+import logging
+import shlex
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import click
+import dask.config
+from dask.utils import parse_bytes
+from dask_jobqueue.slurm import SLURMCluster, slurm_format_bytes_ceil
+from distributed import Client
+
+from kpt_dask.cli.batch import outputs, segment_batch
+from kpt_dask.errors import KptError, ParameterError
+
+EXAMPLES = """\b
+Example:
+  scripts/submit_slurm scans/*.nii.gz atlases.zarr results \\
+      --workers 8 --cores 16 --memory 32GB --walltime 02:00:00 --partition standard
+
+What every job of your site needs (modules to load, a network interface, a quality of
+service) belongs in Dask's configuration, ~/.config/dask/jobqueue.yaml:
+
+\b
+  jobqueue:
+    slurm:
+      interface: ib0
+      job-script-prologue: ["module load python"]
+      job-extra-directives: ["--qos=long"]
+"""
+
+HEAD_CORES = 2
+"""For the scheduler and for reading and writing scans."""
+
+# Compiled kernels are kept on the node: shared home folders are slow and lock badly. A folder
+# that somebody else made there first could bring foreign code with it.
+NUMBA_CACHE = """\
+cache="${TMPDIR:-/tmp}/kpt-numba-$(id -u)"
+mkdir -p -m 700 "$cache"
+if [ ! -O "$cache" ] || [ -L "$cache" ]; then cache=$(mktemp -d); fi
+export NUMBA_CACHE_DIR="$cache"
+"""
+
+
+@dataclass(frozen=True)
+class Resources:
+    """What SLURM is asked for.
+
+    Attributes
+    ----------
+    workers : int
+        Number of worker jobs.
+    cores : int
+        Threads of a worker.
+    memory : str
+        Of a worker, such as "16GB".
+    head_memory : str
+        Of the job that leads them.
+    walltime : str
+        Limit of every job, in SLURM's notation.
+    partition, account : str, optional
+        The site's defaults unless given.
+    """
+
+    workers: int
+    cores: int
+    memory: str
+    head_memory: str
+    walltime: str
+    partition: str | None = None
+    account: str | None = None
+
+
+def job_script(command: Sequence[str], logs: Path, resources: Resources) -> str:
+    """Write the script of the job that leads: its resources, then `command`.
+
+    Parameters
+    ----------
+    command : sequence of str
+        Program and arguments, as they are; quoting is done here.
+    logs : Path
+        Folder for the log.
+    resources : Resources
+        What to ask SLURM for.
+    """
+    directives = [
+        "--job-name=kpt-segment",
+        _log_directive(logs, "segment"),
+        "--ntasks=1",
+        f"--cpus-per-task={HEAD_CORES}",
+        f"--mem={slurm_format_bytes_ceil(parse_bytes(resources.head_memory))}",
+        f"--time={shlex.quote(resources.walltime)}",
+    ]
+    for option, value in (("partition", resources.partition), ("account", resources.account)):
+        if value is None:
+            value = _configured(option if option == "account" else "queue", None)
+        if value is not None:
+            directives.append(f"--{option}={shlex.quote(value)}")
+    directives += _configured("job-extra-directives", [])
+    lines = ["#!/usr/bin/env bash", *(f"#SBATCH {directive}" for directive in directives), ""]
+    lines += [*_configured("job-script-prologue", []), NUMBA_CACHE]
+    return "\n".join([*lines, f"exec {shlex.join(command)}", ""])
+
+
+def worker_cluster(logs: Path, resources: Resources) -> SLURMCluster:
+    """Start a scheduler here whose workers will be SLURM jobs; none is asked for yet."""
+    return SLURMCluster(
+        job_name="kpt-worker",
+        processes=1,
+        cores=resources.cores,
+        memory=resources.memory,
+        walltime=resources.walltime,
+        queue=resources.partition,
+        account=resources.account,
+        python=shlex.quote(sys.executable),
+        job_script_prologue=[*_configured("job-script-prologue", []), NUMBA_CACHE],
+        job_extra_directives=[
+            *_configured("job-extra-directives", []),
+            _log_directive(logs, "worker"),
+        ],
+        # A port of its own: several batches may run on one node.
+        scheduler_options={"dashboard_address": ":0", **_configured("scheduler-options", {})},
+    )
+
+
+@contextmanager
+def workers(logs: Path, resources: Resources) -> Iterator[Client]:
+    """Submit the worker jobs, wait for the first to arrive, and end them all at the end.
+
+    Raises
+    ------
+    ParameterError
+        SLURM refuses the worker jobs.
+    """
+    with worker_cluster(logs, resources) as cluster, Client(cluster) as client:
+        # Asked first, because dask-jobqueue neither tells of refused jobs nor gets over them.
+        _sbatch(cluster.job_script(), "--test-only")
+        cluster.scale(jobs=resources.workers)
+        client.wait_for_workers(1)
+        yield client
+
+
+def submit(script: str) -> str:
+    """Hand a job script to SLURM.
+
+    Returns
+    -------
+    message : str
+        SLURM's answer, which has the job's number.
+
+    Raises
+    ------
+    ParameterError
+        SLURM is not here or refuses the job.
+    """
+    return _sbatch(script)
+
+
+def _sbatch(script: str, *options: str) -> str:
+    try:
+        answer = subprocess.run(
+            ["sbatch", *options], input=script, capture_output=True, text=True, check=True
+        )
+    except FileNotFoundError as error:
+        raise ParameterError(
+            "sbatch is not here: submit from a login node of a SLURM cluster, or see the job "
+            "script with --dry-run."
+        ) from error
+    except subprocess.CalledProcessError as error:
+        raise ParameterError(f"SLURM refused the job: {error.stderr.strip()}") from error
+    return answer.stdout.strip()
+
+
+def _configured(key: str, default: Any) -> Any:
+    value = dask.config.get(f"jobqueue.slurm.{key}", None)
+    return default if value is None else value
+
+
+def _log_directive(logs: Path, kind: str) -> str:
+    folder = str(logs).replace("%", "%%")
+    return f"--output={shlex.quote(f'{folder}/{kind}-%j.log')}"
+
+
+def _memory(context: click.Context, option: click.Parameter, value: str) -> str:
+    try:
+        parse_bytes(value)
+    except ValueError as error:
+        raise click.BadParameter(f"{value!r} is no amount of memory, such as 16GB.") from error
+    return value
+
+
+@click.command(epilog=EXAMPLES)
+@click.argument(
+    "scans",
+    nargs=-1,
+    required=True,
+    type=click.Path(exists=True, resolve_path=True, path_type=Path),
+)
+@click.argument("store")
+@click.argument("out", type=click.Path(file_okay=False, resolve_path=True, path_type=Path))
+@click.option("--workers", "n_workers", default=4, show_default=True, help="Worker jobs.")
+@click.option("--cores", default=8, show_default=True, help="Cores of each worker.")
+@click.option(
+    "--memory", default="16GB", show_default=True, callback=_memory, help="Memory of each worker."
+)
+@click.option(
+    "--head-memory",
+    default="8GB",
+    show_default=True,
+    callback=_memory,
+    help="Memory of the job that leads the workers.",
+)
+@click.option("--walltime", default="04:00:00", show_default=True, help="Time limit of every job.")
+@click.option("--partition", "--queue", help="SLURM partition.  [default: the site's]")
+@click.option("--account", help="SLURM account.  [default: yours]")
+@click.option("--mode", default="local", show_default=True, help="As of kpt segment.")
+@click.option("--dry-run", is_flag=True, help="Print the job script and submit nothing.")
+@click.option("--inside", is_flag=True, hidden=True)
+def main(
+    scans: tuple[Path, ...],
+    store: str,
+    out: Path,
+    n_workers: int,
+    cores: int,
+    memory: str,
+    head_memory: str,
+    walltime: str,
+    partition: str | None,
+    account: str | None,
+    mode: str,
+    dry_run: bool,
+    inside: bool,
+) -> None:
+    """Segment SCANS with the atlases of STORE on a SLURM cluster.
+
+    Submits one job. It leads --workers further jobs, in which the work is done, scan after
+    scan, and ends them. For each scan the folder OUT gets NAME.zarr (as of kpt segment) and
+    NAME.nii.gz (the label map on the scan's own grid); logs go to OUT/logs. A scan that
+    cannot be segmented does not stop the others; the end of the log lists it. To go on after
+    an interruption, or after mending a scan, submit the same again: what is complete is
+    skipped. All paths must be visible from the compute nodes.
+    """
+    if "://" not in store:
+        if not Path(store).is_dir():
+            raise click.BadParameter(f"{store} is no atlas store.", param_hint="STORE")
+        store = str(Path(store).resolve())
+    resources = Resources(n_workers, cores, memory, head_memory, walltime, partition, account)
+    logs = out / "logs"
+    try:
+        outputs(scans, out)
+        if inside:
+            _work(scans, store, out, resources, mode)
+            return
+        command = [sys.executable, "-P", "-m", "kpt_dask.cli.slurm", "--inside"]
+        command += [f"--workers={n_workers}", f"--cores={cores}", f"--memory={memory}"]
+        command += [f"--walltime={walltime}", f"--mode={mode}"]
+        command += [f"--partition={partition}"] if partition is not None else []
+        command += [f"--account={account}"] if account is not None else []
+        command += ["--", *map(str, scans), store, str(out)]
+        script = job_script(command, logs, resources)
+        if dry_run:
+            click.echo(script, nl=False)
+            return
+        logs.mkdir(parents=True, exist_ok=True)
+        click.echo(submit(script))
+    except KptError as error:
+        raise click.ClickException(str(error)) from error
+
+
+def _work(scans: Sequence[Path], store: str, out: Path, resources: Resources, mode: str) -> None:
+    # SLURM says so before it kills; leaving properly ends the worker jobs.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+    logging.basicConfig(format="%(asctime)s %(message)s")
+    logging.getLogger("kpt_dask").setLevel(logging.INFO)
+    with workers(out / "logs", resources) as client:
+        failed = segment_batch(scans, store, out, client, mode=mode)
+    if failed:
+        reasons = "".join(f"\n  {reason}" for reason in failed.values())
+        raise ParameterError(f"{len(failed)} of {len(scans)} scans failed:{reasons}")
+
+
+if __name__ == "__main__":
+    main(prog_name="scripts/submit_slurm")

@@ -1,0 +1,202 @@
+"""A family of whole-body CT phantoms: one template anatomy, deformed anew for every seed.
+
+The template is a list of implicit shapes (capsules, ellipsoids, drums) in template
+millimetres, painted in order; the last one wins. It repeats every `PERIOD` mm along z, so a
+volume of any height has the same density of content. A subject is a smooth motion of space
+(size, turn, shift, waves), an amount of fat, a contrast phase and a little clutter of its
+own. A voxel depends on nothing but the seed, the grid and its own index, so a volume can be
+made slab by slab. Knows nothing of Zarr or Dask.
+
+Phantoms are for demonstrations and timing; they say nothing about accuracy on patients.
+"""
+
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import nibabel
+import numpy as np
+from isal import igzip
+from numpy.typing import NDArray
+
+from atlas_store.organs import load_organs
+from kpt_dask.demo.phantom.geometry import PERIOD
+from kpt_dask.demo.phantom.render import NOISE, render_planes
+from kpt_dask.demo.phantom.shapes import REGION
+from kpt_dask.demo.phantom.subject import make_subject
+from kpt_dask.errors import ParameterError
+from kpt_dask.grid import Grid
+from kpt_dask.output import check_absent, replacing
+from kpt_dask.scans.nifti import FROM_IJK, FROM_RAS_XYZ
+
+__all__ = [
+    "NOISE",
+    "PERIOD",
+    "phantom",
+    "phantom_grid",
+    "phantom_slab",
+    "write_phantom",
+]
+
+Shape = tuple[int, int, int]
+
+
+def phantom_grid(shape: Shape = (300, 130, 160), spacing: float = 2.0) -> Grid:
+    """Where a phantom's voxels lie: its feet-side face at z = 0, the body's axis in the middle.
+
+    Parameters
+    ----------
+    shape : tuple of int
+        Voxels along (z, y, x).
+    spacing : float
+        Edge length of a voxel, mm.
+
+    Raises
+    ------
+    ParameterError
+        If a size or the spacing is not positive.
+    """
+    if min(shape) < 1 or not 0 < spacing < np.inf:
+        raise ParameterError(
+            f"a phantom of shape {shape} at {spacing} mm cannot be made; give positive numbers."
+        )
+    half = spacing / 2
+    return Grid.isotropic(shape, spacing, (half, half - shape[1] * half, half - shape[2] * half))
+
+
+def phantom_slab(
+    seed: int, shape: Shape, spacing: float, z0: int, z1: int
+) -> tuple[NDArray[np.int16], NDArray[np.uint8]]:
+    """Make planes z0 ≤ z < z1 of a phantom: the same voxels however it is cut.
+
+    Parameters
+    ----------
+    seed : int
+        Chooses the subject.
+    shape : tuple of int
+        Of the whole phantom, (z, y, x).
+    spacing : float
+        Edge length of a voxel, mm.
+    z0, z1 : int
+        First plane, and the one after the last.
+
+    Returns
+    -------
+    image : ndarray of int16, shape (z1 − z0, y, x)
+        HU.
+    labels : ndarray of uint8, shape (z1 − z0, y, x)
+        Values of the table ``visceral``.
+
+    Raises
+    ------
+    ParameterError
+        If a size, the spacing or the planes cannot be used.
+    """
+    grid = phantom_grid(shape, spacing)
+    if not 0 <= z0 <= z1 <= shape[0]:
+        raise ParameterError(
+            f"planes {z0} to {z1} are not in a phantom of {shape[0]}; give 0 ≤ z0 ≤ z1 ≤ height."
+        )
+    subject = make_subject(seed, shape[0] * spacing)
+    organs, label_of = load_organs("visceral"), np.zeros(256, np.uint8)
+    for name, region in REGION.items():
+        label_of[region] = organs.by_name(name).value
+    image = np.empty((z1 - z0, *shape[1:]), np.int16)
+    labels = np.empty(image.shape, np.uint8)
+    render_planes(seed, subject, grid.origin, float(spacing), z0, label_of, image, labels)
+    return image, labels
+
+
+def phantom(
+    seed: int, shape: Shape = (300, 130, 160), spacing: float = 2.0
+) -> tuple[NDArray[np.int16], NDArray[np.uint8], Grid]:
+    """Make a phantom.
+
+    Parameters
+    ----------
+    seed : int
+        Chooses the subject; all seeds share one anatomy.
+    shape : tuple of int
+        Voxels along (z, y, x). A body is 700 mm tall; above it another begins.
+    spacing : float
+        Edge length of a voxel, mm.
+
+    Returns
+    -------
+    image : ndarray of int16, shape (z, y, x)
+        HU.
+    labels : ndarray of uint8, shape (z, y, x)
+        Values of the table ``visceral``.
+    grid : Grid
+        Where the voxels lie.
+
+    Raises
+    ------
+    ParameterError
+        If a size or the spacing is not positive.
+    """
+    image, labels = phantom_slab(seed, shape, spacing, 0, shape[0])
+    return image, labels, phantom_grid(shape, spacing)
+
+
+def write_phantom(
+    ct: Path,
+    labels: Path,
+    seed: int,
+    shape: Shape = (300, 130, 160),
+    spacing: float = 2.0,
+    *,
+    overwrite: bool = False,
+) -> None:
+    """Write a phantom and its labels as two NIfTI files, slab by slab.
+
+    Parameters
+    ----------
+    ct, labels : Path
+        Where to write HU (int16) and labels (uint8); compressed if named ``.gz``.
+    seed, shape, spacing
+        As for `phantom`.
+    overwrite : bool
+        Replace files that exist.
+
+    Raises
+    ------
+    OutputExistsError
+        If one of the files exists and `overwrite` is false.
+    ParameterError
+        If a size or the spacing is not positive.
+    """
+    grid = phantom_grid(shape, spacing)
+    for path in (ct, labels):
+        check_absent(path, overwrite=overwrite)
+    with ExitStack() as stack:
+        streams: list[Any] = []
+        gzip: Any = igzip.IGzipFile
+        for path, dtype in ((ct, np.int16), (labels, np.uint8)):
+            partial = stack.enter_context(replacing(path, overwrite=overwrite))
+            stream: Any = stack.enter_context(partial.open("wb"))
+            if path.name.lower().endswith(".gz"):
+                # Neither name nor time goes into the header: the same seed gives the same bytes.
+                stream = stack.enter_context(gzip("", "wb", fileobj=stream, mtime=0))
+            header = _nifti_header(grid, dtype)
+            stream.write(header.binaryblock)
+            stream.write(bytes(header.single_vox_offset - len(header.binaryblock)))
+            streams.append(stream)
+        for z in range(0, shape[0], 32):
+            image, label = phantom_slab(seed, shape, spacing, z, min(z + 32, shape[0]))
+            streams[0].write(image.astype("<i2").data)
+            streams[1].write(label.data)
+
+
+def _nifti_header(grid: Grid, dtype: type[np.generic]) -> Any:
+    kind: Any = nibabel.Nifti1Header
+    header = kind(endianness="<")
+    header.set_data_dtype(dtype)
+    header.set_data_shape(grid.shape[::-1])
+    header.set_xyzt_units("mm")
+    affine = np.linalg.inv(FROM_RAS_XYZ) @ grid.affine @ FROM_IJK
+    header.set_qform(affine, code="scanner")
+    header.set_sform(affine, code="scanner")
+    header["vox_offset"] = header.single_vox_offset
+    header["scl_slope"], header["scl_inter"] = 1, 0
+    return header

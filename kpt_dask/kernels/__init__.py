@@ -1,0 +1,4 @@
+"""How kernels are made: compilation, SIMD pieces, atomics.
+
+Knows neither Dask nor Zarr; the only room that touches llvmlite.
+"""

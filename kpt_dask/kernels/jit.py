@@ -1,0 +1,51 @@
+"""One way to compile kernels, so that all of them share the same guarantees.
+
+Kernels release the GIL (Dask threads run them side by side), are cached on disk, and
+never run numba's own threads (its workqueue layer aborts the process inside Dask tasks).
+`contract` alone is allowed of the fast-math flags: a fused multiply-add is the same
+operation for every voxel, while reassociation would make a voxel's value depend on where
+its block begins. A kernel that sums the same numbers in the same loop, whatever the block, may
+ask for it all the same: `summing_kernel`.
+"""
+
+import hashlib
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
+from typing import Any, TypeVar, cast
+
+import numba
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+
+def kernel(function: F) -> F:
+    """Compile `function` without the GIL, cached, value-preserving but for fused multiply-adds."""
+    return _compile(function, {"contract"})
+
+
+def summing_kernel(function: F) -> F:
+    """Compile like `kernel`, but sums may be split among the lanes of a vector.
+
+    Only for sums over a list that does not depend on how the work was cut.
+    """
+    return _compile(function, {"contract", "reassoc", "nsz"})
+
+
+def _compile(function: F, fastmath: set[str]) -> F:
+    compiled: Any = numba.njit(nogil=True, cache=True, fastmath=fastmath, error_model="numpy")(
+        function
+    )
+    # Numba looks for changes only in the file of the kernel itself, and would go on running
+    # old code of kernels and constants that it takes from other files.
+    compiled._cache._cache_file._source_stamp = _sources()
+    return cast(F, compiled)
+
+
+@cache
+def _sources() -> str:
+    """Digest of all modules of the package, which is all that kernels are made of."""
+    digest = hashlib.sha256()
+    for path in sorted(Path(__file__).parents[1].rglob("*.py")):
+        digest.update(path.read_bytes())
+    return digest.hexdigest()

@@ -1,0 +1,13 @@
+"""Rows of arrays that are given to kernels as `atlas_store.arrays.flat.flat` gives them."""
+
+from typing import Any
+
+from kpt_dask.kernels.jit import kernel
+
+
+@kernel
+def row_of(array: Any, z: int, y: int, width: int) -> Any:
+    """Row of a flat array (z, y, x)."""
+    memory, strides = array
+    begin = z * strides[0] + y * strides[1]
+    return memory[begin : begin + width]

@@ -1,0 +1,171 @@
+"""Match a scan's keypoints with each atlas's again, where a first field says they should be.
+
+Near its displaced position a keypoint has few rivals, so a match needs no ratio test; that
+both keypoints choose each other is enough.
+"""
+
+from typing import Any
+
+import numpy as np
+import xarray as xr
+from distributed import Client
+from numpy.typing import NDArray
+
+from atlas_store import AtlasKeypoints
+from kpt_dask.kernels.jit import kernel
+from kpt_dask.matching.displacement import Widths, regress
+from kpt_dask.matching.first_pass import (
+    SCALE_RATIO,
+    Arrays,
+    Keypoints,
+    describe,
+    slices_by_atlas,
+    squared_distance,
+)
+from kpt_dask.options import SIGMA_T, SIGMA_X
+from kpt_dask.runtime import cluster
+
+RADIUS = 15.0
+"""How far from where the field expects it a keypoint's match may lie, mm."""
+
+
+def rematch(
+    keypoints: xr.Dataset,
+    atlases: AtlasKeypoints,
+    matches: xr.Dataset,
+    *,
+    widths: Widths = (SIGMA_X, SIGMA_T),
+    client: Client | None = None,
+) -> xr.Dataset:
+    """Match again near the displacement that the matches of each atlas amount to.
+
+    Parameters
+    ----------
+    keypoints : xarray.Dataset
+        From `kpt_dask.extract`.
+    atlases : AtlasKeypoints
+        Keypoints of the atlases.
+    matches : xarray.Dataset
+        From `kpt_dask.match`.
+    widths : (float, float)
+        σ_x and σ_t of the field, mm.
+    client : distributed.Client, optional
+        Where atlases are matched side by side.
+
+    Returns
+    -------
+    xarray.Dataset
+        Dimensions ``match`` and ``axis`` (z, y, x), ordered by atlas and test keypoint:
+        ``keypoint``, ``atlas`` and ``atlas_keypoint`` (match) int32; ``translation``
+        (match, axis) float32, mm, from the atlas to the scan. One to one in each atlas.
+    """
+    test, sides = describe(keypoints, atlases)
+    with cluster.session(client) as session:
+        [scattered] = session.scatter([test], broadcast=True, hash=False)
+        tasks = []
+        for side, first in zip(sides, slices_by_atlas(matches, len(atlases)), strict=True):
+            found = matches.keypoint.values[first], matches.translation.values[first]
+            tasks.append((scattered, side, *found, widths))
+        pairs = cluster.run_small(session, rematch_atlas, tasks, "Matching again")
+    keypoint = np.concatenate([i for i, _ in pairs])
+    atlas_keypoint = np.concatenate([j for _, j in pairs])
+    atlas = np.repeat(np.arange(len(pairs)), [i.size for i, _ in pairs])
+    moved = test[0][keypoint] - atlases.position[atlases.offsets[atlas] + atlas_keypoint]
+    return xr.Dataset(
+        {
+            "keypoint": ("match", keypoint.astype(np.int32)),
+            "atlas": ("match", atlas.astype(np.int32)),
+            "atlas_keypoint": ("match", atlas_keypoint.astype(np.int32)),
+            "translation": (("match", "axis"), moved.astype(np.float32)),
+        }
+    )
+
+
+def rematch_atlas(
+    test: Arrays,
+    atlas: Arrays,
+    keypoint: NDArray[np.int32],
+    translation: NDArray[np.float32],
+    widths: Widths = (SIGMA_X, SIGMA_T),
+) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Match with one atlas.
+
+    Parameters
+    ----------
+    test, atlas : tuple of ndarray
+        Position (n, 3) mm, scale (n) mm, sign (n) and descriptor (n, 64) of keypoints.
+    keypoint, translation : ndarray
+        Test keypoints (m) of the first matches, and translations (m, 3) to the scan, mm.
+
+    Returns
+    -------
+    keypoint, atlas_keypoint : int64 arrays (n)
+        Pairs, each in its first frame, that are each other's nearest in descriptor, of those
+        within `RADIUS` whose scales and signs agree; in order of test keypoint.
+    """
+    here, there = Keypoints.of(test), Keypoints.of(atlas)
+    field = regress(here.position, np.asarray(test[0], np.float32)[keypoint], translation, widths)
+    moved = here.position - field[:, :3]
+    order = np.argsort(there.position[:, 0], kind="stable")
+    forth = _mutual_nearest(
+        (moved, field[:, 3], here.scale, here.sign, here.frames, here.descriptor),
+        (there.position, there.scale, there.sign, there.frames, there.descriptor),
+        order,
+        there.position[order, 0],
+    )
+    mutual = np.flatnonzero(forth >= 0)
+    return here.first[mutual], there.first[forth[mutual]]
+
+
+@kernel
+def _mutual_nearest(
+    test: tuple[NDArray[Any], ...],
+    atlas: tuple[NDArray[Any], ...],
+    order: NDArray[np.int64],
+    height: NDArray[np.float32],
+) -> NDArray[np.int64]:
+    """Index of the atlas keypoint that each test keypoint chooses and is chosen by, or −1.
+
+    Parameters
+    ----------
+    test : tuple of ndarray
+        Position (n, 3), support (n), scale (n), sign (n), where frames begin and the last one's
+        end (n + 1), and descriptors.
+    atlas : tuple of ndarray
+        The same but for the support.
+    order, height : ndarray (m)
+        Atlas keypoints from low z to high, and their z.
+    """
+    here, support, scale, sign, frames, descriptor = test
+    there, other_scale, other_sign, other_frames, other_descriptor = atlas
+    radius = np.float32(RADIUS)
+    forth = np.full(here.shape[0], -1, np.int64)
+    back = np.full(there.shape[0], -1, np.int64)
+    nearest = np.full(there.shape[0], np.inf, np.float32)
+    for i in range(here.shape[0]):
+        if support[i] == 0:
+            continue
+        best = np.float32(np.inf)
+        for at in range(np.searchsorted(height, here[i, 0] - radius), height.size):
+            if height[at] - here[i, 0] >= radius:
+                break
+            j = order[at]
+            dz = here[i, 0] - there[j, 0]
+            dy = here[i, 1] - there[j, 1]
+            dx = here[i, 2] - there[j, 2]
+            if not dz * dz + dy * dy + dx * dx < radius * radius or sign[i] != other_sign[j]:
+                continue
+            if other_scale[j] < scale[i] / SCALE_RATIO or other_scale[j] > scale[i] * SCALE_RATIO:
+                continue
+            squared = squared_distance(descriptor, frames, i, other_descriptor, other_frames, j)
+            # Ties go to the lower index, on both sides.
+            if squared < best or (squared == best and j < forth[i]):
+                best = squared
+                forth[i] = j
+            if squared < nearest[j]:
+                nearest[j] = squared
+                back[j] = i
+    for i in range(forth.size):
+        if forth[i] >= 0 and back[forth[i]] != i:
+            forth[i] = -1
+    return forth

@@ -1,0 +1,239 @@
+"""Choose the atlases that agree best with a scan.
+
+In two steps, so that the cost hardly grows with the store: the index proposes a few times as
+many atlases as are wanted, these are matched, and those are kept that agree best.
+
+What agreement is depends on the mode. Where all matches move an atlas, all keypoints count. One
+atlas after the other is chosen, and counts for less the more of those chosen annotate the same
+organs: so an organ that few atlases annotate is not lost. Where only matches in organs do,
+these alone count, as shares of all votes for their organ: so an organ of few keypoints has as
+much to say as one of many.
+"""
+
+from collections.abc import Sequence
+
+import numpy as np
+import xarray as xr
+from numpy.typing import NDArray
+
+from atlas_store import AtlasKeypoints, AtlasStore
+from atlas_store.index.search import MODES, AtlasIndex
+from atlas_store.keypoints import first_frames
+from kpt_dask.errors import ParameterError
+from kpt_dask.matching.first_pass import SCALE_RATIO, density
+from kpt_dask.runtime import progress
+
+BY_ORGANS = ("organ", "affine")
+"""Modes in which only matches in organs move an atlas."""
+PROPOSED = 3
+"""Atlases that are matched for each one that is kept."""
+BANDWIDTH = 15.0
+"""Of the density of translations when atlases are proposed, mm."""
+
+
+def check_selection(select: int | None, index: str) -> None:
+    """Refuse what cannot be selected.
+
+    Raises
+    ------
+    ParameterError
+        If the number of atlases is not positive, or the way to search is unknown.
+    """
+    if select is not None and select < 1:
+        raise ParameterError(f"The number of atlases to select must be at least 1, not {select}.")
+    if index not in MODES:
+        raise ParameterError(f"The index {index!r} is unknown; use {', '.join(MODES)}.")
+
+
+def propose_atlases(
+    keypoints: xr.Dataset,
+    store: AtlasStore,
+    atlas_ids: Sequence[str],
+    select: int,
+    *,
+    mode: str = "local",
+    index: str = "auto",
+) -> tuple[str, ...]:
+    """Choose the atlases that are worth matching, by means of the index.
+
+    A keypoint of the scan counts for each of the atlases that have the nearest keypoints, with
+    the likelihood of the descriptors' distance (eq. 4), and the more the nearer the translation
+    is to the mode of that atlas's translations.
+
+    Parameters
+    ----------
+    keypoints : xarray.Dataset
+        From `kpt_dask.extract`.
+    store : AtlasStore
+        The atlases.
+    atlas_ids : sequence of str
+        Those to choose from.
+    select : int
+        How many will be kept; `PROPOSED` times as many are chosen here.
+    mode : str
+        What they are chosen for, one of `kpt_dask.options.MODES`.
+    index : str
+        One of `atlas_store.index.search.MODES`.
+
+    Returns
+    -------
+    tuple of str
+        In the order of `atlas_ids`.
+    """
+    if PROPOSED * select >= len(atlas_ids):
+        return tuple(atlas_ids)
+    with progress.stage("Selecting atlases"):
+        descriptor, scale, sign = (keypoints[n].values for n in ("descriptor", "scale", "sign"))
+        opened = AtlasIndex.open(store, index)
+        found = opened.query(descriptor, scale, sign, atlas_ids, scale_ratio=SCALE_RATIO)
+        i, k = np.nonzero(found.atlas >= 0)
+        atlas, squared = found.atlas[i, k], found.first[i, k]
+        moved = keypoints.position.values[i] - found.position[i, k]
+        weight = _likeness(squared, float(squared.max(initial=0.0)))
+        weight *= _closeness(atlas, moved)
+        n, most = len(atlas_ids), PROPOSED * select
+        if mode in BY_ORGANS:
+            best = _best(shares(atlas, found.label[i, k], weight, n), most)
+        else:
+            score = np.bincount(atlas, weight, n).astype(np.float64)
+            best = cover(score, opened.annotated(atlas_ids), most)
+    return tuple(atlas_ids[i] for i in best)
+
+
+def select_atlases(
+    matches: xr.Dataset,
+    keypoints: xr.Dataset,
+    atlases: AtlasKeypoints,
+    store: AtlasStore,
+    select: int,
+    *,
+    mode: str = "local",
+) -> list[int]:
+    """Choose the atlases whose keypoints agree best with the scan's.
+
+    In modes `BY_ORGANS`, those with the largest shares of the organs' votes (eq. 7). Otherwise
+    agreement is the soft Jaccard index Σ_m w_m / (n + n_a − Σ_m w_m) of the scan's n and the
+    atlas's n_a keypoints. A match m, in an organ or not, counts as w_m = exp(−d_m² / 2τ²) · p(m),
+    by the distance of the descriptors (eq. 4) and the density of its translation.
+
+    Parameters
+    ----------
+    matches : xarray.Dataset
+        From `kpt_dask.match`.
+    keypoints : xarray.Dataset
+        Of the scan.
+    atlases : AtlasKeypoints
+        Of the atlases that were matched.
+    store : AtlasStore
+        Where they are.
+    select : int
+        How many atlases to keep.
+    mode : str
+        What they are chosen for, one of `kpt_dask.options.MODES`.
+
+    Returns
+    -------
+    list of int
+        Their indices, ascending.
+    """
+    weight = _likeness(matches.squared_distance.values, matches.attrs["largest_squared_distance"])
+    weight *= matches.probability.values
+    if mode in BY_ORGANS:
+        votes = shares(matches.atlas.values, matches.label.values, weight, len(atlases))
+        return _best(votes, select)
+    both = np.bincount(matches.atlas.values, weight, len(atlases)).astype(np.float64)
+    here = first_frames(keypoints.position.values, keypoints.scale.values).size
+    first = first_frames(atlases.position, atlases.scale)
+    there = np.diff(np.searchsorted(first, atlases.offsets))
+    organs = store.organs.names
+    annotated = [[n in atlas.annotated for n in organs] for atlas in store.atlases(atlases.ids)]
+    return cover(both / np.maximum(here + there - both, 1.0), np.array(annotated), select)
+
+
+def cover(score: NDArray[np.float64], annotated: NDArray[np.bool_], select: int) -> list[int]:
+    """Choose atlases of high score that together show all organs.
+
+    The next is always the one with the largest score · Σ_l 1 / (1 + N_l), over the organs l
+    that it annotates, N_l of those chosen so far annotate l. Ties go to the first.
+
+    Parameters
+    ----------
+    score : ndarray (A), float64
+    annotated : ndarray (A, O), bool
+    select : int
+
+    Returns
+    -------
+    list of int
+        Ascending; all if there are no more than `select`.
+    """
+    chosen = np.zeros(score.size, np.bool_)
+    shown = annotated.astype(np.float64)
+    count = np.zeros(annotated.shape[1])
+    for _ in range(min(select, score.size)):
+        gain = np.where(chosen, -1.0, score * (shown @ (1.0 / (1.0 + count))))
+        best = int(gain.argmax())
+        chosen[best] = True
+        count += shown[best]
+    found: list[int] = np.flatnonzero(chosen).tolist()
+    return found
+
+
+def only(matches: xr.Dataset, atlases: Sequence[int], n: int) -> xr.Dataset:
+    """Keep the matches with some of the n atlases, as if only these had been matched."""
+    place = np.full(n, -1, np.int32)
+    place[list(atlases)] = np.arange(len(atlases))
+    kept = matches.isel(match=np.flatnonzero(place[matches.atlas.values] >= 0))
+    kept["atlas"] = kept.atlas.copy(data=place[kept.atlas.values])
+    largest = float(kept.squared_distance.values.max(initial=0.0))
+    return kept.assign_attrs(largest_squared_distance=largest)
+
+
+def shares(
+    atlas: NDArray[np.integer], label: NDArray[np.integer], weight: NDArray[np.float64], n: int
+) -> NDArray[np.float64]:
+    """Sum over the organs of each atlas's share of the organ's votes.
+
+    Parameters
+    ----------
+    atlas, label : ndarray (m)
+        Of each vote: the atlas, and the organ's label value; 0 is no organ.
+    weight : ndarray (m), float64
+        Of each vote.
+    n : int
+        Number of atlases.
+
+    Returns
+    -------
+    ndarray (n), float64
+    """
+    score = np.zeros(n)
+    for value in np.unique(label[label > 0]):
+        votes = np.bincount(atlas[label == value], weight[label == value], minlength=n)
+        if (total := votes.sum()) > 0:
+            score += votes / total
+    return score
+
+
+def _best(score: NDArray[np.float64], select: int) -> list[int]:
+    """Choose the largest, ascending; ties go to the first."""
+    found: list[int] = np.sort(np.argsort(-score, kind="stable")[:select]).tolist()
+    return found
+
+
+def _likeness(squared: NDArray[np.float32], largest: float) -> NDArray[np.float64]:
+    """exp(−d² / 2τ²), the likelihood of eq. 4 up to its factor; between 0.6 and 1."""
+    likeness: NDArray[np.float64] = np.exp(squared.astype(np.float64) / (-2.0 * max(largest, 1.0)))
+    return likeness
+
+
+def _closeness(atlas: NDArray[np.int64], translation: NDArray[np.float32]) -> NDArray[np.float64]:
+    """Gaussian of each translation's distance from the mode of those of its atlas."""
+    close = np.zeros(atlas.size)
+    order = np.argsort(atlas, kind="stable")
+    starts = np.flatnonzero(np.diff(atlas[order], prepend=-1))
+    for rows in np.split(order, starts[1:]) if order.size else ():
+        own = np.ascontiguousarray(translation[rows])
+        mode = own[density(own, own, BANDWIDTH).argmax()]
+        close[rows] = np.exp(-((own - mode) ** 2).sum(axis=1) / (2 * BANDWIDTH**2))
+    return close

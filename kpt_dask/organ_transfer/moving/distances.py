@@ -1,0 +1,98 @@
+"""How far keypoints of an atlas lie from its organs.
+
+Measured on its label map when it is asked for, so that nothing more need be stored.
+"""
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy.spatial import cKDTree
+
+from atlas_store import Atlas, OrganTable
+from kpt_dask.kernels.jit import kernel
+from kpt_dask.organ_transfer.organ_strips import OUTSIDE, read_strips
+from kpt_dask.runtime.boxes import shape_of
+
+REACH = 4.0
+"""Standard deviations ρ beyond which a match has no say: it would weigh less than 0.0004."""
+
+
+def organ_distances(
+    atlas: Atlas, points: NDArray[np.float32], organs: OrganTable, reach: float
+) -> NDArray[np.float32]:
+    """Measure how far points of an atlas lie from its organs.
+
+    Parameters
+    ----------
+    atlas : Atlas
+    points : float32 array (n, 3)
+        (z, y, x), mm, in the world of the atlas.
+    organs : OrganTable
+    reach : float
+        mm; what is farther away is infinitely far.
+
+    Returns
+    -------
+    ndarray (n, organ), float32
+        mm to the centre of the organ's nearest voxel, 0 in the organ; infinite where the atlas
+        does not show the organ.
+
+    Raises
+    ------
+    StoreFormatError
+        If its organs are not there or damaged.
+    """
+    found = np.full((len(points), len(organs)), np.inf, np.float32)
+    spacing = np.array(atlas.info.spacing)
+    voxel = (points.astype(np.float64) - atlas.info.origin) / spacing
+    near: dict[str, NDArray[np.int64]] = {}
+    for name in organs.names:
+        if name in atlas.organs:
+            low, high = np.array(atlas.organs[name].bounding_box).T
+            outside = np.maximum(np.maximum(low - voxel, voxel - (high - 1)), 0) * spacing
+            own = np.flatnonzero(np.linalg.norm(outside, axis=1) < reach)
+            if own.size:
+                near[name] = own
+    boxes = {name: atlas.organs[name].bounding_box for name in near}
+    whole = {name: [(0, z[1] - z[0])] for name, (z, _, _) in boxes.items()}
+    [found_strips] = read_strips([(atlas, whole)], organs)
+    for name, strips in found_strips.items():
+        own, box = near[name], boxes[name]
+        shape = shape_of(box)
+        organ = strips.dense(shape)[..., : shape[2]] != OUTSIDE
+        at = voxel[own] - [start for start, _ in box]
+        tree = cKDTree(surface(organ) * spacing)
+        distance = np.asarray(tree.query(at * spacing, distance_upper_bound=reach)[0])
+        voxels = np.floor(at + 0.5).astype(np.int64)
+        boxed = np.flatnonzero(((voxels >= 0) & (voxels < organ.shape)).all(axis=1))
+        distance[boxed[organ[tuple(voxels[boxed].T)]]] = 0
+        found[own, organs.names.index(name)] = distance
+    return found
+
+
+@kernel
+def surface(organ: NDArray[np.bool_]) -> NDArray[np.int64]:
+    """Voxels (n, 3) of an organ (z, y, x) that have a neighbour, across a face, outside of it."""
+    out = np.empty((np.count_nonzero(organ), 3), np.int64)
+    depth, height, width = organ.shape
+    n = 0
+    for z in range(depth):
+        for y in range(height):
+            for x in range(width):
+                if not organ[z, y, x]:
+                    continue
+                edge = z == 0 or y == 0 or x == 0
+                edge = edge or z == depth - 1 or y == height - 1 or x == width - 1
+                if (
+                    edge
+                    or not organ[z - 1, y, x]
+                    or not organ[z + 1, y, x]
+                    or not organ[z, y - 1, x]
+                    or not organ[z, y + 1, x]
+                    or not organ[z, y, x - 1]
+                    or not organ[z, y, x + 1]
+                ):
+                    out[n, 0] = z
+                    out[n, 1] = y
+                    out[n, 2] = x
+                    n += 1
+    return out[:n]

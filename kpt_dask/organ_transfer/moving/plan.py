@@ -1,0 +1,358 @@
+"""Which organs move where, and with which weight: plans of the modes that move whole organs.
+
+Functions of matches and votes alone: planned before any voxel is visited, in one order of
+summation, so that blocks are independent. Reads no voxel.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import product
+from typing import Any
+
+import numpy as np
+import xarray as xr
+from numpy.typing import NDArray
+
+from atlas_store import Atlas, OrganTable
+from kpt_dask.grid import Grid
+from kpt_dask.kernels.jit import kernel
+from kpt_dask.organ_transfer.moving.distances import REACH
+from kpt_dask.organ_transfer.moving.ransac import fit_affines
+from kpt_dask.runtime.boxes import Box
+
+NEGLIGIBLE = 0.05
+"""Of an organ's vote weight, the share that mode `across` leaves out: its lightest moves, most of
+them. No share of the votes changes by more."""
+
+
+@dataclass(frozen=True, eq=False)
+class Moves:
+    """Organs of atlases, moved by whole voxels or by affines.
+
+    Attributes
+    ----------
+    atlas, organ : int64 arrays (n)
+        Index of the atlas, and of the organ in the table. Ordered by both: the order of
+        summation.
+    weight : float64 array (n)
+        Sums of the weights of the matches that propose a move.
+    low, high : int64 arrays (n, 3)
+        Where the organ comes to lie: first voxels of the scan, and the ones past the last.
+    voxels : int64 array (n)
+        Voxels of the organ.
+    affine : int64 array (n)
+        Which of `inverse` a move is by, or −1: then the organ's bounding box comes to lie between
+        `low` and `high`.
+    inverse : float64 array (k, 3, 4)
+        Affines, from voxels of the scan to those of an organ's bounding box.
+    """
+
+    atlas: NDArray[np.int64]
+    organ: NDArray[np.int64]
+    weight: NDArray[np.float64]
+    low: NDArray[np.int64]
+    high: NDArray[np.int64]
+    voxels: NDArray[np.int64]
+    affine: NDArray[np.int64]
+    inverse: NDArray[np.float64]
+
+    def take(self, index: NDArray[np.int64]) -> "Moves":
+        """Keep some moves, given by their indices, in that order."""
+        return Moves(
+            self.atlas[index],
+            self.organ[index],
+            self.weight[index],
+            self.low[index],
+            self.high[index],
+            self.voxels[index],
+            self.affine[index],
+            self.inverse,
+        )
+
+    def begins(self) -> NDArray[np.int64]:
+        """Where the moves of each organ of each atlas begin."""
+        ahead = (np.diff(self.atlas) != 0) | (np.diff(self.organ) != 0)
+        return np.flatnonzero(np.append(self.atlas.size > 0, ahead))
+
+    def bent(self) -> NDArray[np.bool_]:
+        """Whether each move is by an affine (n)."""
+        return self.affine >= 0
+
+    def reach(self, box: Box) -> NDArray[np.bool_]:
+        """Whether each move reaches a box (n)."""
+        reached = np.empty(self.atlas.size, np.bool_)
+        _reach(self.low, self.high, np.array(box), reached)
+        return reached
+
+    def visited_in(self, box: Box) -> NDArray[np.float64]:
+        """About how many voxels of a box each move visits (n).
+
+        Those of the organ, as if it were round: half of a ball lies in its middle third. By an
+        affine, all where it may come to lie.
+        """
+        visited = np.empty(self.atlas.size)
+        _visit(self.low, self.high, self.voxels, self.bent(), np.array(box), visited)
+        return visited
+
+    def reaches(self) -> dict[int, Box]:
+        """Box around where each organ comes to lie that any of them moves."""
+        found: dict[int, Box] = {}
+        for o in np.unique(self.organ).tolist():
+            own = self.organ == o
+            low, high = self.low[own].min(axis=0), self.high[own].max(axis=0)
+            z, y, x = zip(low.tolist(), high.tolist(), strict=True)
+            found[o] = z, y, x
+        return found
+
+
+@kernel
+def _reach(low: Any, high: Any, box: Any, out: Any) -> None:
+    for n in range(low.shape[0]):
+        out[n] = True
+        for axis in range(3):
+            out[n] &= (low[n, axis] < box[axis, 1]) & (high[n, axis] > box[axis, 0])
+
+
+@kernel
+def _visit(low: Any, high: Any, voxels: Any, bent: Any, box: Any, out: Any) -> None:
+    """Do what `Moves.visited_in` does."""
+    for n in range(low.shape[0]):
+        share = inside = 1.0
+        for axis in range(3):
+            size = high[n, axis] - low[n, axis]
+            begin = min(max(box[axis, 0] - low[n, axis], 0), size) / size
+            end = min(max(box[axis, 1] - low[n, axis], 0), size) / size
+            # Of a ball of height 1, what lies below each.
+            share *= end * end * (3 - 2 * end) - begin * begin * (3 - 2 * begin)
+            inside *= (end - begin) * size
+        out[n] = inside if bent[n] else share * voxels[n]
+
+
+@dataclass(frozen=True)
+class Proposals:
+    """Matches that move an organ, ordered by organ and match.
+
+    Attributes
+    ----------
+    match, organ : int64 arrays (n)
+        Indices of the match, and of the organ in the table.
+    weight : float64 array (n)
+        Positive.
+    """
+
+    match: NDArray[np.int64]
+    organ: NDArray[np.int64]
+    weight: NDArray[np.float64]
+
+
+def propose(
+    matches: xr.Dataset,
+    votes: xr.Dataset,
+    atlases: Sequence[Atlas],
+    organs: OrganTable,
+    across: Mapping[str, Sequence[str]],
+    distance: NDArray[np.float32] | None = None,
+    rho: float = np.inf,
+) -> Proposals:
+    """Decide which matches move which organs of their atlas, and with which weight.
+
+    Parameters
+    ----------
+    matches, votes : xarray.Dataset
+        From `kpt_dask.match` and `kpt_dask.vote`.
+    atlases, organs
+        What the indices of the matches and the columns of the votes stand for.
+    across : mapping of str to sequence of str
+        By organ, in which organs matches must lie to move it; else in the organ itself. Those
+        whose atlas label equals their test keypoint's move it, with weight p(L) · p(m)
+        (eqs. 8–10).
+    distance : float32 array (match, organ), optional
+        mm from the match's atlas keypoint to the atlas's organ. If given, organs that `across`
+        does not name are moved by all matches with d < `REACH` · ρ, in an organ or not, with
+        weight p(m) · exp(−d² / 2ρ²).
+    rho : float
+        ρ, mm.
+    """
+    label = matches.label.values
+    keypoint = matches.keypoint.values
+    atlas = matches.atlas.values
+    probability = matches.probability.values.astype(np.float64)
+    agreeing = np.flatnonzero((label > 0) & (label == votes.label.values[keypoint]))
+    names = organs.names
+    organ_of = np.zeros(1 << 16, np.int64)
+    organ_of[list(organs.values)] = np.arange(len(names))
+    moving = organ_of[label[agreeing]]
+    shares = votes.posterior.values[keypoint[agreeing], moving].astype(np.float64)
+    weights = shares * probability[agreeing]
+    shown = np.array([[name in a.organs for name in names] for a in atlases], bool)
+    shown = shown.reshape(-1, len(names))[atlas[agreeing]]
+    found: list[tuple[NDArray[np.int64], NDArray[np.float64]]] = []
+    for o, name in enumerate(names):
+        if distance is not None and name not in across:
+            own = np.flatnonzero(distance[:, o] < REACH * rho)
+            nearness = np.exp(-(distance[own, o].astype(np.float64) ** 2) / (2 * rho**2))
+            weight = probability[own] * nearness
+        else:
+            here = moving == o
+            if name in across:
+                here = np.isin(moving, [names.index(mover) for mover in across[name]])
+            here &= shown[:, o]
+            own, weight = agreeing[here], weights[here]
+        found.append((own[weight > 0], weight[weight > 0]))
+    return Proposals(
+        np.concatenate([own for own, _ in found]),
+        np.repeat(np.arange(len(organs)), [own.size for own, _ in found]),
+        np.concatenate([weight for _, weight in found]),
+    )
+
+
+def plan_moves(
+    proposals: Proposals,
+    matches: xr.Dataset,
+    atlases: Sequence[Atlas],
+    organs: OrganTable,
+    grid: Grid,
+) -> Moves:
+    """Move organs by the translation of each match, rounded to voxels.
+
+    Matches that propose the same move are one move; those of an organ are ordered by shift.
+    """
+    match = proposals.match
+    atlas = matches.atlas.values[match].astype(np.int64)
+    origins = np.array([a.info.origin for a in atlases]).reshape(-1, 3)
+    moved = matches.translation.values[match].astype(np.float64) + origins[atlas] - grid.origin
+    shift = np.rint(moved / grid.spacing).astype(np.int64)
+    first, inverse = _distinct(np.column_stack([atlas, proposals.organ, shift]))
+    weights = np.bincount(inverse, proposals.weight, minlength=first.size)
+    atlas, organ, shift = atlas[first], proposals.organ[first], shift[first]
+    bounds, voxels = _organs(atlas, organ, atlases, organs)
+    low, high = bounds[..., 0] + shift, bounds[..., 1] + shift
+    none = np.full(atlas.size, -1), np.empty((0, 3, 4))
+    return Moves(atlas, organ, weights.astype(np.float64), low, high, voxels, *none)
+
+
+def _organs(
+    atlas: NDArray[np.int64],
+    organ: NDArray[np.int64],
+    atlases: Sequence[Atlas],
+    organs: OrganTable,
+) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Bounding boxes (n, 3, 2) and voxels (n) of organs of atlases."""
+    names = organs.names
+    first, inverse = _distinct(np.column_stack([atlas, organ]))
+    pairs = zip(atlas[first].tolist(), organ[first].tolist(), strict=True)
+    found = [atlases[a].organs[names[o]] for a, o in pairs]
+    boxes = np.array([info.bounding_box for info in found], np.int64).reshape(-1, 3, 2)
+    return boxes[inverse], np.array([info.voxels for info in found], np.int64)[inverse]
+
+
+def _distinct(rows: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Where each distinct row is first, in their order, and which of them each row is.
+
+    Several times faster than numpy, which compares whole rows to sort them.
+    """
+    order = np.lexsort(rows.T[::-1])
+    ordered = rows[order]
+    new = np.ones(len(rows), bool)
+    new[1:] = (ordered[1:] != ordered[:-1]).any(axis=1)
+    inverse = np.empty(len(rows), np.int64)
+    inverse[order] = np.cumsum(new) - 1
+    return order[new], inverse
+
+
+def plan_affines(
+    proposals: Proposals,
+    keypoints: xr.Dataset,
+    matches: xr.Dataset,
+    atlases: Sequence[Atlas],
+    organs: OrganTable,
+    grid: Grid,
+) -> Moves:
+    """Move each atlas's organ by one affine where its matches support one, else as `plan_moves`.
+
+    The affine counts as much as the matches that agree with it; the others have no say.
+    """
+    atlas = matches.atlas.values[proposals.match].astype(np.int64)
+    position = keypoints.position.values[matches.keypoint.values[proposals.match]]
+    position = position.astype(np.float64)
+    before = position - matches.translation.values[proposals.match]
+    first, pair = _distinct(np.column_stack([atlas, proposals.organ]))
+    order = np.argsort(pair, kind="stable")
+    counts = np.bincount(pair, minlength=first.size)
+    # Here: to hand so little work to others takes as long as to do it.
+    affines, agree = fit_affines(before[order], position[order], np.cumsum(counts))
+    bent = np.flatnonzero(~np.isnan(affines[:, 0, 0]))
+    moved = np.zeros(first.size, np.bool_)
+    moved[bent] = True
+    moved = moved[pair]
+    weights = np.bincount(pair[order], agree * proposals.weight[order], minlength=first.size)[bent]
+    rest = Proposals(proposals.match[~moved], proposals.organ[~moved], proposals.weight[~moved])
+    shifted = plan_moves(rest, matches, atlases, organs, grid)
+    who = atlas[first[bent]], proposals.organ[first[bent]]
+    bounds, voxels = _organs(*who, atlases, organs)
+    origins = np.array([a.info.origin for a in atlases]).reshape(-1, 3)[who[0]]
+    low, high, inverse = _in_voxels(affines[bent], bounds, origins, grid)
+    both = Moves(
+        np.append(who[0], shifted.atlas),
+        np.append(who[1], shifted.organ),
+        np.append(weights, shifted.weight),
+        np.concatenate([low, shifted.low]),
+        np.concatenate([high, shifted.high]),
+        np.append(voxels, shifted.voxels),
+        np.append(np.arange(bent.size), shifted.affine),
+        inverse,
+    )
+    return both.take(np.lexsort((both.organ, both.atlas)))
+
+
+def without_negligible(moves: Moves, n_organs: int) -> Moves:
+    """Leave out the lightest moves of each organ, `NEGLIGIBLE` of its weight at most.
+
+    Without a part ε of the weights, K + D of W becomes K of W − ε W, with 0 ≤ D ≤ ε W: no share
+    changes by more than ε.
+    """
+    kept = np.ones(moves.atlas.size, bool)
+    for o in range(n_organs):
+        own = np.flatnonzero(moves.organ == o)
+        order = own[np.argsort(moves.weight[own], kind="stable")]
+        light = np.cumsum(moves.weight[order]) <= NEGLIGIBLE * moves.weight[own].sum()
+        kept[order[light]] = False
+    return moves.take(np.flatnonzero(kept))
+
+
+def _in_voxels(
+    affines: NDArray[np.float64],
+    bounds: NDArray[np.int64],
+    origins: NDArray[np.float64],
+    grid: Grid,
+) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.float64]]:
+    """Express affines in mm, from atlases to the scan, in voxels.
+
+    Parameters
+    ----------
+    affines : float64 array (k, 3, 4)
+    bounds : int64 array (k, 3, 2)
+        Of each one's organ.
+    origins : float64 array (k, 3)
+        Of each one's atlas.
+    grid : Grid
+        Of the scan, and the atlases' spacing.
+
+    Returns
+    -------
+    low, high : int64 arrays (k, 3)
+    inverse : float64 array (k, 3, 4)
+        Where the organs come to lie, and the way back: see `Moves`.
+    """
+    spacing = float(grid.spacing[0])
+    linear, size = affines[..., :3], bounds[..., 1] - bounds[..., 0]
+    first = (origins + spacing * bounds[..., 0])[..., None]
+    # In voxels, from the bounding box's voxel 0 to the scan's.
+    offset = (linear @ first + affines[..., 3:] - grid.origin[:, None]) / spacing
+    # All eight: of an axis, the first border or the last.
+    ends = np.array(list(product((0, 1), repeat=3))).T
+    corners = linear @ (ends * size[..., None] - 0.5) + offset
+    low = np.floor(corners.min(axis=2)).astype(np.int64)
+    high = np.ceil(corners.max(axis=2)).astype(np.int64) + 1
+    back = np.linalg.inv(linear)
+    return low, high, np.concatenate([back, -back @ offset], axis=2)

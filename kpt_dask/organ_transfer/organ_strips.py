@@ -1,0 +1,385 @@
+"""What modes that move whole organs read of an atlas: each organ's voxels, in strips along x.
+
+A strip is `LANES` voxels of a row, so that a kernel adds an organ without asking where its rows
+begin and end, and reads nothing around it. Cut out of the surroundings when the atlas is added.
+"""
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any
+
+import numpy as np
+import zarr
+from numpy.typing import NDArray
+from zarr.codecs import BloscCodec
+
+from atlas_store import Atlas, OrganInfo, OrganTable
+from atlas_store.arrays import chunk_io
+from atlas_store.arrays.chunk_io import misfit
+from atlas_store.storage.guard import MAX_CHUNK
+from kpt_dask.kernels.jit import kernel
+from kpt_dask.kernels.rows import HALF, LANES
+from kpt_dask.organ_transfer.crop import NAME as SURROUNDINGS
+from kpt_dask.organ_transfer.crop import Coding, read_planes, reading
+from kpt_dask.runtime.boxes import Box, enclosing, joined, overlap, shape_of, within
+from kpt_dask.volumes.omezarr import open_array, write_region
+
+PLACE = 3
+"""Columns of a strip before its voxels: z, y and x of the first, in the organ's bounding box."""
+OUTSIDE = np.iinfo(np.int16).min
+"""No HU: volumes are clipped well above it."""
+
+NAME = "strips"
+CHUNK = 1 << 15
+"""Strips of a chunk: most atlases have few. To open a file takes as long as to read 1000."""
+PLANES = 64
+"""Planes that are cut into strips at a time."""
+_COMPRESSOR = BloscCodec(cname="lz4", clevel=0)
+"""Copied, not packed: every block reads them, and they are a twentieth of an atlas."""
+
+
+@dataclass(frozen=True)
+class Strips:
+    """An organ of an atlas.
+
+    Attributes
+    ----------
+    values : int16 array (n, `PLACE` + `LANES`)
+        Of each strip its place, then HU, `OUTSIDE` where a voxel is not the organ's. All that was
+        read together; of an organ plane by plane.
+    planes : int64 array (depth + 1)
+        Where in `values` the strips of each plane of the organ's bounding box begin; those of
+        planes that were not asked for are not there.
+    halves : int64 array (depth + 1)
+        Where in each plane those begin, if any, after which none has more than `HALF` voxels.
+    """
+
+    values: NDArray[np.int16]
+    planes: NDArray[np.int64]
+    halves: NDArray[np.int64]
+
+    def dense(self, shape: tuple[int, int, int]) -> NDArray[np.int16]:
+        """Fill the organ's bounding box: HU, `OUTSIDE` where the organ is not.
+
+        Parameters
+        ----------
+        shape : (int, int, int)
+            Of the bounding box.
+
+        Returns
+        -------
+        int16 array (z, y, x + `LANES`), C order
+            Beside the box there is none of the organ.
+        """
+        out = np.empty((*shape[:2], shape[2] + LANES), np.int16)
+        fill(self.values[self.planes[0] : self.planes[-1]], 0, out)
+        return out
+
+
+def write_strips(
+    group: zarr.Group,
+    held: Box,
+    coding: Coding,
+    found: Mapping[str, OrganInfo],
+    organs: OrganTable,
+) -> None:
+    """Write ``strips`` (n, `PLACE` + `LANES`) int16 of an atlas, one organ after another.
+
+    Parameters
+    ----------
+    group : zarr.Group
+        The atlas's data, with its surroundings.
+    held, coding
+        The voxels that these hold, and how, from `kpt_dask.organ_transfer.crop.write_surroundings`.
+    found : mapping of str to OrganInfo
+        Bounding boxes by organ name.
+    organs : OrganTable
+        What the labels stand for.
+    """
+    (begin, end), *sides = held
+    surroundings = open_array(group, SURROUNDINGS)
+    parts: dict[str, list[NDArray[np.int16]]] = {name: [] for name in found}
+    for first in range(begin, end, PLANES):
+        slab = (first, min(first + PLANES, end)), sides[0], sides[1]
+        packed = chunk_io.read(surroundings, within(slab, held))
+        for name, info in found.items():
+            box = overlap(info.bounding_box, slab)
+            if box is not None:
+                value, start = organs.by_name(name).value, box[0][0] - info.bounding_box[0][0]
+                parts[name].append(_cut_out(packed[within(box, slab)], coding, start, value))
+    owns = [_ordered(np.concatenate(parts[name])) for name in found]
+    values = np.concatenate(owns)
+    ends = np.cumsum([0, *map(len, owns)]).tolist()
+    shapes = [shape_of(info.bounding_box) for info in found.values()]
+    begins = _planes_of(values, list(pairwise(ends)), shapes)
+    planes = {name: _checked(own)[0].tolist() for name, own in zip(found, begins, strict=True)}
+    array = group.create_array(
+        NAME,
+        shape=values.shape,
+        dtype=values.dtype,
+        chunks=(min(CHUNK, len(values)), values.shape[1]),
+        compressors=_COMPRESSOR,
+        attributes={"planes": planes},
+        # A chunk that is not there is damage, never nothing.
+        config={"write_empty_chunks": True},
+    )
+    write_region(array, tuple(slice(0, size) for size in values.shape), values)
+
+
+Wanted = Mapping[str, Sequence[tuple[int, int]]]
+"""Organs that an atlas shows, and of each which planes of its bounding box: in order and apart, the
+first of some and the one after their last."""
+
+
+def read_strips(
+    wanted: Sequence[tuple[Atlas, Wanted]], organs: OrganTable
+) -> list[dict[str, Strips]]:
+    """Read organs of atlases, all into one array.
+
+    Those of atlases of earlier versions are cut out of their surroundings.
+
+    Parameters
+    ----------
+    wanted : sequence of (Atlas, Wanted)
+        Atlases, and what of each.
+    organs : OrganTable
+        What the atlases' labels stand for.
+
+    Raises
+    ------
+    AtlasNotFoundError
+        If an atlas was removed.
+    StoreFormatError
+        If what is there is damaged.
+    """
+    sources: list[_Stored | dict[str, NDArray[np.int16]]] = []
+    for atlas, planes in wanted:
+        with reading(atlas, NAME):
+            stored = _find(atlas, planes)
+        sources.append(_from_surroundings(atlas, planes, organs) if stored is None else stored)
+    rows = [
+        source.rows if isinstance(source, _Stored) else sum(map(len, source.values()))
+        for source in sources
+    ]
+    values = np.empty((sum(rows), PLACE + LANES), np.int16)
+    begins = np.cumsum([0, *rows]).tolist()
+    spans: list[dict[str, tuple[int, int]]] = []
+    for (atlas, _), source, begin, end in zip(wanted, sources, begins, begins[1:], strict=False):
+        if isinstance(source, _Stored):
+            with reading(atlas, NAME):
+                atlas.objects.unpack(source.chunks, values[begin:end])
+            spans.append({name: (begin + a, begin + b) for name, (a, b) in source.spans.items()})
+        else:
+            spans.append({})
+            for name, own in source.items():
+                spans[-1][name] = begin, begin + len(own)
+                values[begin : begin + len(own)] = own
+                begin += len(own)
+    shapes = [
+        shape_of(atlas.organs[name].bounding_box)
+        for (atlas, _), each in zip(wanted, spans, strict=True)
+        for name in each
+    ]
+    ends = [span for each in spans for span in each.values()]
+    begin_of_planes = iter(_planes_of(values, ends, shapes))
+    found = []
+    for (atlas, _), each in zip(wanted, spans, strict=True):
+        with reading(atlas, NAME):
+            found.append({name: Strips(values, *_checked(next(begin_of_planes))) for name in each})
+    return found
+
+
+@dataclass(frozen=True)
+class _Stored:
+    """Strips of an atlas: rows of chunks, how many, and where among these each organ lies."""
+
+    chunks: list[chunk_io.Rows]
+    rows: int
+    spans: dict[str, tuple[int, int]]
+
+
+def _find(atlas: Atlas, wanted: Wanted) -> _Stored | None:
+    """Find the rows that hold what is wanted; nothing if the atlas has no strips."""
+    folder = f"{atlas.path}/{NAME}"
+    description = atlas.objects.read(f"{folder}/zarr.json")
+    if description is None:
+        return None
+    document = json.loads(description)
+    n, columns = document["shape"][0], PLACE + LANES
+    chunk: int = document["chunk_grid"]["configuration"]["chunk_shape"][0]
+    if fault := misfit(document, (n, columns), (chunk, columns), np.dtype(np.int16)):
+        raise ValueError(f"it is described with {fault}")
+    if not 0 < 2 * chunk * columns <= MAX_CHUNK:
+        raise ValueError(f"it has chunks of {chunk}")
+    planes: dict[str, list[int]] = document["attributes"]["planes"]
+    depths = {name: shape_of(atlas.organs[name].bounding_box)[0] for name in wanted}
+    if any(len(planes[name]) != depth + 1 for name, depth in depths.items()):
+        raise ValueError("its planes are described wrongly")
+    parts: dict[int, list[tuple[int, int]]] = {}
+    rows, end, spans = 0, 0, {}
+    for name in sorted(wanted, key=lambda name: planes[name][0]):
+        before = rows
+        for first, stop in wanted[name]:
+            begin, behind, end = planes[name][first], end, planes[name][stop]
+            if type(begin) is not int or type(end) is not int or not behind <= begin <= end <= n:
+                raise ValueError("its planes are described wrongly")
+            for c in range(begin // chunk, -(-end // chunk)) if begin < end else ():
+                part = max(begin - c * chunk, 0), min(end - c * chunk, chunk)
+                parts.setdefault(c, []).append(part)
+            rows += end - begin
+        if rows - before > atlas.organs[name].voxels:
+            raise ValueError("it has more strips than its organs have voxels")
+        spans[name] = before, rows
+    chunks = [chunk_io.Rows(f"{folder}/c/{c}/0", chunk, joined(own)) for c, own in parts.items()]
+    return _Stored(chunks, rows, spans)
+
+
+def _from_surroundings(
+    atlas: Atlas, wanted: Wanted, organs: OrganTable
+) -> dict[str, NDArray[np.int16]]:
+    parts: dict[str, list[tuple[int, Box]]] = {}
+    for name, planes in wanted.items():
+        (begin, _), y, x = atlas.organs[name].bounding_box
+        parts[name] = [(a, ((begin + a, begin + b), y, x)) for a, b in planes]
+    found = {name: [np.empty((0, PLACE + LANES), np.int16)] for name in wanted}
+    whole = enclosing([box for own in parts.values() for _, box in own])
+    if whole is not None:
+        packed, held, coding = read_planes(atlas, *whole[0])
+        for name, own in parts.items():
+            value = organs.by_name(name).value
+            cuts = ((packed[within(box, held)], coding, first, value) for first, box in own)
+            found[name] += [_cut_out(*each) for each in cuts]
+    return {name: np.concatenate(parts) for name, parts in found.items()}
+
+
+def _planes_of(
+    values: NDArray[np.int16],
+    spans: Sequence[tuple[int, int]],
+    shapes: Sequence[tuple[int, int, int]],
+) -> list[NDArray[np.int64] | None]:
+    """Find where the planes of organs begin, and the short strips in them, in one go: see `Strips`.
+
+    Parameters
+    ----------
+    spans, shapes
+        Of each organ, where in `values` it begins and ends, and the size of its bounding box.
+
+    Returns
+    -------
+    list of int64 array (2, depth + 1) or None
+        None if strips lie outside of the box, or are not in order.
+    """
+    ends = np.cumsum([0, *(shape[0] + 1 for shape in shapes)])
+    planes, good = np.empty((2, ends[-1]), np.int64), np.empty(len(shapes), np.bool_)
+    ranges, sizes = np.array(spans, np.int64), np.array(shapes, np.int64)
+    _find_planes(values, ranges.reshape(-1, 2), sizes.reshape(-1, 3), ends, planes, good)
+    pieces = zip(good.tolist(), ends[:-1].tolist(), ends[1:].tolist(), strict=True)
+    return [planes[:, a:b] if fine else None for fine, a, b in pieces]
+
+
+def _checked(planes: NDArray[np.int64] | None) -> NDArray[np.int64]:
+    """Refuse an organ that is not whole: kernels believe that places lie in the bounding box."""
+    if planes is None:
+        raise ValueError("strips lie outside of the organ, or are not in order")
+    return planes
+
+
+@kernel
+def _find_planes(
+    values: NDArray[np.int16],
+    spans: NDArray[np.int64],
+    shapes: NDArray[np.int64],
+    ends: NDArray[np.int64],
+    planes: NDArray[np.int64],
+    good: NDArray[np.bool_],
+) -> None:
+    """Do what `_planes_of` does; organ n has ``planes[:, ends[n]:ends[n + 1]]``."""
+    for n in range(spans.shape[0]):
+        begin, stop = spans[n, 0], spans[n, 1]
+        depth, height, width = shapes[n, 0], shapes[n, 1], shapes[n, 2]
+        own, halves = planes[0, ends[n] : ends[n + 1]], planes[1, ends[n] : ends[n + 1]]
+        plane = 0
+        good[n] = True
+        for i in range(begin, stop):
+            z, y, x = values[i, 0], values[i, 1], values[i, 2]
+            if z < max(plane - 1, 0) or z >= depth or not (0 <= y < height and 0 <= x < width):
+                good[n] = False
+                break
+            for _ in range(plane, z + 1):
+                own[plane] = i
+                plane += 1
+        own[plane:] = stop
+        halves[depth] = stop
+        for plane in range(depth if good[n] else 0):
+            half = own[plane + 1]
+            while half > own[plane] and _is_short(values, half - 1):
+                half -= 1
+            halves[plane] = half
+
+
+@kernel
+def _is_short(values: NDArray[np.int16], strip: int) -> bool:
+    """Whether a strip has none but its first `HALF` voxels."""
+    more = False
+    for lane in range(HALF, LANES):
+        more |= values[strip, PLACE + lane] != OUTSIDE
+    return not more
+
+
+def _ordered(strips: NDArray[np.int16]) -> NDArray[np.int16]:
+    """Put the short ones of each plane last, so that two of them can be added in one vector."""
+    short = (strips[:, PLACE + HALF :] == OUTSIDE).all(axis=1)
+    return strips[np.lexsort((short, strips[:, 0]))]
+
+
+def _cut_out(packed: NDArray[Any], coding: Coding, first: int, value: int) -> NDArray[np.int16]:
+    """Cut an organ out of planes of its bounding box, from the `first` on."""
+    how = coding.hu, coding.label, coding.number_of(value)
+    nothing = np.empty((0, PLACE + LANES), np.int16)
+    out = np.empty((_strips(packed, *how, first, nothing), PLACE + LANES), np.int16)
+    _strips(packed, *how, first, out)
+    return out
+
+
+@kernel
+def _strips(
+    packed: NDArray[Any],
+    hu: tuple[int, int, int],
+    label: tuple[int, int],
+    number: int,
+    first: int,
+    out: NDArray[np.int16],
+) -> int:
+    """Cut voxels of a label into strips; counts them, and writes those that `out` has room for."""
+    depth, height, width = packed.shape
+    n = 0
+    for z in range(depth):
+        for y in range(height):
+            x = 0
+            while x < width:
+                if np.int32(packed[z, y, x]) >> label[0] & label[1] != number:
+                    x += 1
+                    continue
+                if n < out.shape[0]:
+                    out[n, 0] = first + z
+                    out[n, 1] = y
+                    out[n, 2] = x
+                    for lane in range(LANES):
+                        one = np.int32(packed[z, y, x + lane] if x + lane < width else 0)
+                        own = x + lane < width and one >> label[0] & label[1] == number
+                        out[n, PLACE + lane] = (one >> hu[0] & hu[1]) + hu[2] if own else OUTSIDE
+                n += 1
+                x += LANES
+    return n
+
+
+@kernel
+def fill(strips: NDArray[np.int16], first: int, out: NDArray[np.int16]) -> None:
+    """Do what `Strips.dense` does, of planes from the `first` on."""
+    out[...] = OUTSIDE
+    for i in range(strips.shape[0]):
+        z, y, x = strips[i, 0] - first, strips[i, 1], strips[i, 2]
+        for lane in range(LANES):
+            out[z, y, x + lane] = strips[i, PLACE + lane]

@@ -1,0 +1,192 @@
+"""The cells of a block that organs may reach, and room for the votes in them: mode `local`.
+
+A cell is the voxels between eight nodes of the fields' lattice. It holds votes only for the
+organs that may be there, and one total for all organs that share it, so that a block takes
+memory where organs are and nowhere else.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from kpt_dask.kernels.jit import kernel
+from kpt_dask.kernels.rows import LANES
+from kpt_dask.organ_transfer.warping.landing import in_cells
+from kpt_dask.runtime.boxes import Box, enclosing, overlap, shape_of
+
+
+@dataclass(frozen=True)
+class Cells:
+    """Cells in C order; their groups and, within these, organs are numbered one after another.
+
+    Organs of one group share the total of their votes.
+
+    Attributes
+    ----------
+    index : int64 array (cell, 3)
+        Lattice index (z, y, x).
+    groups : int64 array (cell + 1)
+        Where the groups of a cell begin.
+    group : int64 array (groups)
+        Which group it is.
+    organs : int64 array (groups + 1)
+        Where the organs of a group begin.
+    organ : int64 array (organs)
+        Index in the organ table.
+    """
+
+    index: NDArray[np.int64]
+    groups: NDArray[np.int64]
+    group: NDArray[np.int64]
+    organs: NDArray[np.int64]
+    organ: NDArray[np.int64]
+
+    @cached_property
+    def group_of(self) -> NDArray[np.int64]:
+        """Which of the groups each organ is in (organs)."""
+        return np.repeat(np.arange(self.group.size), np.diff(self.organs))
+
+    @cached_property
+    def cell_of(self) -> NDArray[np.int64]:
+        """Which cell each organ is in (organs)."""
+        return np.repeat(np.arange(len(self.index)), np.diff(self.organs[self.groups]))
+
+    @property
+    def box(self) -> Box:
+        """Smallest box of cells around all of them."""
+        z, y, x = zip(
+            self.index.min(axis=0).tolist(), (self.index.max(axis=0) + 1).tolist(), strict=True
+        )
+        return z, y, x
+
+    def nodes(self) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """Lattice indices of the nodes around the cells, sorted, and each cell's (cell, 8).
+
+        The last axis is that of a cell's nodes, the one along x fastest.
+        """
+        corners = np.indices((2, 2, 2)).reshape(3, 8).T
+        around = self.index[:, None] + corners
+        low, high = around.min(axis=(0, 1)), around.max(axis=(0, 1)) + 1
+        flat = np.ravel_multi_index(tuple((around - low).reshape(-1, 3).T), high - low)
+        used = np.zeros(int(np.prod(high - low)), bool)
+        used[flat] = True
+        number = np.cumsum(used) - 1
+        nodes = np.argwhere(used.reshape(high - low)) + low
+        return nodes, number[flat].reshape(-1, 8)
+
+
+def plan_cells(domains: Sequence[Box | None], groups: Sequence[int], box: Box, step: int) -> Cells:
+    """Find the cells that touch a box of voxels and lie in any organ's domain.
+
+    Parameters
+    ----------
+    domains : sequence of Box or None
+        Of each organ, in cells.
+    groups : sequence of int
+        Of each organ, whose total it shares.
+    box : Box
+        In voxels.
+    step : int
+        Voxels along the edge of a cell.
+    """
+    touched = in_cells(box, step)
+    here = [overlap(domain, touched) for domain in domains]
+    whole = enclosing([part for part in here if part is not None])
+    order = sorted((o for o in range(len(here)) if here[o]), key=lambda o: (groups[o], o))
+    assert whole is not None
+    corner = np.array([a for a, _ in whole])
+    present = np.zeros((*shape_of(whole), len(order)), bool)
+    for i, o in enumerate(order):
+        z, y, x = (slice(a - c, b - c) for (a, b), c in zip(here[o] or (), corner, strict=True))
+        present[z, y, x, i] = True
+    any_organ = present.any(axis=3)
+    index = np.argwhere(any_organ) + corner
+    cell, slot = np.nonzero(present[any_organ])
+    organ = np.array(order, np.int64)[slot]
+    group = np.array(groups, np.int64)[organ]
+    begins = np.ones(len(cell), bool)
+    begins[1:] = (cell[1:] != cell[:-1]) | (group[1:] != group[:-1])
+    organs = np.append(np.flatnonzero(begins), len(cell))
+    per_cell = np.bincount(cell[begins], minlength=len(index))
+    return Cells(index, np.append(0, np.cumsum(per_cell)), group[begins], organs, organ)
+
+
+def width_of(step: int) -> int:
+    """Room for the voxels of a cell: whole vectors, as the rest of one takes as long."""
+    return -(-(step**3) // LANES) * LANES
+
+
+def positions(step: int) -> NDArray[np.float32]:
+    """Where the voxels of a plane of a cell lie in it: x, y and yx of each (3, step²).
+
+    Fractions of the way from node to node.
+    """
+    y, x = np.indices((step, step)).reshape(2, -1).astype(np.float32) / np.float32(step)
+    return np.stack([x, y, y * x])
+
+
+@kernel
+def gather(values: Any, corner: Any, index: Any, step: Any, out: Any) -> None:
+    """Take apart an array into cells.
+
+    Parameters
+    ----------
+    values : float32 array (z, y, x)
+        Its first voxel is `corner`; voxels of the cells that it does not hold stay as they are.
+    index : int64 array (cell, 3)
+        Lattice indices of the cells.
+    out : float32 array (cell, `width_of`)
+        Changed.
+    """
+    for c in range(index.shape[0]):
+        for i in range(step):
+            z = index[c, 0] * step + i - corner[0]
+            for j in range(step):
+                y = index[c, 1] * step + j - corner[1]
+                if z < 0 or y < 0 or z >= values.shape[0] or y >= values.shape[1]:
+                    continue
+                for k in range(step):
+                    x = index[c, 2] * step + k - corner[2]
+                    if 0 <= x < values.shape[2]:
+                        out[c, (i * step + j) * step + k] = values[z, y, x]
+
+
+@kernel
+def spread(
+    votes: Any, totals: Any, total_of: Any, slots: Any, index: Any, corner: Any, step: Any, out: Any
+) -> None:
+    """Put together the shares of one organ from its cells: votes over totals, 0 over 0 is 0.
+
+    Parameters
+    ----------
+    votes, totals : float32 arrays (slot, n), (group, n)
+    total_of : int64 array (slot)
+        The row of `totals`.
+    slots : int64 array (n)
+        The organ's rows of `votes`.
+    index : int64 array (n, 3)
+        Lattice indices of their cells.
+    corner : int64 array (3)
+        First voxel of `out` in the scan.
+    out : float32 array (z, y, x)
+        Changed; what of a cell lies beyond it is left out.
+    """
+    depth, height, width = out.shape
+    for c in range(index.shape[0]):
+        vote = votes[slots[c]]
+        total = totals[total_of[slots[c]]]
+        for i in range(step):
+            z = index[c, 0] * step + i - corner[0]
+            for j in range(step):
+                y = index[c, 1] * step + j - corner[1]
+                if z < 0 or y < 0 or z >= depth or y >= height:
+                    continue
+                for k in range(step):
+                    x = index[c, 2] * step + k - corner[2]
+                    q = (i * step + j) * step + k
+                    if 0 <= x < width and total[q] > 0:
+                        out[z, y, x] = vote[q] / total[q]

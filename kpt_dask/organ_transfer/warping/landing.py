@@ -1,0 +1,147 @@
+"""Where organs land, and the displacement fields that bring them there: plans of mode `local`.
+
+Fields live on one lattice that begins at the scan's first voxel, so a part of a field is the
+same whatever block asks for it. Between eight nodes lies a cell. Reads no voxel.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import xarray as xr
+from numpy.typing import NDArray
+
+from atlas_store import Atlas, OrganTable
+from kpt_dask.grid import Grid
+from kpt_dask.matching.displacement import REACH, Widths, regress
+from kpt_dask.matching.first_pass import slices_by_atlas
+from kpt_dask.runtime.boxes import Box, enclosing, overlap
+
+NODE = 16.0
+"""Distance between the nodes of the fields' lattice, mm, rounded to whole voxels.
+
+On real patients 10 mm are no better, 20 mm hardly worse.
+"""
+MARGIN = 15.0
+"""How far beyond where the corners of its box land an organ may reach, mm."""
+LEAST_SUPPORT = 0.01
+"""Matches that must agree on where an organ lands for its atlas to have a say in where to look."""
+
+
+@dataclass(frozen=True)
+class Matched:
+    """What a field is made of: matches of one atlas.
+
+    Attributes
+    ----------
+    position, translation : float32 arrays (m, 3)
+        Of the test keypoints, and from the atlas to the scan, mm.
+    """
+
+    position: NDArray[np.float32]
+    translation: NDArray[np.float32]
+
+    def around(self, cells: Box, grid: Grid, widths: Widths) -> "Matched":
+        """Take those that have a say at the nodes of a box of cells: no block needs the others."""
+        # A millimetre more, whatever is rounded.
+        reach = REACH * widths[0] + 1
+        ends = grid.origin[:, None] + grid.spacing[:, None] * step_of(grid) * np.array(cells)
+        near = (self.position >= ends[:, 0] - reach) & (self.position <= ends[:, 1] + reach)
+        kept = near.all(axis=1)
+        return Matched(self.position[kept], self.translation[kept])
+
+
+def by_atlas(keypoints: xr.Dataset, matches: xr.Dataset, n: int) -> list[Matched]:
+    """Take apart the matches of `n` atlases."""
+    position = keypoints.position.values[matches.keypoint.values]
+    translation = matches.translation.values
+    return [Matched(position[own], translation[own]) for own in slices_by_atlas(matches, n)]
+
+
+def landing_boxes(
+    atlas: Atlas, matched: Matched, organs: OrganTable, grid: Grid, widths: Widths
+) -> list[Box | None]:
+    """Find where each organ of an atlas lands in the scan, in voxels, with a margin.
+
+    The same regression with the roles exchanged says where the corners and the centre of the
+    organ's box go, as far as matches support that.
+    """
+    boxes: list[Box | None] = [None] * len(organs)
+    names, shows = organs.names, atlas.organs
+    shown = [o for o, name in enumerate(names) if name in shows]
+    if not shown:
+        return boxes
+    source = Grid.isotropic(atlas.info.shape, float(grid.spacing[0]), atlas.info.origin)
+    bounds = np.array([shows[names[o]].bounding_box for o in shown], np.float64)
+    low, high = bounds[..., 0], bounds[..., 1] - 1
+    along = np.stack([low, (low + high) / 2, high])
+    # Low, middle or high along each axis.
+    at = along[np.indices((3, 3, 3)).reshape(3, 27).T, :, range(3)]
+    points = source.to_mm(at.transpose(2, 0, 1).reshape(-1, 3))
+    moved = regress(points, matched.position - matched.translation, matched.translation, widths)
+    landed = grid.to_index(points + moved[:, :3]).reshape(-1, 27, 3)
+    sure = moved[:, 3].reshape(-1, 27, 1) >= LEAST_SUPPORT
+    margin = MARGIN / grid.spacing
+    first = np.floor(np.where(sure, landed, np.inf).min(axis=1) - margin)
+    stop = np.ceil(np.where(sure, landed, -np.inf).max(axis=1) + margin) + 1
+    first, stop = np.maximum(first, 0), np.minimum(stop, grid.shape)
+    for i in np.flatnonzero((first < stop).all(axis=1)).tolist():
+        z, y, x = zip(first[i].astype(int).tolist(), stop[i].astype(int).tolist(), strict=True)
+        boxes[shown[i]] = z, y, x
+    return boxes
+
+
+def domains_of(landed: Sequence[Sequence[Box | None]], step: int) -> list[Box | None]:
+    """Enclose what each atlas says of each organ, in cells of the lattice."""
+    found = []
+    for boxes in zip(*landed, strict=True):
+        box = enclosing([b for b in boxes if b is not None])
+        found.append(None if box is None else in_cells(box, step))
+    return found
+
+
+def in_cells(box: Box, step: int) -> Box:
+    """Cells that the voxels of a box lie in."""
+    z, y, x = ((a // step, -(-b // step)) for a, b in box)
+    return z, y, x
+
+
+def in_voxels(box: Box, step: int) -> Box:
+    """Voxels of cells."""
+    z, y, x = ((a * step, b * step) for a, b in box)
+    return z, y, x
+
+
+def in_grid(box: Box, grid: Grid, step: int) -> Box:
+    """Voxels of cells that the grid has."""
+    depth, height, width = grid.shape
+    found = overlap(in_voxels(box, step), ((0, depth), (0, height), (0, width)))
+    assert found is not None
+    return found
+
+
+def step_of(grid: Grid) -> int:
+    """Voxels between the nodes of the lattice: as near to `NODE` as whole voxels come."""
+    return max(round(NODE / float(grid.spacing[0])), 1)
+
+
+def fit(
+    atlas: Atlas, matched: Matched, grid: Grid, nodes: NDArray[np.int64], widths: Widths
+) -> NDArray[np.float32]:
+    """Regress an atlas's field at nodes of the lattice.
+
+    Parameters
+    ----------
+    nodes : int64 array (n, 3)
+        Lattice indices (z, y, x), sorted.
+
+    Returns
+    -------
+    ndarray (n, 4), float32
+        What to add to a voxel index of the scan to get the atlas's, (z, y, x), and the support.
+    """
+    spacing = float(grid.spacing[0])
+    points = grid.origin + spacing * step_of(grid) * nodes
+    found = regress(points, matched.position, matched.translation, widths)
+    found[:, :3] = (grid.origin - np.array(atlas.info.origin) - found[:, :3]) / spacing
+    return found

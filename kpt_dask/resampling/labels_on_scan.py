@@ -1,0 +1,136 @@
+"""The label map on the scan's own grid, from probabilities on the working grid.
+
+Shares are interpolated and then decided, so borders are as smooth as the shares are; a vote
+of neighbouring labels would show the working grid's steps. The map streams, plane by plane.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from itertools import product
+from typing import Any
+
+import numpy as np
+import zarr
+from numpy.typing import NDArray
+
+from atlas_store.arrays import chunk_io
+from kpt_dask.grid import Grid
+from kpt_dask.kernels.jit import kernel
+from kpt_dask.resampling.blocks import Region, Window, blend, cell, numbers, window
+
+SLAB_VOXELS = 8 << 20
+"""About how many voxels are made at a time."""
+
+
+def labels_onto(
+    probability: Any, values: Sequence[int], threshold: float, grid: Grid, target: Grid
+) -> Iterator[NDArray[np.uint16]]:
+    """Decide the organ of each voxel of any grid, slab by slab.
+
+    Trilinear interpolation of each organ's share; a voxel gets the organ with the largest
+    (ties go to the organ that comes first), or 0 where that is below the threshold. On the
+    working grid itself that is the working grid's label map. Farther than one voxel outside
+    the working grid there is background.
+
+    Parameters
+    ----------
+    probability : float32 zarr.Array or ndarray (organ, z, y, x)
+        Only the part under each slab is read.
+    values : sequence of int
+        Labels of the organs.
+    threshold : float
+        Voxels whose largest share is below this are background; over 0.
+    grid : Grid
+        The working grid.
+    target : Grid
+        The grid to fill, for instance a scan's own; axes in stored order.
+
+    Yields
+    ------
+    slab : ndarray (n, j, i), uint16
+        All planes of the target, in order.
+    """
+    planes, height, width = target.shape
+    step = max(1, SLAB_VOXELS // (height * width))
+    below = np.nextafter(np.float32(threshold), np.float32(0))
+    for first in range(0, planes, step):
+        slab = (slice(first, min(first + step, planes)), slice(0, height), slice(0, width))
+        plan = window(grid, target, slab)
+        labels = np.zeros([s.stop - s.start for s in slab], np.uint16)
+        largest = np.full(labels.shape, below, np.float32)
+        for organ, value in enumerate(values):
+            part = _read(probability, (slice(organ, organ + 1), *plan.region))[0]
+            box = _reached(part > below, plan)
+            if box is None:
+                continue
+            inside = tuple(
+                slice(b.start - s.start, b.stop - s.start) for b, s in zip(box, slab, strict=True)
+            )
+            _claim(
+                part,
+                *numbers(replace(plan, block=box)),
+                np.uint16(value),
+                largest[inside],
+                labels[inside],
+            )
+        yield labels
+
+
+def _read(probability: Any, region: tuple[slice, ...]) -> NDArray[np.float32]:
+    if isinstance(probability, zarr.Array):
+        return chunk_io.read(probability, region).astype(np.float32, copy=False)
+    return np.asarray(probability[region], np.float32)
+
+
+def _reached(mask: NDArray[np.bool_], plan: Window) -> Region | None:
+    """Find the voxels of the target that lie within one voxel of a mask of the source, boxed.
+
+    An interpolated share is never above all of the eight that it comes from, so no other
+    voxel can reach the threshold.
+    """
+    if not mask.any():
+        return None
+    ends = []
+    for axis, part in enumerate(plan.region):
+        hit = np.flatnonzero(mask.any(axis=tuple(a for a in range(3) if a != axis)))
+        ends.append((part.start + hit[0] - 1.01, part.start + hit[-1] + 1.01))
+    inverse = np.linalg.inv(plan.affine)
+    at = np.array(list(product(*ends))) @ inverse[:3, :3].T + inverse[:3, 3]
+    low, high = np.floor(at.min(axis=0)).astype(int), np.ceil(at.max(axis=0)).astype(int) + 1
+    z, y, x = (
+        slice(max(int(a), s.start), min(int(b), s.stop))
+        for a, b, s in zip(low, high, plan.block, strict=True)
+    )
+    if z.start >= z.stop or y.start >= y.stop or x.start >= x.stop:
+        return None
+    return z, y, x
+
+
+@kernel
+def _claim(
+    part: Any,
+    origin: Any,
+    start: Any,
+    shape: Any,
+    affine: Any,
+    value: Any,
+    largest: Any,
+    labels: Any,
+) -> None:
+    """Give a box the label of one organ where its share is the largest so far."""
+    at = np.empty(3)
+    for z in range(labels.shape[0]):
+        for y in range(labels.shape[1]):
+            for a in range(3):
+                at[a] = affine[a, 3] + affine[a, 0] * (start[0] + z) + affine[a, 1] * (start[1] + y)
+            for x in range(labels.shape[2]):
+                i = start[2] + x
+                z0, z1, dz, far_z = cell(at[0] + affine[0, 2] * i, shape[0], origin[0])
+                y0, y1, dy, far_y = cell(at[1] + affine[1, 2] * i, shape[1], origin[1])
+                x0, x1, dx, far_x = cell(at[2] + affine[2, 2] * i, shape[2], origin[2])
+                if max(far_z, far_y, far_x) > 1:
+                    continue
+                share = blend(part, z0, z1, dz, y0, y1, dy, x0, x1, dx)
+                if share > largest[z, y, x]:
+                    largest[z, y, x] = share
+                    labels[z, y, x] = value

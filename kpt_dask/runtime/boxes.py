@@ -1,0 +1,190 @@
+"""Boxes of voxels: pure functions, half-open, (z, y, x)."""
+
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+from kpt_dask.volumes.omezarr import Region
+
+Box = tuple[tuple[int, int], tuple[int, int], tuple[int, int]]
+"""(start, stop) along z, y, x, half-open."""
+
+
+def enclosing(boxes: Sequence[Box]) -> Box | None:
+    """Smallest box around boxes, None around none."""
+    if not boxes:
+        return None
+    z, y, x = (
+        (min(box[axis][0] for box in boxes), max(box[axis][1] for box in boxes))
+        for axis in range(3)
+    )
+    return z, y, x
+
+
+def overlap(box: Box | None, other: Box) -> Box | None:
+    """Box of what two boxes share, None if that is nothing."""
+    if box is None:
+        return None
+    # Written out, as in `shape_of`: they are asked for by the thousand.
+    (a, b), (c, d), (e, f) = box
+    (g, h), (i, j), (k, m) = other
+    z, y, x = (max(a, g), min(b, h)), (max(c, i), min(d, j)), (max(e, k), min(f, m))
+    return (z, y, x) if z[0] < z[1] and y[0] < y[1] and x[0] < x[1] else None
+
+
+def overlaps(boxes: Mapping[int, Box], other: Box) -> dict[int, Box]:
+    """Boxes of what each of some boxes shares with another, without those that share nothing."""
+    found = {key: overlap(box, other) for key, box in boxes.items()}
+    return {key: box for key, box in found.items() if box is not None}
+
+
+def joined(ranges: Iterable[tuple[int, int]]) -> list[tuple[int, int]]:
+    """Ranges, half-open, that cover what some others cover, in order and apart."""
+    found: list[tuple[int, int]] = []
+    for first, stop in sorted(ranges):
+        if found and first <= found[-1][1]:
+            found[-1] = found[-1][0], max(found[-1][1], stop)
+        else:
+            found.append((first, stop))
+    return found
+
+
+def wider(box: Box, shape: tuple[int, int, int]) -> Box:
+    """Box of a box's voxels and their neighbours, in an array of a shape."""
+    z, y, x = ((max(a - 1, 0), min(b + 1, n)) for (a, b), n in zip(box, shape, strict=True))
+    return z, y, x
+
+
+def box_of(region: Region) -> Box:
+    """Box of a region."""
+    z, y, x = ((s.start, s.stop) for s in region)
+    return z, y, x
+
+
+def within(box: Box, outer: Box) -> tuple[slice, ...]:
+    """Where a box lies in an array that holds the voxels of another."""
+    return tuple(slice(a - c, b - c) for (a, b), (c, _) in zip(box, outer, strict=True))
+
+
+def slices(box: Box) -> tuple[slice, ...]:
+    """Where a box lies in the whole array."""
+    return tuple(slice(a, b) for a, b in box)
+
+
+def volume_of(box: Box | None) -> int:
+    """Count the voxels of a box, or of none."""
+    return 0 if box is None else math.prod(shape_of(box))
+
+
+def shape_of(box: Box) -> tuple[int, int, int]:
+    """Voxels along each axis."""
+    (a, b), (c, d), (e, f) = box
+    return b - a, d - c, f - e
+
+
+def begin_of(box: Box) -> NDArray[np.int64]:
+    """First voxel, int64 (3)."""
+    return np.array([start for start, _ in box])
+
+
+def cut(
+    box: Box,
+    unit: tuple[int, int, int],
+    pieces: int,
+    cost: Callable[[Box], float],
+    fits: Callable[[Box], bool],
+) -> list[Box]:
+    """Cut a box at multiples of a unit, always the most costly piece, into halves of like cost.
+
+    Parameters
+    ----------
+    unit : (int, int, int)
+        A piece is never cut but at a multiple of this.
+    pieces : int
+        How many there are to be at least, if so many can be.
+    cost : callable
+        What a piece costs.
+    fits : callable
+        A piece that does not is cut, if it can be.
+
+    Returns
+    -------
+    list of Box
+        The most costly first.
+    """
+    whole = [(cost(box), box)]
+    done: list[tuple[float, Box]] = []
+    while whole:
+        enough = len(whole) + len(done) >= pieces
+        wanted = [one for one in whole if not fits(one[1])] if enough else whole
+        if not wanted:
+            break
+        largest = max(wanted, key=lambda one: one[0])
+        whole.remove(largest)
+        halves = _halves(largest[1], unit, cost)
+        if halves:
+            whole += halves
+        else:
+            done.append(largest)
+    return [piece for _, piece in sorted(whole + done, key=lambda one: one[0], reverse=True)]
+
+
+def _halves(
+    box: Box, unit: tuple[int, int, int], cost: Callable[[Box], float]
+) -> list[tuple[float, Box]]:
+    """Cut a box once, so that the costlier half costs least; nothing if it cannot be cut."""
+    best: list[tuple[float, Box]] = []
+    for axis, ((a, b), u) in enumerate(zip(box, unit, strict=True)):
+        for at in range((a // u + 1) * u, b, u):
+            low, high = list(box), list(box)
+            low[axis], high[axis] = (a, at), (at, b)
+            halves = [(cost(h), h) for h in ((low[0], low[1], low[2]), (high[0], high[1], high[2]))]
+            if not best or max(c for c, _ in halves) < max(c for c, _ in best):
+                best = halves
+    return best
+
+
+def deal(pieces: Sequence[Box], hands: int, cost: Callable[[Box], float]) -> list[list[Box]]:
+    """Deal pieces so that no hand costs much more than another, most of them in a row.
+
+    Returns
+    -------
+    list of list of Box
+        At most so many hands, the costliest first; the pieces of each in their order.
+    """
+    costs = [cost(piece) for piece in pieces]
+    total, behind = sum(costs) or 1.0, 0.0
+    dealt: list[list[int]] = [[] for _ in range(hands)]
+    for i, one in enumerate(costs):
+        # To whom the middle of what it costs would fall.
+        dealt[min(int(hands * (behind + one / 2) / total), hands - 1)].append(i)
+        behind += one
+
+    def cost_of(hand: list[int]) -> float:
+        return sum(costs[i] for i in hand)
+
+    while True:
+        dealt.sort(key=cost_of, reverse=True)
+        last = dealt[-1]
+        for hand in dealt:
+            excess = cost_of(hand) - cost_of(last)
+            movable = [i for i in hand if 0 < costs[i] < excess]
+            if movable:
+                # What leaves the two most alike.
+                moved = min(movable, key=lambda i: abs(excess - 2 * costs[i]))
+                hand.remove(moved)
+                last.append(moved)
+                break
+        else:
+            return [[pieces[i] for i in sorted(own)] for own in dealt if own]
+
+
+def aligned(box: Box, unit: tuple[int, int, int], shape: tuple[int, int, int]) -> Region:
+    """Smallest region of whole units around a box, within an array of a shape."""
+    z, y, x = (
+        slice(a // u * u, min(-(-b // u) * u, n))
+        for (a, b), u, n in zip(box, unit, shape, strict=True)
+    )
+    return z, y, x

@@ -1,0 +1,156 @@
+"""Scans and the label maps that belong to them: found by name, checked before the long work."""
+
+import re
+from dataclasses import dataclass
+from pathlib import Path, PurePath
+
+import numpy as np
+
+from atlas_store import OrganTable
+from atlas_store.marker import natural_order
+from kpt_dask.errors import GridMismatchError, LabelError, ParameterError, ScanNotFoundError
+from kpt_dask.runtime import progress
+from kpt_dask.scans.scan import Scan, open_scan
+
+SCANS = "{id}_ct.nii.gz"
+LABELS = "{id}_seg.nii.gz"
+"""How files are named unless told otherwise."""
+
+_ID = "{id}"
+
+
+@dataclass(frozen=True)
+class Pair:
+    """A scan and the label map that should be there.
+
+    Attributes
+    ----------
+    id : str
+        What stands for ``{id}`` in both names.
+    scan, labels : Path
+        The files.
+    """
+
+    id: str
+    scan: Path
+    labels: Path
+
+
+def find_pairs(
+    folder: str | Path, scan_pattern: str = SCANS, labels_pattern: str = LABELS
+) -> list[Pair]:
+    """Find the scans of a folder; whether their label maps exist is not looked at.
+
+    Parameters
+    ----------
+    folder : str or Path
+        Where to look.
+    scan_pattern, labels_pattern : str
+        Paths in the folder with ``{id}`` once or more, such as ``{id}/ct.nii.gz``. What fits
+        the pattern of the labels is no scan.
+
+    Returns
+    -------
+    list of Pair
+        In natural order of the ids.
+
+    Raises
+    ------
+    ParameterError
+        If a pattern has no ``{id}``, leaves the folder, or both are the same.
+    ScanNotFoundError
+        If the folder does not exist, or no file in it fits the pattern of the scans.
+    """
+    folder = Path(folder)
+    for pattern in (scan_pattern, labels_pattern):
+        parts = PurePath(pattern)
+        if _ID not in pattern or parts.is_absolute() or ".." in parts.parts:
+            raise ParameterError(
+                f"The pattern {pattern!r} cannot be used; write a path in the folder with {_ID}"
+                f" where the names differ, such as {SCANS}."
+            )
+    if scan_pattern == labels_pattern:
+        raise ParameterError(
+            f"Scans and labels have the same pattern {scan_pattern!r}; give each its own."
+        )
+    if not folder.is_dir():
+        raise ScanNotFoundError(f"{folder} is no folder; give the one that holds the scans.")
+    labels = set(_matching(folder, labels_pattern).values())
+    found = [
+        Pair(name, path, folder / labels_pattern.replace(_ID, name))
+        for name, path in _matching(folder, scan_pattern).items()
+        if path not in labels
+    ]
+    if not found:
+        raise ScanNotFoundError(
+            f"{folder} holds no scan named {scan_pattern}; check the folder and the pattern."
+        )
+    return sorted(found, key=lambda pair: natural_order(pair.id))
+
+
+def open_pair(scan: str | Path, labels: str | Path) -> tuple[Scan, Scan]:
+    """Open a scan and its label map.
+
+    Raises
+    ------
+    GridMismatchError
+        If they do not lie on the same grid.
+    ScanNotFoundError, ScanFormatError
+        If one of them cannot be opened.
+    """
+    source, labelled = open_scan(scan), open_scan(labels)
+    if not source.grid.same_as(labelled.grid):
+        if source.grid.shape != labelled.grid.shape:
+            how = f"shape {_stored_shape(labelled)} against {_stored_shape(source)}"
+        else:
+            how = "their affines differ"
+        raise GridMismatchError(
+            f"{labels} does not lie on the grid of {scan} ({how}); resample it to the scan first."
+        )
+    return source, labelled
+
+
+def labelled_organs(labels: Scan, organs: OrganTable) -> tuple[str, ...]:
+    """Name the organs that a label map shows, in the order of the table.
+
+    Raises
+    ------
+    LabelError
+        If there is no label, or one that the table does not know.
+    ScanFormatError
+        If the file is damaged or holds anything but labels.
+    """
+    occurs = np.zeros(1 << 16, bool)
+    with progress.stage("Checking labels", total=labels.grid.shape[0]) as advance:
+        for slab in labels.label_slabs():
+            occurs[slab] = True
+            advance(len(slab))
+    values = set(np.flatnonzero(occurs).tolist()) - {0}
+    if not values:
+        raise LabelError(f"{labels.path} holds no label; give the label map of the scan.")
+    unknown = sorted(values - set(organs.values))
+    if unknown:
+        known = ", ".join(f"{organ.value} {organ.name}" for organ in organs)
+        raise LabelError(
+            f"{labels.path} holds labels that the organ table does not know:"
+            f" {', '.join(map(str, unknown))}; the store knows {known}."
+        )
+    return tuple(organ.name for organ in organs if organ.value in values)
+
+
+def _stored_shape(scan: Scan) -> str:
+    """Shape as the file's own header gives it, fastest axis first."""
+    return " × ".join(map(str, scan.grid.shape[::-1]))
+
+
+def _matching(folder: Path, pattern: str) -> dict[str, Path]:
+    """Files of the folder by what stands for ``{id}``."""
+    parts = [re.escape(part) for part in PurePath(pattern).as_posix().split(_ID)]
+    expression = re.compile(f"{parts[0]}(?P<id>[^/]+){'(?P=id)'.join(parts[1:])}")
+    depth = len(PurePath(pattern).parts)
+    found = {}
+    for path in folder.glob("/".join(["*"] * depth)):
+        match = expression.fullmatch(path.relative_to(folder).as_posix())
+        if match and path.is_file():
+            found[match["id"]] = path
+    return found

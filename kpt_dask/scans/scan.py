@@ -1,0 +1,174 @@
+"""Scans as they lie on disk: header first, voxels streamed plane by plane, labels back.
+
+Knows which reader a file name asks for and what numbers may be in a CT or a label map; the
+formats themselves are in modules of their own.
+"""
+
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from kpt_dask.errors import ScanFormatError, ScanNotFoundError
+from kpt_dask.grid import Grid
+from kpt_dask.output import replacing
+from kpt_dask.scans.nifti import NiftiFile, open_nifti, write_nifti
+
+READERS: dict[str, Callable[[Path], NiftiFile]] = {".nii": open_nifti, ".nii.gz": open_nifti}
+"""Which reader opens which file name."""
+
+
+@dataclass(frozen=True, eq=False)
+class Scan:
+    """A CT scan or a label map on disk, of which only the header has been read.
+
+    Attributes
+    ----------
+    path : Path
+        The file.
+    grid : Grid
+        Where its voxels lie; axes (k, j, i) in stored order, slowest first.
+    dtype : dtype
+        Of a stored voxel.
+    file : NiftiFile
+        The reader's view of the file.
+    """
+
+    path: Path
+    grid: Grid
+    dtype: np.dtype[Any]
+    file: NiftiFile
+
+    def slabs(self) -> Iterator[NDArray[np.float32]]:
+        """Stream the values in HU, in stored order, a few planes (n, j, i) at a time.
+
+        Raises
+        ------
+        ScanFormatError
+            If the file is truncated or damaged, or a value is NaN or infinite.
+        """
+        certain = self.dtype.kind in "iu" and not self._scaled
+        for stored in self.file.slabs():
+            with np.errstate(over="ignore", invalid="ignore"):
+                values = self._values(stored).astype(np.float32, copy=False)
+            if not certain and not np.isfinite(values).all():
+                raise ScanFormatError(
+                    f"{self.path} holds NaN or infinite values; replace them with the HU of air."
+                )
+            yield values
+
+    def label_slabs(self) -> Iterator[NDArray[np.uint16]]:
+        """Stream the values as labels, in stored order, a few planes (n, j, i) at a time.
+
+        Raises
+        ------
+        ScanFormatError
+            If the file is truncated or damaged, or a value is no whole number in 0…65535.
+        """
+        for stored in self.file.slabs():
+            with np.errstate(over="ignore", invalid="ignore"):
+                values = self._values(stored) if self._scaled else stored
+                # Not (a and b): NaN fails every comparison.
+                usable = bool(values.min() >= 0 and values.max() <= np.iinfo(np.uint16).max)
+                labels = values.astype(np.uint16)
+            if not usable or (values.dtype.kind == "f" and not np.array_equal(labels, values)):
+                raise ScanFormatError(
+                    f"{self.path} is no label map: its values must be whole numbers from 0 to"
+                    " 65535."
+                )
+            yield labels
+
+    @property
+    def _scaled(self) -> bool:
+        return (self.file.slope, self.file.intercept) != (1.0, 0.0)
+
+    def _values(self, stored: NDArray[Any]) -> NDArray[Any]:
+        if not self._scaled:
+            return stored
+        exact = np.float32 if self.dtype.kind in "iu" and self.dtype.itemsize <= 2 else np.float64
+        values: NDArray[Any] = stored.astype(exact)
+        values *= exact(self.file.slope)
+        values += exact(self.file.intercept)
+        return values
+
+
+def scan_name(path: Path) -> str:
+    """Name a scan after its file, without the ending that a reader knows."""
+    name = path.name
+    for ending in sorted(READERS, key=len, reverse=True):
+        if name.lower().endswith(ending):
+            return name[: -len(ending)]
+    return name
+
+
+def open_scan(path: str | Path) -> Scan:
+    """Read the header of a scan or label map; ``.nii`` and ``.nii.gz`` are known.
+
+    Raises
+    ------
+    ScanNotFoundError
+        If there is no such file.
+    ScanFormatError
+        If it is none that can be read, or not one 3-D volume of real numbers on a usable grid.
+    """
+    path = Path(path)
+    if not path.exists():
+        raise ScanNotFoundError(f"{path} does not exist.")
+    if not path.is_file():
+        raise ScanFormatError(f"{path} is a folder; give a {_known()} file.")
+    name = path.name.lower()
+    reader = next((READERS[end] for end in READERS if name.endswith(end)), None)
+    if reader is None:
+        raise ScanFormatError(f"{path} has an unknown extension; give a {_known()} file.")
+    file = reader(path)
+    return Scan(path, file.grid, file.dtype, file)
+
+
+def write_labels(
+    path: str | Path, scan: Scan, slabs: Iterable[NDArray[Any]], *, overwrite: bool = False
+) -> None:
+    """Write a label map on a scan's own grid, with the scan's own affine and its codes.
+
+    Parameters
+    ----------
+    path : str or Path
+        Ends in ``.nii`` or ``.nii.gz``; appears when it is complete.
+    scan : Scan
+        Whose grid the labels lie on.
+    slabs : iterable of ndarray (n, j, i), uint8 or uint16
+        All planes in the scan's stored order; the file has the dtype of the first slab.
+    overwrite : bool
+        Whether an existing file may be replaced.
+
+    Raises
+    ------
+    OutputExistsError
+        If `path` exists and `overwrite` is false.
+    ScanFormatError
+        If the extension is unknown.
+    """
+    path = Path(path)
+    check_ending(path)
+    with replacing(path, overwrite=overwrite) as partial:
+        write_nifti(partial, scan.file.header, scan.grid.shape, slabs)
+
+
+def check_ending(path: str | Path) -> None:
+    """Refuse a name under which no label map can be written.
+
+    Raises
+    ------
+    ScanFormatError
+        If the extension is unknown.
+    """
+    if not Path(path).name.lower().endswith(tuple(READERS)):
+        raise ScanFormatError(
+            f"{path} has an unknown extension; write labels to a {_known()} file."
+        )
+
+
+def _known() -> str:
+    return " or ".join(READERS)

@@ -1,0 +1,284 @@
+"""OME-Zarr 0.5 on disk: arrays, metadata, label images, and the one safe way to write voxels.
+
+Knows the layout of multiscale images whose level o + 1 has every second voxel of level o, so
+that voxel 0 of each level has the same centre; knows nothing of what the voxels mean.
+"""
+
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import pairwise, product
+from typing import Any, Protocol, cast
+
+import numpy as np
+import zarr
+from numpy.typing import NDArray
+from zarr.codecs import BloscCodec
+
+from atlas_store.arrays import chunk_io
+from kpt_dask.grid import Grid
+
+Region = tuple[slice, ...]
+
+CHUNKS = (32, 128, 128)
+"""Chunk shape of the levels of images, and of label images unless said otherwise (z, y, x)."""
+
+COMPRESSOR = BloscCodec(cname="lz4", shuffle="shuffle")
+"""About twice as fast as Zarr's default on CT, hardly larger."""
+
+_DIRECTIONS = {
+    "z": "inferior-to-superior",
+    "y": "anterior-to-posterior",
+    "x": "right-to-left",
+}
+"""RFC-4 names of the LPS world's axes: x grows to the patient's left, which is right-to-left."""
+
+
+class Labelled(Protocol):
+    """What a label image says of an organ; an organ of an organ table is one."""
+
+    @property
+    def value(self) -> int:
+        """Value in the label map, 1 to 65535."""
+
+    @property
+    def name(self) -> str:
+        """Name of the organ."""
+
+    @property
+    def colour(self) -> tuple[int, int, int]:
+        """Red, green and blue, 0 to 255."""
+
+
+def write_region(array: zarr.Array[Any], region: Region, data: NDArray[Any]) -> None:
+    """Write a region that owns all chunks (shards, if there are any) it touches.
+
+    Two writers of one chunk each read it, change their part and write it back, and one part
+    is lost without an error. So a region must begin and end where chunks do, or end where
+    the array does.
+
+    Parameters
+    ----------
+    array : zarr.Array
+        Where to write.
+    region : tuple of slice
+        One slice with plain bounds per axis.
+    data : ndarray
+        Of the region's shape.
+
+    Raises
+    ------
+    ValueError
+        If the region is not aligned, or `data` has another shape.
+    """
+    unit = array.shards or array.chunks
+    if len(region) != array.ndim:
+        raise ValueError(f"region {region} has not the {array.ndim} axes of {array.path}")
+    for axis, (part, size, step) in enumerate(zip(region, array.shape, unit, strict=True)):
+        whole = part.step in (None, 1) and 0 <= part.start < part.stop <= size
+        if not whole or part.start % step or (part.stop % step and part.stop != size):
+            raise ValueError(
+                f"region {part} of axis {axis} (length {size}) does not begin and end at"
+                f" multiples of {step}: writing it could destroy a neighbour's voxels"
+            )
+    if data.shape != tuple(part.stop - part.start for part in region):
+        raise ValueError(f"data of shape {data.shape} does not fill region {region}")
+    chunk_io.write(array, region, data)
+
+
+def regions(shape: Sequence[int], block: Sequence[int]) -> Iterator[tuple[slice, slice, slice]]:
+    """Cut an array (z, y, x) into blocks, the last of each axis possibly smaller, in C order."""
+    cuts = (
+        [slice(first, min(first + step, n)) for first in range(0, n, step)]
+        for n, step in zip(shape, block, strict=True)
+    )
+    yield from ((z, y, x) for z, y, x in product(*cuts))
+
+
+def create_levels(
+    group: zarr.Group,
+    shapes: Sequence[tuple[int, int, int]],
+    dtype: Any,
+    chunks: tuple[int, int, int] = CHUNKS,
+) -> tuple[zarr.Array[Any], ...]:
+    """Make the arrays "0", "1", … of a multiscale image (z, y, x)."""
+    return tuple(
+        create_array(group, str(level), shape, dtype, chunks) for level, shape in enumerate(shapes)
+    )
+
+
+def create_array(
+    group: zarr.Group,
+    name: str,
+    shape: tuple[int, int, int],
+    dtype: Any,
+    chunks: tuple[int, int, int] = CHUNKS,
+) -> zarr.Array[Any]:
+    """Make an array (z, y, x) in the project's layout, filled with 0."""
+    return group.create_array(
+        name,
+        shape=shape,
+        dtype=dtype,
+        chunks=tuple(min(n, chunk) for n, chunk in zip(shape, chunks, strict=True)),
+        compressors=COMPRESSOR,
+        fill_value=0,
+        dimension_names=("z", "y", "x"),
+    )
+
+
+def open_array(group: zarr.Group, name: str) -> zarr.Array[Any]:
+    """Open an array of a group.
+
+    Raises
+    ------
+    KeyError
+        If there is none of that name.
+    """
+    array = group[name]
+    if not isinstance(array, zarr.Array):
+        raise KeyError(f"{name} is not an array")
+    return array
+
+
+def multiscale(name: str, grid: Grid, n_levels: int, method: str) -> dict[str, Any]:
+    """Metadata of a multiscale image.
+
+    Parameters
+    ----------
+    name : str
+        Name of the image.
+    grid : Grid
+        Of level 0, axis-aligned; axes (z, y, x).
+    n_levels : int
+        Number of levels; the spacing doubles from one to the next.
+    method : str
+        How a level is made from the one before.
+    """
+    spacing, origin = grid.spacing, grid.origin.tolist()
+    return {
+        "name": name,
+        "type": method,
+        "axes": [
+            {
+                "name": axis,
+                "type": "space",
+                "unit": "millimeter",
+                "orientation": {"type": "anatomical", "value": direction},
+            }
+            for axis, direction in _DIRECTIONS.items()
+        ],
+        "datasets": [
+            {
+                "path": str(level),
+                "coordinateTransformations": [
+                    {"type": "scale", "scale": (spacing * 2**level).tolist()},
+                    {"type": "translation", "translation": origin},
+                ],
+            }
+            for level in range(n_levels)
+        ],
+    }
+
+
+def multiscale_grid(multiscale: Any, shape: tuple[int, int, int]) -> Grid:
+    """Grid of level 0 of an isotropic multiscale image."""
+    scale, translation = multiscale["datasets"][0]["coordinateTransformations"]
+    return Grid.isotropic(shape, float(scale["scale"][0]), translation["translation"])
+
+
+def write_label_image(
+    image: zarr.Group,
+    name: str,
+    labels: NDArray[Any] | Iterable[tuple[Region, NDArray[Any]]],
+    grid: Grid,
+    organs: Iterable[Labelled],
+) -> zarr.Group:
+    """Write a label map as an OME-Zarr label image, ``labels/<name>`` of an image.
+
+    Parameters
+    ----------
+    image : zarr.Group
+        An OME-Zarr image; the label image gets as many levels.
+    name : str
+        Name of the label image, replaced if there is one; listed once it is complete.
+    labels : ndarray (z, y, x) or iterable of (region, ndarray), integer
+        The whole map, or its parts in any order; `write_region` says how they are aligned.
+    grid : Grid
+        Of the labels, axis-aligned.
+    organs : iterable of Labelled
+        What the label values mean; the map is uint8 if they fit, else uint16.
+
+    Returns
+    -------
+    zarr.Group
+        The label image; its levels are the arrays "0", "1", …, nearest neighbours.
+    """
+    organs = list(organs)
+    levels = create_label_image(image, name, grid, organs)
+    if isinstance(labels, np.ndarray):
+        labels = [(tuple(slice(0, n) for n in labels.shape), labels)]
+    for region, part in labels:
+        write_region(levels[0], region, part.astype(levels[0].dtype, copy=False))
+    return finish_label_image(image, name, levels, grid, organs)
+
+
+def create_label_image(
+    image: zarr.Group,
+    name: str,
+    grid: Grid,
+    organs: Iterable[Labelled],
+    chunks: tuple[int, int, int] = CHUNKS,
+) -> tuple[zarr.Array[Any], ...]:
+    """Make the levels of a label image, all 0, in place of one that may be there.
+
+    Whoever fills the finest one calls `finish_label_image` then; before that the others are empty
+    and nothing describes them.
+    """
+    dtype = np.min_scalar_type(max((organ.value for organ in organs), default=0))
+    ome = cast(dict[str, Any], image.attrs["ome"])
+    group = image.require_group("labels").create_group(name, overwrite=True)
+    shapes = _halved(grid.shape, len(ome["multiscales"][0]["datasets"]))
+    return create_levels(group, shapes, dtype, chunks)
+
+
+def finish_label_image(
+    image: zarr.Group,
+    name: str,
+    levels: Sequence[zarr.Array[Any]],
+    grid: Grid,
+    organs: Iterable[Labelled],
+) -> zarr.Group:
+    """Fill the coarser levels from the finest, chunk by chunk, and list the label image."""
+    for fine, coarse in pairwise(levels):
+        for region in regions(coarse.shape, coarse.chunks):
+            ends = zip(region, fine.shape, strict=True)
+            wanted = tuple(slice(2 * part.start, min(2 * part.stop, n)) for part, n in ends)
+            write_region(coarse, region, chunk_io.read(fine, wanted)[::2, ::2, ::2])
+    labelled = image.require_group("labels")
+    group = labelled.require_group(name)
+    group.update_attributes(
+        {
+            "ome": {
+                "version": "0.5",
+                "multiscales": [multiscale(name, grid, len(levels), "nearest")],
+                "image-label": _image_label(list(organs)),
+            }
+        }
+    )
+    names = cast(dict[str, Any], labelled.attrs.get("ome", {})).get("labels", [])
+    labelled.update_attributes({"ome": {"version": "0.5", "labels": sorted({*names, name})}})
+    return group
+
+
+def _image_label(organs: Sequence[Labelled]) -> dict[str, Any]:
+    return {
+        "colors": [{"label-value": organ.value, "rgba": [*organ.colour, 255]} for organ in organs],
+        "properties": [{"label-value": organ.value, "name": organ.name} for organ in organs],
+        "source": {"image": "../../"},
+    }
+
+
+def _halved(shape: tuple[int, int, int], n: int) -> list[tuple[int, int, int]]:
+    shapes = [shape]
+    for _ in range(n - 1):
+        z, y, x = shapes[-1]
+        shapes.append((-(-z // 2), -(-y // 2), -(-x // 2)))
+    return shapes

@@ -1,0 +1,82 @@
+"""Fill the upper levels of a volume: the octaves of its scale space.
+
+Level o + 1 is level o blurred to 2·σ0 of its own voxels, every second voxel. A task makes
+whole chunks of one level and reads what they need, with a halo, from the level below.
+"""
+
+from itertools import pairwise
+from typing import Any
+
+import numpy as np
+import zarr
+from distributed import Client
+from numpy.typing import NDArray
+from zarr.storage import MemoryStore
+
+from kpt_dask.errors import ParameterError
+from kpt_dask.kernels.jit import kernel
+from kpt_dask.runtime import cluster
+from kpt_dask.volumes.omezarr import CHUNKS, regions, write_region
+from kpt_dask.volumes.scale_space import blur_planes, blur_scratch, next_octave_taps
+
+
+def fill_pyramid(levels: tuple[zarr.Array[Any], ...], *, client: Client | None = None) -> None:
+    """Fill ``levels[1:]`` from ``levels[0]``.
+
+    Parameters
+    ----------
+    levels : tuple of float32 zarr arrays (z, y, x)
+        Level o + 1 has every second voxel of level o.
+    client : distributed.Client, optional
+        Where the tasks run; see `kpt_dask.runtime.cluster.session`.
+
+    Raises
+    ------
+    ParameterError
+        If the levels lie in this process's memory: tasks would fill copies of them.
+    """
+    if isinstance(levels[0].store, MemoryStore):
+        raise ParameterError("A volume cannot lie in a MemoryStore: give a folder or a URL.")
+    with cluster.session(client) as session:
+        for octave, (fine, coarse) in enumerate(pairwise(levels)):
+            slab = (CHUNKS[0], *coarse.shape[1:])
+            tasks = [(fine, coarse, octave, region) for region in regions(coarse.shape, slab)]
+            for _ in cluster.run(session, _fill, tasks, f"Octave {octave + 1}"):
+                pass
+
+
+def _fill(
+    fine: zarr.Array[Any],
+    coarse: zarr.Array[Any],
+    octave: int,
+    region: tuple[slice, slice, slice],
+) -> None:
+    taps = next_octave_taps(octave)
+    radius = taps.size - 1
+    first = max(2 * region[0].start - radius, 0)
+    last = min(2 * (region[0].stop - 1) + radius + 1, fine.shape[0])
+    source = np.asarray(fine[first:last], np.float32)
+    out = np.empty(tuple(s.stop - s.start for s in region), np.float32)
+    _halve(source, first, taps, region[0].start, out)
+    write_region(coarse, region, out)
+
+
+@kernel
+def _halve(
+    source: NDArray[np.float32],
+    first: int,
+    taps: NDArray[np.float32],
+    start: int,
+    out: NDArray[np.float32],
+) -> None:
+    """Blur, and keep every second voxel; ``source[0]`` is plane `first`."""
+    shape = source.shape[1:]
+    scratch = blur_scratch(1, shape[1], taps.size - 1)
+    plane = np.empty((1, *shape), np.float32)
+    for k in range(out.shape[0]):
+        z = 2 * (start + k) - first
+        blur_planes(source, z, 1, source.shape[0], taps, scratch, plane)
+        for j in range(out.shape[1]):
+            row = plane[0, 2 * j]
+            for i in range(out.shape[2]):
+                out[k, j, i] = row[2 * i]

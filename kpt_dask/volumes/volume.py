@@ -1,0 +1,323 @@
+"""A scan as a chunked volume: an OME-Zarr image on the working grid, filled while it streams.
+
+Level 0 holds whole HU as float32; what the higher levels hold is the business of the scale
+space. How the image lies on disk is the business of `kpt_dask.volumes.omezarr`.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, TypeVar
+
+import numpy as np
+import zarr
+from distributed import Client
+from numpy.typing import NDArray
+
+from kpt_dask.errors import (
+    GridMismatchError,
+    ParameterError,
+    ScanFormatError,
+    ScanNotFoundError,
+)
+from kpt_dask.grid import Grid
+from kpt_dask.output import replacing
+from kpt_dask.resampling.axes import along_own_axes
+from kpt_dask.resampling.blocks import interpolate, interpolate_labels, window
+from kpt_dask.resampling.stream import resample, resample_labels
+from kpt_dask.runtime import progress
+from kpt_dask.scans.scan import Scan
+from kpt_dask.volumes.omezarr import (
+    CHUNKS,
+    create_array,
+    create_levels,
+    multiscale,
+    multiscale_grid,
+    open_array,
+    regions,
+    write_label_image,
+    write_region,
+)
+from kpt_dask.volumes.pyramid import fill_pyramid
+from kpt_dask.volumes.scale_space import octave_shapes
+
+__all__ = [
+    "Volume",
+    "convert",
+    "convert_into",
+    "create_volume",
+    "label_blocks",
+    "open_volume",
+    "write_label_image",
+    "write_level0",
+    "write_region",
+]
+
+T = TypeVar("T", bound=np.generic)
+
+ENCODING_TYPE = "kpt-volume"
+ENCODING_VERSION = "1"
+
+AIR_HU = -1000.0
+"""Values below are clipped: noise of air, or padding outside the field of view, whose edge to
+real air would look like anatomy."""
+LARGEST_HU = 32000.0
+"""Values above are clipped: not even metal is, and float32 stays exact."""
+
+BLOCK = (64, 256, 256)
+"""Blocks of an oblique scan's second interpolation; multiples of the chunks."""
+
+_LOWPASS = "own_axes"
+"""Name of the temporary array of an oblique scan."""
+
+
+@dataclass(frozen=True, eq=False)
+class Volume:
+    """A multiscale image on the working grid.
+
+    Attributes
+    ----------
+    group : zarr.Group
+        The OME-Zarr image.
+    grid : Grid
+        Of level 0: axis-aligned, isotropic, axes (z, y, x).
+    source_grid : Grid
+        Of the scan it was made from, axes in stored order: the field of view.
+    levels : tuple of zarr.Array (z, y, x), float32
+        Level 0 in whole HU, then the octaves of its scale space.
+    """
+
+    group: zarr.Group
+    grid: Grid
+    source_grid: Grid
+    levels: tuple[zarr.Array[Any], ...]
+
+
+def create_volume(
+    group: zarr.Group | str | Path,
+    grid: Grid,
+    source_grid: Grid,
+    *,
+    name: str,
+) -> Volume:
+    """Make the arrays and metadata of a volume; its voxels are written later.
+
+    Parameters
+    ----------
+    group : zarr.Group, str or Path
+        An empty group, or where to make one.
+    grid : Grid
+        Of level 0, axis-aligned and isotropic.
+    source_grid : Grid
+        Of the scan, axes in stored order.
+    name : str
+        Name of the image: the scan's file name.
+    """
+    if not isinstance(group, zarr.Group):
+        group = zarr.create_group(str(group), zarr_format=3)
+    shapes = octave_shapes(grid.shape)
+    levels = create_levels(group, shapes, np.float32)
+    group.update_attributes(
+        {
+            "encoding-type": ENCODING_TYPE,
+            "encoding-version": ENCODING_VERSION,
+            "kpt": {
+                "software": f"kpt-dask {version('kpt-dask')}",
+                "spacing": float(grid.spacing[0]),
+                "source": {
+                    "file": name,
+                    "shape": list(source_grid.shape),
+                    "affine": source_grid.affine.tolist(),
+                },
+            },
+            "ome": {
+                "version": "0.5",
+                "multiscales": [multiscale(name, grid, len(shapes), "gaussian")],
+            },
+        }
+    )
+    return Volume(group, grid, source_grid, levels)
+
+
+def open_volume(group: zarr.Group | str | Path) -> Volume:
+    """Open a volume: read-only from a path, as it was opened from a group.
+
+    Raises
+    ------
+    ScanNotFoundError
+        If there is none.
+    ScanFormatError
+        If it is something else, damaged, or of a version that is not known.
+    """
+    where = str(group.store_path if isinstance(group, zarr.Group) else group)
+    if not isinstance(group, zarr.Group):
+        try:
+            group = zarr.open_group(where, mode="r", zarr_format=3)
+        except (FileNotFoundError, NotADirectoryError, zarr.errors.BaseZarrError) as error:
+            raise ScanNotFoundError(
+                f"{where} does not exist or is no Zarr group; make a volume with kpt convert."
+            ) from error
+    attributes: dict[str, Any] = group.attrs.asdict()
+    encoding = (attributes.get("encoding-type"), attributes.get("encoding-version"))
+    if encoding != (ENCODING_TYPE, ENCODING_VERSION):
+        kind, revision = encoding
+        raise ScanFormatError(
+            f"{where} is {kind or 'something unknown'} version {revision}, not {ENCODING_TYPE}"
+            f" version {ENCODING_VERSION}; make a volume with kpt convert."
+        )
+    try:
+        image = attributes["ome"]["multiscales"][0]
+        levels = tuple(open_array(group, dataset["path"]) for dataset in image["datasets"])
+        z, y, x = levels[0].shape
+        source = attributes["kpt"]["source"]
+        k, j, i = source["shape"]
+        source_grid = Grid((k, j, i), np.array(source["affine"], np.float64))
+        return Volume(group, multiscale_grid(image, (z, y, x)), source_grid, levels)
+    except (KeyError, IndexError, TypeError, ValueError) as error:
+        raise ScanFormatError(
+            f"{where} has damaged metadata ({error}); convert it anew."
+        ) from error
+
+
+def convert(
+    scan: Scan,
+    out: str | Path,
+    *,
+    spacing: float = 2.0,
+    overwrite: bool = False,
+    client: Client | None = None,
+) -> Volume:
+    """Convert a scan to a volume, which appears when it is complete.
+
+    Parameters
+    ----------
+    scan : Scan
+        From `open_scan`.
+    out : str or Path
+        Folder of the OME-Zarr image.
+    spacing : float
+        Of the working grid, mm.
+    overwrite : bool
+        Whether an existing output may be replaced; it is kept until the new one is complete.
+    client : distributed.Client, optional
+        Who computes the higher levels; this process unless told otherwise.
+
+    Returns
+    -------
+    Volume
+        Open for writing, so that labels can be added.
+
+    Raises
+    ------
+    OutputExistsError
+        If `out` exists and `overwrite` is false.
+    ScanFormatError
+        If the scan is truncated or damaged, or holds NaN or infinite values.
+    ParameterError
+        If the spacing is not positive.
+    """
+    target = Path(out)
+    with replacing(target, overwrite=overwrite) as partial:
+        group = zarr.create_group(str(partial), zarr_format=3)
+        convert_into(scan, group, spacing=spacing, client=client)
+    return open_volume(zarr.open_group(str(target), mode="r+", zarr_format=3))
+
+
+def convert_into(
+    scan: Scan, group: zarr.Group, *, spacing: float = 2.0, client: Client | None = None
+) -> Volume:
+    """Convert a scan into an empty group of any store; parameters and errors as for `convert`."""
+    if not (np.isfinite(spacing) and spacing > 0):
+        raise ParameterError(f"The spacing must be a positive number of mm, not {spacing:g}.")
+    volume = create_volume(group, scan.grid.working(spacing), scan.grid, name=scan.path.name)
+    write_level0(volume, scan)
+    fill_pyramid(volume.levels, client=client)
+    return volume
+
+
+def write_level0(volume: Volume, scan: Scan) -> None:
+    """Resample a scan to level 0, rounded to whole HU, nothing below air."""
+    level, target = volume.levels[0], volume.grid
+    with progress.stage("Reading scan", total=scan.grid.shape[0]) as advance:
+        slabs = (np.clip(slab, AIR_HU, LARGEST_HU) for slab in _told(scan.slabs(), advance))
+        if scan.grid.axis_permutation() is not None:
+            for region, values in resample(slabs, scan.grid, target, CHUNKS):
+                write_region(level, region, _whole(values))
+            return
+        own = along_own_axes(scan.grid, float(target.spacing[0]))
+        with _temporary(volume.group, own, np.float32) as lowpass:
+            for region, values in resample(slabs, scan.grid, own, CHUNKS):
+                write_region(lowpass, region, values)
+            for block in regions(target.shape, BLOCK):
+                plan = window(own, target, block)
+                part = np.asarray(lowpass[plan.region])
+                write_region(level, block, _whole(interpolate(part, plan)))
+
+
+def label_blocks(
+    scan: Scan, volume: Volume
+) -> Iterator[tuple[tuple[slice, slice, slice], NDArray[np.uint16]]]:
+    """Resample a scan's label map to the volume's level 0, for `write_label_image`.
+
+    Parameters
+    ----------
+    scan : Scan
+        A label map on the grid of the scan that the volume was made from.
+    volume : Volume
+        From `convert`, opened for writing.
+
+    Yields
+    ------
+    region : tuple of slice
+        Aligned with the chunks.
+    labels : ndarray (z, y, x), uint16
+        The label of each voxel.
+
+    Raises
+    ------
+    GridMismatchError
+        If the label map lies on another grid than the scan.
+    ScanFormatError
+        If it is truncated or damaged, or holds anything but labels.
+    """
+    if not scan.grid.same_as(volume.source_grid):
+        raise GridMismatchError(
+            f"{scan.path} does not lie on the grid of its scan (shape {scan.grid.shape} against"
+            f" {volume.source_grid.shape}, or another affine); resample it to the scan first."
+        )
+    with progress.stage("Reading labels", total=scan.grid.shape[0]) as advance:
+        slabs = _told(scan.label_slabs(), advance)
+        if scan.grid.axis_permutation() is not None:
+            yield from resample_labels(slabs, scan.grid, volume.grid, CHUNKS)
+            return
+        own = along_own_axes(scan.grid, float(volume.grid.spacing[0]))
+        with _temporary(volume.group, own, np.uint16) as lowpass:
+            for region, labels in resample_labels(slabs, scan.grid, own, CHUNKS):
+                write_region(lowpass, region, labels)
+            for block in regions(volume.grid.shape, BLOCK):
+                plan = window(own, volume.grid, block)
+                yield block, interpolate_labels(np.asarray(lowpass[plan.region]), plan)
+
+
+def _told(slabs: Iterator[NDArray[T]], advance: Callable[[int], None]) -> Iterator[NDArray[T]]:
+    for slab in slabs:
+        yield slab
+        advance(len(slab))
+
+
+def _whole(values: NDArray[np.float32]) -> NDArray[np.float32]:
+    """Round in place; adding 0 turns -0 into 0, so that equal values have equal bytes."""
+    np.rint(values, out=values)
+    values += 0
+    return values
+
+
+@contextmanager
+def _temporary(group: zarr.Group, grid: Grid, dtype: Any) -> Iterator[zarr.Array[Any]]:
+    array = create_array(group, _LOWPASS, grid.shape, dtype)
+    try:
+        yield array
+    finally:
+        del group[_LOWPASS]

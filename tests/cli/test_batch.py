@@ -1,0 +1,49 @@
+"""The batch that a cluster job runs, for real: two processes, a store, good and bad scans."""
+
+from pathlib import Path
+
+import nibabel as nib
+import numpy as np
+import zarr
+from distributed import Client
+
+from atlas_store import AtlasStore
+from kpt_dask.cli.batch import outputs, segment_batch
+from kpt_dask.segmentation import segment
+
+
+def test_a_batch_segments_as_a_laptop_does(
+    bodies: Path,
+    body_store: AtlasStore,
+    one_process: Client,
+    two_processes: Client,
+    tmp_path: Path,
+) -> None:
+    bad = tmp_path / "bad.nii.gz"
+    bad.write_bytes(b"not a scan")
+    scans = [bad, bodies / "body_4_ct.nii.gz"]
+    failed = segment_batch(scans, body_store.url, tmp_path / "out", two_processes)
+    assert list(failed) == [bad]
+    assert "bad.nii.gz" in failed[bad]
+    done = outputs(scans, tmp_path / "out")
+    assert [output.complete for output in done.values()] == [False, True]
+
+    alone = segment(
+        scans[1],
+        body_store,
+        tmp_path / "alone.zarr",
+        labels=tmp_path / "alone.nii.gz",
+        client=one_process,
+    )
+    batched = done[scans[1]]
+    found, expected = (
+        np.asarray(nib.load(path).dataobj) for path in (batched.labels, tmp_path / "alone.nii.gz")
+    )
+    np.testing.assert_array_equal(found, expected)
+    assert expected.any()
+    for name in ("probability", "labels/organs/0", "keypoints/descriptor"):
+        a, b = (
+            np.asarray(zarr.open_group(str(path), mode="r")[name])
+            for path in (batched.segmentation, alone.path)
+        )
+        np.testing.assert_array_equal(a, b)

@@ -1,0 +1,263 @@
+"""The command line: the whole way, what it prints, how it ends."""
+
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import nibabel
+import numpy as np
+import pytest
+from click.testing import CliRunner, Result
+from distributed import Client
+
+from atlas_store import AtlasStore, load_organs
+from kpt_dask.cli.main import kpt
+from kpt_dask.demo import run as demonstration
+from kpt_dask.volumes.volume import open_volume
+from tests.conftest import BODY, BODY_SPACING
+
+KPT = [sys.executable, "-m", "kpt_dask"]
+
+
+def run(*arguments: object, code: int = 0) -> Result:
+    result = CliRunner().invoke(kpt, [str(argument) for argument in arguments])
+    assert result.exit_code == code, result.output
+    return result
+
+
+def answer(*arguments: object) -> Any:
+    return json.loads(run(*arguments, "--json").stdout)
+
+
+def words(result: Result) -> list[list[str]]:
+    return [line.split() for line in result.stdout.splitlines()]
+
+
+def listing(folder: Path) -> dict[str, int]:
+    return {str(path): path.stat().st_mtime_ns for path in folder.rglob("*")}
+
+
+def test_help_comes_at_once_and_names_all_commands() -> None:
+    """Heavy imports stay inside the commands."""
+    heavy = "{'numpy', 'zarr', 'dask', 'numba', 'rich'}"
+    code = f"import sys, kpt_dask.cli; sys.exit(', '.join({heavy} & set(sys.modules)) or 0)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "")
+    shown = run("--help").stdout
+    for command in ("atlas", "convert", "demo", "evaluate", "segment"):
+        assert re.search(rf"^  {command} ", shown, re.MULTILINE)
+    for command in kpt.commands:
+        assert "Example" in run(command, "--help").stdout or command == "atlas"
+    for command in kpt.commands["atlas"].commands:  # type: ignore[attr-defined]
+        assert f"kpt atlas {command} " in run("atlas", command, "--help").stdout
+    assert re.fullmatch(r"kpt-dask \d+\.\d+\.\d+\n", run("--version").stdout)
+
+
+def test_a_store_says_how_its_keypoints_are_described(tmp_path: Path) -> None:
+    run("atlas", "create", tmp_path / "s", "--descriptor", "invariant", "--finer")
+    made_with = AtlasStore.open(tmp_path / "s").parameters
+    assert (made_with["descriptor"], made_with["finer"]) == ("invariant", True)
+    shown = run("atlas", "info", tmp_path / "s").stdout
+    assert "descriptor invariant" in shown
+    assert "finer True" in shown
+    refused = run("atlas", "create", tmp_path / "t", "--descriptor", "round", code=2)
+    assert "'round'" in refused.stderr
+
+
+def test_a_store_is_made_filled_listed_and_emptied(bodies: Path, tmp_path: Path) -> None:
+    store = tmp_path / "my atlases"
+    made = run("atlas", "create", store, "--spacing", 8)
+    assert "liver, spleen" in made.stdout
+    assert AtlasStore.open(store).parameters["spacing"] == 8
+
+    files = bodies / "body_1_ct.nii.gz", bodies / "body_1_seg.nii.gz"
+    added = run("atlas", "add", store, *files, "--id", "anna", "--annotated", "liver, lung_left")
+    assert re.match(r"anna: 2 organs annotated, \d+ keypoints", added.stdout)
+    again = run("atlas", "add", store, *files, "--id", "anna", code=1)
+    assert "anna" in again.stderr
+    assert answer("atlas", "add", store, *files, "--id", "anna", "--overwrite")["id"] == "anna"
+
+    result = run("atlas", "add-folder", store, bodies, "--scan", "{id}_ct.nii.gz")
+    assert result.stdout == "4 added, 0 there already, 0 failed.\n"
+    assert re.search(r"^body_4: \d+ organs annotated", result.stderr, re.MULTILINE)
+    assert answer("atlas", "add-folder", store, bodies) == {
+        "added": [],
+        "present": ["body_1", "body_2", "body_3", "body_4"],
+        "failed": {},
+    }
+
+    listed = words(run("atlas", "list", store))
+    ids = ["anna", "body_1", "body_2", "body_3", "body_4"]
+    assert [row[0] for row in listed[2:7]] == ids
+    assert listed[-1][-5:] == ["5", "atlases", "at", "8", "mm."]
+    assert [atlas["id"] for atlas in answer("atlas", "list", store)] == ids
+    info = run("atlas", "info", store, "body_2").stdout
+    assert "body_2_ct.nii.gz and body_2_seg.nii.gz" in info
+    assert answer("atlas", "info", store, "body_2")["organs"]["liver"]["voxels"] > 0
+    assert "10200004 Liver" in run("atlas", "info", store).stdout
+    assert answer("atlas", "info", store)["atlases"] == ids
+
+    run("atlas", "remove", store, "anna", "nobody", code=1)
+    run("atlas", "remove", store, "anna", "body_1")
+    assert AtlasStore.open(store).ids() == ids[2:]
+    assert "3 atlases, all sound." in run("atlas", "verify", store).stdout
+    assert answer("atlas", "verify", store) == []
+
+
+def test_damage_is_found_and_leftovers_are_repaired(bodies: Path, tmp_path: Path) -> None:
+    run("atlas", "create", tmp_path / "s", "--spacing", 8)
+    files = bodies / "body_1_ct.nii.gz", bodies / "body_1_seg.nii.gz"
+    run("atlas", "add", tmp_path / "s", *files)
+    marker = tmp_path / "s" / "markers" / "body_1_ct.json"
+    [data] = (tmp_path / "s" / "atlases").glob("body_1_ct.*")
+    copy = data.with_name(f"interrupted.{'0' * 32}")
+    shutil.copytree(data, copy)
+    described = json.loads((copy / "zarr.json").read_text())
+    described["attributes"]["started"] = "2020-01-01T00:00:00+00:00"
+    (copy / "zarr.json").write_text(json.dumps(described))
+    found = run("atlas", "verify", tmp_path / "s", code=1)
+    assert "interrupted" in found.stdout
+    assert found.stderr == f"kpt: {tmp_path / 's'} has 1 problem.\n"
+    run("atlas", "verify", tmp_path / "s", "--repair")
+    assert marker.exists()
+    assert not copy.exists()
+    chunk = next((tmp_path / "s" / "atlases").rglob("image/0/c/0/0/0"))
+    chunk.write_bytes(chunk.read_bytes()[:-1])
+    assert "damaged" in run("atlas", "verify", tmp_path / "s", code=1).stdout
+
+
+def test_a_folder_with_a_bad_scan_ends_with_1(bodies: Path, tmp_path: Path) -> None:
+    run("atlas", "create", tmp_path / "s", "--spacing", 8)
+    folder = tmp_path / "scans"
+    folder.mkdir()
+    (folder / "bad_ct.nii.gz").write_bytes(b"no scan")
+    (folder / "bad_seg.nii.gz").symlink_to(bodies / "body_1_seg.nii.gz")
+    for what in ("ct", "seg"):
+        (folder / f"good_{what}.nii.gz").symlink_to(bodies / f"body_1_{what}.nii.gz")
+    result = run("atlas", "add-folder", tmp_path / "s", folder, code=1)
+    assert result.stdout == "1 added, 0 there already, 1 failed.\n"
+    assert "bad: not added: " in result.stderr
+    assert result.stderr.endswith("kpt: 1 of 2 scans were not added: bad.\n")
+    assert AtlasStore.open(tmp_path / "s").ids() == ["good"]
+
+
+def test_convert(bodies: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    scan = os.path.relpath(bodies / "body_1_ct.nii.gz")
+    assert "55 × 32 × 40 at 8 mm" in run("convert", scan, "a b.zarr", "--spacing", 8).stdout
+    assert open_volume("a b.zarr").grid.shape == (55, 32, 40)
+    told = answer("convert", scan, "a b.zarr", "--spacing", 16, "--overwrite")
+    assert (told["path"], told["spacing"]) == ("a b.zarr", [16, 16, 16])
+    assert tuple(told["shape"]) == open_volume("a b.zarr").grid.shape
+
+
+def test_segment(bodies: Path, body_store: AtlasStore, tmp_path: Path) -> None:
+    scan, out, labels = bodies / "body_4_ct.nii.gz", tmp_path / "o.zarr", tmp_path / "o.nii.gz"
+    result = run("segment", scan, body_store.url, out, "--labels", labels)
+    liver = next(row for row in words(result) if row[:1] == ["liver"])
+    assert f"Written: {out}, {labels}." in result.stdout
+    values = np.asarray(nibabel.load(labels).dataobj)
+    volume = np.count_nonzero(values == load_organs().by_name("liver").value) * 0.064
+    assert float(liver[1]) == pytest.approx(volume, abs=0.05)
+
+    told = answer("segment", scan, body_store.url, out, "--exclude", "body_1", "--overwrite")
+    assert told["atlases"] == ["body_2", "body_3"]
+    assert list(told["organs"]) == list(load_organs().names)
+    liver_measures = told["organs"]["liver"]
+    assert told["keypoints"] > liver_measures["votes"] > 0
+    assert liver_measures["interval_ml"][0] <= liver_measures["volume_ml"]
+    assert 0 < liver_measures["confidence"] <= 1
+
+
+def test_evaluate(bodies: Path, body_store: AtlasStore, tmp_path: Path) -> None:
+    file = tmp_path / "results.json"
+    file.write_text("older")
+    arguments = ("evaluate", body_store.url, "--limit", 1, "--atlases", 1)
+    result = run(*arguments, "--json", file)
+    results = json.loads(file.read_text())
+    assert {"mean_dice", "dice_by_organ", "scans", "atlases", "seconds"} <= set(results)
+    rows = {row[0]: row[1:] for row in words(result) if row}
+    assert rows["liver"][0] == f"{results['dice_by_organ']['liver']:.3f}"
+    assert rows["mean"] == [f"{results['mean_dice']:.3f}"]
+    assert result.stdout.splitlines()[-1].endswith("over 1 scans, 1 atlases for each.")
+    printed = json.loads(run(*arguments, "--scans", bodies, "--json", "-").stdout)
+    assert printed["dice"] == results["dice"]
+
+
+def test_demo(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    smaller = partial(demonstration.demo, shape=BODY, spacing=BODY_SPACING)
+    monkeypatch.setattr(demonstration, "demo", smaller)
+    monkeypatch.setattr(demonstration, "ATLASES", 2)
+    monkeypatch.chdir(tmp_path)
+    first = run("demo")
+    made = {path.name for path in (tmp_path / "demo").iterdir()}
+    assert made == {"atlases", "labels.nii.gz", "overlay.png", "scan.nii.gz", "scan.zarr"}
+    for name in made:
+        assert f"{Path('demo') / name}" in first.stdout
+    assert (tmp_path / "demo" / "overlay.png").read_bytes().startswith(b"\x89PNG")
+    atlases = listing(tmp_path / "demo" / "atlases")
+    second = run("demo")
+    assert listing(tmp_path / "demo" / "atlases") == atlases
+    assert words(second)[:13] == words(first)[:13]
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.txt").touch()
+    assert "something else" in run("demo", "--out", "mine", code=1).stderr
+
+
+def test_a_running_cluster_is_used(bodies: Path, tmp_path: Path, two_processes: Client) -> None:
+    address = two_processes.scheduler.address
+    scan = bodies / "body_1_ct.nii.gz"
+    run("convert", scan, tmp_path / "here.zarr", "--spacing", 8)
+    run("convert", scan, tmp_path / "there.zarr", "--spacing", 8, "--scheduler", address)
+    here, there = (open_volume(tmp_path / f"{name}.zarr") for name in ("here", "there"))
+    for a, b in zip(here.levels, there.levels, strict=True):
+        np.testing.assert_array_equal(a[...], b[...])
+
+
+@pytest.mark.parametrize(
+    ("signum", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)], ids=["Ctrl-C", "SIGTERM"]
+)
+def test_interrupted_it_leaves_nothing(
+    bodies: Path, body_store: AtlasStore, tmp_path: Path, signum: int, code: int
+) -> None:
+    scan = bodies / "body_4_ct.nii.gz"
+    command = [*KPT, "segment", scan, body_store.url, tmp_path / "out.zarr"]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    while not list(tmp_path.iterdir()) and process.poll() is None:
+        time.sleep(0.01)
+    process.send_signal(signum)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == code, errors
+    assert "Traceback" not in errors
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_wrong_usage_ends_with_2(tmp_path: Path) -> None:
+    run("segment", "scan.nii.gz", code=2)
+    for memory in ("much", "-1GiB", "0"):
+        shown = run("demo", "--out", tmp_path, "--memory", memory, code=2)
+        assert "no amount of memory" in shown.stderr
+    shown = run("atlas", "add", tmp_path, "a", "b", "--annotated", "liver,,spleen", code=2)
+    assert "separated by commas" in shown.stderr
+
+
+def test_a_fault_is_told_in_a_sentence_and_shown_on_request(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(*_: object) -> None:
+        raise ZeroDivisionError("by nothing")
+
+    monkeypatch.setattr(AtlasStore, "open", broken)
+    monkeypatch.delenv("KPT_DEBUG", raising=False)
+    shown = run("atlas", "list", tmp_path, code=1)
+    assert shown.stderr.startswith("kpt: ZeroDivisionError: by nothing.")
+    monkeypatch.setenv("KPT_DEBUG", "1")
+    assert isinstance(run("atlas", "list", tmp_path, code=1).exception, ZeroDivisionError)

@@ -1,0 +1,193 @@
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import zarr
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from numpy.typing import NDArray
+from zarr.codecs import BloscCodec
+
+from atlas_store import AtlasStore, Organ, OrganInfo, OrganTable, StoreFormatError
+from kpt_dask.organ_transfer import crop
+from kpt_dask.organ_transfer.crop import Coding, read_planes, surroundings_of, write_surroundings
+from kpt_dask.runtime.boxes import Box, aligned, cut, deal, shape_of, slices, volume_of
+from tests.organ_transfer.moving.test_schedule import SPACING, make_store
+from tests.organ_transfer.warping.test_block import ATLASES
+
+boxes = st.tuples(*[st.tuples(st.integers(0, 30), st.integers(1, 30))] * 3).map(
+    lambda ends: tuple((a, a + n) for a, n in ends)
+)
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory: pytest.TempPathFactory) -> AtlasStore:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(crop, "PLANES", 5)
+        patch.setattr(crop, "AROUND", 2 * SPACING)
+        return make_store(tmp_path_factory.mktemp("surroundings") / "s", ATLASES)
+
+
+def test_hu_and_labels_around_the_organs_are_the_atlas_s(
+    store: AtlasStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(crop, "PLANES", 5)
+    monkeypatch.setattr(crop, "AROUND", 2 * SPACING)
+    for atlas, body in zip(store.atlases(store.ids()), ATLASES, strict=True):
+        where = np.argwhere(body.labels > 0)
+        low = np.maximum(where.min(axis=0) - 2, 0)
+        high = np.minimum(where.max(axis=0) + 3, body.labels.shape)
+        held = surroundings_of(atlas)
+        assert held == tuple(zip(low.tolist(), high.tolist(), strict=True))
+        (first, stop), *sides = held
+        for begin, end in ((first, stop), (first + 1, stop - 2), (first + 4, first + 5)):
+            planes, box, coding = read_planes(atlas, begin, end)
+            assert box[1:] == tuple(sides)
+            assert box[0][0] <= begin < end <= box[0][1] <= stop
+            hu, labels = decoded(planes[: box[0][1] - box[0][0]], coding)
+            np.testing.assert_array_equal(hu, np.rint(body.image[slices(box)]))
+            np.testing.assert_array_equal(labels, body.labels[slices(box)])
+            assert coding.dtype.itemsize == 2
+
+
+def decoded(planes: NDArray[Any], coding: Coding) -> tuple[NDArray[Any], NDArray[Any]]:
+    wide = planes.astype(np.int32)
+    (shift, mask, first), label = coding.hu, coding.label
+    numbers = wide >> label[0] & label[1]
+    names = np.array([0, *coding.labels]) if coding.labels is not None else np.arange(1 << 16)
+    return (wide >> shift & mask) + first, names[numbers]
+
+
+@given(
+    st.lists(st.integers(1, 65535), min_size=1, max_size=17, unique=True),
+    st.integers(-1100, -900),
+    st.integers(3000, 4000),
+    st.integers(0, 99),
+)
+@settings(max_examples=40, deadline=None)
+def test_whatever_a_volume_holds_is_kept(
+    values: list[int], least: int, most: int, seed: int
+) -> None:
+    rng = np.random.default_rng(seed)
+    hu = rng.integers(least, most + 1, (4, 3, 5))
+    hu.flat[:2] = least, most
+    labels = rng.choice([0, *values], hu.shape)
+    table = OrganTable(tuple(Organ(v, f"o{v}", 50.0, (0, 0, 0)) for v in values))
+    info = OrganInfo(1, ((1, 2), (1, 2), (1, 2)), (0.0, 0.0, 0.0))
+    found = {organ.name: info for organ in table}
+    group = zarr.create_group({})
+    image = group.create_array("image", data=hu.astype(np.float32))
+    label_map = group.create_array("labels", data=labels.astype(np.uint16))
+    box, coding = write_surroundings(group, image, label_map, found, table, 2.0)
+    stored = group[crop.NAME]
+    assert isinstance(stored, zarr.Array)
+    for there, here in zip(decoded(np.asarray(stored[...]), coding), (hu, labels), strict=True):
+        np.testing.assert_array_equal(there, here[slices(box)])
+    small = least >= -1000 and most <= 3095 and len(found) <= 15
+    assert coding.dtype == (np.uint16 if small else np.int32)
+    for value in {*range(20), *values}:
+        known = coding.number_of(value)
+        assert value in values or coding is crop.WIDE or known > coding.label[1]
+
+
+def data_of(store: Path) -> Path:
+    [data] = (path for path in (store / "atlases").iterdir() if path.is_dir())
+    return data
+
+
+@pytest.mark.parametrize("earlier", ["wide", "other", "none"])
+def test_atlases_of_earlier_versions_give_the_same(tmp_path: Path, earlier: str) -> None:
+    made = make_store(tmp_path / "s", ATLASES[:1])
+    [atlas] = made.atlases(made.ids())
+    (first, stop), *_ = surroundings_of(atlas)
+    asked = first + 1, stop - 3
+    planes, held, coding = read_planes(atlas, *asked)
+    n = held[0][1] - held[0][0]
+    expected = decoded(planes[:n], coding)
+    group = zarr.open_group(str(data_of(tmp_path / "s")), mode="r+")
+    stored = group["surroundings"]
+    assert isinstance(stored, zarr.Array)
+    numbers, chunks = np.asarray(stored[...]), stored.chunks
+    del group["surroundings"]
+    if earlier == "other":
+        group.create_array("surroundings", shape=(2, 3, 3, 3), dtype=np.int16)
+    elif earlier == "wide":
+        hu, labels = decoded(numbers, coding)
+        data = (hu << 16 | labels).astype(np.int32)
+        group.create_array("surroundings", data=data, chunks=chunks, compressors=BloscCodec())
+    planes, box, coding = read_planes(atlas, *asked)
+    assert box == held
+    assert coding is crop.WIDE
+    for found, here in zip(decoded(planes[:n], coding), expected, strict=True):
+        np.testing.assert_array_equal(found, here)
+
+
+@pytest.mark.parametrize("labels", [None, "1", [1.5], ["liver"]])
+def test_labels_that_are_none_are_refused(tmp_path: Path, labels: object) -> None:
+    made = make_store(tmp_path / "s", ATLASES[:1])
+    [atlas] = made.atlases(made.ids())
+    array = zarr.open_group(str(data_of(tmp_path / "s")), mode="r+")["surroundings"]
+    assert isinstance(array, zarr.Array)
+    array.update_attributes({"labels": labels})
+    with pytest.raises(StoreFormatError, match="surroundings of the atlas 'a0' cannot be read"):
+        read_planes(atlas, *surroundings_of(atlas)[0])
+
+
+@pytest.mark.parametrize("damage", ["missing", "short", "other size", "noise"])
+def test_damaged_chunks_are_named(tmp_path: Path, damage: str) -> None:
+    made = make_store(tmp_path / "s", ATLASES[:1])
+    [atlas] = made.atlases(made.ids())
+    chunk = data_of(tmp_path / "s") / "surroundings/c/0/0/0"
+    packed = bytearray(chunk.read_bytes())
+    if damage == "short":
+        packed = packed[:10]
+    elif damage == "other size":
+        packed[4:8] = (2**31 - 1).to_bytes(4, "little")
+    elif damage == "noise":
+        packed[16:] = b"\xff" * (len(packed) - 16)
+    chunk.unlink()
+    if damage != "missing":
+        chunk.write_bytes(packed)
+    with pytest.raises(StoreFormatError, match="surroundings of the atlas 'a0' cannot be read"):
+        read_planes(atlas, *surroundings_of(atlas)[0])
+
+
+@given(st.lists(st.integers(1, 100), max_size=20), st.integers(1, 6))
+def test_hands_cost_about_the_same(costs: list[int], hands: int) -> None:
+    pieces = [((i, i + 1), (0, 1), (0, cost)) for i, cost in enumerate(costs)]
+    dealt = deal(pieces, hands, volume_of)
+    assert len(dealt) == min(hands, len(pieces))
+    assert sorted(piece for hand in dealt for piece in hand) == pieces
+    assert all(hand == sorted(hand) for hand in dealt)
+    sums = [sum(map(volume_of, hand)) for hand in dealt]
+    assert sums == sorted(sums, reverse=True)
+    # Graham's bound for dealing the costliest first.
+    least = max([sum(costs) / hands, *costs], default=0)
+    assert max(sums, default=0) <= (4 / 3) * least + max(costs, default=0) / 3
+
+
+@given(boxes, st.tuples(*[st.integers(1, 20)] * 3), st.integers(1, 2000), st.integers(1, 12))
+@settings(max_examples=200, deadline=None)
+def test_pieces_of_a_box_are_whole_units_that_share_nothing(
+    box: Box, unit: tuple[int, int, int], voxels: int, pieces: int
+) -> None:
+    found = cut(box, unit, pieces, volume_of, lambda piece: volume_of(piece) <= voxels)
+    shape = (61, 62, 63)
+    count = np.zeros(shape, np.uint8)
+    whole = np.zeros(shape, np.uint8)
+    for piece in found:
+        count[slices(piece)] += 1
+        whole[aligned(piece, unit, shape)] += 1
+        for (a, b), (low, high), u in zip(piece, box, unit, strict=True):
+            assert a in (low, a // u * u)
+            assert b in (high, b // u * u)
+    assert (count[slices(box)] == 1).all()
+    assert count.sum() == np.prod(shape_of(box))
+    assert whole.max() == 1
+    units = [len({n // u for n in range(*ends)}) for ends, u in zip(box, unit, strict=True)]
+    if len(found) < min(pieces, np.prod(units)):
+        raise AssertionError(found)
+    for piece in found:
+        small = all((b - 1) // u == a // u for (a, b), u in zip(piece, unit, strict=True))
+        assert small or np.prod(shape_of(piece)) <= voxels

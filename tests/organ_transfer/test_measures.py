@@ -1,0 +1,95 @@
+from typing import Any
+
+import numpy as np
+import pytest
+import xarray as xr
+
+from atlas_store import load_organs
+from kpt_dask.grid import Grid
+from kpt_dask.organ_transfer.decision import Decision
+from kpt_dask.organ_transfer.measures import OrganMeasures, Tally, count_labels, organ_measures
+from kpt_dask.runtime.boxes import box_of
+from kpt_dask.volumes.omezarr import regions
+
+SHAPE = (20, 24, 30)
+GRID = Grid.isotropic(SHAPE, 2.0, (100.0, -50.0, 20.0))
+ORGANS = load_organs("openkbp")
+THRESHOLD = 0.4
+
+
+Arrays = tuple[Any, Any, Any]
+"""HU, labels, and shares (organ, z, y, x)."""
+
+
+@pytest.fixture(scope="module")
+def arrays() -> Arrays:
+    random = np.random.default_rng(0)
+    shares = np.zeros((len(ORGANS), *SHAPE), np.float32)
+    shares[0, 2:9, 4:12, 5:13] = random.random((7, 8, 8), np.float32)
+    shares[2, 0:6, 10:20, 8:22] = random.random((6, 10, 14), np.float32)
+    shares[4] = np.float32(0.1) * (random.random(SHAPE) > 0.5)
+    winner = np.array(ORGANS.values)[shares.argmax(axis=0)]
+    labels = np.where(shares.max(axis=0) >= THRESHOLD, winner, 0).astype(np.uint16)
+    return random.integers(-1000, 1000, SHAPE).astype(np.float32), labels, shares
+
+
+def found(arrays: Arrays, block: tuple[int, int, int]) -> dict[str, OrganMeasures]:
+    hu, labels, shares = arrays
+    position = np.array([[100, -50, 20], [106, -50, 20], [103, -46, 20]], np.float32)
+    keypoints = xr.Dataset({"position": (("keypoint", "axis"), position)})
+    label = np.array([ORGANS.values[0]] * 2 + [0], np.uint16)
+    votes = xr.Dataset({"label": ("keypoint", label)})
+    total = Tally.empty(len(ORGANS))
+    for region in regions(SHAPE, block):
+        tally = Tally.empty(len(ORGANS))
+        decision = Decision(box_of(region), THRESHOLD, np.uint16)
+        for o, value in enumerate(ORGANS.values):
+            part = shares[o][region]
+            rows = decision.claim(value, box_of(region), part, tally.above[o])
+            np.testing.assert_array_equal(rows, part.any(axis=2))
+        np.testing.assert_array_equal(decision.labels, labels[region])
+        corner = np.array([part.start for part in region])
+        count_labels(labels[region], hu[region], ORGANS.values, corner, tally)
+        total += tally
+    return organ_measures(total, ORGANS, GRID, keypoints, votes)
+
+
+def test_measures_follow_from_their_definitions(
+    arrays: Arrays,
+) -> None:
+    hu, labels, shares = arrays
+    measured = found(arrays, (8, 16, 32))
+    assert list(measured) == list(ORGANS.names)
+    for o, organ in enumerate(ORGANS):
+        mask, one = labels == organ.value, measured[organ.name]
+        assert one.volume_ml == pytest.approx(mask.sum() * 0.008)
+        if not mask.any():
+            assert (one.mean_hu, one.centroid, one.extent, one.confidence) == (None,) * 3 + (0,)
+            continue
+        where = GRID.to_mm(np.argwhere(mask))
+        assert one.mean_hu == pytest.approx(hu[mask].mean())
+        np.testing.assert_allclose(one.centroid, where.mean(axis=0))
+        np.testing.assert_allclose(one.extent, [where.min(axis=0), where.max(axis=0)])
+        p = shares[o].astype(float)
+        whole, firm = (p >= 0.4).sum(), (p >= 0.5).sum()
+        radius = (3 * mask.sum() * 8 / (4 * np.pi)) ** (1 / 3)
+        agreement = 2 * firm / (whole + firm)
+        assert one.confidence == pytest.approx(agreement * max(1 - 3 / radius, 0))
+        low, high = one.interval_ml
+        assert low <= one.volume_ml <= high
+        assert low == pytest.approx((p >= 0.7).sum() * 0.008)
+        assert high == pytest.approx((p >= 0.15).sum() * 0.008)
+
+
+def test_an_organ_at_the_border_and_the_spread_of_votes_are_told(
+    arrays: Arrays,
+) -> None:
+    measured = list(found(arrays, (8, 16, 32)).values())
+    assert [one.at_border for one in measured[:3]] == [False, False, True]
+    assert [one.votes for one in measured[:3]] == [2, 0, 0]
+    assert measured[0].spread_mm == pytest.approx(3)
+    assert measured[1].spread_mm is None
+
+
+def test_blocks_make_no_difference(arrays: Arrays) -> None:
+    assert found(arrays, (8, 8, 8)) == found(arrays, (32, 32, 32))

@@ -1,0 +1,288 @@
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import nibabel as nib
+import numpy as np
+import pytest
+import xarray as xr
+import zarr
+from distributed import Client
+from numpy.typing import NDArray
+
+from atlas_store import AtlasStore, load_organs
+from kpt_dask.atlases.add import add_atlas, store_parameters
+from kpt_dask.organ_transfer import decision as share_module
+from kpt_dask.organ_transfer.decision import create_probability
+from kpt_dask.organ_transfer.warping import block as module
+from kpt_dask.organ_transfer.warping.block import transfer
+from kpt_dask.runtime import cluster
+from kpt_dask.segmentation import segment
+from kpt_dask.volumes.volume import Volume
+from tests.naive import warping
+from tests.naive.stations import AnnotatedImage
+from tests.organ_transfer.moving.test_schedule import (
+    ORGANS,
+    SPACING,
+    create_labels,
+    extents,
+    make_store,
+    random_image,
+    volume_of,
+)
+
+Array = NDArray[Any]
+
+Matches = tuple[Array, Array]
+"""Positions in the scan (m, 3) and translations from the atlas to the scan (m, 3), mm."""
+
+SCAN = random_image(0, (21, 18, 26), (10.0, -4.0, 7.0), ())
+ATLASES = [
+    random_image(1, (19, 20, 22), (-100.0, 3.0, 0.0), (5, 2)),
+    # Of the second, the first organ is not annotated.
+    random_image(2, (16, 17, 25), (55.5, -40.0, 20.25), (2, 300)),
+    random_image(3, (20, 12, 20), (0.0, 0.0, 0.0), (5, 300, 2)),
+]
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory: pytest.TempPathFactory) -> AtlasStore:
+    return make_store(tmp_path_factory.mktemp("store") / "s", ATLASES)
+
+
+@pytest.fixture(scope="module")
+def volume(tmp_path_factory: pytest.TempPathFactory) -> Volume:
+    return volume_of(tmp_path_factory.mktemp("scan") / "v.zarr", SCAN)
+
+
+def matches_of(atlas: AnnotatedImage, seed: int, n: int = 25) -> Matches:
+    """A smooth field that brings an atlas onto the scan, and wrong matches."""
+    rng = np.random.default_rng(seed)
+    size = SPACING * np.array(SCAN.image.shape)
+    position = SCAN.origin + rng.uniform(0, 1, (n, 3)) * size
+    translation = np.array(SCAN.origin) - atlas.origin + rng.uniform(-4, 4, 3)
+    bent = 0.15 * (position - SCAN.origin - size / 2)[:, [1, 2, 0]]
+    moved = translation + bent + rng.normal(0, 1, (n, 3))
+    moved[: n // 5] += rng.normal(0, 40, (n // 5, 3))
+    return position.astype(np.float32), moved.astype(np.float32)
+
+
+def tables(found: Sequence[Matches]) -> tuple[xr.Dataset, xr.Dataset]:
+    """The keypoints and matches that the stations before would give."""
+    counts = [len(p) for p, _ in found]
+    keypoints = xr.Dataset(
+        {"position": (("keypoint", "axis"), np.concatenate([p for p, _ in found]))}
+    )
+    matches = xr.Dataset(
+        {
+            "keypoint": ("match", np.arange(sum(counts), dtype=np.int32)),
+            "atlas": ("match", np.repeat(np.arange(len(found), dtype=np.int32), counts)),
+            "translation": (("match", "axis"), np.concatenate([t for _, t in found])),
+        }
+    )
+    return keypoints, matches
+
+
+def run(
+    volume: Volume,
+    store: AtlasStore,
+    found: Sequence[Matches],
+    path: Path,
+    client: Client,
+    memory: int = 1 << 30,
+) -> tuple[Array, Array]:
+    """Probabilities and label map."""
+    group = zarr.create_group(str(path))
+    probability = create_probability(group, volume.grid, store.organs, "local")
+    labels = create_labels(group, volume.grid.shape)
+    what = *tables(found), probability, labels
+    transfer(volume, store, store.ids(), *what, memory=memory, client=client)
+    return np.asarray(probability[...]), labels[...]
+
+
+MATCHES = [matches_of(atlas, i) for i, atlas in enumerate(ATLASES)]
+NONE = np.zeros((0, 3), np.float32), np.zeros((0, 3), np.float32)
+
+
+@pytest.fixture(scope="module")
+def whole(
+    tmp_path_factory: pytest.TempPathFactory,
+    volume: Volume,
+    store: AtlasStore,
+    one_process: Client,
+) -> tuple[Array, Array]:
+    return run(volume, store, MATCHES, tmp_path_factory.mktemp("w") / "whole", one_process)
+
+
+def test_shares_are_what_the_equations_say(whole: tuple[Array, Array]) -> None:
+    boxes = [
+        {ORGANS.by_name(n).value: info.bounding_box for n, info in extents(a.labels).items()}
+        for a in ATLASES
+    ]
+    nus = [max(organ.nu, 100) for organ in ORGANS]
+    expected, clear = warping.shares(SCAN, ATLASES, boxes, MATCHES, ORGANS.values, nus, SPACING)
+    found, labels = whole
+    assert clear.mean() > 0.9
+    assert (expected > 0).sum() > 1000
+    np.testing.assert_allclose(found[:, clear], expected[:, clear], atol=2e-4)
+    ordered = np.sort(expected, axis=0)
+    sure = clear & (abs(ordered[-1] - 0.36) > 1e-3) & (ordered[-1] - ordered[-2] > 1e-3)
+    np.testing.assert_array_equal(labels[sure], warping.decide(expected, ORGANS.values)[sure])
+    assert set(np.unique(labels)) == {0, *ORGANS.values}
+
+
+@pytest.mark.parametrize(
+    ("block", "pieces", "chunks"),
+    [
+        ((8, 8, 8), 50, (8, 8, 8)),
+        ((8, 12, 10), 7, (4, 6, 5)),
+        ((1, 128, 128), 1000, (1, 64, 64)),
+        ((128, 9, 128), 3, (64, 3, 64)),
+    ],
+)
+def test_blocks_give_what_the_whole_gives(
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    volume: Volume,
+    store: AtlasStore,
+    one_process: Client,
+    whole: tuple[Array, Array],
+    block: tuple[int, ...],
+    pieces: int,
+    chunks: tuple[int, ...],
+) -> None:
+    monkeypatch.setattr(module, "SHARD", block)
+    monkeypatch.setattr(share_module, "SHARD", block)
+    monkeypatch.setattr(module, "PIECES", pieces)
+    monkeypatch.setattr(share_module, "CHUNKS", chunks)
+    monkeypatch.setattr(module, "TOGETHER", 2)
+    monkeypatch.setattr(module, "CELLS", 3)
+    for memory in (1 << 30, 1):
+        path = tmp_path / f"{memory}"
+        found, labels = run(volume, store, MATCHES, path, one_process, memory)
+        np.testing.assert_array_equal(found.view(np.uint32), whole[0].view(np.uint32))
+        np.testing.assert_array_equal(labels, whole[1])
+
+
+@pytest.mark.parametrize("threads", [1, 3])
+def test_any_team_gives_the_same_bytes(
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    volume: Volume,
+    store: AtlasStore,
+    whole: tuple[Array, Array],
+    threads: int,
+) -> None:
+    """So few cells and atlases are done together that threads wait for one another."""
+    monkeypatch.setattr(module, "TOGETHER", 1)
+    monkeypatch.setattr(module, "CELLS", 2)
+    with cluster.local(threads) as client:
+        found, labels = run(volume, store, MATCHES, tmp_path / "own", client)
+    np.testing.assert_array_equal(found.view(np.uint32), whole[0].view(np.uint32))
+    np.testing.assert_array_equal(labels, whole[1])
+
+
+def test_an_atlas_that_cannot_be_read_ends_the_transfer(
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    volume: Volume,
+    store: AtlasStore,
+    one_process: Client,
+) -> None:
+    def gone(*_: Any) -> None:
+        raise OSError("gone")
+
+    monkeypatch.setattr(module, "read_planes", gone)
+    with pytest.raises(OSError, match="gone"):
+        run(volume, store, MATCHES, tmp_path / "p", one_process)
+
+
+def test_an_atlas_without_the_organ_abstains(
+    tmp_path: Path, volume: Volume, store: AtlasStore, one_process: Client
+) -> None:
+    first, second, third = MATCHES
+    beside, _ = run(volume, store, [first, second, third], tmp_path / "beside", one_process)
+    alone, _ = run(volume, store, [first, NONE, third], tmp_path / "alone", one_process)
+    # The second atlas does not annotate the liver, but the other organs.
+    np.testing.assert_array_equal(beside[0], alone[0])
+    assert (beside[1:] != alone[1:]).any()
+
+
+def test_without_matches_everything_is_background(
+    tmp_path: Path, volume: Volume, store: AtlasStore, one_process: Client
+) -> None:
+    found, labels = run(volume, store, [NONE] * 3, tmp_path / "p", one_process)
+    assert not found.any()
+    assert not labels.any()
+
+
+def test_atlases_that_lie_elsewhere_have_no_say(
+    tmp_path: Path, volume: Volume, store: AtlasStore, one_process: Client
+) -> None:
+    position, translation = MATCHES[2]
+    far = position, translation + np.float32(500)
+    found, _ = run(volume, store, [MATCHES[0], MATCHES[1], far], tmp_path / "far", one_process)
+    none, _ = run(volume, store, [MATCHES[0], MATCHES[1], NONE], tmp_path / "none", one_process)
+    np.testing.assert_array_equal(found, none)
+
+
+def test_left_and_right_never_swap(tmp_path: Path, one_process: Client) -> None:
+    """The body is its own mirror image, and 40 % of the matches take one side for the other."""
+    shape = (24, 24, 60)
+    image, labels = np.full(shape, -100.0), np.zeros(shape, np.uint16)
+    for value, x in ((5, slice(6, 18)), (2, slice(42, 54))):
+        labels[6:18, 6:18, x] = value
+        image[6:18, 6:18, x] = 40
+    body = AnnotatedImage(image, labels, (0.0, 0.0, 0.0))
+    made = make_store(tmp_path / "s", [body] * 3)
+    scan = volume_of(tmp_path / "v.zarr", body)
+    found = []
+    for seed in range(3):
+        rng = np.random.default_rng(seed)
+        position = rng.uniform(0, 1, (80, 3)) * SPACING * (np.array(shape) - 1)
+        translation = rng.normal(0, 2, (80, 3))
+        wrong = rng.random(80) < 0.4
+        translation[wrong, 2] += 2 * position[wrong, 2] - SPACING * (shape[2] - 1)
+        found.append((position.astype(np.float32), translation.astype(np.float32)))
+    probability, decided = run(scan, made, found, tmp_path / "p", one_process)
+    assert not (decided[..., 30:] == 5).any()
+    assert not (decided[..., :30] == 2).any()
+    for value in (5, 2):
+        both = ((decided == value) & (labels == value)).sum()
+        assert 2 * both / ((decided == value).sum() + (labels == value).sum()) > 0.9
+    assert probability.max() <= 1
+
+
+def middle(path: Path, folder: Path) -> Path:
+    """Write what a scan shows of the 56 voxels in the middle across the body."""
+    image: Any = nib.load(path)
+    across = image.header.get_zooms() > np.min(image.header.get_zooms())
+    window = tuple(slice(36, 92) if wide else slice(None) for wide in across)
+    nib.save(image.slicer[window], folder / path.name)
+    return folder / path.name
+
+
+def test_real_heads_are_segmented(openkbp: Path, tmp_path: Path, one_process: Client) -> None:
+    made = AtlasStore.create(tmp_path / "s", load_organs("openkbp"), store_parameters())
+    for name in ("pt_3", "pt_13", "pt_15", "pt_20", "pt_24", "pt_26"):
+        scan, labels = (
+            middle(openkbp / f"{name}_{what}.nii.gz", tmp_path) for what in ("ct", "seg")
+        )
+        add_atlas(made, scan, labels, atlas_id=name, client=one_process)
+    out = tmp_path / "out.zarr"
+    result = segment(
+        tmp_path / "pt_3_ct.nii.gz", made, out, mode="local", exclude=["pt_3"], client=one_process
+    )
+    reference = np.asarray(made["pt_3"].labels[...])
+    found = np.asarray(zarr.open_group(str(out), mode="r")["labels/organs/0"][...])  # type: ignore[index]
+    dice = []
+    for name in made["pt_3"].annotated:
+        value = made.organs.by_name(name).value
+        both = ((found == value) & (reference == value)).sum()
+        total = (found == value).sum() + (reference == value).sum()
+        dice.append(2 * both / total)
+    assert np.mean(dice) > 0.5
+    assert min(dice) > 0.3
+    assert "among the atlases" in result.open_probability().attrs["description"]
+    group = zarr.open_group(str(out), mode="r")
+    assert group.attrs["kpt"]["segmentation"]["mode"] == "local"  # type: ignore[index, call-overload]
