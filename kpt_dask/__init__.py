@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from kpt_dask.keypoints.extraction import extract
     from kpt_dask.matching.first_pass import match
     from kpt_dask.matching.voting import vote
-    from kpt_dask.organ_transfer.moving.schedule import transfer
+    from kpt_dask.organ_transfer.modes import transfer
     from kpt_dask.scans.scan import open_scan
     from kpt_dask.segmentation import open_probability, segment
     from kpt_dask.volumes.volume import convert, open_volume
@@ -46,7 +46,7 @@ _HOME = {
     "open_volume": "volumes.volume",
     "segment": "segmentation",
     "store_parameters": "atlases.add",
-    "transfer": "organ_transfer.moving.schedule",
+    "transfer": "organ_transfer.modes",
     "vote": "matching.voting",
 }
 

@@ -16,14 +16,12 @@ from atlas_store import AtlasKeypoints, AtlasStore, EmptyStoreError, write_keypo
 from kpt_dask.errors import ParameterError
 from kpt_dask.keypoints.extraction import CHOICES, PARAMETERS, extract, first_frames
 from kpt_dask.matching.first_pass import match
-from kpt_dask.matching.second_pass import rematch
 from kpt_dask.matching.selection import check_selection, only, propose_atlases, select_atlases
 from kpt_dask.matching.voting import vote
 from kpt_dask.options import DEFAULTS, TransferOptions
 from kpt_dask.organ_transfer.decision import SHARD, create_probability
 from kpt_dask.organ_transfer.measures import OrganMeasures, organ_measures
-from kpt_dask.organ_transfer.moving.schedule import transfer
-from kpt_dask.organ_transfer.warping import block as warping
+from kpt_dask.organ_transfer.modes import transfer
 from kpt_dask.output import check_absent, replacing
 from kpt_dask.resampling.labels_on_scan import labels_onto
 from kpt_dask.runtime import cluster
@@ -230,36 +228,21 @@ def segment_volume(
     votes = vote(matches, keypoints.sizes["keypoint"], store.organs)
     probability = create_probability(group, volume.grid, store.organs, mode)
     levels = create_label_image(group, "organs", volume.grid, store.organs, SHARD)
-    if mode == "local":
-        widths = options.sigma_x, options.sigma_t
-        nearer = rematch(keypoints, atlases, matches, widths=widths, client=client)
-        tally = warping.transfer(
-            volume,
-            store,
-            atlas_ids,
-            keypoints,
-            nearer,
-            probability,
-            levels[0],
-            options=options,
-            memory=memory,
-            client=client,
-        )
-    else:
-        tally = transfer(
-            volume,
-            store,
-            atlas_ids,
-            keypoints,
-            matches,
-            votes,
-            probability,
-            levels[0],
-            mode=mode,
-            options=options,
-            memory=memory,
-            client=client,
-        )
+    tally = transfer(
+        volume,
+        store,
+        atlas_ids,
+        keypoints,
+        matches,
+        votes,
+        probability,
+        levels[0],
+        mode=mode,
+        options=options,
+        atlases=atlases,
+        memory=memory,
+        client=client,
+    )
     finish_label_image(group, "organs", levels, volume.grid, store.organs)
     organs = organ_measures(tally, store.organs, volume.grid, keypoints, votes)
     return Stations(tuple(atlas_ids), keypoints, matches, votes, levels[0], probability, organs)

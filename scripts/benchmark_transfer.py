@@ -38,13 +38,11 @@ from kpt_dask.demo.phantom import write_phantom
 from kpt_dask.grid import Grid
 from kpt_dask.keypoints.extraction import extract
 from kpt_dask.matching.first_pass import match
-from kpt_dask.matching.second_pass import rematch
 from kpt_dask.matching.voting import vote
 from kpt_dask.options import MODES
 from kpt_dask.organ_transfer.crop import NAME as SURROUNDINGS
 from kpt_dask.organ_transfer.decision import SHARD, create_probability
-from kpt_dask.organ_transfer.moving.schedule import transfer
-from kpt_dask.organ_transfer.warping import block as warping
+from kpt_dask.organ_transfer.modes import transfer
 from kpt_dask.scans.scan import open_scan
 from kpt_dask.volumes.omezarr import create_array
 from kpt_dask.volumes.pyramid import fill_pyramid
@@ -199,13 +197,8 @@ def transferred(scan: Scan, mode: str, memory: int = 1 << 30) -> None:
     dtype = np.min_scalar_type(max(store.organs.values))
     labels = create_array(group, "labels", volume.grid.shape, dtype, SHARD)
     how: dict[str, Any] = {"memory": memory, "client": client()}
-    if mode == "local":
-        matches = rematch(keypoints, atlases, matches, client=client())
-        found = keypoints, matches, probability, labels
-        warping.transfer(volume, store, scan.atlases, *found, **how)
-    else:
-        everything = keypoints, matches, votes, probability, labels
-        transfer(volume, store, scan.atlases, *everything, mode=mode, **how)
+    found = keypoints, matches, votes, probability, labels
+    transfer(volume, store, scan.atlases, *found, mode=mode, atlases=atlases, **how)
 
 
 @cache

@@ -61,7 +61,7 @@ SAMPLING = 10
 """How much longer it takes to look whether an affine brings one, about."""
 
 
-def transfer(
+def move_organs(
     volume: Volume,
     store: AtlasStore,
     atlas_ids: Sequence[str],
@@ -76,7 +76,7 @@ def transfer(
     memory: int = 1 << 30,
     client: Client | None = None,
 ) -> Tally:
-    """Fill the probabilities, and decide each voxel's organ.
+    """Fill the probabilities by whole organs, and decide each voxel's organ.
 
     The share of organ l at voxel x is
 

@@ -93,7 +93,7 @@ NOWHERE = np.float32(1e9)
 """HU of what lies beside the scan: like nothing in any atlas."""
 
 
-def transfer(
+def warp_atlases(
     volume: Volume,
     store: AtlasStore,
     atlas_ids: Sequence[str],
@@ -106,7 +106,7 @@ def transfer(
     memory: int = 1 << 30,
     client: Client | None = None,
 ) -> Tally:
-    """Fill the probabilities, and decide each voxel's organ.
+    """Fill the probabilities by warped atlases, and decide each voxel's organ.
 
     Before it is smoothed, the share of organ l at voxel x is
 

@@ -18,7 +18,7 @@ from kpt_dask.organ_transfer.decision import create_probability
 from kpt_dask.organ_transfer.moving import schedule as module
 from kpt_dask.organ_transfer.moving.distances import organ_distances
 from kpt_dask.organ_transfer.moving.plan import Moves
-from kpt_dask.organ_transfer.moving.schedule import transfer
+from kpt_dask.organ_transfer.moving.schedule import move_organs
 from kpt_dask.runtime import cluster
 from kpt_dask.runtime.boxes import Box
 from kpt_dask.volumes.volume import Volume
@@ -130,7 +130,7 @@ def run(
     group = zarr.create_group(str(path))
     probability = create_probability(group, volume.grid, store.organs, mode)
     labels = create_labels(group, volume.grid.shape)
-    transfer(
+    move_organs(
         volume,
         store,
         store.ids(),

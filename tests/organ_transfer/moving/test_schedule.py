@@ -18,7 +18,7 @@ from kpt_dask.organ_transfer.crop import write_surroundings
 from kpt_dask.organ_transfer.decision import Decision, create_probability
 from kpt_dask.organ_transfer.moving import schedule as module
 from kpt_dask.organ_transfer.moving.plan import plan_moves, propose
-from kpt_dask.organ_transfer.moving.schedule import transfer
+from kpt_dask.organ_transfer.moving.schedule import move_organs
 from kpt_dask.organ_transfer.organ_strips import write_strips
 from kpt_dask.volumes.omezarr import write_label_image
 from kpt_dask.volumes.volume import Volume, create_volume
@@ -177,7 +177,7 @@ def run(
     keypoints = xr.Dataset()
     labels = create_labels(group, volume.grid.shape)
     what = keypoints, matches, votes, probability, labels
-    transfer(volume, store, store.ids(), *what, memory=memory, client=client)
+    move_organs(volume, store, store.ids(), *what, memory=memory, client=client)
     return probability[...], labels[...]
 
 
@@ -296,7 +296,7 @@ def test_slabs_that_would_share_a_chunk_of_labels_are_refused(
     probability = create_probability(group, volume.grid, store.organs, "organ")
     what = xr.Dataset(), *tables(several(8)), probability, labels
     with pytest.raises(ValueError, match="destroy a neighbour"):
-        transfer(volume, store, store.ids(), *what, client=one_process)
+        move_organs(volume, store, store.ids(), *what, client=one_process)
 
 
 def files(folder: Path) -> dict[Path, bytes]:

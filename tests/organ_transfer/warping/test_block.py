@@ -15,7 +15,7 @@ from kpt_dask.atlases.add import add_atlas, store_parameters
 from kpt_dask.organ_transfer import decision as share_module
 from kpt_dask.organ_transfer.decision import create_probability
 from kpt_dask.organ_transfer.warping import block as module
-from kpt_dask.organ_transfer.warping.block import transfer
+from kpt_dask.organ_transfer.warping.block import warp_atlases
 from kpt_dask.runtime import cluster
 from kpt_dask.segmentation import segment
 from kpt_dask.volumes.volume import Volume
@@ -96,7 +96,7 @@ def run(
     probability = create_probability(group, volume.grid, store.organs, "local")
     labels = create_labels(group, volume.grid.shape)
     what = *tables(found), probability, labels
-    transfer(volume, store, store.ids(), *what, memory=memory, client=client)
+    warp_atlases(volume, store, store.ids(), *what, memory=memory, client=client)
     return np.asarray(probability[...]), labels[...]
 
 
