@@ -32,6 +32,7 @@ from confined import Confined, client
 from memory import resident_mib
 
 from atlas_store import AtlasKeypoints, AtlasStore, load_organs
+from atlas_store.crop import NAME as SURROUNDINGS
 from kpt_dask.atlases.add import add_atlas, store_parameters
 from kpt_dask.demo import run as demo
 from kpt_dask.demo.phantom import write_phantom
@@ -40,7 +41,6 @@ from kpt_dask.keypoints.extraction import extract
 from kpt_dask.matching.first_pass import match
 from kpt_dask.matching.voting import vote
 from kpt_dask.options import MODES
-from kpt_dask.organ_transfer.crop import NAME as SURROUNDINGS
 from kpt_dask.organ_transfer.decision import SHARD, create_probability
 from kpt_dask.organ_transfer.modes import transfer
 from kpt_dask.scans.scan import open_scan

@@ -22,12 +22,12 @@ from atlas_store import (
     OrganTable,
     ParameterMismatchError,
 )
+from atlas_store.crop import write_surroundings
+from atlas_store.organ_strips import write_strips
 from kpt_dask.atlases.profiles import organ_profiles
 from kpt_dask.errors import KptError, LabelError, ParameterError
 from kpt_dask.grid import Grid
 from kpt_dask.keypoints.extraction import extract, parameters
-from kpt_dask.organ_transfer.crop import write_surroundings
-from kpt_dask.organ_transfer.organ_strips import write_strips
 from kpt_dask.runtime import cluster, progress
 from kpt_dask.scans.pairs import LABELS, SCANS, find_pairs, labelled_organs, open_pair
 from kpt_dask.scans.scan import Scan, scan_name

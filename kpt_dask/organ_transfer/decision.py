@@ -14,6 +14,16 @@ from zarr.codecs import BloscCodec
 
 from atlas_store import Atlas, OrganTable
 from atlas_store.arrays import chunk_io
+from atlas_store.arrays.boxes import (
+    Box,
+    aligned,
+    begin_of,
+    box_of,
+    overlap,
+    shape_of,
+    slices,
+    within,
+)
 from atlas_store.arrays.flat import flat
 from kpt_dask.grid import Grid
 from kpt_dask.kernels.jit import kernel
@@ -21,7 +31,6 @@ from kpt_dask.kernels.views import row_of
 from kpt_dask.options import MODES
 from kpt_dask.organ_transfer.measures import Tally, count_labels, count_row, levels_of
 from kpt_dask.runtime import cluster
-from kpt_dask.runtime.boxes import Box, aligned, begin_of, box_of, overlap, shape_of, slices, within
 from kpt_dask.volumes.omezarr import Region, write_region
 
 SHARD = (32, 256, 256)

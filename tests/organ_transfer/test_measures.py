@@ -5,10 +5,10 @@ import pytest
 import xarray as xr
 
 from atlas_store import load_organs
+from atlas_store.arrays.boxes import box_of
 from kpt_dask.grid import Grid
 from kpt_dask.organ_transfer.decision import Decision
 from kpt_dask.organ_transfer.measures import OrganMeasures, Tally, count_labels, organ_measures
-from kpt_dask.runtime.boxes import box_of
 from kpt_dask.volumes.omezarr import regions
 
 SHAPE = (20, 24, 30)

@@ -8,9 +8,9 @@ from numpy.typing import NDArray
 from scipy.spatial import cKDTree
 
 from atlas_store import Atlas, OrganTable
+from atlas_store.arrays.boxes import shape_of
+from atlas_store.organ_strips import OUTSIDE, read_strips
 from kpt_dask.kernels.jit import kernel
-from kpt_dask.organ_transfer.organ_strips import OUTSIDE, read_strips
-from kpt_dask.runtime.boxes import shape_of
 
 REACH = 4.0
 """Standard deviations ρ beyond which a match has no say: it would weigh less than 0.0004."""

@@ -8,10 +8,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from atlas_store.organ_strips import PLACE
 from kpt_dask.kernels.jit import kernel
 from kpt_dask.kernels.rows import LANES, LOG2_E, add_halves, add_strips, exp2
 from kpt_dask.organ_transfer.decision import VANISHING
-from kpt_dask.organ_transfer.organ_strips import PLACE
 
 LIGHTEST = np.float32(1e-20)
 """A move that weighs less changes nothing, and would leave the powers that `add_strips` takes."""
@@ -46,10 +46,10 @@ def accumulate(
     first : int64 array (3)
         First voxel of the share's box in the volume.
     strips : int16 array (n, `PLACE` + `LANES`)
-        See `kpt_dask.organ_transfer.organ_strips.Strips`.
+        See `atlas_store.organ_strips.Strips`.
     planes, halves : int64 arrays (p)
         Where the strips of each plane of each atlas begin, and end, and where those of at most
-        `HALF` voxels begin: see `kpt_dask.organ_transfer.organ_strips.Strips`.
+        `HALF` voxels begin: see `atlas_store.organ_strips.Strips`.
     shifts : int64 array (m, 7)
         Of each move: first voxel of the organ's bounding box in the volume, size of this box,
         and where its planes begin in `planes`.

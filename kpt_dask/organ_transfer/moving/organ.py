@@ -1,6 +1,6 @@
 """An organ of some atlases, read for its moves and added to its share: modes that move whole ones.
 
-Between `plan`, what atlases keep (`kpt_dask.organ_transfer.organ_strips`), and `kernels`.
+Between `plan`, what atlases keep (`atlas_store.organ_strips`), and `kernels`.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -11,12 +11,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from atlas_store import Atlas, OrganTable
+from atlas_store.arrays.boxes import Box, joined, shape_of
+from atlas_store.organ_strips import fill, read_strips
 from kpt_dask.kernels.jit import kernel
 from kpt_dask.kernels.rows import LANES
 from kpt_dask.organ_transfer.moving.kernels import accumulate, sample
 from kpt_dask.organ_transfer.moving.plan import Moves
-from kpt_dask.organ_transfer.organ_strips import fill, read_strips
-from kpt_dask.runtime.boxes import Box, joined, shape_of
 
 
 @dataclass(frozen=True)

@@ -14,11 +14,11 @@ import xarray as xr
 from numpy.typing import NDArray
 
 from atlas_store import Atlas, OrganTable
+from atlas_store.arrays.boxes import Box
 from kpt_dask.grid import Grid
 from kpt_dask.kernels.jit import kernel
 from kpt_dask.organ_transfer.moving.distances import REACH
 from kpt_dask.organ_transfer.moving.ransac import fit_affines
-from kpt_dask.runtime.boxes import Box
 
 NEGLIGIBLE = 0.05
 """Of an organ's vote weight, the share that mode `across` leaves out: its lightest moves, most of

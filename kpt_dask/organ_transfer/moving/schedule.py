@@ -19,6 +19,20 @@ from numpy.typing import NDArray
 
 from atlas_store import Atlas, AtlasStore, OrganTable
 from atlas_store.arrays import chunk_io
+from atlas_store.arrays.boxes import (
+    Box,
+    aligned,
+    box_of,
+    cut,
+    deal,
+    enclosing,
+    overlap,
+    overlaps,
+    shape_of,
+    slices,
+    volume_of,
+    within,
+)
 from kpt_dask.kernels.rows import LANES
 from kpt_dask.matching.first_pass import slices_by_atlas
 from kpt_dask.options import DEFAULTS, TransferOptions
@@ -34,20 +48,6 @@ from kpt_dask.organ_transfer.moving.plan import (
     without_negligible,
 )
 from kpt_dask.runtime import cluster
-from kpt_dask.runtime.boxes import (
-    Box,
-    aligned,
-    box_of,
-    cut,
-    deal,
-    enclosing,
-    overlap,
-    overlaps,
-    shape_of,
-    slices,
-    volume_of,
-    within,
-)
 from kpt_dask.runtime.team import Jobs, later, work_off
 from kpt_dask.volumes.omezarr import Region
 from kpt_dask.volumes.volume import Volume

@@ -18,12 +18,27 @@ from numpy.typing import NDArray
 
 from atlas_store import Atlas, AtlasStore, OrganTable
 from atlas_store.arrays import chunk_io
+from atlas_store.arrays.boxes import (
+    Box,
+    aligned,
+    begin_of,
+    box_of,
+    cut,
+    enclosing,
+    overlap,
+    overlaps,
+    shape_of,
+    slices,
+    volume_of,
+    wider,
+    within,
+)
+from atlas_store.crop import Room, read_planes, surroundings_of
 from kpt_dask.grid import Grid
 from kpt_dask.kernels.jit import kernel
 from kpt_dask.kernels.rows import LOG2_E, exp2, fetch
 from kpt_dask.matching.displacement import Widths
 from kpt_dask.options import DEFAULTS, TransferOptions
-from kpt_dask.organ_transfer.crop import Room, read_planes, surroundings_of
 from kpt_dask.organ_transfer.decision import (
     SHARD,
     VANISHING,
@@ -54,21 +69,6 @@ from kpt_dask.organ_transfer.warping.landing import (
     step_of,
 )
 from kpt_dask.runtime import cluster
-from kpt_dask.runtime.boxes import (
-    Box,
-    aligned,
-    begin_of,
-    box_of,
-    cut,
-    enclosing,
-    overlap,
-    overlaps,
-    shape_of,
-    slices,
-    volume_of,
-    wider,
-    within,
-)
 from kpt_dask.runtime.team import Jobs, each, later, work_off
 from kpt_dask.volumes.omezarr import Region
 from kpt_dask.volumes.volume import Volume
@@ -113,7 +113,7 @@ def warp_atlases(
         Σ_a s_a(x) · g_l(I(x) − I_a(y)) · [S_a(y) = l]  /  Σ_a s_a(x) · g_l(I(x) − I_a(y))
 
     over the atlases a that annotate the organ and hold y = x − u_a(x), the point that the
-    atlas's field moves to x, in the surroundings of their organs (`kpt_dask.organ_transfer.crop`).
+    atlas's field moves to x, in the surroundings of their organs (`atlas_store.crop`).
     s_a is the field's support, I_a and S_a are the atlas's image and label map at the voxel
     nearest to y, and g_l(d) = exp(−d² / 2ν_l²). All matches carry the field, those outside of
     organs too. Then shares are averaged over neighbours, with weights ¼, ½ and ¼ along each axis,
@@ -527,7 +527,7 @@ def accumulate(
     nodes : float32 array (node, 4)
         From `kpt_dask.organ_transfer.warping.landing.fit`.
     packed : uint16 or int32 array (z, y, x)
-        From `kpt_dask.organ_transfer.crop.read_planes`.
+        From `atlas_store.crop.read_planes`.
     coding : tuple of int
         Shift, mask and first of HU, shift and mask of labels: see `crop.Coding`.
     held : int64 array (3, 2)

@@ -13,10 +13,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from atlas_store.arrays.boxes import Box, enclosing, overlap, shape_of
 from kpt_dask.kernels.jit import kernel
 from kpt_dask.kernels.rows import LANES
 from kpt_dask.organ_transfer.warping.landing import in_cells
-from kpt_dask.runtime.boxes import Box, enclosing, overlap, shape_of
 
 
 @dataclass(frozen=True)

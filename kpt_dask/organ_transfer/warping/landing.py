@@ -12,10 +12,10 @@ import xarray as xr
 from numpy.typing import NDArray
 
 from atlas_store import Atlas, OrganTable
+from atlas_store.arrays.boxes import Box, enclosing, overlap
 from kpt_dask.grid import Grid
 from kpt_dask.matching.displacement import REACH, Widths, regress
 from kpt_dask.matching.first_pass import slices_by_atlas
-from kpt_dask.runtime.boxes import Box, enclosing, overlap
 
 NODE = 16.0
 """Distance between the nodes of the fields' lattice, mm, rounded to whole voxels.

@@ -12,6 +12,7 @@ from distributed import Client
 from numpy.typing import NDArray
 
 from atlas_store import AtlasStore
+from atlas_store.arrays.boxes import Box
 from kpt_dask.options import MODES, TransferOptions
 from kpt_dask.organ_transfer import decision as share_module
 from kpt_dask.organ_transfer.decision import create_probability
@@ -20,7 +21,6 @@ from kpt_dask.organ_transfer.moving.distances import organ_distances
 from kpt_dask.organ_transfer.moving.plan import Moves
 from kpt_dask.organ_transfer.moving.schedule import move_organs
 from kpt_dask.runtime import cluster
-from kpt_dask.runtime.boxes import Box
 from kpt_dask.volumes.volume import Volume
 from tests.naive import moving as naive
 from tests.naive.moving import Match

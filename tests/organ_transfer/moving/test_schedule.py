@@ -12,14 +12,14 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from atlas_store import AtlasKeypoints, AtlasStore, Organ, OrganInfo, OrganTable
+from atlas_store.crop import write_surroundings
+from atlas_store.organ_strips import write_strips
 from kpt_dask.grid import Grid
 from kpt_dask.organ_transfer import decision as share_module
-from kpt_dask.organ_transfer.crop import write_surroundings
 from kpt_dask.organ_transfer.decision import Decision, create_probability
 from kpt_dask.organ_transfer.moving import schedule as module
 from kpt_dask.organ_transfer.moving.plan import plan_moves, propose
 from kpt_dask.organ_transfer.moving.schedule import move_organs
-from kpt_dask.organ_transfer.organ_strips import write_strips
 from kpt_dask.volumes.omezarr import write_label_image
 from kpt_dask.volumes.volume import Volume, create_volume
 from tests.naive import stations

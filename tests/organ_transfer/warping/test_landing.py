@@ -4,10 +4,10 @@ import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from atlas_store.arrays.boxes import shape_of
 from kpt_dask.grid import Grid
 from kpt_dask.matching.displacement import REACH, regress
 from kpt_dask.organ_transfer.warping.landing import Matched, step_of
-from kpt_dask.runtime.boxes import shape_of
 
 WIDTHS = 25.0, 10.0
 GRID = Grid.isotropic((400, 200, 200), 2.0, (-310.5, 40.25, 7.0))

@@ -9,10 +9,9 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 from zarr.codecs import BloscCodec
 
-from atlas_store import AtlasStore, Organ, OrganInfo, OrganTable, StoreFormatError
-from kpt_dask.organ_transfer import crop
-from kpt_dask.organ_transfer.crop import Coding, read_planes, surroundings_of, write_surroundings
-from kpt_dask.runtime.boxes import Box, aligned, cut, deal, shape_of, slices, volume_of
+from atlas_store import AtlasStore, Organ, OrganInfo, OrganTable, StoreFormatError, crop
+from atlas_store.arrays.boxes import Box, aligned, cut, deal, shape_of, slices, volume_of
+from atlas_store.crop import Coding, read_planes, surroundings_of, write_surroundings
 from tests.organ_transfer.moving.test_schedule import SPACING, make_store
 from tests.organ_transfer.warping.test_block import ATLASES
 

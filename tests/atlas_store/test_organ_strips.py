@@ -8,16 +8,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from atlas_store import Atlas, AtlasStore, StoreFormatError
-from kpt_dask.organ_transfer import organ_strips
-from kpt_dask.organ_transfer.crop import WIDE
+from atlas_store import Atlas, AtlasStore, StoreFormatError, organ_strips
+from atlas_store.arrays.boxes import shape_of, slices
+from atlas_store.crop import WIDE
+from atlas_store.organ_strips import LANES, OUTSIDE, PLACE, read_strips
 from kpt_dask.organ_transfer.decision import VANISHING
 from kpt_dask.organ_transfer.moving.kernels import accumulate
-from kpt_dask.organ_transfer.organ_strips import LANES, OUTSIDE, PLACE, read_strips
-from kpt_dask.runtime.boxes import shape_of, slices
+from tests.atlas_store.test_crop import data_of
 from tests.naive.stations import AnnotatedImage
 from tests.organ_transfer.moving.test_schedule import ORGANS, make_store
-from tests.organ_transfer.test_crop import data_of
 from tests.organ_transfer.warping.test_block import ATLASES
 
 

@@ -17,13 +17,13 @@ from zarr.codecs import BloscCodec
 
 from atlas_store import Atlas, OrganInfo, OrganTable
 from atlas_store.arrays import chunk_io
+from atlas_store.arrays.boxes import Box, enclosing, joined, overlap, shape_of, within
 from atlas_store.arrays.chunk_io import misfit
+from atlas_store.crop import NAME as SURROUNDINGS
+from atlas_store.crop import Coding, read_planes, reading
 from atlas_store.storage.guard import MAX_CHUNK
 from kpt_dask.kernels.jit import kernel
 from kpt_dask.kernels.rows import HALF, LANES
-from kpt_dask.organ_transfer.crop import NAME as SURROUNDINGS
-from kpt_dask.organ_transfer.crop import Coding, read_planes, reading
-from kpt_dask.runtime.boxes import Box, enclosing, joined, overlap, shape_of, within
 from kpt_dask.volumes.omezarr import open_array, write_region
 
 PLACE = 3
@@ -92,7 +92,7 @@ def write_strips(
     group : zarr.Group
         The atlas's data, with its surroundings.
     held, coding
-        The voxels that these hold, and how, from `kpt_dask.organ_transfer.crop.write_surroundings`.
+        The voxels that these hold, and how, from `atlas_store.crop.write_surroundings`.
     found : mapping of str to OrganInfo
         Bounding boxes by organ name.
     organs : OrganTable

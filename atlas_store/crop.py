@@ -18,9 +18,9 @@ from zarr.codecs import BloscCodec
 
 from atlas_store import Atlas, OrganInfo, OrganTable, StoreFormatError
 from atlas_store.arrays import chunk_io
+from atlas_store.arrays.boxes import Box, enclosing, shape_of
 from atlas_store.arrays.chunk_io import misfit
 from atlas_store.storage.guard import MAX_CHUNK
-from kpt_dask.runtime.boxes import Box, enclosing, shape_of
 from kpt_dask.volumes.omezarr import Region, open_array, regions, write_region
 from kpt_dask.volumes.volume import AIR_HU
 
