@@ -20,15 +20,17 @@ from atlas_store import Atlas, OrganInfo, OrganTable, StoreFormatError
 from atlas_store.arrays import chunk_io
 from atlas_store.arrays.boxes import Box, enclosing, shape_of
 from atlas_store.arrays.chunk_io import misfit
+from atlas_store.arrays.regions import Region, open_array, regions, write_region
 from atlas_store.storage.guard import MAX_CHUNK
-from kpt_dask.volumes.omezarr import Region, open_array, regions, write_region
-from kpt_dask.volumes.volume import AIR_HU
 
 AROUND = 40.0
 """How far beyond the box around all its organs an atlas is kept for the transfer, mm."""
 
 PLANES = 16
 """Of a chunk; blocks of the transfer are slabs, so few planes are read in vain."""
+
+AIR_HU = -1000
+"""The least HU of atlases, which none of them says."""
 
 NAME = "surroundings"
 _COMPRESSOR = BloscCodec(cname="lz4hc", clevel=5, shuffle="shuffle")
@@ -69,13 +71,13 @@ ABSENT = 0xFFFF
 """Stands for labels that a `narrow` one does not name."""
 
 
-def narrow(labels: Sequence[int]) -> Coding:
+def narrow(labels: Sequence[int], air_hu: int) -> Coding:
     """Code in half the memory, which is what the transfer spends most of its time on.
 
     Takes 15 labels, and 12 bits of HU from that of air on: what scanners give, but for those that
     tell apart metals.
     """
-    return Coding(np.dtype(np.uint16), (0, 0xFFF, int(AIR_HU)), (12, 0xF), tuple(labels))
+    return Coding(np.dtype(np.uint16), (0, 0xFFF, air_hu), (12, 0xF), tuple(labels))
 
 
 def box_around(organs: Mapping[str, OrganInfo], shape: tuple[int, int, int], spacing: float) -> Box:
@@ -94,6 +96,7 @@ def write_surroundings(
     found: Mapping[str, OrganInfo],
     organs: OrganTable,
     spacing: float,
+    air_hu: int,
 ) -> tuple[Box, Coding]:
     """Write ``surroundings`` (z, y, x) of an atlas, one number for HU and label of a voxel.
 
@@ -109,6 +112,8 @@ def write_surroundings(
         What the labels stand for.
     spacing : float
         Of the working grid, mm.
+    air_hu : int
+        The least HU that a volume holds.
 
     Returns
     -------
@@ -127,7 +132,7 @@ def write_surroundings(
         )
         for region in regions(shape, _chunks(shape))
     ]
-    coding = narrow([organs.by_name(name).value for name in found])
+    coding = narrow([organs.by_name(name).value for name in found], air_hu)
     if len(found) > coding.label[1] or not all(_fits(image[part], coding) for part, _ in places):
         coding = WIDE
     array = group.create_array(
@@ -224,12 +229,12 @@ def _coding(
     """Find how stored surroundings are coded, from a parsed ``zarr.json``; nothing if not so."""
     if misfit(document, shape, chunks, WIDE.dtype) is None:
         return WIDE
-    if misfit(document, shape, chunks, narrow(()).dtype) is not None:
+    if misfit(document, shape, chunks, narrow((), AIR_HU).dtype) is not None:
         return None
     labels = document["attributes"]["labels"]
     if not isinstance(labels, list) or not all(type(label) is int for label in labels):
         raise ValueError(f"its labels are described as {labels!r}")
-    return narrow(labels)
+    return narrow(labels, AIR_HU)
 
 
 def _image_and_labels(atlas: Atlas, region: Region) -> tuple[Any, Any]:

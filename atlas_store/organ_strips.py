@@ -1,6 +1,6 @@
 """What modes that move whole organs read of an atlas: each organ's voxels, in strips along x.
 
-A strip is `LANES` voxels of a row, so that a kernel adds an organ without asking where its rows
+A strip is `STRIP` voxels of a row, so that a kernel adds an organ without asking where its rows
 begin and end, and reads nothing around it. Cut out of the surroundings when the atlas is added.
 """
 
@@ -19,13 +19,16 @@ from atlas_store import Atlas, OrganInfo, OrganTable
 from atlas_store.arrays import chunk_io
 from atlas_store.arrays.boxes import Box, enclosing, joined, overlap, shape_of, within
 from atlas_store.arrays.chunk_io import misfit
+from atlas_store.arrays.jit import kernel
+from atlas_store.arrays.regions import open_array, write_region
 from atlas_store.crop import NAME as SURROUNDINGS
 from atlas_store.crop import Coding, read_planes, reading
 from atlas_store.storage.guard import MAX_CHUNK
-from kpt_dask.kernels.jit import kernel
-from kpt_dask.kernels.rows import HALF, LANES
-from kpt_dask.volumes.omezarr import open_array, write_region
 
+STRIP = 16
+"""Voxels of a strip."""
+SHORT = 8
+"""Voxels of a short strip: two of them fill as much as one that is not."""
 PLACE = 3
 """Columns of a strip before its voxels: z, y and x of the first, in the organ's bounding box."""
 OUTSIDE = np.iinfo(np.int16).min
@@ -46,14 +49,14 @@ class Strips:
 
     Attributes
     ----------
-    values : int16 array (n, `PLACE` + `LANES`)
+    values : int16 array (n, `PLACE` + `STRIP`)
         Of each strip its place, then HU, `OUTSIDE` where a voxel is not the organ's. All that was
         read together; of an organ plane by plane.
     planes : int64 array (depth + 1)
         Where in `values` the strips of each plane of the organ's bounding box begin; those of
         planes that were not asked for are not there.
     halves : int64 array (depth + 1)
-        Where in each plane those begin, if any, after which none has more than `HALF` voxels.
+        Where in each plane those begin, if any, after which none has more than `SHORT` voxels.
     """
 
     values: NDArray[np.int16]
@@ -70,10 +73,10 @@ class Strips:
 
         Returns
         -------
-        int16 array (z, y, x + `LANES`), C order
+        int16 array (z, y, x + `STRIP`), C order
             Beside the box there is none of the organ.
         """
-        out = np.empty((*shape[:2], shape[2] + LANES), np.int16)
+        out = np.empty((*shape[:2], shape[2] + STRIP), np.int16)
         fill(self.values[self.planes[0] : self.planes[-1]], 0, out)
         return out
 
@@ -85,7 +88,7 @@ def write_strips(
     found: Mapping[str, OrganInfo],
     organs: OrganTable,
 ) -> None:
-    """Write ``strips`` (n, `PLACE` + `LANES`) int16 of an atlas, one organ after another.
+    """Write ``strips`` (n, `PLACE` + `STRIP`) int16 of an atlas, one organ after another.
 
     Parameters
     ----------
@@ -163,7 +166,7 @@ def read_strips(
         source.rows if isinstance(source, _Stored) else sum(map(len, source.values()))
         for source in sources
     ]
-    values = np.empty((sum(rows), PLACE + LANES), np.int16)
+    values = np.empty((sum(rows), PLACE + STRIP), np.int16)
     begins = np.cumsum([0, *rows]).tolist()
     spans: list[dict[str, tuple[int, int]]] = []
     for (atlas, _), source, begin, end in zip(wanted, sources, begins, begins[1:], strict=False):
@@ -207,7 +210,7 @@ def _find(atlas: Atlas, wanted: Wanted) -> _Stored | None:
     if description is None:
         return None
     document = json.loads(description)
-    n, columns = document["shape"][0], PLACE + LANES
+    n, columns = document["shape"][0], PLACE + STRIP
     chunk: int = document["chunk_grid"]["configuration"]["chunk_shape"][0]
     if fault := misfit(document, (n, columns), (chunk, columns), np.dtype(np.int16)):
         raise ValueError(f"it is described with {fault}")
@@ -243,7 +246,7 @@ def _from_surroundings(
     for name, planes in wanted.items():
         (begin, _), y, x = atlas.organs[name].bounding_box
         parts[name] = [(a, ((begin + a, begin + b), y, x)) for a, b in planes]
-    found = {name: [np.empty((0, PLACE + LANES), np.int16)] for name in wanted}
+    found = {name: [np.empty((0, PLACE + STRIP), np.int16)] for name in wanted}
     whole = enclosing([box for own in parts.values() for _, box in own])
     if whole is not None:
         packed, held, coding = read_planes(atlas, *whole[0])
@@ -321,24 +324,24 @@ def _find_planes(
 
 @kernel
 def _is_short(values: NDArray[np.int16], strip: int) -> bool:
-    """Whether a strip has none but its first `HALF` voxels."""
+    """Whether a strip has none but its first `SHORT` voxels."""
     more = False
-    for lane in range(HALF, LANES):
+    for lane in range(SHORT, STRIP):
         more |= values[strip, PLACE + lane] != OUTSIDE
     return not more
 
 
 def _ordered(strips: NDArray[np.int16]) -> NDArray[np.int16]:
     """Put the short ones of each plane last, so that two of them can be added in one vector."""
-    short = (strips[:, PLACE + HALF :] == OUTSIDE).all(axis=1)
+    short = (strips[:, PLACE + SHORT :] == OUTSIDE).all(axis=1)
     return strips[np.lexsort((short, strips[:, 0]))]
 
 
 def _cut_out(packed: NDArray[Any], coding: Coding, first: int, value: int) -> NDArray[np.int16]:
     """Cut an organ out of planes of its bounding box, from the `first` on."""
     how = coding.hu, coding.label, coding.number_of(value)
-    nothing = np.empty((0, PLACE + LANES), np.int16)
-    out = np.empty((_strips(packed, *how, first, nothing), PLACE + LANES), np.int16)
+    nothing = np.empty((0, PLACE + STRIP), np.int16)
+    out = np.empty((_strips(packed, *how, first, nothing), PLACE + STRIP), np.int16)
     _strips(packed, *how, first, out)
     return out
 
@@ -366,12 +369,12 @@ def _strips(
                     out[n, 0] = first + z
                     out[n, 1] = y
                     out[n, 2] = x
-                    for lane in range(LANES):
+                    for lane in range(STRIP):
                         one = np.int32(packed[z, y, x + lane] if x + lane < width else 0)
                         own = x + lane < width and one >> label[0] & label[1] == number
                         out[n, PLACE + lane] = (one >> hu[0] & hu[1]) + hu[2] if own else OUTSIDE
                 n += 1
-                x += LANES
+                x += STRIP
     return n
 
 
@@ -381,5 +384,5 @@ def fill(strips: NDArray[np.int16], first: int, out: NDArray[np.int16]) -> None:
     out[...] = OUTSIDE
     for i in range(strips.shape[0]):
         z, y, x = strips[i, 0] - first, strips[i, 1], strips[i, 2]
-        for lane in range(LANES):
+        for lane in range(STRIP):
             out[z, y, x + lane] = strips[i, PLACE + lane]

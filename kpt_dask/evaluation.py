@@ -15,6 +15,7 @@ from distributed import Client
 from numpy.typing import NDArray
 
 from atlas_store import Atlas, AtlasStore, OrganTable
+from atlas_store.arrays.regions import open_array
 from kpt_dask.atlases.add import labels_at
 from kpt_dask.errors import ParameterError
 from kpt_dask.keypoints.extraction import first_frames
@@ -24,7 +25,7 @@ from kpt_dask.resampling.labels_on_scan import labels_onto
 from kpt_dask.runtime import cluster, progress
 from kpt_dask.scans.pairs import Pair, labelled_organs, open_pair
 from kpt_dask.segmentation import Stations, choose_atlases, segment_volume
-from kpt_dask.volumes.omezarr import open_array, write_label_image
+from kpt_dask.volumes.omezarr import write_label_image
 from kpt_dask.volumes.volume import Volume, convert_into, label_blocks, open_volume
 
 LIBRARIES = ("kpt-dask", "dask", "numba", "numpy", "scipy", "xarray", "zarr")

@@ -13,6 +13,7 @@ import zarr
 from distributed import Client
 
 from atlas_store import AtlasKeypoints, AtlasStore, EmptyStoreError, write_keypoints
+from atlas_store.arrays.regions import open_array
 from kpt_dask.errors import ParameterError
 from kpt_dask.keypoints.extraction import CHOICES, PARAMETERS, extract, first_frames
 from kpt_dask.matching.first_pass import match
@@ -26,7 +27,7 @@ from kpt_dask.output import check_absent, replacing
 from kpt_dask.resampling.labels_on_scan import labels_onto
 from kpt_dask.runtime import cluster
 from kpt_dask.scans.scan import check_ending, open_scan, write_labels
-from kpt_dask.volumes.omezarr import create_label_image, finish_label_image, open_array
+from kpt_dask.volumes.omezarr import create_label_image, finish_label_image
 from kpt_dask.volumes.volume import Volume, convert_into, open_volume
 
 ENCODING_TYPE = "kpt-segmentation"

@@ -25,6 +25,7 @@ import xarray as xr
 from confined import Confined, client
 from scipy import ndimage
 
+from atlas_store.arrays.regions import write_region
 from kpt_dask.demo.phantom import phantom_grid, phantom_slab
 from kpt_dask.keypoints.descriptors import BINS, PATCH, STEP, describe, sample_patch
 from kpt_dask.keypoints.extraction import Octave, extract
@@ -42,7 +43,7 @@ from kpt_dask.volumes.scale_space import (
     level_sigma,
     octave_shapes,
 )
-from kpt_dask.volumes.volume import Volume, create_volume, open_volume, write_region
+from kpt_dask.volumes.volume import Volume, create_volume, open_volume
 
 Shape = tuple[int, int, int]
 Times = list[float]

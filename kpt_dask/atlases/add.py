@@ -22,6 +22,7 @@ from atlas_store import (
     OrganTable,
     ParameterMismatchError,
 )
+from atlas_store.arrays.regions import Region, open_array
 from atlas_store.crop import write_surroundings
 from atlas_store.organ_strips import write_strips
 from kpt_dask.atlases.profiles import organ_profiles
@@ -31,8 +32,8 @@ from kpt_dask.keypoints.extraction import extract, parameters
 from kpt_dask.runtime import cluster, progress
 from kpt_dask.scans.pairs import LABELS, SCANS, find_pairs, labelled_organs, open_pair
 from kpt_dask.scans.scan import Scan, scan_name
-from kpt_dask.volumes.omezarr import Region, open_array, write_label_image
-from kpt_dask.volumes.volume import convert_into, label_blocks
+from kpt_dask.volumes.omezarr import write_label_image
+from kpt_dask.volumes.volume import AIR_HU, convert_into, label_blocks
 
 
 @dataclass(frozen=True)
@@ -154,7 +155,7 @@ def add_atlas(
             )
         what = organs, store.organs
         held, coding = write_surroundings(
-            draft.group, volume.levels[0], voxels, *what, float(volume.grid.spacing[0])
+            draft.group, volume.levels[0], voxels, *what, float(volume.grid.spacing[0]), int(AIR_HU)
         )
         write_strips(draft.group, held, coding, *what)
         label = labels_at(keypoints.position.values, voxels, volume.grid)

@@ -9,6 +9,7 @@ from pathlib import Path
 from distributed import Client
 
 from atlas_store import AtlasStore, load_organs
+from atlas_store.arrays.regions import open_array
 from kpt_dask.atlases.add import add_atlas, store_parameters
 from kpt_dask.demo.overlay import overlay_png
 from kpt_dask.demo.phantom import write_phantom
@@ -17,7 +18,6 @@ from kpt_dask.evaluation import dice
 from kpt_dask.runtime import cluster, progress
 from kpt_dask.scans.scan import open_scan
 from kpt_dask.segmentation import Segmentation, segment
-from kpt_dask.volumes.omezarr import open_array
 from kpt_dask.volumes.volume import open_volume
 
 SHAPE = (300, 130, 160)

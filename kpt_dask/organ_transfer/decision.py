@@ -25,13 +25,13 @@ from atlas_store.arrays.boxes import (
     within,
 )
 from atlas_store.arrays.flat import flat
+from atlas_store.arrays.regions import Region, write_region
 from kpt_dask.grid import Grid
 from kpt_dask.kernels.jit import kernel
 from kpt_dask.kernels.views import row_of
 from kpt_dask.options import MODES
 from kpt_dask.organ_transfer.measures import Tally, count_labels, count_row, levels_of
 from kpt_dask.runtime import cluster
-from kpt_dask.volumes.omezarr import Region, write_region
 
 SHARD = (32, 256, 256)
 """A file of all organs' probabilities, and a chunk of the label map. Large: to make a file takes as

@@ -4,8 +4,8 @@ Knows the layout of multiscale images whose level o + 1 has every second voxel o
 that voxel 0 of each level has the same centre; knows nothing of what the voxels mean.
 """
 
-from collections.abc import Iterable, Iterator, Sequence
-from itertools import pairwise, product
+from collections.abc import Iterable, Sequence
+from itertools import pairwise
 from typing import Any, Protocol, cast
 
 import numpy as np
@@ -14,9 +14,8 @@ from numpy.typing import NDArray
 from zarr.codecs import BloscCodec
 
 from atlas_store.arrays import chunk_io
+from atlas_store.arrays.regions import Region, regions, write_region
 from kpt_dask.grid import Grid
-
-Region = tuple[slice, ...]
 
 CHUNKS = (32, 128, 128)
 """Chunk shape of the levels of images, and of label images unless said otherwise (z, y, x)."""
@@ -48,51 +47,6 @@ class Labelled(Protocol):
         """Red, green and blue, 0 to 255."""
 
 
-def write_region(array: zarr.Array[Any], region: Region, data: NDArray[Any]) -> None:
-    """Write a region that owns all chunks (shards, if there are any) it touches.
-
-    Two writers of one chunk each read it, change their part and write it back, and one part
-    is lost without an error. So a region must begin and end where chunks do, or end where
-    the array does.
-
-    Parameters
-    ----------
-    array : zarr.Array
-        Where to write.
-    region : tuple of slice
-        One slice with plain bounds per axis.
-    data : ndarray
-        Of the region's shape.
-
-    Raises
-    ------
-    ValueError
-        If the region is not aligned, or `data` has another shape.
-    """
-    unit = array.shards or array.chunks
-    if len(region) != array.ndim:
-        raise ValueError(f"region {region} has not the {array.ndim} axes of {array.path}")
-    for axis, (part, size, step) in enumerate(zip(region, array.shape, unit, strict=True)):
-        whole = part.step in (None, 1) and 0 <= part.start < part.stop <= size
-        if not whole or part.start % step or (part.stop % step and part.stop != size):
-            raise ValueError(
-                f"region {part} of axis {axis} (length {size}) does not begin and end at"
-                f" multiples of {step}: writing it could destroy a neighbour's voxels"
-            )
-    if data.shape != tuple(part.stop - part.start for part in region):
-        raise ValueError(f"data of shape {data.shape} does not fill region {region}")
-    chunk_io.write(array, region, data)
-
-
-def regions(shape: Sequence[int], block: Sequence[int]) -> Iterator[tuple[slice, slice, slice]]:
-    """Cut an array (z, y, x) into blocks, the last of each axis possibly smaller, in C order."""
-    cuts = (
-        [slice(first, min(first + step, n)) for first in range(0, n, step)]
-        for n, step in zip(shape, block, strict=True)
-    )
-    yield from ((z, y, x) for z, y, x in product(*cuts))
-
-
 def create_levels(
     group: zarr.Group,
     shapes: Sequence[tuple[int, int, int]],
@@ -122,20 +76,6 @@ def create_array(
         fill_value=0,
         dimension_names=("z", "y", "x"),
     )
-
-
-def open_array(group: zarr.Group, name: str) -> zarr.Array[Any]:
-    """Open an array of a group.
-
-    Raises
-    ------
-    KeyError
-        If there is none of that name.
-    """
-    array = group[name]
-    if not isinstance(array, zarr.Array):
-        raise KeyError(f"{name} is not an array")
-    return array
 
 
 def multiscale(name: str, grid: Grid, n_levels: int, method: str) -> dict[str, Any]:

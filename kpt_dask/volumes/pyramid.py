@@ -13,10 +13,11 @@ from distributed import Client
 from numpy.typing import NDArray
 from zarr.storage import MemoryStore
 
+from atlas_store.arrays.regions import regions, write_region
 from kpt_dask.errors import ParameterError
 from kpt_dask.kernels.jit import kernel
 from kpt_dask.runtime import cluster
-from kpt_dask.volumes.omezarr import CHUNKS, regions, write_region
+from kpt_dask.volumes.omezarr import CHUNKS
 from kpt_dask.volumes.scale_space import blur_planes, blur_scratch, next_octave_taps
 
 

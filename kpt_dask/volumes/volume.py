@@ -16,6 +16,7 @@ import zarr
 from distributed import Client
 from numpy.typing import NDArray
 
+from atlas_store.arrays.regions import open_array, regions, write_region
 from kpt_dask.errors import (
     GridMismatchError,
     ParameterError,
@@ -35,10 +36,7 @@ from kpt_dask.volumes.omezarr import (
     create_levels,
     multiscale,
     multiscale_grid,
-    open_array,
-    regions,
     write_label_image,
-    write_region,
 )
 from kpt_dask.volumes.pyramid import fill_pyramid
 from kpt_dask.volumes.scale_space import octave_shapes
@@ -52,7 +50,6 @@ __all__ = [
     "open_volume",
     "write_label_image",
     "write_level0",
-    "write_region",
 ]
 
 T = TypeVar("T", bound=np.generic)

@@ -11,7 +11,8 @@ from numpy.typing import NDArray
 from atlas_store import Atlas, AtlasStore, StoreFormatError, organ_strips
 from atlas_store.arrays.boxes import shape_of, slices
 from atlas_store.crop import WIDE
-from atlas_store.organ_strips import LANES, OUTSIDE, PLACE, read_strips
+from atlas_store.organ_strips import OUTSIDE, PLACE, STRIP, read_strips
+from kpt_dask.kernels.rows import LANES
 from kpt_dask.organ_transfer.decision import VANISHING
 from kpt_dask.organ_transfer.moving.kernels import accumulate
 from tests.atlas_store.test_crop import data_of
@@ -111,9 +112,9 @@ def test_damage_is_named(tmp_path: Path, damage: str) -> None:
         name = next(iter(atlas.organs))
         array.update_attributes({"planes": {name: [5, 3]}})
     elif damage == "shape":
-        array.resize((3, PLACE + LANES))
+        array.resize((3, PLACE + STRIP))
     else:
-        array.resize((0, PLACE + LANES))
+        array.resize((0, PLACE + STRIP))
     wanted = {name: [(0, shape_of(info.bounding_box)[0])] for name, info in atlas.organs.items()}
     with pytest.raises(StoreFormatError, match="strips of the atlas 'a0' cannot be read"):
         read_strips([(atlas, wanted)], ORGANS)

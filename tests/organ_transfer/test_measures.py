@@ -6,10 +6,10 @@ import xarray as xr
 
 from atlas_store import load_organs
 from atlas_store.arrays.boxes import box_of
+from atlas_store.arrays.regions import regions
 from kpt_dask.grid import Grid
 from kpt_dask.organ_transfer.decision import Decision
 from kpt_dask.organ_transfer.measures import OrganMeasures, Tally, count_labels, organ_measures
-from kpt_dask.volumes.omezarr import regions
 
 SHAPE = (20, 24, 30)
 GRID = Grid.isotropic(SHAPE, 2.0, (100.0, -50.0, 20.0))

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from ome_zarr_models.v05.image import Image
 from scipy.spatial.transform import Rotation
 
+from atlas_store.arrays.regions import regions
 from kpt_dask.errors import (
     GridMismatchError,
     OutputExistsError,
@@ -22,7 +23,6 @@ from kpt_dask.errors import (
 )
 from kpt_dask.grid import Grid
 from kpt_dask.scans.scan import open_scan
-from kpt_dask.volumes.omezarr import regions
 from kpt_dask.volumes.scale_space import octave_shapes
 from kpt_dask.volumes.volume import (
     Volume,

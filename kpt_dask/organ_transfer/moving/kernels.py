@@ -8,10 +8,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from atlas_store.organ_strips import PLACE
+from atlas_store.organ_strips import PLACE, SHORT, STRIP
 from kpt_dask.kernels.jit import kernel
-from kpt_dask.kernels.rows import LANES, LOG2_E, add_halves, add_strips, exp2
+from kpt_dask.kernels.rows import HALF, LANES, LOG2_E, add_halves, add_strips, exp2
 from kpt_dask.organ_transfer.decision import VANISHING
+
+assert (LANES, HALF) == (STRIP, SHORT), "a strip is added as one vector, two short ones likewise"
 
 LIGHTEST = np.float32(1e-20)
 """A move that weighs less changes nothing, and would leave the powers that `add_strips` takes."""
@@ -49,7 +51,7 @@ def accumulate(
         See `atlas_store.organ_strips.Strips`.
     planes, halves : int64 arrays (p)
         Where the strips of each plane of each atlas begin, and end, and where those of at most
-        `HALF` voxels begin: see `atlas_store.organ_strips.Strips`.
+        `SHORT` voxels begin: see `atlas_store.organ_strips.Strips`.
     shifts : int64 array (m, 7)
         Of each move: first voxel of the organ's bounding box in the volume, size of this box,
         and where its planes begin in `planes`.
@@ -64,7 +66,7 @@ def accumulate(
     # Flat and unsigned: cutting a row out, or asking whether an index is negative, costs as much
     # as a strip.
     there = strips.ravel()
-    columns, voxels = np.uint64(PLACE + LANES), np.uint64(PLACE)
+    columns, voxels = np.uint64(PLACE + STRIP), np.uint64(PLACE)
     for z in range(depth):
         # All that is done to a plane before the next plane: it stays in the cache.
         share[z, :, fresh[0] : fresh[1]] = 0
@@ -105,7 +107,7 @@ def accumulate(
 @kernel
 def _four(strips: Any, of: Any, base: Any, length: Any) -> Any:
     """Where the voxels of four strips begin in `strips`, and where in share and scan."""
-    columns = np.uint64(PLACE + LANES)
+    columns = np.uint64(PLACE + STRIP)
     second, third, fourth = of + columns, of + columns + columns, of + np.uint64(3) * columns
     places = (
         _place(strips, of, base, length),

@@ -25,7 +25,7 @@ class MovedOrgan:
 
     Attributes
     ----------
-    strips : int16 array (n, `PLACE` + `LANES`)
+    strips : int16 array (n, `PLACE` + `STRIP`)
         All that was read of these atlases.
     planes, halves : int64 arrays (p)
         Where in it the strips of each plane of what was read begin, and where they end, and where

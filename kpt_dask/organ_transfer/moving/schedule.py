@@ -23,8 +23,6 @@ from atlas_store.arrays.boxes import (
     Box,
     aligned,
     box_of,
-    cut,
-    deal,
     enclosing,
     overlap,
     overlaps,
@@ -33,6 +31,7 @@ from atlas_store.arrays.boxes import (
     volume_of,
     within,
 )
+from atlas_store.arrays.regions import Region
 from kpt_dask.kernels.rows import LANES
 from kpt_dask.matching.first_pass import slices_by_atlas
 from kpt_dask.options import DEFAULTS, TransferOptions
@@ -48,8 +47,8 @@ from kpt_dask.organ_transfer.moving.plan import (
     without_negligible,
 )
 from kpt_dask.runtime import cluster
+from kpt_dask.runtime.balance import cut, deal
 from kpt_dask.runtime.team import Jobs, later, work_off
-from kpt_dask.volumes.omezarr import Region
 from kpt_dask.volumes.volume import Volume
 
 READING, FINISHING = 8, 28

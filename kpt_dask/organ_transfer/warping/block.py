@@ -23,7 +23,6 @@ from atlas_store.arrays.boxes import (
     aligned,
     begin_of,
     box_of,
-    cut,
     enclosing,
     overlap,
     overlaps,
@@ -33,6 +32,7 @@ from atlas_store.arrays.boxes import (
     wider,
     within,
 )
+from atlas_store.arrays.regions import Region
 from atlas_store.crop import Room, read_planes, surroundings_of
 from kpt_dask.grid import Grid
 from kpt_dask.kernels.jit import kernel
@@ -69,8 +69,8 @@ from kpt_dask.organ_transfer.warping.landing import (
     step_of,
 )
 from kpt_dask.runtime import cluster
+from kpt_dask.runtime.balance import cut
 from kpt_dask.runtime.team import Jobs, each, later, work_off
-from kpt_dask.volumes.omezarr import Region
 from kpt_dask.volumes.volume import Volume
 
 PIECES = 1

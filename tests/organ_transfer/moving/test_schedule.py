@@ -105,7 +105,9 @@ def make_store(path: Path, atlases: Sequence[AnnotatedImage]) -> AtlasStore:
             labels = image["labels/organs/0"]
             assert isinstance(labels, zarr.Array)
             what = found, ORGANS
-            stored = write_surroundings(draft.group, volume.levels[0], labels, *what, SPACING)
+            stored = write_surroundings(
+                draft.group, volume.levels[0], labels, *what, SPACING, -1000
+            )
             write_strips(draft.group, *stored, *what)
             draft.commit(
                 no_keypoints(),
