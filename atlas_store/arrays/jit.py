@@ -5,9 +5,11 @@ from typing import Any, TypeVar, cast
 
 import numba
 
+from atlas_store.arrays.kernel_cache import cached
+
 F = TypeVar("F", bound=Callable[..., Any])
 
 
 def kernel(function: F) -> F:
     """Compile `function` without the GIL, cached on disk."""
-    return cast(F, numba.njit(nogil=True, cache=True)(function))
+    return cast(F, cached(numba.njit(nogil=True)(function)))

@@ -15,7 +15,9 @@ from atlas_store.marker import digest
 def cache_folder() -> Path:
     """Folder of the user's cache: in ``$XDG_CACHE_HOME``, or else in ``~/.cache``."""
     base = Path(os.environ.get("XDG_CACHE_HOME", ""))
-    return (base if base.is_absolute() else Path.home() / ".cache") / "kpt-dask"
+    # Not Path.home(), which raises where a user has no home.
+    home = Path(os.path.expanduser("~/.cache"))
+    return (base if base.is_absolute() else home) / "kpt-dask"
 
 
 def index_folder(store_uuid: str) -> Path:
@@ -26,6 +28,8 @@ def index_folder(store_uuid: str) -> Path:
 
 def keep(folder: Path, stem: str, suffix: str, data: bytes) -> None:
     """Keep `data` as ``<stem>-<SHA-256><suffix>``, whole or not at all."""
+    if not folder.is_absolute():  # of a user without a home
+        return
     partial = folder / f"{uuid4().hex}.partial"
     with suppress(OSError):
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)

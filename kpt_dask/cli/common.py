@@ -8,6 +8,7 @@ import errno
 import json
 import os
 import sys
+import warnings
 from collections.abc import Callable, Container, Iterator, Sequence
 from contextlib import contextmanager
 from functools import wraps
@@ -44,6 +45,7 @@ class Commands(click.Group):
 
     def invoke(self, ctx: click.Context) -> Any:
         """Run a command."""
+        warnings.showwarning = _show_warning
         try:
             return super().invoke(ctx)
         except (click.ClickException, click.exceptions.Exit, click.Abort):
@@ -57,6 +59,19 @@ class Commands(click.Group):
             if gone or os.environ.get("KPT_DEBUG"):
                 raise
             raise Failure(_sentence(error)) from error
+
+
+_show_any_warning = warnings.showwarning
+
+
+def _show_warning(
+    message: Warning | str, category: type[Warning], *where: Any, **more: Any
+) -> None:
+    """Show a warning of these packages as a sentence, and any other as Python does."""
+    if category.__module__.partition(".")[0] in ("kpt_dask", "atlas_store"):
+        click.echo(f"kpt: warning: {message}", err=True)
+    else:
+        _show_any_warning(message, category, *where, **more)
 
 
 def _sentence(error: Exception) -> str:

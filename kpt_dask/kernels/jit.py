@@ -8,13 +8,12 @@ its block begins. A kernel that sums the same numbers in the same loop, whatever
 ask for it all the same: `summing_kernel`.
 """
 
-import hashlib
 from collections.abc import Callable
-from functools import cache
-from pathlib import Path
 from typing import Any, TypeVar, cast
 
 import numba
+
+from atlas_store.arrays.kernel_cache import cached
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -33,19 +32,5 @@ def summing_kernel(function: F) -> F:
 
 
 def _compile(function: F, fastmath: set[str]) -> F:
-    compiled: Any = numba.njit(nogil=True, cache=True, fastmath=fastmath, error_model="numpy")(
-        function
-    )
-    # Numba looks for changes only in the file of the kernel itself, and would go on running
-    # old code of kernels and constants that it takes from other files.
-    compiled._cache._cache_file._source_stamp = _sources()
-    return cast(F, compiled)
-
-
-@cache
-def _sources() -> str:
-    """Digest of all modules of the package, which is all that kernels are made of."""
-    digest = hashlib.sha256()
-    for path in sorted(Path(__file__).parents[1].rglob("*.py")):
-        digest.update(path.read_bytes())
-    return digest.hexdigest()
+    compiled = numba.njit(nogil=True, fastmath=fastmath, error_model="numpy")(function)
+    return cast(F, cached(compiled))

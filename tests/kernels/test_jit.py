@@ -1,4 +1,4 @@
-"""Kernels are compiled once for a state of the sources, and anew when any of them changes."""
+"""Kernels are compiled once, and anew when what they are made of changes, in whatever file."""
 
 import shutil
 import subprocess
@@ -46,3 +46,16 @@ def test_a_change_in_another_file_compiles_a_kernel_anew(tmp_path: Path) -> None
     assert run(tmp_path) == [7, 1]
     (package / "inner.py").write_text(INNER.format(factor=4))
     assert run(tmp_path) == [13, 0]
+
+
+def test_a_change_in_a_file_without_kernels_compiles_nothing(tmp_path: Path) -> None:
+    package = tmp_path / "package"
+    (package / "kernels").mkdir(parents=True)
+    shutil.copy(jit.__file__, package / "kernels" / "jit.py")
+    (package / "cli.py").write_text("HELP = 'short'\n")
+    (package / "__init__.py").write_text("from package import cli\n")
+    (package / "outer.py").write_text(OUTER)
+    (package / "inner.py").write_text(INNER.format(factor=2))
+    assert run(tmp_path) == [7, 0]
+    (package / "cli.py").write_text("HELP = 'a longer one'\n")
+    assert run(tmp_path) == [7, 1]
