@@ -19,9 +19,9 @@ def test_hands_cost_about_the_same(costs: list[int], hands: int) -> None:
     assert all(hand == sorted(hand) for hand in dealt)
     sums = [sum(map(volume_of, hand)) for hand in dealt]
     assert sums == sorted(sums, reverse=True)
-    # Graham's bound for dealing the costliest first.
-    least = max([sum(costs) / hands, *costs], default=0)
-    assert max(sums, default=0) <= (4 / 3) * least + max(costs, default=0) / 3
+    # The bound of a local search: a hand of several has at most half of its cost above any other.
+    largest, mean = max(costs, default=0), sum(costs) / hands
+    assert max(sums, default=0) <= max(largest, 2 * hands / (hands + 1) * mean + 1e-9)
 
 
 @given(boxes, st.tuples(*[st.integers(1, 20)] * 3), st.integers(1, 2000), st.integers(1, 12))
