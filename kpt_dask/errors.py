@@ -31,3 +31,7 @@ class OutputExistsError(KptError, FileExistsError):
 
 class ParameterError(KptError, ValueError):
     """An option has a value that cannot be used."""
+
+
+class KptWarning(UserWarning):
+    """An input or an answer is doubtful, though it can be used; the output keeps the sentence."""

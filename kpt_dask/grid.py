@@ -63,12 +63,12 @@ class Grid:
         index: NDArray[np.float64] = offset @ np.linalg.inv(self.affine[:3, :3]).T
         return index
 
-    def same_as(self, other: "Grid", tolerance: float = 1e-2) -> bool:
-        """Whether both grids have the same shape and no corner differs by `tolerance` mm."""
+    def same_as(self, other: "Grid", tolerance: float = 0.1) -> bool:
+        """Whether both have the same shape and no corner is apart by `tolerance` voxels."""
         if self.shape != other.shape:
             return False
         corners = self._corners()
-        return bool(np.abs(self.to_mm(corners) - other.to_mm(corners)).max() < tolerance)
+        return bool(np.abs(self.to_index(other.to_mm(corners)) - corners).max() < tolerance)
 
     def axis_permutation(self) -> tuple[tuple[int, int, int], tuple[bool, bool, bool]] | None:
         """How the array's axes lie in the world, or None for an oblique grid.

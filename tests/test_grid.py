@@ -108,7 +108,7 @@ def test_to_index_undoes_to_mm(index: list[float]) -> None:
 
 def test_same_as_compares_where_voxels_lie() -> None:
     grid = Grid.isotropic(SHAPE, 2.0, (1, 2, 3))
-    assert grid.same_as(Grid.isotropic(SHAPE, 2.0, (1, 2, 3.001)))
-    assert not grid.same_as(Grid.isotropic(SHAPE, 2.0, (1, 2, 3.1)))
-    assert not grid.same_as(Grid.isotropic(SHAPE, 2.01, (1, 2, 3)))
+    assert grid.same_as(Grid.isotropic(SHAPE, 2.0, (1, 2, 3.06)))
+    assert not grid.same_as(Grid.isotropic(SHAPE, 2.0, (1, 2, 3.3)))
+    assert not grid.same_as(Grid.isotropic(SHAPE, 2.1, (1, 2, 3)))
     assert not grid.same_as(Grid.isotropic((7, 5, 5), 2.0, (1, 2, 3)))

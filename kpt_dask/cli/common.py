@@ -45,9 +45,12 @@ class Commands(click.Group):
 
     def invoke(self, ctx: click.Context) -> Any:
         """Run a command."""
+        from kpt_dask.runtime import notices
+
         warnings.showwarning = _show_warning
         try:
-            return super().invoke(ctx)
+            with notices.shown(_warn):
+                return super().invoke(ctx)
         except (click.ClickException, click.exceptions.Exit, click.Abort):
             raise
         except KeyboardInterrupt:
@@ -69,9 +72,13 @@ def _show_warning(
 ) -> None:
     """Show a warning of these packages as a sentence, and any other as Python does."""
     if category.__module__.partition(".")[0] in ("kpt_dask", "atlas_store"):
-        click.echo(f"kpt: warning: {message}", err=True)
+        _warn(str(message))
     else:
         _show_any_warning(message, category, *where, **more)
+
+
+def _warn(sentence: str) -> None:
+    click.echo(f"kpt: warning: {sentence}", err=True)
 
 
 def _sentence(error: Exception) -> str:

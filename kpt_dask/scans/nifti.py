@@ -6,6 +6,7 @@ RAS (x, y, z); ours is LPS (z, y, x).
 """
 
 import gzip
+import math
 import zlib
 from collections import deque
 from collections.abc import Iterable, Iterator
@@ -23,6 +24,8 @@ from numpy.typing import NDArray
 
 from kpt_dask.errors import ScanFormatError
 from kpt_dask.grid import Grid
+from kpt_dask.scans.gzip_stream import GzipStream
+from kpt_dask.scans.placement import check_extent, listed, place, unusual_unit
 
 SLAB_BYTES = 4 << 20
 """About how much is read at a time, as stored."""
@@ -32,18 +35,6 @@ SLABS_AHEAD = 3
 
 MOST_COMPRESSED = 1032
 """Deflate cannot shrink data more than this; less data than the header promises is no scan."""
-
-SMALLEST_SPACING = 1e-4
-LARGEST_EXTENT = 1e5
-"""Limits of what may be a scan, mm; beyond them the header is damaged."""
-
-FROM_RAS_XYZ = np.array(
-    [[0.0, 0, 1, 0], [0, -1.0, 0, 0], [-1.0, 0, 0, 0], [0, 0, 0, 1.0]],
-)
-"""Takes (x, y, z, 1) RAS to (z, y, x, 1) LPS."""
-
-FROM_IJK = np.array([[0.0, 0, 1, 0], [0, 1, 0, 0], [1, 0, 0, 0], [0, 0, 0, 1]])
-"""Takes (k, j, i, 1) to (i, j, k, 1), and back."""
 
 # Neither package is typed.
 _igzip: Any = isal.igzip
@@ -69,6 +60,8 @@ class NiftiFile:
         Of a stored voxel, with its byte order.
     slope, intercept : float
         Value = stored × slope + intercept.
+    doubts : tuple of str
+        What the header leaves open, one sentence each.
     """
 
     path: Path
@@ -77,6 +70,7 @@ class NiftiFile:
     dtype: np.dtype[Any]
     slope: float
     intercept: float
+    doubts: tuple[str, ...] = ()
 
     def slabs(self) -> Iterator[NDArray[Any]]:
         """Stream the stored voxels, in order, as arrays (n, j, i) of about 4 MB.
@@ -122,8 +116,22 @@ class NiftiFile:
         return slab
 
     def _check_end(self, stream: BinaryIO) -> None:
-        """Read on past the voxels: only at its end does gzip compare the checksum."""
-        _guarded(self.path, stream.read, 1)
+        """Read on past the voxels: only at its end does gzip compare the checksum.
+
+        What follows that is no gzip is none of the file's; but further planes mean that the
+        header tells the wrong shape or type.
+        """
+        rows, columns = self.grid.shape[1:]
+        plane = rows * columns * self.dtype.itemsize
+        further = 0
+        try:
+            while further < plane and (n := len(_guarded(self.path, stream.read, plane))):
+                further += n
+        except ScanFormatError:
+            if not isinstance(stream, GzipStream) or stream.verified < _needed(self):
+                raise
+        if further >= plane:
+            raise _too_long(self)
 
 
 def open_nifti(path: Path) -> NiftiFile:
@@ -140,8 +148,7 @@ def open_nifti(path: Path) -> NiftiFile:
             shape = _shape(path, header)
             dtype = header.get_data_dtype()
             slope, intercept = header.get_slope_inter()
-            zooms = np.asarray(header["pixdim"][1:4], np.float64)
-            affine = np.asarray(header.get_best_affine(), np.float64)
+            affine, doubts = place(path, header)
     except ScanFormatError:
         raise
     except Exception as error:  # nibabel raises many kinds on hostile headers
@@ -150,16 +157,13 @@ def open_nifti(path: Path) -> NiftiFile:
         raise ScanFormatError(
             f"{path} holds {_kind(dtype)} voxels, not real numbers; convert it to a CT in HU."
         )
-    if not np.isfinite(zooms).all() or (zooms <= 0).any():
-        raise ScanFormatError(
-            f"{path} has voxel spacing {_listed(zooms)} mm, which must be positive;"
-            " repair its header."
-        )
-    grid = Grid(shape, FROM_RAS_XYZ @ affine @ FROM_IJK)
-    _check_affine(path, grid)
+    _check_bits(path, header, dtype)
+    grid = Grid(shape, affine)
+    check_extent(path, header, grid)
+    doubts += unusual_unit(path, header, grid)
     if slope is None:
         slope, intercept = 1.0, 0.0
-    file = NiftiFile(path, header, grid, dtype, float(slope), float(intercept))
+    file = NiftiFile(path, header, grid, dtype, float(slope), float(intercept), doubts)
     _check_size(file)
     return file
 
@@ -168,7 +172,7 @@ def open_stream(path: Path) -> BinaryIO:
     """Open the file for reading, decompressed if its name ends in ``.gz``."""
     try:
         if path.name.lower().endswith(".gz"):
-            return cast(BinaryIO, _igzip.open(path, "rb"))
+            return cast(BinaryIO, GzipStream(path))
         return path.open("rb")
     except OSError as error:
         raise ScanFormatError(f"{path} cannot be opened ({error.strerror}).") from error
@@ -273,48 +277,44 @@ def _read_header(path: Path) -> Any:
 def _shape(path: Path, header: Any) -> tuple[int, int, int]:
     shape = [int(n) for n in header.get_data_shape()]
     if not shape or min(shape) < 1:
-        raise ScanFormatError(f"{path} has shape {_listed(shape)}: there are no voxels in it.")
+        raise ScanFormatError(f"{path} has shape {listed(shape)}: there are no voxels in it.")
     while len(shape) > 3 and shape[-1] == 1:
         shape.pop()
     if len(shape) != 3:
         raise ScanFormatError(
-            f"{path} is {len(shape)}-dimensional ({_listed(shape)}); give one 3-D volume."
+            f"{path} is {len(shape)}-dimensional ({listed(shape)}); give one 3-D volume."
         )
     return shape[2], shape[1], shape[0]
 
 
-def _check_affine(path: Path, grid: Grid) -> None:
-    if not np.isfinite(grid.affine).all() or not _is_regular(grid.affine[:3, :3]):
+def _check_bits(path: Path, header: Any, dtype: np.dtype[Any]) -> None:
+    """Refuse a type and a number of bits that contradict each other; 0 bits say nothing."""
+    bits = int(header["bitpix"])
+    if bits not in (0, dtype.itemsize * 8):
         raise ScanFormatError(
-            f"{path} has an affine that does not place its voxels in space (singular or not"
-            " finite); repair its header."
-        )
-    extent = grid.spacing * grid.shape
-    if extent.max() > LARGEST_EXTENT or np.abs(grid.origin).max() > LARGEST_EXTENT:
-        raise ScanFormatError(
-            f"{path} says it is {_listed(extent)} mm large at {_listed(grid.origin)} mm, which no"
-            " scan is; repair its header."
-        )
-
-
-def _is_regular(matrix: NDArray[np.float64]) -> bool:
-    """Whether no axis vanishes and no two nearly coincide, whatever their lengths."""
-    with np.errstate(all="ignore"):
-        lengths = np.sqrt((matrix**2).sum(axis=0))
-        return bool(
-            (lengths > SMALLEST_SPACING).all() and abs(np.linalg.det(matrix / lengths)) > 1e-3
+            f"{path} has a damaged NIfTI header: it says that voxels are {dtype.name} (datatype"
+            f" {int(header['datatype'])}) and have {bits} bits (bitpix); get a new copy."
         )
 
 
 def _check_size(file: NiftiFile) -> None:
-    """Refuse early, and before memory is asked for, what cannot hold all voxels."""
-    voxels = int(np.prod([int(n) for n in file.grid.shape], dtype=object))
-    needed = data_offset(file.path, file.header) + voxels * file.dtype.itemsize
+    """Refuse early, and before memory is asked for, what cannot hold just these voxels."""
     size = file.path.stat().st_size
-    if file.path.name.lower().endswith(".gz"):
-        size *= MOST_COMPRESSED
-    if needed > size:
+    compressed = file.path.name.lower().endswith(".gz")
+    needed = _needed(file)
+    if needed > (size * MOST_COMPRESSED if compressed else size):
         raise _truncated(file.path)
+    if not compressed and size - needed >= (needed - _begin(file)) // file.grid.shape[0]:
+        raise _too_long(file)
+
+
+def _begin(file: NiftiFile) -> int:
+    return data_offset(file.path, file.header)
+
+
+def _needed(file: NiftiFile) -> int:
+    """Bytes from the beginning of the (decompressed) file to the end of its last voxel."""
+    return _begin(file) + math.prod(file.grid.shape) * file.dtype.itemsize
 
 
 def _guarded(path: Path, read: Any, argument: Any) -> Any:
@@ -333,9 +333,12 @@ def _truncated(path: Path) -> ScanFormatError:
     return ScanFormatError(f"{path} is truncated: it ends before its last voxel; get a new copy.")
 
 
+def _too_long(file: NiftiFile) -> ScanFormatError:
+    return ScanFormatError(
+        f"{file.path} is longer than its header says ({listed(file.grid.shape[::-1])} voxels of"
+        f" {file.dtype.name}): its shape or type is wrong; repair its header."
+    )
+
+
 def _kind(dtype: np.dtype[Any]) -> str:
     return {"c": "complex", "V": "RGB or unknown"}.get(dtype.kind, str(dtype))
-
-
-def _listed(values: Iterable[Any]) -> str:
-    return " × ".join(f"{value:g}" for value in values)

@@ -10,7 +10,7 @@ from atlas_store import OrganTable
 from atlas_store.marker import natural_order
 from kpt_dask.errors import GridMismatchError, LabelError, ParameterError, ScanNotFoundError
 from kpt_dask.runtime import progress
-from kpt_dask.scans.scan import Scan, open_scan
+from kpt_dask.scans.scan import Scan, open_labels, open_scan
 
 SCANS = "{id}_ct.nii.gz"
 LABELS = "{id}_seg.nii.gz"
@@ -98,7 +98,7 @@ def open_pair(scan: str | Path, labels: str | Path) -> tuple[Scan, Scan]:
     ScanNotFoundError, ScanFormatError
         If one of them cannot be opened.
     """
-    source, labelled = open_scan(scan), open_scan(labels)
+    source, labelled = open_scan(scan), open_labels(labels)
     if not source.grid.same_as(labelled.grid):
         if source.grid.shape != labelled.grid.shape:
             how = f"shape {_stored_shape(labelled)} against {_stored_shape(source)}"

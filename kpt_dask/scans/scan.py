@@ -15,10 +15,17 @@ from numpy.typing import NDArray
 from kpt_dask.errors import ScanFormatError, ScanNotFoundError
 from kpt_dask.grid import Grid
 from kpt_dask.output import replacing
+from kpt_dask.runtime import notices
+from kpt_dask.scans.intensities import Intensities
 from kpt_dask.scans.nifti import NiftiFile, open_nifti, write_nifti
 
 READERS: dict[str, Callable[[Path], NiftiFile]] = {".nii": open_nifti, ".nii.gz": open_nifti}
 """Which reader opens which file name."""
+
+ROUNDING, MOST_ROUNDING = 0.05, 0.25
+"""How far a stored label may be from a whole number: programs that write numbers with decimals into
+a file of scaled integers round to its steps. Half a step counts, if it is no more than the second.
+"""
 
 
 @dataclass(frozen=True, eq=False)
@@ -42,14 +49,22 @@ class Scan:
     dtype: np.dtype[Any]
     file: NiftiFile
 
+    @property
+    def doubts(self) -> tuple[str, ...]:
+        """What its header leaves open, one sentence each."""
+        return self.file.doubts
+
     def slabs(self) -> Iterator[NDArray[np.float32]]:
         """Stream the values in HU, in stored order, a few planes (n, j, i) at a time.
+
+        Warns at the end if they can hardly be HU.
 
         Raises
         ------
         ScanFormatError
             If the file is truncated or damaged, or a value is NaN or infinite.
         """
+        seen = Intensities()
         certain = self.dtype.kind in "iu" and not self._scaled
         for stored in self.file.slabs():
             with np.errstate(over="ignore", invalid="ignore"):
@@ -58,7 +73,13 @@ class Scan:
                 raise ScanFormatError(
                     f"{self.path} holds NaN or infinite values; replace them with the HU of air."
                 )
+            seen.add(values)
             yield values
+        if (doubt := seen.doubt()) is not None:
+            notices.warn(
+                f"{self.path} {doubt}; organs may be missed or misplaced. Convert it anew from the"
+                " DICOM series if it should be in HU."
+            )
 
     def label_slabs(self) -> Iterator[NDArray[np.uint16]]:
         """Stream the values as labels, in stored order, a few planes (n, j, i) at a time.
@@ -66,15 +87,21 @@ class Scan:
         Raises
         ------
         ScanFormatError
-            If the file is truncated or damaged, or a value is no whole number in 0…65535.
+            If the file is truncated or damaged, or a value is no whole number in 0…65535, but
+            for rounding.
         """
+        step = abs(self.file.slope) if self.dtype.kind in "iu" else 0.0
+        rounding = max(ROUNDING, min(step / 2 * (1 + 1e-6), MOST_ROUNDING))
         for stored in self.file.slabs():
             with np.errstate(over="ignore", invalid="ignore"):
                 values = self._values(stored) if self._scaled else stored
-                # Not (a and b): NaN fails every comparison.
-                usable = bool(values.min() >= 0 and values.max() <= np.iinfo(np.uint16).max)
-                labels = values.astype(np.uint16)
-            if not usable or (values.dtype.kind == "f" and not np.array_equal(labels, values)):
+                whole = np.rint(values) if values.dtype.kind == "f" else values
+                # Said as what must hold: NaN fails every comparison.
+                usable = bool(whole.min() >= 0 and whole.max() <= np.iinfo(np.uint16).max)
+                if usable and values.dtype.kind == "f":
+                    usable = bool(np.abs(values - whole).max() <= rounding)
+                labels = whole.astype(np.uint16)
+            if not usable:
                 raise ScanFormatError(
                     f"{self.path} is no label map: its values must be whole numbers from 0 to"
                     " 65535."
@@ -105,7 +132,9 @@ def scan_name(path: Path) -> str:
 
 
 def open_scan(path: str | Path) -> Scan:
-    """Read the header of a scan or label map; ``.nii`` and ``.nii.gz`` are known.
+    """Read the header of a scan; ``.nii`` and ``.nii.gz`` are known.
+
+    Warns of what the header leaves open.
 
     Raises
     ------
@@ -113,6 +142,17 @@ def open_scan(path: str | Path) -> Scan:
         If there is no such file.
     ScanFormatError
         If it is none that can be read, or not one 3-D volume of real numbers on a usable grid.
+    """
+    scan = open_labels(path)
+    for doubt in scan.doubts:
+        notices.warn(doubt)
+    return scan
+
+
+def open_labels(path: str | Path) -> Scan:
+    """Read the header of a label map; as `open_scan`, but without a warning.
+
+    It must lie on the grid of its scan, of which whoever opens that is warned.
     """
     path = Path(path)
     if not path.exists():

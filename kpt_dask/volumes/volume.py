@@ -286,12 +286,14 @@ def label_blocks(
         )
     with progress.stage("Reading labels", total=scan.grid.shape[0]) as advance:
         slabs = _told(scan.label_slabs(), advance)
-        if scan.grid.axis_permutation() is not None:
-            yield from resample_labels(slabs, scan.grid, volume.grid, CHUNKS)
+        # Not the label map's own, which may differ by rounding.
+        grid = volume.source_grid
+        if grid.axis_permutation() is not None:
+            yield from resample_labels(slabs, grid, volume.grid, CHUNKS)
             return
-        own = along_own_axes(scan.grid, float(volume.grid.spacing[0]))
+        own = along_own_axes(grid, float(volume.grid.spacing[0]))
         with _temporary(volume.group, own, np.uint16) as lowpass:
-            for region, labels in resample_labels(slabs, scan.grid, own, CHUNKS):
+            for region, labels in resample_labels(slabs, grid, own, CHUNKS):
                 write_region(lowpass, region, labels)
             for block in regions(volume.grid.shape, BLOCK):
                 plan = window(own, volume.grid, block)

@@ -27,7 +27,7 @@ from kpt_dask.demo.phantom.subject import make_subject
 from kpt_dask.errors import ParameterError
 from kpt_dask.grid import Grid
 from kpt_dask.output import check_absent, replacing
-from kpt_dask.scans.nifti import FROM_IJK, FROM_RAS_XYZ
+from kpt_dask.scans.placement import FROM_IJK, FROM_RAS_XYZ
 
 __all__ = [
     "NOISE",

@@ -1,0 +1,66 @@
+"""Whether the values of a scan can be HU: counted while they stream by, judged at the end.
+
+A CT shows air (below −500 HU), soft tissue (around 0) and bone (above 200); what lacks one of them
+is cut out, clipped, or not in HU.
+"""
+
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+EDGES = (-1100.0, -500.0, -200.0, 200.0, 850.0, 1250.0)
+"""HU. What is below the first is padding, not air; then air, and so on; soft tissue lies between
+the third and the fourth, and between the last two where 1024 was added."""
+
+SAMPLES = 128
+"""Rows and columns of a plane that are looked at, at least, if it has as many."""
+
+NORMALISED = 20.0
+"""Values that span no more were divided by something: fat and muscle alone are 100 HU apart."""
+
+SOFT_TISSUE = 0.005
+"""Share of all values that must be soft tissue's, at least; a body fills more of any scan."""
+OFFSET = 0.1
+"""Share of the values above air that lie where soft tissue would if 1024 were added; bone has less
+than half as many there."""
+
+
+class Intensities:
+    """Counts of the values of a scan, from every few rows and columns of its planes."""
+
+    def __init__(self) -> None:
+        self._low, self._high = np.inf, -np.inf
+        self._below = np.zeros(len(EDGES), np.int64)
+        self._all = 0
+
+    def add(self, planes: NDArray[Any]) -> None:
+        """Count the values of a few planes (n, j, i), HU."""
+        down, across = (max(1, n // SAMPLES) for n in planes.shape[1:])
+        sample = np.ascontiguousarray(planes[:, ::down, ::across])
+        self._low = min(self._low, float(sample.min()))
+        self._high = max(self._high, float(sample.max()))
+        self._below += [np.count_nonzero(sample < edge) for edge in EDGES]
+        self._all += sample.size
+
+    def doubt(self) -> str | None:
+        """Say why the values may not be HU, as the end of a sentence; None if they may well be."""
+        padding, air, fat, soft, tissue, raised = (int(n) for n in self._below)
+        low, high = self._low, self._high
+        run = f"holds values from {low:g} to {high:g}"
+        if low == high:
+            return f"holds nothing but the value {low:g}"
+        if high - low <= NORMALISED:
+            return f"{run}: normalised intensities, not HU"
+        if low >= -1 and high <= 256:
+            return f"{run}: a picture's grey values, not HU"
+        above = self._all - air
+        if raised - tissue > OFFSET * above and air - padding <= OFFSET * (raised - tissue):
+            return f"{run} as if about 1024 had been added to HU, which its header does not say"
+        if soft - fat < SOFT_TISSUE * self._all:
+            return f"{run}, and hardly any between -200 and 200 HU, where soft tissue is"
+        if air == padding:
+            return f"{run}, no air (nothing below -500 HU): it may be clipped, or not in HU"
+        if self._all == soft:
+            return f"{run}, no bone (nothing above 200 HU): it may be clipped, or not in HU"
+        return None
