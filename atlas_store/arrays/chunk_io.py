@@ -10,24 +10,23 @@ import json
 import math
 import os
 import struct
+import sys
 import uuid
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from io import BufferedWriter
 from itertools import product
 from pathlib import Path
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple
 
 import google_crc32c
 import numpy as np
 import zarr
-from numcodecs.blosc import compress, decompress  # type: ignore[import-untyped]
+from numcodecs.blosc import decompress  # type: ignore[import-untyped]
 from numpy.typing import NDArray
-from zarr.codecs import BloscCodec, BytesCodec, Crc32cCodec, ShardingCodec
-from zarr.core.chunk_key_encodings import DefaultChunkKeyEncoding
-from zarr.core.metadata.v3 import ArrayV3Metadata
 from zarr.storage import LocalStore
 
+from atlas_store.arrays.chunk_layout import Layout, layout_of
 from atlas_store.arrays.flat import flat
 from atlas_store.arrays.jit import kernel
 
@@ -41,7 +40,8 @@ _TOGETHER = 8
 """Chunks that are gathered at a time: so few that they stay in the cache."""
 _PIECES = 1024
 """That are written with one call: the most that Linux takes."""
-_SHUFFLES = {"noshuffle": 0, "shuffle": 1, "bitshuffle": 2}
+_REMEMBERED = 64
+"""Arrays whose layout is kept."""
 
 Region = tuple[slice, ...]
 """One slice with plain bounds per axis."""
@@ -174,7 +174,7 @@ def _unpack_file(rows: Rows, out: NDArray[Any]) -> None:
 
 def serves(array: "zarr.Array[Any]") -> bool:
     """Whether the calling thread reads and writes such an array itself."""
-    return _folder(array) is not None
+    return _layout(array) is not None
 
 
 def read(array: "zarr.Array[Any]", region: Region, out: NDArray[Any] | None = None) -> NDArray[Any]:
@@ -187,19 +187,19 @@ def read(array: "zarr.Array[Any]", region: Region, out: NDArray[Any] | None = No
     """
     if out is None:
         out = np.empty([part.stop - part.start for part in region], array.dtype)
-    folder = _folder(array)
-    if folder is None:
+    layout = _layout(array)
+    if layout is None:
         out[...] = array[region]
         return out
-    for numbers, within, outside in _cut(region, array.shards or array.chunks):
-        path, target = f"{folder}/{_key(array, numbers)}", out[outside]
+    for numbers, within, outside in _cut(region, layout.unit):
+        path, target = layout.path(numbers), out[outside]
         try:
-            if array.shards:
-                _read_shard(array, path, within, target)
+            if layout.shards:
+                _read_shard(layout, path, within, target)
             else:
-                _unpack_part(array, _contents(path), within, target)
+                _unpack_part(layout, _contents(path), within, target)
         except FileNotFoundError:
-            target[...] = array.fill_value
+            target[...] = 0
     return out
 
 
@@ -212,9 +212,9 @@ def _contents(path: str) -> bytes:
         os.close(file)
 
 
-def _read_shard(array: "zarr.Array[Any]", path: str, within: Region, out: NDArray[Any]) -> None:
+def _read_shard(layout: Layout, path: str, within: Region, out: NDArray[Any]) -> None:
     """Read a region of a shard; raises ValueError if it is damaged."""
-    per_axis = _chunks_per_shard(array)
+    per_axis = layout.per_shard
     with open(path, "rb") as file:
         index = _INDEX_ENTRY * math.prod(per_axis) + _CHECKSUM
         size = file.seek(0, os.SEEK_END)
@@ -224,23 +224,23 @@ def _read_shard(array: "zarr.Array[Any]", path: str, within: Region, out: NDArra
         if len(ends) != index or google_crc32c.value(places) != int.from_bytes(checksum, "little"):
             raise ValueError("a shard's index is damaged")
         table = np.frombuffer(places, "<u8").reshape(*per_axis, 2)
-        for numbers, inside, outside in _cut(within, array.chunks):
+        for numbers, inside, outside in _cut(within, layout.chunks):
             offset, length = table[numbers].tolist()
             if offset == length == _NO_CHUNK:
-                out[outside] = array.fill_value
+                out[outside] = 0
                 continue
             if offset + length > size:
                 raise ValueError("a shard's index points beyond its end")
             file.seek(offset)
-            _unpack_part(array, file.read(length), inside, out[outside])
+            _unpack_part(layout, file.read(length), inside, out[outside])
 
 
-def _unpack_part(array: "zarr.Array[Any]", chunk: bytes, inside: Region, out: NDArray[Any]) -> None:
+def _unpack_part(layout: Layout, chunk: bytes, inside: Region, out: NDArray[Any]) -> None:
     """Unpack a region of a chunk."""
-    if out.shape == array.chunks and out.dtype == array.dtype and out.flags.c_contiguous:
+    if out.shape == layout.chunks and out.dtype == layout.dtype and out.flags.c_contiguous:
         unpack_into(chunk, out)
     else:
-        whole = np.empty(array.chunks, array.dtype)
+        whole = np.empty(layout.chunks, layout.dtype)
         unpack_into(chunk, whole)
         out[...] = whole[inside]
 
@@ -270,7 +270,7 @@ class Writer:
 
     def __init__(self, array: "zarr.Array[Any]") -> None:
         self._array = array
-        self._folder = _folder(array)
+        self._layout = _layout(array)
         self._shards: dict[str, _Shard] = {}
 
     def add(
@@ -281,20 +281,20 @@ class Writer:
         If `rows` is given, of the shape of `data` but for the last axis, it says which rows hold
         anything but 0, if any do.
         """
-        array = self._array
-        if self._folder is None:
-            array[region] = data
+        layout, every = self._layout, self._array.config.write_empty_chunks
+        if layout is None:
+            self._array[region] = data
             return
-        data = data.astype(array.dtype, copy=False)
+        data = data.astype(layout.dtype, copy=False)
         if rows is None:
             rows = np.ones(data.shape[:-1], np.bool_)
-        for numbers, within, outside in _cut(region, array.shards or array.chunks):
-            path = f"{self._folder}/{_key(array, numbers)}"
-            if not array.shards:
-                _put(path, _pack(array, within, data[outside]))
+        for numbers, within, outside in _cut(region, layout.unit):
+            path = layout.path(numbers)
+            if not layout.shards:
+                _put(path, _pack(layout, within, data[outside], every))
                 continue
             if path not in self._shards:
-                self._shards[path] = _Shard(array)
+                self._shards[path] = _Shard(layout, every)
             self._shards[path].add(within, data[outside], rows[outside[:-1]])
 
     def finish(self) -> None:
@@ -306,28 +306,28 @@ class Writer:
 class _Shard:
     """Chunks of a shard, packed, and where each lies."""
 
-    def __init__(self, array: "zarr.Array[Any]") -> None:
-        self._array = array
-        self._compressed = _compressor(array)
-        self._table = np.full((*_chunks_per_shard(array), 2), _NO_CHUNK, "<u8")
+    def __init__(self, layout: Layout, every: bool) -> None:
+        self._layout = layout
+        self._every = every
+        self._table = np.full((*layout.per_shard, 2), _NO_CHUNK, "<u8")
         self._chunks: list[bytes] = []
         self._size = 0
 
     def add(self, within: Region, data: NDArray[Any], filled: NDArray[np.bool_]) -> None:
         """Pack what is to keep of a region, of which some rows are filled."""
-        array = self._array
-        first = [part.start // size for part, size in zip(within, array.chunks, strict=True)]
-        rows = _Rows.of(data, within, array.chunks, filled)
+        layout = self._layout
+        first = [part.start // size for part, size in zip(within, layout.chunks, strict=True)]
+        rows = _Rows.of(data, within, layout.chunks, filled)
         kept = rows.occupied()
-        if array.config.write_empty_chunks:
+        if self._every:
             kept[...] = True
         chosen = np.argwhere(kept)
-        room = np.empty((min(len(chosen), _TOGETHER), *array.chunks), array.dtype)
+        room = np.empty((min(len(chosen), _TOGETHER), *layout.chunks), layout.dtype)
         for begin in range(0, len(chosen), _TOGETHER):
             some = chosen[begin : begin + _TOGETHER]
             rows.gather(some, room)
             for number, whole in zip((some + first).tolist(), room, strict=False):
-                chunk = self._compressed(whole)
+                chunk = layout.pack(whole)
                 self._table[tuple(number)] = self._size, len(chunk)
                 self._chunks.append(chunk)
                 self._size += len(chunk)
@@ -450,67 +450,35 @@ def _gather(
                 own[target : target + columns] = memory[place : place + columns]
 
 
-def _pack(array: "zarr.Array[Any]", within: Region, data: NDArray[Any]) -> list[bytes] | None:
+def _pack(layout: Layout, within: Region, data: NDArray[Any], every: bool) -> list[bytes] | None:
     """Pack a region of a chunk; nothing if there is nothing to keep."""
-    if not array.config.write_empty_chunks and not data.any():
+    if not every and not data.any():
         return None
-    if data.shape != array.chunks:
-        whole = np.full(array.chunks, array.fill_value, array.dtype)
+    if data.shape != layout.chunks:
+        whole = np.zeros(layout.chunks, layout.dtype)
         whole[within] = data
         data = whole
-    return [_compressor(array)(np.ascontiguousarray(data))]
+    return [layout.pack(np.ascontiguousarray(data))]
 
 
-def _compressor(array: "zarr.Array[Any]") -> Callable[[NDArray[Any]], bytes]:
-    codec = _stages(array)[1]
-    assert isinstance(codec, BloscCodec)
-    how = codec.cname.value.encode(), codec.clevel, _SHUFFLES[codec.shuffle.value], codec.blocksize
-    return lambda chunk: cast(bytes, compress(chunk, *how, codec.typesize))
-
-
-def _folder(array: "zarr.Array[Any]") -> str | None:
-    """Where the array lies, if its chunks are local files, packed as this project packs them."""
-    if not isinstance(array.store, LocalStore) or not isinstance(array.metadata, ArrayV3Metadata):
+def _layout(array: "zarr.Array[Any]") -> Layout | None:
+    """How the array lies in local files; nothing if Zarr is to read and write it."""
+    if not isinstance(array.store, LocalStore) or sys.byteorder != "little":
         return None
-    stages = _stages(array)
-    plain = (
-        len(stages) == 2
-        and isinstance(stages[0], BytesCodec)
-        and (stages[0].endian is None or stages[0].endian.value == "little")
-        and isinstance(stages[1], BloscCodec)
-        and isinstance(array.metadata.chunk_key_encoding, DefaultChunkKeyEncoding)
-        and array.dtype.isnative
-        and array.fill_value == 0
-    )
-    return f"{array.store.root}/{array.path}" if plain else None
+    metadata = array.metadata
+    known = _layouts.get(id(metadata))
+    # Written out as a document, metadata take longer than to read a small chunk.
+    if known is None or known[0] is not metadata:
+        known = metadata, layout_of(metadata.to_dict())
+        if len(_layouts) >= _REMEMBERED:
+            _layouts.clear()
+        _layouts[id(metadata)] = known
+    layout = known[1]
+    return layout and layout._replace(prefix=f"{array.store.root}/{array.path}/c")
 
 
-def _stages(array: "zarr.Array[Any]") -> Sequence[Any]:
-    """List what a chunk goes through; nothing if its shard is laid out in another way than ours."""
-    assert isinstance(array.metadata, ArrayV3Metadata)
-    stages = array.metadata.codecs
-    if not array.shards:
-        return stages
-    [sharding] = stages
-    assert isinstance(sharding, ShardingCodec)
-    index: Sequence[Any] = sharding.index_codecs
-    plain = (
-        sharding.index_location.value == "end"
-        and [type(codec) for codec in index] == [BytesCodec, Crc32cCodec]
-        and index[0].endian is not None
-        and index[0].endian.value == "little"
-    )
-    return sharding.codecs if plain else ()
-
-
-def _chunks_per_shard(array: "zarr.Array[Any]") -> tuple[int, ...]:
-    assert array.shards is not None
-    return tuple(shard // chunk for shard, chunk in zip(array.shards, array.chunks, strict=True))
-
-
-def _key(array: "zarr.Array[Any]", numbers: tuple[int, ...]) -> str:
-    assert isinstance(array.metadata, ArrayV3Metadata)
-    return array.metadata.chunk_key_encoding.encode_chunk_key(numbers)
+_layouts: dict[int, tuple[object, Layout | None]] = {}
+"""Of arrays that were read or written lately, by the identity of their metadata."""
 
 
 def _cut(region: Region, unit: tuple[int, ...]) -> Iterator[tuple[tuple[int, ...], Region, Region]]:

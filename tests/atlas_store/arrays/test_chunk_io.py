@@ -2,6 +2,9 @@
 
 import json
 import resource
+from collections.abc import Iterator
+from copy import deepcopy
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -10,10 +13,22 @@ import pytest
 import zarr
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from zarr.codecs import BloscCodec, ZstdCodec
+from numcodecs import Blosc
+from zarr.abc.codec import BytesBytesCodec
+from zarr.codecs import (
+    BloscCodec,
+    BytesCodec,
+    Crc32cCodec,
+    GzipCodec,
+    ShardingCodec,
+    TransposeCodec,
+    ZstdCodec,
+)
+from zarr.registry import register_codec
 from zarr.storage import MemoryStore
 
 from atlas_store.arrays import chunk_io
+from atlas_store.arrays.chunk_layout import layout_of
 
 LZ4 = BloscCodec(cname="lz4", shuffle="shuffle")
 
@@ -172,26 +187,136 @@ def test_damaged_shards_are_refused(tmp_path: Path) -> None:
         chunk_io.read(array, (slice(0, 8),))
 
 
+@dataclass(frozen=True)
+class Flipped(BytesBytesCodec):
+    """A codec that this project cannot know."""
+
+    is_fixed_size = True
+
+    @classmethod
+    def from_dict(cls, data: Any) -> "Flipped":
+        return cls()
+
+    def to_dict(self) -> dict[str, Any]:
+        return {"name": "flipped", "configuration": {"bits": [1, 2], "nested": {"codecs": None}}}
+
+    def compute_encoded_size(self, length: int, _: Any) -> int:
+        return length
+
+    async def _decode_single(self, data: Any, spec: Any) -> Any:
+        flipped = bytes(255 - byte for byte in data.to_bytes())
+        return spec.prototype.buffer.from_bytes(flipped)
+
+    _encode_single = _decode_single
+
+
+register_codec("flipped", Flipped)
+
+
 @pytest.mark.parametrize(
     "other",
     [
         {"compressors": ZstdCodec()},
+        {"compressors": GzipCodec()},
+        {"compressors": Flipped()},
+        {"compressors": [LZ4, Flipped()]},
+        {"compressors": [Flipped(), LZ4]},
+        {"compressors": [LZ4, Crc32cCodec()]},
         {"compressors": None},
+        {"filters": TransposeCodec(order=(1, 0))},
+        {"filters": TransposeCodec(order=(1, 0)), "shards": (4, 6)},
+        {"compressors": Flipped(), "shards": (4, 6)},
+        {"serializer": BytesCodec(endian="big")},
         {"fill_value": 7},
+        {"dtype": "complex64"},
+        {"dtype": "bool"},
         {"shards": {"shape": (4, 6), "index_location": "start"}},
+        {
+            "compressors": None,
+            "chunks": (4, 6),
+            "serializer": ShardingCodec(
+                chunk_shape=(2, 3), codecs=[BytesCodec(), LZ4], index_codecs=[BytesCodec()]
+            ),
+        },
         {"chunk_key_encoding": {"name": "v2", "separator": "."}},
+        {"zarr_format": 2, "compressors": Blosc(), "order": "F"},
     ],
+    ids=str,
 )
-def test_what_is_laid_out_otherwise_is_left_to_zarr(tmp_path: Path, other: dict[str, Any]) -> None:
+@pytest.mark.parametrize("order", ["C", "F"])
+def test_what_is_laid_out_otherwise_is_left_to_zarr(
+    tmp_path: Path, other: dict[str, Any], order: Any
+) -> None:
+    data = np.arange(35).reshape(5, 7)
+    other = {"chunks": (2, 3), "dtype": np.int32, **other}
+    with zarr.config.set({"array.order": order}):
+        for store in (str(tmp_path / "a"), MemoryStore()):
+            array = make(store, (5, 7), **other)
+            assert not chunk_io.serves(array)
+            whole = (slice(0, 5), slice(0, 7))
+            values = data.astype(array.dtype)
+            chunk_io.write(array, whole, values)
+            np.testing.assert_array_equal(np.asarray(array[...]), values)
+            part = chunk_io.read(array, (slice(1, 4), slice(2, 7)))
+            assert part.flags.c_contiguous
+            np.testing.assert_array_equal(part, values[1:4, 2:])
+
+
+@pytest.mark.parametrize("shards", [None, (4, 6)])
+def test_attributes_names_and_separators_change_nothing(tmp_path: Path, shards: Any) -> None:
     data = np.arange(35, dtype=np.int32).reshape(5, 7)
-    for store in (str(tmp_path / "a"), MemoryStore()):
-        array = make(store, (5, 7), (2, 3), np.int32, **other)
-        whole = (slice(0, 5), slice(0, 7))
-        chunk_io.write(array, whole, data)
-        np.testing.assert_array_equal(np.asarray(array[...]), data)
-        np.testing.assert_array_equal(
-            chunk_io.read(array, (slice(1, 4), slice(2, 7))), data[1:4, 2:]
-        )
+    array = make(
+        str(tmp_path / "a"),
+        (5, 7),
+        (2, 3),
+        np.int32,
+        shards=shards,
+        attributes={"codecs": [{"name": "zstd"}], "endian": "big", "order": "F"},
+        dimension_names=("big", None),
+        chunk_key_encoding={"name": "default", "separator": "."},
+    )
+    assert chunk_io.serves(array)
+    whole = (slice(0, 5), slice(0, 7))
+    chunk_io.write(array, whole, data)
+    np.testing.assert_array_equal(np.asarray(array[...]), data)
+    np.testing.assert_array_equal(chunk_io.read(array, whole), data)
+
+
+def changed(document: Any, path: tuple[Any, ...], value: Any) -> Any:
+    """Copy a document with something else, or more, at a place."""
+    copy = deepcopy(document)
+    place = copy
+    for step in path[:-1]:
+        place = place[step]
+    place[path[-1]] = value
+    return copy
+
+
+def places(document: Any) -> Iterator[tuple[Any, ...]]:
+    """Yield where a document holds anything, and where it could hold more."""
+    if isinstance(document, dict):
+        yield ("unknown",)
+    steps = document.items() if isinstance(document, dict) else enumerate(document)
+    for step, inner in steps:
+        yield (step,)
+        if isinstance(inner, dict | list):
+            yield from ((step, *rest) for rest in places(inner))
+
+
+@pytest.mark.parametrize("shards", [None, (4, 6)])
+def test_nothing_unknown_is_taken_for_known(tmp_path: Path, shards: Any) -> None:
+    """Whatever a description says in any place, it is known or left to Zarr, without an error."""
+    make(str(tmp_path / "a"), (5, 7), (2, 3), np.int32, shards=shards)
+    document = json.loads((tmp_path / "a/zarr.json").read_bytes())
+    assert layout_of(document) is not None
+    others: list[Any] = [None, True, -1, 2.5, "other", [], {}, ["other"], {"name": "other"}]
+    free = {("attributes",), ("attributes", "unknown"), ("dimension_names",)}
+    for path in places(document):
+        for value in others:
+            layout = layout_of(changed(document, path, value))
+            harmless = path == ("storage_transformers",) and not value
+            harmless |= path == ("chunk_key_encoding", "configuration") and value == {}
+            assert path in free or harmless or layout is None, (path, value)
 
 
 def test_damaged_chunks_are_refused(tmp_path: Path) -> None:
