@@ -13,7 +13,6 @@ import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import numpy as np
 from llvmlite import ir
 from numba import types
 from numba.core import cgutils
@@ -46,51 +45,32 @@ def _everywhere(b: Any, value: Any, kind: Any) -> Any:
 LOG2_E = 1 / math.log(2)
 _ROUNDING = 1.5 * 2.0**23
 """Added to a float32, leaves the nearest whole number in its last bits."""
+_MANTISSA = 23
+"""Bits of a float32 below its exponent."""
 _POWERS = (1.0, 0.693146978, 0.240222421, 0.0555073374, 0.00967151279, 0.00132647273)
 """Of the polynomial that is 2^x for −½ ≤ x ≤ ½, to 1e-7, and exactly 1 at 0."""
-_STEPS = 32
-"""Of a table of powers: as many as two of the widest registers hold."""
-_FEW_POWERS = (1.0, 0.693157315, 0.240226492)
-"""Of the polynomial that is 2^x for −½ ≤ `_STEPS` · x ≤ ½, to 1e-7, and exactly 1 at 0."""
 
 
-def _exp2(context: Any, b: Any, x: Sequence[Any]) -> list[Any]:
+def _exp2(b: Any, x: Sequence[Any]) -> list[Any]:
     """Raise 2 to powers, float32 or vectors of them: see `exp2`. Each step of all together."""
     kind = x[0].type
     lanes = getattr(kind, "count", 0)
     bits = ir.VectorType(ir.IntType(32), lanes) if lanes else ir.IntType(32)
-    # Registers of this size hold the table, and look up all lanes at once.
-    looked_up = lanes == 16 and "+avx512f" in context.codegen().magic_tuple()[2]
-    steps, powers = (_STEPS, _FEW_POWERS) if looked_up else (1, _POWERS)
 
     def number(value: float, kind: Any = kind) -> Any:
         return ir.Constant(kind, lanes * [value] if lanes else value)
 
-    moved = [b.fadd(one, number(_ROUNDING / steps)) for one in x]
-    whole = [b.fsub(one, number(_ROUNDING / steps)) for one in moved]
+    moved = [b.fadd(one, number(_ROUNDING)) for one in x]
+    whole = [b.fsub(one, number(_ROUNDING)) for one in moved]
     rest = [b.fsub(*both) for both in zip(x, whole, strict=True)]
-    factor = len(x) * [number(powers[-1])]
-    for coefficient in powers[-2::-1]:
+    factor = len(x) * [number(_POWERS[-1])]
+    for coefficient in _POWERS[-2::-1]:
         product = [b.fmul(*both, flags=_FUSED) for both in zip(factor, rest, strict=True)]
         factor = [b.fadd(one, number(coefficient), flags=_FUSED) for one in product]
-    # The whole number of steps, as an exponent; what does not fit into one the table takes away.
-    moved = [b.bitcast(one, bits) for one in moved]
-    shift = 23 - int(math.log2(steps))
-    exponent = [b.shl(one, number(shift, bits)) for one in moved]
-    if looked_up:
-        table = np.exp2(np.arange(_STEPS) / _STEPS).astype(np.float32).view(np.int32)
-        table -= np.arange(_STEPS, dtype=np.int32) << shift
-        halves = [ir.Constant(bits, half.tolist()) for half in np.split(table, 2)]
-        name = "llvm.x86.avx512.vpermi2var.d.512"
-        look_up = _declare(b.module, ir.FunctionType(bits, [bits] * 3), name)
-        mantissa = [b.call(look_up, [halves[0], one, halves[1]]) for one in moved]
-    else:
-        mantissa = [b.bitcast(one, bits) for one in factor]
-    power = [b.add(*both) for both in zip(mantissa, exponent, strict=True)]
-    power = [b.bitcast(one, kind) for one in power]
-    if looked_up:
-        power = [b.fmul(*both, flags=_FUSED) for both in zip(power, factor, strict=True)]
-    return power
+    # The whole number is added to the exponent.
+    exponent = [b.shl(b.bitcast(one, bits), number(_MANTISSA, bits)) for one in moved]
+    power = [b.add(b.bitcast(one, bits), e) for one, e in zip(factor, exponent, strict=True)]
+    return [b.bitcast(one, kind) for one in power]
 
 
 class _Filter:
@@ -315,7 +295,7 @@ def exp2(_: Any, x: Any) -> Any:
     """
 
     def code(context: Any, b: Any, own: Any, values: Any) -> Any:
-        return _exp2(context, b, values)[0]
+        return _exp2(b, values)[0]
 
     signature = types.float32(types.float32)
     return signature, code
@@ -407,7 +387,7 @@ def _adding(parts: int) -> Callable[..., Any]:
         squared = [b.fmul(d, d) for d in apart]
         lower = [b.fmul(slope, d, flags=_FUSED) for d in squared]
         counts = [b.fcmp_ordered("<", d, most) for d in squared]
-        powers = _exp2(context, b, [b.fsub(height, d, flags=_FUSED) for d in lower])
+        powers = _exp2(b, [b.fsub(height, d, flags=_FUSED) for d in lower])
         out = places(0, values[2], reals)
         before = load(out, 4)
         sums = [b.fadd(*both, flags=_FUSED) for both in zip(before, powers, strict=True)]

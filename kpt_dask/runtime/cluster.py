@@ -308,7 +308,7 @@ def _each(function: Callable[..., T], tasks: Sequence[tuple[Any, ...]]) -> list[
     return [_call(function, task) for task in tasks]
 
 
-def _abandon(client: Client, name: str, futures: list[Future[T]]) -> None:
+def _abandon(client: Client, name: str, futures: "list[Future[T]]") -> None:
     """Cancel tasks, and wait for those that had begun: Dask cannot stop a thread."""
     if client.status != "running":
         return

@@ -6,8 +6,10 @@ import sys
 from pathlib import Path
 
 import numpy as np
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from llvmlite import binding as llvm
 
 from kpt_dask.kernels.jit import kernel
 from kpt_dask.kernels.rows import (
@@ -47,11 +49,18 @@ def powers(x, out):  # type: ignore[no-untyped-def]
 
 
 def test_powers_of_two() -> None:
-    x = np.concatenate([np.linspace(-126, 127, 99_991), np.arange(-126, 128)]).astype(np.float32)
+    """All fractions that a number of 1 or more can have, and samples of all others."""
+    one_to_two = np.arange(127 << 23, 128 << 23, dtype=np.int32).view(np.float32)
+    tiny = np.geomspace(2.0**-40, 1, 99_991)
+    everywhere = np.linspace(-126, 127, 99_991)
+    whole = np.arange(-126, 128)
+    parts = one_to_two, -one_to_two, tiny, -tiny, everywhere, whole
+    x = np.concatenate([part.astype(np.float32) for part in parts])
     found = np.empty_like(x)
     powers(x, found)
-    np.testing.assert_allclose(found, np.exp2(x.astype(np.float64)), rtol=3e-7)
-    np.testing.assert_array_equal(found[-254:], np.exp2(np.arange(-126.0, 128)))
+    exact = np.exp2(x.astype(np.float64))
+    assert np.abs(found / exact - 1).max() < 3e-7
+    np.testing.assert_array_equal(found[-whole.size :], np.exp2(np.arange(-126.0, 128)))
 
 
 @kernel
@@ -84,8 +93,8 @@ def added_singly(share, scan, strips, height, slope, most):  # type: ignore[no-u
         share[at : at + HALF] = beside[:HALF]
 
 
-def check_halves() -> None:
-    """Two in a vector give the bytes that each gives alone."""
+def check_halves() -> str:
+    """Two in a vector give the bytes that each gives alone: these bytes."""
     rng = np.random.default_rng(1)
     strips = rng.integers(-300, 300, 4 * HALF).astype(np.int16)
     strips[rng.random(strips.size) < 0.1] = np.iinfo(np.int16).min
@@ -96,6 +105,7 @@ def check_halves() -> None:
     added_in_halves(together, *what)
     added_singly(singly, *what)
     assert together.tobytes() == singly.tobytes()
+    return together.tobytes().hex()
 
 
 def check_strips() -> None:
@@ -125,11 +135,18 @@ def test_strips_are_added() -> None:
     check_halves()
 
 
-def test_machines_without_wide_registers_add_the_same() -> None:
-    code = "from tests import test_rows; test_rows.check_strips(); test_rows.check_halves()"
-    environment = os.environ | {"NUMBA_CPU_NAME": "generic"}
+@pytest.mark.parametrize("processor", ["generic", "haswell"])
+def test_machines_without_wide_registers_add_the_same(processor: str) -> None:
+    """The same bytes if they have fused multiply-adds, else the same but for rounding."""
+    features: dict[str, bool] = dict(llvm.get_host_cpu_features())
+    if processor == "haswell" and not (features.get("avx2") and features.get("fma")):
+        pytest.skip("this processor has no AVX2 with FMA")
+    code = "from tests.kernels.test_rows import *; check_strips(); print(check_halves())"
+    environment = os.environ | {"NUMBA_CPU_NAME": processor}
     root = Path(__file__).parents[2]
-    subprocess.run([sys.executable, "-c", code], cwd=root, env=environment, check=True)
+    command = [sys.executable, "-c", code]
+    printed = subprocess.check_output(command, cwd=root, env=environment, text=True)
+    assert printed.strip() == check_halves() or processor == "generic"
 
 
 @given(WIDTHS, st.integers(0, 12), st.integers(0, 20), st.integers(0, 9))
