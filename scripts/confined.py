@@ -11,7 +11,7 @@ from typing import ParamSpec, TypeVar
 from distributed import Client
 
 from kpt_dask.runtime import cluster
-from kpt_dask.runtime.allocator import keep_memory
+from kpt_dask.runtime.allocator import share_freed_memory
 
 _LASTING = ExitStack()
 
@@ -30,7 +30,7 @@ class Confined:
         everywhere = os.sched_getaffinity(0)
         os.sched_setaffinity(0, cores)
         try:
-            self._pool = ProcessPoolExecutor(1, get_context("spawn"), keep_memory)
+            self._pool = ProcessPoolExecutor(1, get_context("spawn"), share_freed_memory)
             self._pool.submit(os.getpid).result()
         finally:
             os.sched_setaffinity(0, everywhere)

@@ -27,7 +27,7 @@ from kpt_dask.cli.common import (
     working,
 )
 from kpt_dask.options import TransferOptions
-from kpt_dask.runtime.allocator import keep_memory
+from kpt_dask.runtime.allocator import share_freed_memory
 
 TERMINATED = 143
 """Exit code after SIGTERM, as shells have it."""
@@ -38,7 +38,7 @@ AGAIN_AFTER = 0.01
 
 def main() -> None:
     """Run the command line."""
-    keep_memory()
+    share_freed_memory()
     signal.signal(signal.SIGINT, _interrupt)
     signal.signal(signal.SIGTERM, _interrupt)
     sys.unraisablehook = _repeat_interruption

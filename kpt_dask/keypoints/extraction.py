@@ -29,7 +29,7 @@ from kpt_dask.errors import ParameterError
 from kpt_dask.keypoints.descriptors import ANISOTROPY, HALF_WIDTH, PATCH
 from kpt_dask.keypoints.sweep import Found, Sweep, halo, planes_held
 from kpt_dask.runtime import cluster, progress
-from kpt_dask.runtime.team import Jobs, later, work_off
+from kpt_dask.runtime.team import Jobs, deferred, run_jobs
 from kpt_dask.volumes.omezarr import CHUNKS
 from kpt_dask.volumes.scale_space import INPUT_SIGMA, LEVELS, SIGMA0, TRUNCATE, level_sigma
 from kpt_dask.volumes.volume import Volume
@@ -376,11 +376,11 @@ def sweep_blocks(parts: Sequence[Part], invariant: bool = False, threads: int = 
         for i in sorted(range(len(parts)), key=lambda i: not small[i]):
             batches = _batches(*parts[i], invariant, 1 if small[i] else threads, found[i])
             if small[i]:
-                yield partial(work_off, batches, 1)
+                yield partial(run_jobs, batches, 1)
             else:
                 yield from batches
 
-    work_off(jobs(), threads)
+    run_jobs(jobs(), threads)
     results = [Found.in_order(batches) for batches in found]
     for (_, block), result in zip(parts, results, strict=True):
         result.index[:, 1:] += [start for start, _ in block.read[1:]]
@@ -405,7 +405,7 @@ def _batches(
     )
     before: Callable[[], NDArray[np.float32]] | None = None
     for read in octave.slabs(sweep.first_plane, sweep.last_plane, block.read[1:]):
-        job, slab = later(read)
+        job, slab = deferred(read)
         yield job
         if before is not None:
             yield from sweep.take(before())

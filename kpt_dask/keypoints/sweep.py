@@ -16,11 +16,11 @@ from typing import Annotated, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from kpt_dask.kernels.handoff import first_steps, pass_turn, wait_for_turn
 from kpt_dask.kernels.jit import kernel
 from kpt_dask.kernels.rows import LANES, compare
 from kpt_dask.keypoints.descriptors import BINS, PATCH, REACH, STEP, describe, sample_patch
 from kpt_dask.keypoints.local_frames import MAX_FRAMES, describe_in_frames
-from kpt_dask.runtime.team import done, may_begin, turns
 from kpt_dask.volumes.scale_space import (
     FINER_TAPS,
     FIRST_TAPS,
@@ -174,7 +174,7 @@ class Sweep:
         *rings, differences = np.split(np.empty(ends[-1] + LANES, np.float32), ends)[:-1]
         self._rings = tuple(ring.reshape(-1, *plane_shape) for ring in rings)
         self._dogs = differences.reshape(dogs)
-        self._turns = turns(len(self._taps) + 2, self._step)
+        self._turns = first_steps(len(self._taps) + 2, self._step)
         self._found = {} if found is None else found
         self._room = 1024
         self._failed = False
@@ -380,15 +380,15 @@ def _advance(
         radius = max(radius, taps[i].size - 1)
     scratch = blur_scratch(BATCH, dogs.shape[3], radius)
     for i in range(stage, gaussians):
-        if not may_begin(turns, i, step):
+        if not wait_for_turn(turns, i, step):
             return i, 0
         a = max(step - schedule[i, 2], schedule[i, 0])
         b = min(after - schedule[i, 2], schedule[i, 1])
         if a < b:
             blur_planes(rings[i], a, b - a, n, taps[i], scratch, rings[i + 1])
-        done(turns, i, after)
+        pass_turn(turns, i, after)
     if stage <= gaussians:
-        if not may_begin(turns, gaussians, step):
+        if not wait_for_turn(turns, gaussians, step):
             return gaussians, count
         start, stop, lead = schedule[gaussians - 1]
         first, last = max(step - lead, start), min(after - lead, stop)
@@ -397,11 +397,11 @@ def _advance(
         count = _find(first - before, first, last, core, rings, dogs, extrema)
         if count < 0:
             return gaussians, count
-        done(turns, gaussians, after)
-    if not may_begin(turns, gaussians + 1, step):
+        pass_turn(turns, gaussians, after)
+    if not wait_for_turn(turns, gaussians + 1, step):
         return gaussians + 1, count
     count = _describe(extrema, count, n, rings, invariant, found)
-    done(turns, gaussians + 1, after)
+    pass_turn(turns, gaussians + 1, after)
     return gaussians + 2, count
 
 

@@ -1,8 +1,7 @@
-"""Threads that share work of several stages: each stage does one batch after the other.
+"""Teams: threads of one process that share a list of jobs.
 
-While a thread is at a late stage of a batch, another may be at an early one of the next. So
-they need not be kept from one another's results by waiting for all: a stage only waits until
-it has done the batch before. Kernels wait without the interpreter, and not for long.
+A task of a team is a generator of jobs. Whichever thread is free takes the next one, so nobody
+waits for a slower thread. Jobs may depend on earlier ones; these have always begun.
 """
 
 import threading
@@ -12,40 +11,23 @@ from contextlib import closing
 from functools import partial
 from typing import Any, TypeVar
 
-import numpy as np
 from dask.system import CPU_COUNT
-from llvmlite import ir
-from numba import types
-from numba.extending import intrinsic
-from numpy.typing import NDArray
 
-from kpt_dask.kernels.jit import kernel
-
-_LOOKS = 20_000
-"""How often a kernel looks whether it may go on, some ten microseconds, before it gives up."""
-
-_PLANNING = min(CPU_COUNT, 4)
-"""Threads that plan. More would have next to nothing to do: all of it takes some milliseconds."""
+_PLANNERS = min(CPU_COUNT, 4)
+"""Threads of `map_in_threads`. Planning takes milliseconds, so more would not pay."""
 
 T = TypeVar("T")
 Jobs = Generator[Callable[[], None], None, None]
 
-_intrinsic: Callable[[Callable[..., Any]], Callable[..., Any]] = intrinsic
-
 _HELPERS = ThreadPoolExecutor(256, "helper")
-"""Threads that stay, begun when they are needed: what new ones give back of memory, others could
-not use again."""
+"""Long-lived helper threads, started on demand: glibc would keep the memory that short-lived ones
+freed in arenas of their own."""
 
 
-def turns(stages: int, first: int) -> NDArray[np.int64]:
-    """Make the turns of so many stages, whose first batch begins at step `first`."""
-    return np.full(stages, first, np.int64)
+def deferred(function: Callable[[], T]) -> tuple[Callable[[], None], Callable[[], T]]:
+    """Split a call into a job that makes it and a function that waits for its result.
 
-
-def later(function: Callable[[], T]) -> tuple[Callable[[], None], Callable[[], T]]:
-    """Make a job of a function, and what waits until it is done and gives what it returned.
-
-    If it raised, so does whoever waits, and not the job.
+    An exception is raised where the result is asked for, not in the job.
     """
     future: Future[T] = Future()
 
@@ -58,8 +40,8 @@ def later(function: Callable[[], T]) -> tuple[Callable[[], None], Callable[[], T
     return job, future.result
 
 
-def work_off(jobs: Jobs, threads: int) -> None:
-    """Do jobs in several threads, this one among them.
+def run_jobs(jobs: Jobs, threads: int) -> None:
+    """Run jobs in several threads, the calling one among them.
 
     Parameters
     ----------
@@ -98,53 +80,14 @@ def work_off(jobs: Jobs, threads: int) -> None:
         other.result()
 
 
-def each(function: Callable[..., T], tasks: Iterable[tuple[Any, ...]]) -> list[T]:
-    """Compute ``function(*task)`` for every task, in threads of this process: for planning.
+def map_in_threads(function: Callable[..., T], tasks: Iterable[tuple[Any, ...]]) -> list[T]:
+    """Compute ``function(*task)`` for every task, in a few threads of this process: for planning.
 
     Returns
     -------
     list
         The results, in the order of the tasks.
     """
-    pairs = [later(partial(function, *task)) for task in tasks]
-    work_off((job for job, _ in pairs), _PLANNING)
+    pairs = [deferred(partial(function, *task)) for task in tasks]
+    run_jobs((job for job, _ in pairs), _PLANNERS)
     return [result() for _, result in pairs]
-
-
-@kernel
-def may_begin(turns: NDArray[np.int64], stage: int, step: int) -> bool:
-    """Whether a stage may do the batch that begins at a step, soon.
-
-    If not, the caller should let other threads have this core for a moment, and ask again.
-    """
-    looks = 0
-    while _look(turns, stage) != step and looks < _LOOKS:
-        looks += 1
-    return looks < _LOOKS
-
-
-@_intrinsic
-def _look(_: Any, turns: Any, stage: Any) -> Any:
-    """Read a turn, and see whatever was written before it was set."""
-
-    def code(context: Any, b: Any, own: Any, arguments: Any) -> Any:
-        return b.load_atomic(_place(context, b, own, arguments), "acquire", 8)
-
-    return types.int64(turns, types.intp), code
-
-
-@_intrinsic
-def done(_: Any, turns: Any, stage: Any, step: Any) -> Any:
-    """Let a stage do the batch that begins at a step, and what it wrote be seen."""
-
-    def code(context: Any, b: Any, own: Any, arguments: Any) -> Any:
-        b.store_atomic(arguments[2], _place(context, b, own, arguments), "release", 8)
-        return context.get_dummy_value()
-
-    return types.void(turns, types.intp, types.int64), code
-
-
-def _place(context: Any, b: Any, own: Any, arguments: Any) -> Any:
-    data = context.make_array(own.args[0])(context, b, arguments[0]).data
-    word = b.bitcast(data, ir.IntType(64).as_pointer())
-    return b.gep(word, [arguments[1]])

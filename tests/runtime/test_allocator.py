@@ -8,7 +8,7 @@ import pytest
 FAULTS = """
 import ctypes, resource, sys, threading
 import numpy as np
-from kpt_dask.runtime.allocator import keep_memory
+from kpt_dask.runtime.allocator import share_freed_memory
 
 def fill():
     np.ones(1 << 27, np.uint8)
@@ -21,7 +21,7 @@ def in_thread():
     return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
 
 if sys.argv[1] == "kept":
-    keep_memory()
+    share_freed_memory()
 print(in_thread(), in_thread())
 """
 

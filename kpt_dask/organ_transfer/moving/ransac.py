@@ -6,7 +6,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kpt_dask.kernels.jit import kernel
-from kpt_dask.runtime.team import each
+from kpt_dask.runtime.team import map_in_threads
 
 LEAST = 8
 """Matches that must agree, at least: twice the 4 that any affine fits exactly."""
@@ -51,7 +51,7 @@ def fit_affines(
     found, agree = np.empty((len(ends), 4, 3)), np.zeros(len(source), np.bool_)
     # Those of many points lie together: each part gets as many.
     points = source, target, _DRAWN, ends
-    each(_fit_groups, ((*points, i, _PARTS, found, agree) for i in range(_PARTS)))
+    map_in_threads(_fit_groups, ((*points, i, _PARTS, found, agree) for i in range(_PARTS)))
     return found.transpose(0, 2, 1), agree
 
 

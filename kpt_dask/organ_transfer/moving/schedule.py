@@ -48,7 +48,7 @@ from kpt_dask.organ_transfer.moving.plan import (
 )
 from kpt_dask.runtime import cluster
 from kpt_dask.runtime.balance import cut, deal
-from kpt_dask.runtime.team import Jobs, later, work_off
+from kpt_dask.runtime.team import Jobs, deferred, run_jobs
 from kpt_dask.volumes.volume import Volume
 
 READING, FINISHING = 8, 28
@@ -246,7 +246,7 @@ def transfer_slabs(
     def jobs() -> Jobs:
         ready, left = None, spare
         if keep:
-            job, ready = later(read_atlases)
+            job, ready = deferred(read_atlases)
             yield job
         reaches = moves.reaches()
         boxes.extend(overlaps(reaches, slab) for slab in everywhere)
@@ -262,7 +262,7 @@ def transfer_slabs(
             left -= 2 * volume_of(box)
             if kept or left < 0:
                 break
-            job, unpacked[i] = later(partial(unpack, box))
+            job, unpacked[i] = deferred(partial(unpack, box))
             yield job
         for i, box in slabs:
             yield partial(fill, i, box, ready)
@@ -304,7 +304,7 @@ def transfer_slabs(
                 columns[...] = 0
             yield o, box, columns
 
-    work_off(jobs(), threads)
+    run_jobs(jobs(), threads)
     return sum(tallies, start=Tally.empty(len(organs)))
 
 

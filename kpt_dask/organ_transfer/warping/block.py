@@ -70,7 +70,7 @@ from kpt_dask.organ_transfer.warping.landing import (
 )
 from kpt_dask.runtime import cluster
 from kpt_dask.runtime.balance import cut
-from kpt_dask.runtime.team import Jobs, each, later, work_off
+from kpt_dask.runtime.team import Jobs, deferred, map_in_threads, run_jobs
 from kpt_dask.volumes.volume import Volume
 
 PIECES = 1
@@ -155,7 +155,7 @@ def warp_atlases(
     widths = options.sigma_x, options.sigma_t
     smallest, nus = options.smallest_share("local"), options.nus("local", organs)
     own = list(zip(atlases, by_atlas(keypoints, matches, len(atlases)), strict=True))
-    landed = each(landing_boxes, ((*one, organs, grid, widths) for one in own))
+    landed = map_in_threads(landing_boxes, ((*one, organs, grid, widths) for one in own))
     domains = domains_of(landed, step)
     per_plane = _per_plane(atlases)
     with cluster.session(client) as session:
@@ -280,7 +280,7 @@ def transfer_block(
             if boxes:
                 yield partial(finish, slab, boxes)
 
-    work_off(jobs(), threads)
+    run_jobs(jobs(), threads)
     return sum(tallies, start=Tally.empty(len(organs)))
 
 
@@ -338,7 +338,7 @@ class _Block:
         """Give jobs that let all atlases vote, of which so many are read together."""
         ready: list[Callable[[], None]] = []
         for slab in cut_in_slabs(self.box, self._grid.shape):
-            job, wait = later(partial(self._read_scan, slab))
+            job, wait = deferred(partial(self._read_scan, slab))
             ready.append(wait)
             yield job
         n = len(self._here)
@@ -348,12 +348,12 @@ class _Block:
         for first in range(0, len(self._atlases), together):
             atlases = []
             for i, room in zip(range(first, len(self._atlases)), rooms, strict=False):
-                job, atlas = later(partial(self._read_atlas, i, room, ready if first else ()))
+                job, atlas = deferred(partial(self._read_atlas, i, room, ready if first else ()))
                 atlases.append(atlas)
                 yield job
             done = []
             for part in parts:
-                job, wait = later(partial(self._vote, part, atlases, () if first else ready))
+                job, wait = deferred(partial(self._vote, part, atlases, () if first else ready))
                 done.append(wait)
                 yield job
             ready = done
