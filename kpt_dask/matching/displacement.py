@@ -1,9 +1,11 @@
 """Smooth displacement fields from matches that are partly wrong.
 
-A robust kernel regression of the matches' translations, evaluated at the nodes of a lattice
-and linear in between. Knows points and translations in mm; no atlases, no organs.
+A robust kernel regression of what the matches' translations have beyond their affine trend,
+evaluated at the nodes of a lattice and linear in between. Knows points and translations in mm;
+no atlases, no organs.
 """
 
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -11,6 +13,7 @@ from numpy.typing import NDArray
 
 from kpt_dask.kernels.jit import kernel
 from kpt_dask.kernels.rows import LANES, LOG2_E, exp2
+from kpt_dask.matching.trend import Trend, fit_trend
 from kpt_dask.options import SIGMA_T, SIGMA_X
 
 Widths = tuple[float, float]
@@ -24,6 +27,61 @@ UNSUPPORTED = 1e-30
 """Matches that disagree so much support nothing."""
 _FARTHEST = 120.0
 """−log₂ of the smallest weight: float32 holds no smaller ones."""
+AFFINE_SUPPORT = 1e-3
+"""Support of the affine trend, which carries the field where no match is near."""
+
+
+@dataclass(frozen=True)
+class Field:
+    """The displacement from an atlas to the scan, u(x) = A(x) + r(x), from the atlas's matches.
+
+    A is the affine trend of all matches, r the regression of t_m − A(x_m); see `regress`.
+
+    Attributes
+    ----------
+    position : float32 array (m, 3)
+        x_m, mm.
+    rest : float32 array (m, 3)
+        t_m − A(x_m), mm.
+    trend : Trend
+    """
+
+    position: NDArray[np.float32]
+    rest: NDArray[np.float32]
+    trend: Trend
+
+    @classmethod
+    def of(cls, position: NDArray[np.float32], translation: NDArray[np.float32]) -> "Field":
+        """Fit the trend of matches at x_m (m, 3) with translations t_m (m, 3), mm."""
+        trend = fit_trend(position, translation)
+        return cls(position, translation - trend.at(position), trend)
+
+    def reversed(self) -> "Field":
+        """Give the field with the roles exchanged: its points are the atlas's."""
+        translation = self.rest + self.trend.at(self.position)
+        return Field.of(self.position - translation, translation)
+
+    def at(self, points: NDArray[Any], widths: Widths = (SIGMA_X, SIGMA_T)) -> NDArray[np.float32]:
+        """Estimate the displacement at points (n, 3), mm, and its support (n, 4).
+
+        The support is that of the regression and `AFFINE_SUPPORT`. All is 0 if the trend is
+        unknown, as it is without matches.
+        """
+        found = regress(points, self.position, self.rest, widths)
+        if self.trend.known:
+            found[:, :3] += self.trend.at(points)
+            found[:, 3] += np.float32(AFFINE_SUPPORT)
+        return found
+
+    def around(
+        self, low: NDArray[np.float64], high: NDArray[np.float64], widths: Widths
+    ) -> "Field":
+        """Keep the matches that have a say between two corners (3), mm."""
+        # A millimetre more, whatever is rounded.
+        reach = REACH * widths[0] + 1
+        near = (self.position >= low - reach) & (self.position <= high + reach)
+        kept = near.all(axis=1)
+        return Field(self.position[kept], self.rest[kept], self.trend)
 
 
 def regress(

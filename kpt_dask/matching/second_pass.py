@@ -1,7 +1,7 @@
 """Match a scan's keypoints with each atlas's again, where a first field says they should be.
 
 Near its displaced position a keypoint has few rivals, so a match needs no ratio test; that
-both keypoints choose each other is enough.
+both keypoints choose each other is enough. Twice: the second field knows better than the first.
 """
 
 from typing import Any
@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from atlas_store import AtlasKeypoints
 from kpt_dask.kernels.jit import kernel
-from kpt_dask.matching.displacement import Widths, regress
+from kpt_dask.matching.displacement import Field, Widths
 from kpt_dask.matching.first_pass import (
     SCALE_RATIO,
     Arrays,
@@ -25,8 +25,9 @@ from kpt_dask.matching.first_pass import (
 from kpt_dask.options import SIGMA_T, SIGMA_X
 from kpt_dask.runtime import cluster
 
-RADIUS = 15.0
-"""How far from where the field expects it a keypoint's match may lie, mm."""
+RADII = 35.0, 25.0
+"""How far from where the field expects it a keypoint's match may lie, mm: first, when the field
+is that of matches anywhere, and again, when it is that of the matches this gives."""
 
 
 def rematch(
@@ -101,19 +102,25 @@ def rematch_atlas(
     -------
     keypoint, atlas_keypoint : int64 arrays (n)
         Pairs, each in its first frame, that are each other's nearest in descriptor, of those
-        within `RADIUS` whose scales and signs agree; in order of test keypoint.
+        within the last of `RADII` whose scales and signs agree; in order of test keypoint.
     """
     here, there = Keypoints.of(test), Keypoints.of(atlas)
-    field = regress(here.position, np.asarray(test[0], np.float32)[keypoint], translation, widths)
-    moved = here.position - field[:, :3]
     order = np.argsort(there.position[:, 0], kind="stable")
-    forth = _mutual_nearest(
-        (moved, field[:, 3], here.scale, here.sign, here.frames, here.descriptor),
-        (there.position, there.scale, there.sign, there.frames, there.descriptor),
-        order,
-        there.position[order, 0],
-    )
-    mutual = np.flatnonzero(forth >= 0)
+    theirs = there.position, there.scale, there.sign, there.frames, there.descriptor
+    position = np.asarray(test[0], np.float32)[keypoint]
+    for radius in RADII:
+        field = Field.of(position, translation).at(here.position, widths)
+        moved = here.position - field[:, :3]
+        forth = _mutual_nearest(
+            (moved, field[:, 3], here.scale, here.sign, here.frames, here.descriptor),
+            theirs,
+            order,
+            there.position[order, 0],
+            np.float32(radius),
+        )
+        mutual = np.flatnonzero(forth >= 0)
+        position = here.position[mutual]
+        translation = position - there.position[forth[mutual]]
     return here.first[mutual], there.first[forth[mutual]]
 
 
@@ -123,6 +130,7 @@ def _mutual_nearest(
     atlas: tuple[NDArray[Any], ...],
     order: NDArray[np.int64],
     height: NDArray[np.float32],
+    radius: np.float32,
 ) -> NDArray[np.int64]:
     """Index of the atlas keypoint that each test keypoint chooses and is chosen by, or −1.
 
@@ -135,10 +143,11 @@ def _mutual_nearest(
         The same but for the support.
     order, height : ndarray (m)
         Atlas keypoints from low z to high, and their z.
+    radius : float32
+        mm.
     """
     here, support, scale, sign, frames, descriptor = test
     there, other_scale, other_sign, other_frames, other_descriptor = atlas
-    radius = np.float32(RADIUS)
     forth = np.full(here.shape[0], -1, np.int64)
     back = np.full(there.shape[0], -1, np.int64)
     nearest = np.full(there.shape[0], np.inf, np.float32)

@@ -30,7 +30,7 @@ def test_it_is_what_the_equations_say(seed: int, n: int) -> None:
     found = regress(points, position, translation)
     assert found.dtype == np.float32
     for point, row in zip(points, found, strict=True):
-        expected = naive.displacement(point, position, translation)
+        expected = naive.regression(point, position, translation)
         # Between groups of matches that disagree, float32 decides where the mean goes; what
         # votes there counts as much as the support.
         counts = min(expected[3], 1)

@@ -18,7 +18,7 @@ Side = tuple[Array, Array, Array, Array]
 
 def keypoints(rng: np.random.Generator, n: int) -> Side:
     return (
-        rng.uniform(0, 60, (n, 3)).astype(np.float32),
+        rng.uniform(0, 90, (n, 3)).astype(np.float32),
         rng.choice([2.0, 3.5, 6.0], n).astype(np.float32),
         rng.choice([-1, 1], n).astype(np.int8),
         rng.integers(0, 64, (n, 64)).astype(np.uint8),
@@ -31,12 +31,22 @@ def first_matches(rng: np.random.Generator, n: int, m: int) -> tuple[Array, Arra
 
 
 def expected(test: Side, atlas: Side, keypoint: Array, translation: Array) -> list[Any]:
-    """Pairs that choose each other, by eq. 2 within 15 mm of where the field expects them."""
+    """Pairs that choose each other, by eq. 2 near where the field expects them, twice."""
+    position = test[0][keypoint]
+    for radius in (35, 25):
+        pairs = chosen(test, atlas, position, translation, radius)
+        position = np.array([test[0][i] for i, _ in pairs]).reshape(-1, 3)
+        translation = position - np.array([atlas[0][j] for _, j in pairs]).reshape(-1, 3)
+    return pairs
+
+
+def chosen(test: Side, atlas: Side, position: Array, translation: Array, radius: float) -> Any:
+    """Pairs that choose each other within a radius."""
     cost = np.full((len(test[1]), len(atlas[1])), np.inf)
     for i in range(len(test[1])):
-        *u, support = warping.displacement(test[0][i], test[0][keypoint], translation)
+        *u, support = warping.displacement(test[0][i], position, translation)
         for j in range(len(atlas[1])):
-            near = np.linalg.norm(test[0][i] - u - atlas[0][j]) < 15
+            near = np.linalg.norm(test[0][i] - u - atlas[0][j]) < radius
             ratio = float(test[1][i]) / float(atlas[1][j])
             if support > 0 and near and 0.5 <= ratio <= 2 and test[2][i] == atlas[2][j]:
                 cost[i, j] = squared_distance(test[3][i], atlas[3][j])

@@ -14,7 +14,35 @@ from tests.naive.stations import AnnotatedImage
 Array = NDArray[Any]
 
 
-def displacement(
+def trend(position: Array, translation: Array) -> tuple[Array, Array]:
+    """Affine trend of the translations: a matrix (4, 3) for (1, x − c), and c."""
+    x, t = position.astype(float), translation.astype(float)
+    c = x.mean(axis=0)
+    squared = ((t[:, None] - t) ** 2).sum(axis=2)
+    found = np.zeros((4, 3))
+    found[0] = t[np.exp(-squared / (2 * 15**2)).sum(axis=1).argmax()]
+    rows = np.array([[1, *(one - c)] for one in x])
+    for sigma in (60, 40, 25, 15, 15, 15):
+        weight = np.exp(-((t - rows @ found) ** 2).sum(axis=1) / (2 * sigma**2))
+        # The ridge as rows that want a slope of 0, which is counted over 100 mm.
+        ridge = 100 * np.sqrt(1e-3 * weight.sum()) * np.eye(4)[1:]
+        root = np.sqrt(weight)[:, None]
+        wanted = np.concatenate([root * t, np.zeros((3, 3))])
+        found = np.linalg.lstsq(np.concatenate([root * rows, ridge]), wanted, rcond=None)[0]
+    return found, c
+
+
+def displacement(x: Any, position: Array, translation: Array) -> Array:
+    """u (z, y, x) and the support at one point: the trend and what matches have beyond it."""
+    if len(position) == 0:
+        return np.zeros(4)
+    found, c = trend(position, translation)
+    rest = translation - (found[0] + (position - c) @ found[1:])
+    here = np.array([*(found[0] + (np.asarray(x) - c) @ found[1:]), 1e-3])
+    return here + regression(x, position, rest)
+
+
+def regression(
     x: Any,
     position: Array,
     translation: Array,
@@ -62,7 +90,7 @@ def domain(
     for index in product(*[(a, (a + b - 1) / 2, b - 1) for a, b in box]):
         at = np.array(index) * spacing + atlas.origin
         *u, support = displacement(at, p - t, t)
-        if support >= 0.01:
+        if support > 0:
             moved.append((at + u - scan.origin) / spacing)
     return np.array(moved).reshape(-1, 3)
 

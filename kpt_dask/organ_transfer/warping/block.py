@@ -37,7 +37,7 @@ from atlas_store.crop import Room, read_planes, surroundings_of
 from kpt_dask.grid import Grid
 from kpt_dask.kernels.jit import kernel
 from kpt_dask.kernels.rows import LOG2_E, exp2, fetch
-from kpt_dask.matching.displacement import Widths
+from kpt_dask.matching.displacement import Field, Widths
 from kpt_dask.options import DEFAULTS, TransferOptions
 from kpt_dask.organ_transfer.decision import (
     SHARD,
@@ -58,7 +58,7 @@ from kpt_dask.organ_transfer.warping.cells import (
     width_of,
 )
 from kpt_dask.organ_transfer.warping.landing import (
-    Matched,
+    around,
     by_atlas,
     domains_of,
     fit,
@@ -113,8 +113,9 @@ def warp_atlases(
         Σ_a s_a(x) · g_l(I(x) − I_a(y)) · [S_a(y) = l]  /  Σ_a s_a(x) · g_l(I(x) − I_a(y))
 
     over the atlases a that annotate the organ and hold y = x − u_a(x), the point that the
-    atlas's field moves to x, in the surroundings of their organs (`atlas_store.crop`).
-    s_a is the field's support, I_a and S_a are the atlas's image and label map at the voxel
+    atlas's field moves to x, in the surroundings of their organs (`atlas_store.crop`). s_a is the
+    field's support (`kpt_dask.matching.displacement.Field`), I_a and S_a are the atlas's image and
+    label map at the voxel
     nearest to y, and g_l(d) = exp(−d² / 2ν_l²). All matches carry the field, those outside of
     organs too. Then shares are averaged over neighbours, with weights ¼, ½ and ¼ along each axis,
     so that the noise of single voxels decides less; edges of the scan repeat. A voxel gets the
@@ -166,7 +167,7 @@ def warp_atlases(
         for block in plan_blocks(domains, grid, step, per_plane, pieces, threads, room):
             region = aligned(block, SHARD, grid.shape)
             cells = in_cells(wider(box_of(region), grid.shape), step)
-            here = [(atlas, matched.around(cells, grid, widths)) for atlas, matched in own]
+            here = [(atlas, around(field, cells, grid, widths)) for atlas, field in own]
             how = grid, here, domains, organs, nus, widths, smallest, room, probability, labels
             tasks.append((volume.levels[0], *how, region))
         return run_blocks(transfer_block, tasks, atlases, organs, session)
@@ -227,7 +228,7 @@ def plan_blocks(
 def transfer_block(
     image: zarr.Array[Any],
     grid: Grid,
-    atlases: Sequence[tuple[Atlas, Matched]],
+    atlases: Sequence[tuple[Atlas, Field]],
     domains: Sequence[Box | None],
     organs: OrganTable,
     nus: Sequence[float],
@@ -309,7 +310,7 @@ class _Block:
         self,
         image: zarr.Array[Any],
         grid: Grid,
-        atlases: Sequence[tuple[Atlas, Matched]],
+        atlases: Sequence[tuple[Atlas, Field]],
         organs: OrganTable,
         widths: Widths,
         cells: Cells,
@@ -385,9 +386,9 @@ class _Block:
 
     def _read_atlas(self, i: int, room: Room, free: Sequence[Callable[[], None]]) -> Any:
         """Read what an atlas's field brings to the cells, when the room for it is free."""
-        atlas, matched = self._atlases[i]
-        field = fit(atlas, matched, self._grid, self._nodes, self._widths)
-        planes = self._planes(atlas, field)
+        atlas, field = self._atlases[i]
+        nodes = fit(atlas, field, self._grid, self._nodes, self._widths)
+        planes = self._planes(atlas, nodes)
         for wait in free:
             wait()
         if planes is None:
@@ -396,7 +397,7 @@ class _Block:
         values = self._organs.values
         numbers = np.array([coding.number_of(value) for value in values], np.uint16)
         own = numbers[self._cells.organ], self._scale, self._says[i][self._cells.organ]
-        return own, field, packed, (*coding.hu, *coding.label), np.array(there)
+        return own, nodes, packed, (*coding.hu, *coding.label), np.array(there)
 
     def _planes(self, atlas: Atlas, field: NDArray[np.float32]) -> tuple[int, int] | None:
         """Planes of an atlas, of those it holds, that its field can bring to the cells, if any."""

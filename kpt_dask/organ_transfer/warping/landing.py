@@ -5,7 +5,6 @@ same whatever block asks for it. Between eight nodes lies a cell. Reads no voxel
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import numpy as np
 import xarray as xr
@@ -14,7 +13,7 @@ from numpy.typing import NDArray
 from atlas_store import Atlas, OrganTable
 from atlas_store.arrays.boxes import Box, enclosing, overlap
 from kpt_dask.grid import Grid
-from kpt_dask.matching.displacement import REACH, Widths, regress
+from kpt_dask.matching.displacement import Field, Widths
 from kpt_dask.matching.first_pass import slices_by_atlas
 
 NODE = 16.0
@@ -24,47 +23,28 @@ On real patients 10 mm are no better, 20 mm hardly worse.
 """
 MARGIN = 15.0
 """How far beyond where the corners of its box land an organ may reach, mm."""
-LEAST_SUPPORT = 0.01
-"""Matches that must agree on where an organ lands for its atlas to have a say in where to look."""
 
 
-@dataclass(frozen=True)
-class Matched:
-    """What a field is made of: matches of one atlas.
-
-    Attributes
-    ----------
-    position, translation : float32 arrays (m, 3)
-        Of the test keypoints, and from the atlas to the scan, mm.
-    """
-
-    position: NDArray[np.float32]
-    translation: NDArray[np.float32]
-
-    def around(self, cells: Box, grid: Grid, widths: Widths) -> "Matched":
-        """Take those that have a say at the nodes of a box of cells: no block needs the others."""
-        # A millimetre more, whatever is rounded.
-        reach = REACH * widths[0] + 1
-        ends = grid.origin[:, None] + grid.spacing[:, None] * step_of(grid) * np.array(cells)
-        near = (self.position >= ends[:, 0] - reach) & (self.position <= ends[:, 1] + reach)
-        kept = near.all(axis=1)
-        return Matched(self.position[kept], self.translation[kept])
-
-
-def by_atlas(keypoints: xr.Dataset, matches: xr.Dataset, n: int) -> list[Matched]:
-    """Take apart the matches of `n` atlases."""
+def by_atlas(keypoints: xr.Dataset, matches: xr.Dataset, n: int) -> list[Field]:
+    """Fit a field to the matches of each of `n` atlases."""
     position = keypoints.position.values[matches.keypoint.values]
     translation = matches.translation.values
-    return [Matched(position[own], translation[own]) for own in slices_by_atlas(matches, n)]
+    return [Field.of(position[own], translation[own]) for own in slices_by_atlas(matches, n)]
+
+
+def around(field: Field, cells: Box, grid: Grid, widths: Widths) -> Field:
+    """Keep of a field what has a say at the nodes of a box of cells: no block needs the rest."""
+    ends = grid.origin[:, None] + grid.spacing[:, None] * step_of(grid) * np.array(cells)
+    return field.around(ends[:, 0], ends[:, 1], widths)
 
 
 def landing_boxes(
-    atlas: Atlas, matched: Matched, organs: OrganTable, grid: Grid, widths: Widths
+    atlas: Atlas, field: Field, organs: OrganTable, grid: Grid, widths: Widths
 ) -> list[Box | None]:
     """Find where each organ of an atlas lands in the scan, in voxels, with a margin.
 
-    The same regression with the roles exchanged says where the corners and the centre of the
-    organ's box go, as far as matches support that.
+    The same field with the roles exchanged says where the corners, the centre and what is midway
+    of the organ's box go.
     """
     boxes: list[Box | None] = [None] * len(organs)
     names, shows = organs.names, atlas.organs
@@ -78,9 +58,9 @@ def landing_boxes(
     # Low, middle or high along each axis.
     at = along[np.indices((3, 3, 3)).reshape(3, 27).T, :, range(3)]
     points = source.to_mm(at.transpose(2, 0, 1).reshape(-1, 3))
-    moved = regress(points, matched.position - matched.translation, matched.translation, widths)
+    moved = field.reversed().at(points, widths)
     landed = grid.to_index(points + moved[:, :3]).reshape(-1, 27, 3)
-    sure = moved[:, 3].reshape(-1, 27, 1) >= LEAST_SUPPORT
+    sure = moved[:, 3].reshape(-1, 27, 1) > 0
     margin = MARGIN / grid.spacing
     first = np.floor(np.where(sure, landed, np.inf).min(axis=1) - margin)
     stop = np.ceil(np.where(sure, landed, -np.inf).max(axis=1) + margin) + 1
@@ -126,7 +106,7 @@ def step_of(grid: Grid) -> int:
 
 
 def fit(
-    atlas: Atlas, matched: Matched, grid: Grid, nodes: NDArray[np.int64], widths: Widths
+    atlas: Atlas, field: Field, grid: Grid, nodes: NDArray[np.int64], widths: Widths
 ) -> NDArray[np.float32]:
     """Regress an atlas's field at nodes of the lattice.
 
@@ -142,6 +122,6 @@ def fit(
     """
     spacing = float(grid.spacing[0])
     points = grid.origin + spacing * step_of(grid) * nodes
-    found = regress(points, matched.position, matched.translation, widths)
+    found = field.at(points, widths)
     found[:, :3] = (grid.origin - np.array(atlas.info.origin) - found[:, :3]) / spacing
     return found
