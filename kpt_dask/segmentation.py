@@ -21,12 +21,13 @@ from kpt_dask.matching.selection import check_selection, only, propose_atlases, 
 from kpt_dask.matching.voting import vote
 from kpt_dask.options import DEFAULTS, TransferOptions
 from kpt_dask.organ_transfer.decision import SHARD, create_probability
-from kpt_dask.organ_transfer.measures import OrganMeasures, organ_measures
+from kpt_dask.organ_transfer.delivery import DTYPE, Decision, fill
+from kpt_dask.organ_transfer.measures import OrganMeasures, as_delivered, organ_measures
 from kpt_dask.organ_transfer.modes import transfer
 from kpt_dask.output import check_absent, replacing
-from kpt_dask.resampling.labels_on_scan import labels_onto
 from kpt_dask.runtime import cluster
-from kpt_dask.scans.scan import check_ending, open_scan, write_labels
+from kpt_dask.scans.label_file import LabelFile
+from kpt_dask.scans.scan import check_ending, open_scan
 from kpt_dask.volumes.omezarr import create_label_image, finish_label_image
 from kpt_dask.volumes.volume import Volume, convert_into, open_volume
 
@@ -75,6 +76,9 @@ class Segmentation:
         ``matches``, ``votes``, and its provenance as attribute ``kpt``.
     organs : mapping of str to OrganMeasures
         What was found of each organ, in the order of the organ table.
+    volume_grid : str
+        Whose label map has the organs' `volume_ml`: "scan" if it was written on the scan's own
+        grid, else "working".
     atlases : tuple of str
         The atlases that were used.
     n_keypoints, n_matches : int
@@ -85,6 +89,7 @@ class Segmentation:
 
     path: Path
     organs: Mapping[str, OrganMeasures]
+    volume_grid: str
     atlases: tuple[str, ...]
     n_keypoints: int
     n_matches: int
@@ -170,9 +175,20 @@ def segment(
             memory=memory,
             client=session,
         )
+        organs, volume_grid = found.organs, "working"
+        if labels is not None:
+            smallest = options.smallest_share(mode)
+            decision = Decision(found.probability, store.organs, smallest, volume.grid, source.grid)
+            with (
+                replacing(Path(labels), overwrite=overwrite) as file,
+                LabelFile(file, source.file.header, source.grid.shape, DTYPE) as label_file,
+            ):
+                counts = fill(label_file, decision, memory=memory, client=session)
+            organs, volume_grid = as_delivered(organs, counts, source.grid), "scan"
         finished = Segmentation(
             path=target,
-            organs=found.organs,
+            organs=organs,
+            volume_grid=volume_grid,
             atlases=found.atlases,
             n_keypoints=first_frames(
                 found.keypoints.position.values, found.keypoints.scale.values
@@ -181,15 +197,6 @@ def segment(
             seconds=time.perf_counter() - start,
         )
         _keep(group, found, finished, mode, options, store)
-        if labels is not None:
-            slabs = labels_onto(
-                found.probability,
-                store.organs.values,
-                options.smallest_share(mode),
-                volume.grid,
-                source.grid,
-            )
-            write_labels(labels, source, slabs, overwrite=overwrite)
     return finished
 
 
@@ -343,6 +350,7 @@ def _keep(
                     "parameters": dict(store.parameters),
                     "atlases": list(finished.atlases),
                     "organs": {name: asdict(organ) for name, organ in finished.organs.items()},
+                    "volume_grid": finished.volume_grid,
                     "versions": {name: version(name) for name in libraries},
                 },
             }

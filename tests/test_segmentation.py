@@ -252,6 +252,16 @@ def test_anisotropic_voxels_give_the_same_labels_up_to_resampling(
         value = ORGANS.by_name(name).value
         assert dice(label_map(found.path) == value, expected == value) > 0.9, name
         assert dice(own == value, np.repeat(expected, 2, axis=fine) == value) > 0.9, name
+    # Whoever measures the file gets the volumes that were told.
+    assert (plain.volume_grid, found.volume_grid) == ("working", "scan")
+    zooms = nib.load(labels).header.get_zooms()  # type: ignore[attr-defined]
+    for name, organ in found.organs.items():
+        value = ORGANS.by_name(name).value
+        voxels = (own == value).sum()
+        assert organ.volume_ml == pytest.approx(voxels * np.prod(zooms) / 1000, rel=1e-6), name
+        assert organ.interval_ml[0] <= organ.volume_ml <= organ.interval_ml[1]
+        working = (label_map(found.path) == value).sum() * SPACING**3 / 1000
+        assert organ.working_grid_ml == pytest.approx(working), name
 
 
 def test_a_third_of_the_scan_shows_its_organs(

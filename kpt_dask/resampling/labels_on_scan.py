@@ -52,28 +52,54 @@ def labels_onto(
     """
     planes, height, width = target.shape
     step = max(1, SLAB_VOXELS // (height * width))
-    below = np.nextafter(np.float32(threshold), np.float32(0))
     for first in range(0, planes, step):
-        slab = (slice(first, min(first + step, planes)), slice(0, height), slice(0, width))
-        plan = window(grid, target, slab)
-        labels = np.zeros([s.stop - s.start for s in slab], np.uint16)
-        largest = np.full(labels.shape, below, np.float32)
-        for organ, value in enumerate(values):
-            part = _read(probability, (slice(organ, organ + 1), *plan.region))[0]
-            box = _reached(part > below, plan)
-            if box is None:
-                continue
-            inside = tuple(
-                slice(b.start - s.start, b.stop - s.start) for b, s in zip(box, slab, strict=True)
-            )
-            _claim(
-                part,
-                *numbers(replace(plan, block=box)),
-                np.uint16(value),
-                largest[inside],
-                labels[inside],
-            )
-        yield labels
+        last = min(first + step, planes)
+        yield decide_planes(probability, values, threshold, grid, target, first, last)
+
+
+def decide_planes(
+    probability: Any,
+    values: Sequence[int],
+    threshold: float,
+    grid: Grid,
+    target: Grid,
+    first: int,
+    last: int,
+) -> NDArray[np.uint16]:
+    """Decide the planes of a grid from `first` to before `last`; else as `labels_onto`."""
+    _, height, width = target.shape
+    below = np.nextafter(np.float32(threshold), np.float32(0))
+    slab = (slice(first, last), slice(0, height), slice(0, width))
+    plan = window(grid, target, slab)
+    labels = np.zeros((last - first, height, width), np.uint16)
+    largest = np.full(labels.shape, below, np.float32)
+    for organ, value in enumerate(values):
+        part = _read(probability, (slice(organ, organ + 1), *plan.region))[0]
+        box = _reached(part > below, plan)
+        if box is None:
+            continue
+        inside = tuple(
+            slice(b.start - s.start, b.stop - s.start) for b, s in zip(box, slab, strict=True)
+        )
+        _claim(
+            part,
+            *numbers(replace(plan, block=box)),
+            np.uint16(value),
+            largest[inside],
+            labels[inside],
+        )
+    return labels
+
+
+@kernel
+def count_values(labels: Any, counts: Any) -> None:
+    """Add to `counts` how many voxels (z, y, x) have each label but 0."""
+    for z in range(labels.shape[0]):
+        for y in range(labels.shape[1]):
+            for x in range(labels.shape[2]):
+                value = labels[z, y, x]
+                if value:
+                    counts[value] += 1
 
 
 def _read(probability: Any, region: tuple[slice, ...]) -> NDArray[np.float32]:

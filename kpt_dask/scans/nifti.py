@@ -1,4 +1,4 @@
-"""NIfTI files: headers to grids, voxels streamed in slabs of planes, label maps written back.
+"""NIfTI files: headers to grids, voxels streamed in slabs of planes.
 
 Knows the file format and nothing of what the voxels mean. NIfTI stores index (i, j, k) in
 Fortran order, so the bytes read in C order are (k, j, i), slowest axis first. Its world is
@@ -187,73 +187,6 @@ def data_offset(path: Path, header: Any) -> int:
     if not np.isfinite(offset) or offset < smallest:
         raise ScanFormatError(f"{path} has a damaged NIfTI header (voxels begin at {offset}).")
     return int(offset)
-
-
-def write_nifti(
-    path: Path, like: Any, shape: tuple[int, int, int], slabs: Iterable[NDArray[Any]]
-) -> None:
-    """Write planes of labels as NIfTI with the geometry of another file's header.
-
-    Parameters
-    ----------
-    path : Path
-        Compressed if the name ends in ``.gz``.
-    like : nibabel.Nifti1Header or nibabel.Nifti2Header
-        Its affines, their codes, spacings and units are kept bit by bit.
-    shape : tuple of int
-        (k, j, i).
-    slabs : iterable of ndarray (n, j, i), uint8 or uint16
-        All planes in order; the file has the dtype of the first.
-
-    Raises
-    ------
-    ValueError
-        If the slabs do not fill the shape, or change dtype.
-    """
-    iterator = iter(slabs)
-    first = next(iterator)
-    if first.dtype not in (np.uint8, np.uint16):
-        raise ValueError(f"labels must be uint8 or uint16, not {first.dtype}")
-    header = _label_header(like, shape, first.dtype)
-    written = 0
-    with path.open("wb") as file, _compressed(path, file) as stream:
-        stream.write(header.binaryblock)
-        stream.write(bytes(header.single_vox_offset - len(header.binaryblock)))
-        for slab in _chain(first, iterator):
-            if slab.dtype != first.dtype or slab.shape[1:] != shape[1:]:
-                raise ValueError(f"slab {slab.dtype}{slab.shape} does not fit {first.dtype}{shape}")
-            for plane in slab:
-                stream.write(np.ascontiguousarray(plane, header.get_data_dtype()).data)
-            written += len(slab)
-    if written != shape[0]:
-        raise ValueError(f"{written} planes were given for a label map of {shape[0]}")
-
-
-def _chain(first: NDArray[Any], rest: Iterator[NDArray[Any]]) -> Iterator[NDArray[Any]]:
-    yield first
-    yield from rest
-
-
-def _compressed(path: Path, file: BinaryIO) -> BinaryIO:
-    if not path.name.lower().endswith(".gz"):
-        return file
-    # Neither name nor time goes into the header: the same labels give the same bytes.
-    return cast(BinaryIO, _igzip.IGzipFile(filename="", mode="wb", fileobj=file, mtime=0))
-
-
-def _label_header(like: Any, shape: tuple[int, int, int], dtype: np.dtype[Any]) -> Any:
-    header = like.as_byteswapped("<")
-    header["dim"] = [3, shape[2], shape[1], shape[0], 1, 1, 1, 1]
-    header["pixdim"][4:] = 1
-    header.set_data_dtype(dtype)
-    header["vox_offset"] = header.single_vox_offset
-    header["scl_slope"], header["scl_inter"] = 1, 0
-    header["cal_min"] = header["cal_max"] = 0
-    header["slice_code"] = header["slice_start"] = header["slice_end"] = 0
-    header.set_intent("label")
-    header["descrip"] = b"kpt-dask label map"
-    header["aux_file"] = b""
-    return header
 
 
 def _read_header(path: Path) -> Any:

@@ -17,7 +17,8 @@ from kpt_dask.grid import Grid
 from kpt_dask.output import replacing
 from kpt_dask.runtime import notices
 from kpt_dask.scans.intensities import Intensities
-from kpt_dask.scans.nifti import NiftiFile, open_nifti, write_nifti
+from kpt_dask.scans.label_file import write_nifti
+from kpt_dask.scans.nifti import NiftiFile, open_nifti
 
 READERS: dict[str, Callable[[Path], NiftiFile]] = {".nii": open_nifti, ".nii.gz": open_nifti}
 """Which reader opens which file name."""
