@@ -349,8 +349,9 @@ def _keep(
                     "transfer": options.to_json(mode, store.organs),
                     "parameters": dict(store.parameters),
                     "atlases": list(finished.atlases),
-                    "organs": {name: asdict(organ) for name, organ in finished.organs.items()},
-                    "volume_grid": finished.volume_grid,
+                    "organs": {name: asdict(organ) for name, organ in found.organs.items()},
+                    # Of the label map in this image: its bytes do not depend on other outputs.
+                    "volume_grid": "working",
                     "versions": {name: version(name) for name in libraries},
                 },
             }

@@ -4,6 +4,7 @@ Counted block by block, as soon as a block is decided. What a block counts is wh
 sums do not depend on how the volume was cut.
 """
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -38,11 +39,8 @@ class OrganMeasures:
     Attributes
     ----------
     volume_ml : float
-        In the label map that is delivered: the one on the scan's own grid if it is written, else
-        the one on the working grid. 0 if the organ was not found; then all others but `votes`
-        say nothing.
-    working_grid_ml : float
-        Volume in the label map on the working grid, which is part of every segmentation.
+        In the label map that is told of: see `as_delivered`. 0 if the organ was not found; then
+        all others but `votes` say nothing.
     interval_ml : (float, float)
         Volumes where the share is at least `SURE` times the threshold, and at least
         `POSSIBLE` times; overlaps with other organs are not resolved.
@@ -64,7 +62,6 @@ class OrganMeasures:
     """
 
     volume_ml: float
-    working_grid_ml: float
     interval_ml: tuple[float, float]
     mean_hu: float | None
     centroid: tuple[float, float, float] | None
@@ -262,18 +259,11 @@ def _delivered(organ: OrganMeasures, volume: float) -> OrganMeasures:
     low, high = organ.interval_ml
     if not volume:
         return OrganMeasures(
-            0.0,
-            organ.working_grid_ml,
-            (0.0, high),
-            None,
-            None,
-            None,
-            organ.votes,
-            organ.spread_mm,
-            False,
-            0.0,
+            0.0, (0.0, high), None, None, None, organ.votes, organ.spread_mm, False, 0.0
         )
-    scale = volume / organ.working_grid_ml if organ.working_grid_ml else 1.0
+    if math.isclose(volume, organ.volume_ml, rel_tol=1e-9):  # the same grid, but for rounding
+        return organ
+    scale = volume / organ.volume_ml if organ.volume_ml else 1.0
     return replace(
         organ,
         volume_ml=volume,
@@ -287,9 +277,7 @@ def _one(tally: Tally, o: int, grid: Grid, voting: NDArray[np.float64]) -> Organ
     around = voting - voting.mean(axis=0) if len(voting) else voting
     spread = float(np.sqrt((around**2).sum(axis=1).mean())) if len(voting) else None
     if not count:
-        return OrganMeasures(
-            0.0, 0.0, (0.0, 0.0), None, None, None, len(voting), spread, False, 0.0
-        )
+        return OrganMeasures(0.0, (0.0, 0.0), None, None, None, len(voting), spread, False, 0.0)
     ml = grid.voxel_volume / 1000
 
     possible, whole, firm, sure = tally.above[o].tolist()
@@ -298,7 +286,6 @@ def _one(tally: Tally, o: int, grid: Grid, voting: NDArray[np.float64]) -> Organ
     last = np.array(grid.shape) - 1
     return OrganMeasures(
         volume_ml=count * ml,
-        working_grid_ml=count * ml,
         interval_ml=(min(sure, count) * ml, max(possible, count) * ml),
         mean_hu=hu / count,
         centroid=_point(grid, np.array(sums) / count),
