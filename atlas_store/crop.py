@@ -133,7 +133,9 @@ def write_surroundings(
         for region in regions(shape, _chunks(shape))
     ]
     coding = narrow([organs.by_name(name).value for name in found], air_hu)
-    if len(found) > coding.label[1] or not all(_fits(image[part], coding) for part, _ in places):
+    if len(found) > coding.label[1] or not all(
+        _fits(chunk_io.read(image, part), coding) for part, _ in places
+    ):
         coding = WIDE
     array = group.create_array(
         NAME,
@@ -147,7 +149,8 @@ def write_surroundings(
         config={"write_empty_chunks": True},
     )
     for part, region in places:
-        write_region(array, region, _packed(image[part], labels[part], coding))
+        voxels = chunk_io.read(image, part), chunk_io.read(labels, part)
+        write_region(array, region, _packed(*voxels, coding))
     return box, coding
 
 
@@ -238,7 +241,8 @@ def _coding(
 
 
 def _image_and_labels(atlas: Atlas, region: Region) -> tuple[Any, Any]:
-    return open_array(atlas.image, "0")[region], atlas.labels[region]
+    image = open_array(atlas.image, "0")
+    return chunk_io.read(image, region), chunk_io.read(atlas.labels, region)
 
 
 class Room:

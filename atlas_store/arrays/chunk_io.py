@@ -180,6 +180,8 @@ def serves(array: "zarr.Array[Any]") -> bool:
 def read(array: "zarr.Array[Any]", region: Region, out: NDArray[Any] | None = None) -> NDArray[Any]:
     """Read a region, like ``array[region]``, into `out` if it is given.
 
+    Kernels take what this gives: in C order, which what Zarr gives is only if it is so configured.
+
     Raises
     ------
     ValueError

@@ -16,6 +16,7 @@ from typing import Any
 from llvmlite import ir
 from numba import types
 from numba.core import cgutils
+from numba.core.errors import TypingError
 from numba.extending import intrinsic
 
 LANES = 16
@@ -32,6 +33,12 @@ _FUSED = ("contract",)
 _intrinsic: Callable[[Callable[..., Any]], Callable[..., Any]] = intrinsic
 _register: Callable[[Any, Any], Any] = cgutils.alloca_once
 _declare: Callable[..., Any] = cgutils.get_or_insert_function
+
+
+def _check_order(*arrays: Any) -> None:
+    """Refuse, while a kernel is compiled, arrays whose memory cannot be taken as it lies."""
+    if any(array.layout != "C" for array in arrays):
+        raise TypingError(f"arrays must be in C order: {arrays}")
 
 
 def _everywhere(b: Any, value: Any, kind: Any) -> Any:
@@ -226,6 +233,7 @@ def sum_row(
     n : int
         Voxels of the row.
     """
+    _check_order(source, low, high, taps, out)
     i = types.intp
     return types.void(source, i, low, high, i, taps, out, i, i), _code(1)
 
@@ -250,6 +258,7 @@ def sum_two_rows(
     later, ``high[row, k + 1] == high[row + 1, k]``, and so have ``low[row + 1, k + 1]`` and
     ``low[row, k]``.
     """
+    _check_order(source, low, high, taps, out)
     i = types.intp
     return types.void(source, i, low, high, i, taps, out, i, i, i), _code(2)
 
@@ -264,6 +273,7 @@ def compare(_: Any, values: Any, at: Any, before: Any, after: Any) -> Any:
         Bit i is set if voxel ``at + i`` lies above ``at + i + before`` and ``at + i + after``,
         bit ``LANES + i`` if it lies below both.
     """
+    _check_order(values)
     n = types.intp
     signature = types.uint32(values, n, n, n)
 
@@ -328,6 +338,7 @@ def add_strips(
     height, slope, most : float32
         Nothing is added where d² reaches `most`, and the power must be one for `exp2` elsewhere.
     """
+    _check_order(share, scan, strips)
     real = types.float32
     return types.void(share, scan, at, strips, of, real, real, real), _adding(1)
 
@@ -345,6 +356,7 @@ def add_halves(
     most: Any,
 ) -> Any:
     """Do what `add_strips` does for strips that have only `HALF` voxels, two in each vector."""
+    _check_order(share, scan, strips)
     real = types.float32
     return types.void(share, scan, at, strips, of, real, real, real), _adding(2)
 

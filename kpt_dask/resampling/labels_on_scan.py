@@ -105,7 +105,7 @@ def count_values(labels: Any, counts: Any) -> None:
 def _read(probability: Any, region: tuple[slice, ...]) -> NDArray[np.float32]:
     if isinstance(probability, zarr.Array):
         return chunk_io.read(probability, region).astype(np.float32, copy=False)
-    return np.asarray(probability[region], np.float32)
+    return np.ascontiguousarray(probability[region], np.float32)
 
 
 def _reached(mask: NDArray[np.bool_], plan: Window) -> Region | None:

@@ -13,6 +13,7 @@ from distributed import Client
 from numpy.typing import NDArray
 from zarr.storage import MemoryStore
 
+from atlas_store.arrays import chunk_io
 from atlas_store.arrays.regions import regions, write_region
 from kpt_dask.errors import ParameterError
 from kpt_dask.kernels.jit import kernel
@@ -56,7 +57,8 @@ def _fill(
     radius = taps.size - 1
     first = max(2 * region[0].start - radius, 0)
     last = min(2 * (region[0].stop - 1) + radius + 1, fine.shape[0])
-    source = np.asarray(fine[first:last], np.float32)
+    planes = slice(first, last), *(slice(0, n) for n in fine.shape[1:])
+    source = chunk_io.read(fine, planes).astype(np.float32, copy=False)
     out = np.empty(tuple(s.stop - s.start for s in region), np.float32)
     _halve(source, first, taps, region[0].start, out)
     write_region(coarse, region, out)

@@ -16,6 +16,7 @@ import zarr
 from distributed import Client
 from numpy.typing import NDArray
 
+from atlas_store.arrays import chunk_io
 from atlas_store.arrays.regions import open_array, regions, write_region
 from kpt_dask.errors import (
     GridMismatchError,
@@ -249,7 +250,7 @@ def write_level0(volume: Volume, scan: Scan) -> None:
                 write_region(lowpass, region, values)
             for block in regions(target.shape, BLOCK):
                 plan = window(own, target, block)
-                part = np.asarray(lowpass[plan.region])
+                part = chunk_io.read(lowpass, plan.region)
                 write_region(level, block, _whole(interpolate(part, plan)))
 
 
@@ -297,7 +298,7 @@ def label_blocks(
                 write_region(lowpass, region, labels)
             for block in regions(volume.grid.shape, BLOCK):
                 plan = window(own, volume.grid, block)
-                yield block, interpolate_labels(np.asarray(lowpass[plan.region]), plan)
+                yield block, interpolate_labels(chunk_io.read(lowpass, plan.region), plan)
 
 
 def _told(slabs: Iterator[NDArray[T]], advance: Callable[[int], None]) -> Iterator[NDArray[T]]:
