@@ -9,13 +9,13 @@ import xarray as xr
 import zarr
 from numpy.typing import NDArray
 
-from atlas_store.errors import AtlasNotFoundError, KeypointsFormatError, StoreFormatError
+from atlas_store.errors import AtlasNotFoundError, StoreFormatError
 from atlas_store.keypoints import as_dataset, read_arrays
 from atlas_store.layout import IMAGE, KEYPOINTS, LABELS, data_folder, marker_key
 from atlas_store.marker import AtlasInfo, OrganInfo
 from atlas_store.organs import OrganTable
-from atlas_store.storage.guard import Guarded
 from atlas_store.storage.objects import Objects
+from atlas_store.storage.sealed import Sealed
 
 
 @dataclass(frozen=True, eq=False)
@@ -54,11 +54,16 @@ class Atlas:
         """Folder of its data in the store."""
         return data_folder(self.info.id, self.info.uuid)
 
+    @property
+    def sealed(self) -> Sealed:
+        """The objects of its data, which are what was added or cannot be read."""
+        return Sealed(self.objects, self.path, self.info.digest, f"the atlas {self.id!r}")
+
     @cached_property
     def group(self) -> zarr.Group:
         """The Zarr group of its data, read-only; `StoreFormatError` if it is damaged."""
         try:
-            return zarr.open_group(Guarded(self.objects.store), path=self.path, mode="r")
+            return self.sealed.group()
         except (OSError, KeyError, TypeError, ValueError) as error:
             raise self._unreadable("data", error) from error
 
@@ -102,7 +107,7 @@ class Atlas:
         ------
         AtlasNotFoundError
             If the atlas was removed or replaced meanwhile.
-        KeypointsFormatError
+        StoreFormatError
             If they are damaged.
         """
         return as_dataset(self.keypoint_arrays())
@@ -111,8 +116,8 @@ class Atlas:
         """Read its keypoints as plain arrays by name; otherwise like `keypoints`."""
         path = f"{self.path}/{KEYPOINTS}"
         try:
-            return read_arrays(self.objects, path, self.organ_table.values)
-        except KeypointsFormatError:
+            return read_arrays(self.sealed, path, self.organ_table.values)
+        except StoreFormatError:
             self.ensure_present()
             raise
 
@@ -140,8 +145,10 @@ class Atlas:
             "read: run this again."
         )
 
-    def _unreadable(self, what: str, reason: object) -> StoreFormatError:
+    def _unreadable(self, what: str, reason: Exception | str) -> StoreFormatError:
         self.ensure_present()
+        if isinstance(reason, StoreFormatError) and f"the atlas {self.id!r}" in str(reason):
+            return reason
         return StoreFormatError(
             f"{self.objects.url}: the {what} of the atlas {self.id!r} cannot be read "
             f"({reason}): remove the atlas and add it again."

@@ -21,6 +21,7 @@ from atlas_store.arrays import chunk_io
 from atlas_store.arrays.boxes import Box, enclosing, shape_of
 from atlas_store.arrays.chunk_io import misfit
 from atlas_store.arrays.regions import Region, open_array, regions, write_region
+from atlas_store.marker import check_encoding
 from atlas_store.storage.guard import MAX_CHUNK
 
 AROUND = 40.0
@@ -29,10 +30,12 @@ AROUND = 40.0
 PLANES = 16
 """Of a chunk; blocks of the transfer are slabs, so few planes are read in vain."""
 
-AIR_HU = -1000
-"""The least HU of atlases, which none of them says."""
-
 NAME = "surroundings"
+ENCODING_TYPE = "kpt-atlas-crop"
+ENCODING_VERSION = "1"
+_UNMARKED = {"encoding-type": ENCODING_TYPE, "encoding-version": "1", "first_hu": -1000}
+"""What the array of an earlier program does not say of itself, as it was always so."""
+
 _COMPRESSOR = BloscCodec(cname="lz4hc", clevel=5, shuffle="shuffle")
 """Packed once and unpacked for every scan: slower to pack than others, and faster to unpack."""
 
@@ -137,6 +140,13 @@ def write_surroundings(
         _fits(chunk_io.read(image, part), coding) for part, _ in places
     ):
         coding = WIDE
+    attributes: dict[str, Any] = {
+        "encoding-type": ENCODING_TYPE,
+        "encoding-version": ENCODING_VERSION,
+        "first_hu": coding.hu[2],
+    }
+    if coding.labels is not None:
+        attributes["labels"] = list(coding.labels)
     array = group.create_array(
         NAME,
         shape=shape,
@@ -144,7 +154,7 @@ def write_surroundings(
         chunks=_chunks(shape),
         compressors=_COMPRESSOR,
         dimension_names=("z", "y", "x"),
-        attributes={} if coding.labels is None else {"labels": list(coding.labels)},
+        attributes=attributes,
         # A chunk that is not there is damage, never nothing.
         config={"write_empty_chunks": True},
     )
@@ -213,8 +223,8 @@ def read_planes(
     with reading(atlas, NAME):
         if WIDE.dtype.itemsize * math.prod(chunks) > MAX_CHUNK:
             raise ValueError(f"its organs tell of chunks of {chunks}")
-        description = json.loads(atlas.objects.read(f"{folder}/zarr.json") or b"null")
-        stored = _coding(description, shape, chunks)
+        description = json.loads(atlas.sealed.read(f"{folder}/zarr.json") or b"null")
+        stored = _coding(description, shape, chunks, f"{atlas.objects.url}/{folder}")
         coding = stored or WIDE
         size = (high - low) * math.prod(chunks) * coding.dtype.itemsize
         planes = (room or Room()).of(size).view(coding.dtype).reshape(-1, *plane)
@@ -222,22 +232,27 @@ def read_planes(
             region = slice(*z), slice(*sides[0]), slice(*sides[1])
             planes[: z[1] - z[0]] = _packed(*_image_and_labels(atlas, region), coding)
         else:
-            atlas.objects.unpack(wanted, planes)
+            atlas.sealed.unpack(wanted, planes)
     return planes, (z, sides[0], sides[1]), coding
 
 
 def _coding(
-    document: Any, shape: tuple[int, int, int], chunks: tuple[int, int, int]
+    document: Any, shape: tuple[int, int, int], chunks: tuple[int, int, int], where: str
 ) -> Coding | None:
-    """Find how stored surroundings are coded, from a parsed ``zarr.json``; nothing if not so."""
-    if misfit(document, shape, chunks, WIDE.dtype) is None:
-        return WIDE
-    if misfit(document, shape, chunks, narrow((), AIR_HU).dtype) is not None:
+    """Find how the stored crop is coded, from a parsed ``zarr.json``; None if there is none."""
+    wide = misfit(document, shape, chunks, WIDE.dtype) is None
+    if not wide and misfit(document, shape, chunks, np.dtype(np.uint16)) is not None:
         return None
-    labels = document["attributes"]["labels"]
+    attributes = _UNMARKED | document["attributes"]
+    check_encoding(attributes, ENCODING_TYPE, ENCODING_VERSION, where)
+    if wide:
+        return WIDE
+    labels, first = attributes["labels"], attributes["first_hu"]
     if not isinstance(labels, list) or not all(type(label) is int for label in labels):
         raise ValueError(f"its labels are described as {labels!r}")
-    return narrow(labels, AIR_HU)
+    if type(first) is not int or abs(first) > np.iinfo(np.int16).max:
+        raise ValueError(f"its least HU are described as {first!r}")
+    return narrow(labels, first)
 
 
 def _image_and_labels(atlas: Atlas, region: Region) -> tuple[Any, Any]:
@@ -272,10 +287,13 @@ def reading(atlas: Atlas, what: str) -> Iterator[None]:
     AtlasNotFoundError
         If the atlas was removed.
     StoreFormatError
-        If what is read in the context is not there or damaged.
+        If what is read in the context is not there, damaged, or of a newer version.
     """
     try:
         yield
+    except StoreFormatError:
+        atlas.ensure_present()
+        raise
     except (LookupError, ArithmeticError, TypeError, ValueError, RuntimeError) as error:
         atlas.ensure_present()
         raise StoreFormatError(

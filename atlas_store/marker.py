@@ -24,6 +24,12 @@ Json = Any
 Box = tuple[tuple[int, int], tuple[int, int], tuple[int, int]]
 """(start, stop) along z, y and x, half-open, in voxels of the working grid."""
 
+MAX_VOXELS = 1 << 34
+"""Elements of an array; a whole body at 0.5 mm has a quarter of it."""
+
+FARTHEST = 1e7
+"""mm from the world's origin: ten kilometres."""
+
 _ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
 _HEXADECIMAL = frozenset("0123456789abcdef")
 
@@ -145,6 +151,16 @@ class AtlasInfo:
     @classmethod
     def _decode(cls, content: Mapping[str, Json]) -> Self:
         shape = _triple(content["shape"], _whole)
+        if not 0 < math.prod(shape) <= MAX_VOXELS:
+            raise ValueError(f"{shape} is no shape of a scan")
+        spacing = _triple(content["spacing"], _number)
+        made_with = _mapping(content["parameters"])
+        common = made_with.get("spacing")
+        if min(spacing) <= 0 or ("spacing" in made_with and not _agree(spacing, common)):
+            raise ValueError(f"{spacing} mm is not the spacing of its store, {common!r} mm")
+        origin = _triple(content["origin"], _number)
+        if max(map(abs, origin)) > FARTHEST:
+            raise ValueError(f"{origin} mm is no place of a patient")
         return cls(
             id=_text(content["id"]),
             uuid=_hexadecimal(content["uuid"], 32),
@@ -155,12 +171,12 @@ class AtlasInfo:
             },
             keypoints=_whole(content["keypoints"]),
             shape=shape,
-            spacing=_triple(content["spacing"], _number),
-            origin=_triple(content["origin"], _number),
+            spacing=spacing,
+            origin=origin,
             source=_texts(content["source"]),
             added=_text(content["added"]),
             software=_text(content["software"]),
-            parameters=_mapping(content["parameters"]),
+            parameters=made_with,
             organ_table=_hexadecimal(content["organ_table"], 64),
             digest=_hexadecimal(content["digest"], 64),
         )
@@ -271,6 +287,9 @@ def _decode_organ(entry: Mapping[str, Json], shape: tuple[int, int, int]) -> Org
         raise ValueError(f"{whole!r} are no counts")
     if not (z0 < z1 <= shape[0] and y0 < y1 <= shape[1] and x0 < x1 <= shape[2]):
         raise ValueError(f"the bounding box {box} is empty or leaves the shape {shape}")
+    voxels = entry["voxels"]
+    if not 0 < voxels <= (z1 - z0) * (y1 - y0) * (x1 - x0):
+        raise ValueError(f"{voxels} voxels do not fit the bounding box {box}")
     z, y, x = centroid = entry["centroid"]
     if not {int, float}.issuperset(map(type, centroid)) or not math.isfinite(z + y + x):
         raise ValueError(f"{centroid!r} is no point")
@@ -280,6 +299,10 @@ def _decode_organ(entry: Mapping[str, Json], shape: tuple[int, int, int]) -> Org
         (float(z), float(y), float(x)),
         entry["keypoints"],
     )
+
+
+def _agree(spacing: tuple[float, float, float], common: Json) -> bool:
+    return all(math.isclose(mm, _number(common), rel_tol=1e-6) for mm in spacing)
 
 
 def _text(value: Json) -> str:

@@ -23,6 +23,7 @@ from atlas_store.arrays.jit import kernel
 from atlas_store.arrays.regions import open_array, write_region
 from atlas_store.crop import NAME as SURROUNDINGS
 from atlas_store.crop import Coding, read_planes, reading
+from atlas_store.marker import check_encoding
 from atlas_store.storage.guard import MAX_CHUNK
 
 STRIP = 16
@@ -35,6 +36,10 @@ OUTSIDE = np.iinfo(np.int16).min
 """No HU: volumes are clipped well above it."""
 
 NAME = "strips"
+ENCODING_TYPE = "kpt-atlas-organ-strips"
+ENCODING_VERSION = "1"
+_UNMARKED = {"encoding-type": ENCODING_TYPE, "encoding-version": "1"}
+"""What the array of an earlier program does not say of itself."""
 CHUNK = 1 << 15
 """Strips of a chunk: most atlases have few. To open a file takes as long as to read 1000."""
 PLANES = 64
@@ -124,7 +129,11 @@ def write_strips(
         dtype=values.dtype,
         chunks=(min(CHUNK, len(values)), values.shape[1]),
         compressors=_COMPRESSOR,
-        attributes={"planes": planes},
+        attributes={
+            "encoding-type": ENCODING_TYPE,
+            "encoding-version": ENCODING_VERSION,
+            "planes": planes,
+        },
         # A chunk that is not there is damage, never nothing.
         config={"write_empty_chunks": True},
     )
@@ -172,7 +181,7 @@ def read_strips(
     for (atlas, _), source, begin, end in zip(wanted, sources, begins, begins[1:], strict=False):
         if isinstance(source, _Stored):
             with reading(atlas, NAME):
-                atlas.objects.unpack(source.chunks, values[begin:end])
+                atlas.sealed.unpack(source.chunks, values[begin:end])
             spans.append({name: (begin + a, begin + b) for name, (a, b) in source.spans.items()})
         else:
             spans.append({})
@@ -206,17 +215,19 @@ class _Stored:
 def _find(atlas: Atlas, wanted: Wanted) -> _Stored | None:
     """Find the rows that hold what is wanted; nothing if the atlas has no strips."""
     folder = f"{atlas.path}/{NAME}"
-    description = atlas.objects.read(f"{folder}/zarr.json")
+    description = atlas.sealed.read(f"{folder}/zarr.json")
     if description is None:
         return None
     document = json.loads(description)
+    attributes = _UNMARKED | document["attributes"]
+    check_encoding(attributes, ENCODING_TYPE, ENCODING_VERSION, f"{atlas.objects.url}/{folder}")
     n, columns = document["shape"][0], PLACE + STRIP
     chunk: int = document["chunk_grid"]["configuration"]["chunk_shape"][0]
     if fault := misfit(document, (n, columns), (chunk, columns), np.dtype(np.int16)):
         raise ValueError(f"it is described with {fault}")
     if not 0 < 2 * chunk * columns <= MAX_CHUNK:
         raise ValueError(f"it has chunks of {chunk}")
-    planes: dict[str, list[int]] = document["attributes"]["planes"]
+    planes: dict[str, list[int]] = attributes["planes"]
     depths = {name: shape_of(atlas.organs[name].bounding_box)[0] for name in wanted}
     if any(len(planes[name]) != depth + 1 for name, depth in depths.items()):
         raise ValueError("its planes are described wrongly")

@@ -33,9 +33,10 @@ from atlas_store.marker import (
     is_id,
     natural_order,
     parse_json,
+    table_digest,
 )
 from atlas_store.organs import OrganTable
-from atlas_store.storage.objects import Objects
+from atlas_store.storage.objects import MAX_DOCUMENT, Objects
 from atlas_store.verify import Problem, verify_index
 from atlas_store.verify import verify as verify_store
 
@@ -69,6 +70,7 @@ class AtlasStore:
         self.uuid = uuid
         self.organs = organs
         self.parameters = parameters
+        self._table = table_digest(organs)
 
     def __repr__(self) -> str:
         """Name the place."""
@@ -129,7 +131,7 @@ class AtlasStore:
 
     @classmethod
     def _load(cls, objects: Objects) -> Self:
-        data = objects.read(ROOT)
+        data = objects.read(ROOT, MAX_DOCUMENT)
         if data is None:
             if objects.is_vacant():
                 raise StoreNotFoundError(
@@ -211,7 +213,7 @@ class AtlasStore:
         if ids is not None:
             return [self[atlas_id] for atlas_id in ids]
         known = self.ids()
-        markers = self.objects.read_many(marker_key(atlas_id) for atlas_id in known)
+        markers = self.objects.read_many(map(marker_key, known), MAX_DOCUMENT)
         # A marker that is gone by now belongs to an atlas that somebody just removed.
         with _uncollected():
             return [
@@ -270,7 +272,7 @@ class AtlasStore:
         return problems + verify_index(self.uuid, repair=repair)
 
     def _marker(self, atlas_id: str) -> bytes:
-        data = self.objects.read(marker_key(atlas_id)) if is_id(atlas_id) else None
+        data = self.objects.read(marker_key(atlas_id), MAX_DOCUMENT) if is_id(atlas_id) else None
         if data is None:
             raise AtlasNotFoundError(
                 f"{self.url} has no atlas {atlas_id!r}: use an id that it lists."
@@ -285,6 +287,18 @@ class AtlasStore:
             raise StoreFormatError(
                 f"{where} names the organ {unknown[0]!r}, which the store does not know: "
                 "remove the atlas and add it again."
+            )
+        # Labels mean nothing under another table: what differs must not be read as this one.
+        if info.organ_table != self._table:
+            raise StoreFormatError(
+                f"{where} names another organ table than {ROOT} of the store holds: restore {ROOT} "
+                "from a copy, or remove the atlas and add it again."
+            )
+        if info.parameters != self.parameters:
+            differing = differences(dict(self.parameters), dict(info.parameters))
+            raise StoreFormatError(
+                f"{where} was made with other parameters ({'; '.join(differing)}): restore {ROOT} "
+                "of the store from a copy, or remove the atlas and add it again."
             )
         return Atlas(info, self.organs, self.objects)
 

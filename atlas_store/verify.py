@@ -28,7 +28,7 @@ from atlas_store.marker import (
 )
 from atlas_store.organs import OrganTable
 from atlas_store.storage.cache import forget, index_folder, recall
-from atlas_store.storage.objects import PARTIAL_SUFFIX, Objects
+from atlas_store.storage.objects import MAX_DOCUMENT, PARTIAL_SUFFIX, Objects
 
 INSTANT = 2.0
 """Seconds in which a running add certainly gets from a folder to its first object."""
@@ -125,7 +125,7 @@ def _verify_atlas(
     """Find what is wrong with an atlas, and which folder its marker names."""
     key = marker_key(atlas_id)
     try:
-        data = objects.read(key)
+        data = objects.read(key, MAX_DOCUMENT)
         if data is None:
             return [], None
         info = AtlasInfo.load(data, atlas_id, f"{objects.url}/{key}")
@@ -146,7 +146,11 @@ def _faults(atlas: Atlas, parameters: Mapping[str, Json]) -> Iterator[str]:
     for phrase in differences(dict(parameters), dict(info.parameters)):
         yield f"it was made with other parameters, {phrase}"
     try:
-        yield from _damaged_arrays(atlas)
+        damaged = list(_damaged_arrays(atlas))
+        yield from damaged
+        if damaged:
+            # Nothing of it can be read any more.
+            return
         _ = atlas.labels
         labels = first_labels(atlas.keypoint_arrays())
     except AtlasStoreError as error:
@@ -163,7 +167,7 @@ def _faults(atlas: Atlas, parameters: Mapping[str, Json]) -> Iterator[str]:
 def _damaged_arrays(atlas: Atlas) -> Iterator[str]:
     """Compare every object of an atlas with the digest it had when it was added."""
     where = f"{atlas.objects.url}/{atlas.path}"
-    sealed = atlas.objects.read(f"{atlas.path}/{ROOT}")
+    sealed = atlas.objects.read(f"{atlas.path}/{ROOT}", MAX_DOCUMENT)
     if sealed is None:
         yield "its data is missing"
         return

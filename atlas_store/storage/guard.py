@@ -7,9 +7,7 @@ to believe is looked at here first, so that no file makes the reader allocate mo
 
 import json
 import math
-import os
 import struct
-from contextlib import suppress
 
 import numpy as np
 from zarr.abc.store import ByteRequest, Store
@@ -17,12 +15,11 @@ from zarr.core.buffer import Buffer, BufferPrototype
 from zarr.storage import LocalStore, WrapperStore
 
 from atlas_store.errors import StoreFormatError
-from atlas_store.storage.objects import check_size
+from atlas_store.marker import MAX_VOXELS
+from atlas_store.storage.objects import check_regular
 
 MAX_CHUNK = 1 << 28
 """Bytes of a chunk once it is unpacked; those of an atlas have a few MiB."""
-MAX_VOXELS = 1 << 34
-"""Elements of an array; a whole body at 0.5 mm has a quarter of it."""
 
 _BLOSC_HEADER = 16
 
@@ -35,8 +32,7 @@ class Guarded(WrapperStore[Store]):
     ) -> Buffer | None:
         """Read an object; `StoreFormatError` if unpacking it would take too much."""
         if isinstance(self._store, LocalStore):
-            with suppress(OSError):
-                check_size(key, os.stat(f"{self._store.root}/{key}").st_size)
+            check_regular(f"{self._store.root}/{key}", key)
         buffer = await super().get(key, prototype, byte_range)
         if buffer is None or byte_range is not None:
             return buffer

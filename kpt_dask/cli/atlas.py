@@ -289,8 +289,9 @@ def remove(store: str, atlas_ids: tuple[str, ...]) -> None:
 
     opened = AtlasStore.open(store)
     # All or none: a mistyped id among them is found before the first is gone.
-    for atlas_id in atlas_ids:
-        _ = opened[atlas_id]
+    missing = [atlas_id for atlas_id in atlas_ids if atlas_id not in opened]
+    if missing:
+        fail(f"{opened.url} has no atlas {', '.join(missing)}: use an id that it lists.")
     for atlas_id in atlas_ids:
         opened.remove(atlas_id)
         click.echo(f"{atlas_id}: removed.")

@@ -9,7 +9,7 @@ from atlas_store import (
     AtlasNotFoundError,
     AtlasStore,
     EmptyStoreError,
-    KeypointsFormatError,
+    StoreFormatError,
 )
 from atlas_store.keypoints import VARIABLES
 
@@ -63,5 +63,5 @@ def test_nothing_to_load_and_what_is_missing_or_damaged_are_refused(
     with pytest.raises(AtlasNotFoundError, match="'a2'"):
         AtlasKeypoints.load(store, ["a1", "a2"])
     Path(store.url, store["a1"].path, "keypoints", "scale", "zarr.json").write_text("{}")
-    with pytest.raises(KeypointsFormatError, match="'scale' has zarr_format"):
+    with pytest.raises(StoreFormatError, match=r"scale/zarr\.json of the atlas 'a1' is damaged"):
         AtlasKeypoints.load(store)

@@ -1,3 +1,5 @@
+import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +14,7 @@ from zarr.codecs import BloscCodec
 from atlas_store import AtlasStore, Organ, OrganInfo, OrganTable, StoreFormatError, crop
 from atlas_store.arrays.boxes import slices
 from atlas_store.crop import Coding, read_planes, surroundings_of, write_surroundings
+from tests.atlas_store.resealed import reseal
 from tests.organ_transfer.moving.test_schedule import SPACING, make_store
 from tests.organ_transfer.warping.test_block import ATLASES
 
@@ -91,7 +94,7 @@ def data_of(store: Path) -> Path:
     return data
 
 
-@pytest.mark.parametrize("earlier", ["wide", "other", "none"])
+@pytest.mark.parametrize("earlier", ["wide", "other", "none", "unmarked"])
 def test_atlases_of_earlier_versions_give_the_same(tmp_path: Path, earlier: str) -> None:
     made = make_store(tmp_path / "s", ATLASES[:1])
     [atlas] = made.atlases(made.ids())
@@ -104,33 +107,63 @@ def test_atlases_of_earlier_versions_give_the_same(tmp_path: Path, earlier: str)
     stored = group["surroundings"]
     assert isinstance(stored, zarr.Array)
     numbers, chunks = np.asarray(stored[...]), stored.chunks
-    del group["surroundings"]
+    if earlier != "unmarked":
+        del group["surroundings"]
+    else:
+        attributes = {"labels": stored.attrs["labels"]}
+        change(stored, lambda document: document.update(attributes=attributes))
     if earlier == "other":
         group.create_array("surroundings", shape=(2, 3, 3, 3), dtype=np.int16)
     elif earlier == "wide":
         hu, labels = decoded(numbers, coding)
         data = (hu << 16 | labels).astype(np.int32)
         group.create_array("surroundings", data=data, chunks=chunks, compressors=BloscCodec())
+    reseal(made, atlas.id)
+    [atlas] = made.atlases()
     planes, box, coding = read_planes(atlas, *asked)
     assert box == held
-    assert coding is crop.WIDE
+    assert (coding is crop.WIDE) == (earlier != "unmarked")
     for found, here in zip(decoded(planes[:n], coding), expected, strict=True):
         np.testing.assert_array_equal(found, here)
 
 
-@pytest.mark.parametrize("labels", [None, "1", [1.5], ["liver"]])
-def test_labels_that_are_none_are_refused(tmp_path: Path, labels: object) -> None:
+def change(array: "zarr.Array[Any]", how: Callable[[dict[str, Any]], object]) -> None:
+    path = Path(str(array.store_path).removeprefix("file://"), "zarr.json")
+    document = json.loads(path.read_text())
+    how(document)
+    path.write_text(json.dumps(document))
+
+
+@pytest.mark.parametrize(
+    ("attribute", "value", "complaint"),
+    [
+        ("labels", None, "surroundings of the atlas 'a0' cannot be read .its labels"),
+        ("labels", "1", "its labels are described as '1'"),
+        ("labels", [1.5], "its labels"),
+        ("labels", ["liver"], "its labels"),
+        ("first_hu", "air", "its least HU are described as 'air'"),
+        ("first_hu", 1 << 20, "its least HU"),
+        ("encoding-version", "2", "surroundings has the encoding-version '2'.*update the program"),
+        ("encoding-type", "kpt-volume", "has the encoding-type 'kpt-volume'"),
+    ],
+)
+def test_what_it_does_not_know_is_refused_by_name(
+    tmp_path: Path, attribute: str, value: object, complaint: str
+) -> None:
     made = make_store(tmp_path / "s", ATLASES[:1])
-    [atlas] = made.atlases(made.ids())
     array = zarr.open_group(str(data_of(tmp_path / "s")), mode="r+")["surroundings"]
     assert isinstance(array, zarr.Array)
-    array.update_attributes({"labels": labels})
-    with pytest.raises(StoreFormatError, match="surroundings of the atlas 'a0' cannot be read"):
+    assert array.attrs["encoding-type"] == "kpt-atlas-crop"
+    array.update_attributes({attribute: value})
+    reseal(made, "a0")
+    [atlas] = made.atlases()
+    with pytest.raises(StoreFormatError, match=complaint):
         read_planes(atlas, *surroundings_of(atlas)[0])
 
 
+@pytest.mark.parametrize("sealed", [False, True])
 @pytest.mark.parametrize("damage", ["missing", "short", "other size", "noise"])
-def test_damaged_chunks_are_named(tmp_path: Path, damage: str) -> None:
+def test_damaged_chunks_are_named(tmp_path: Path, damage: str, sealed: bool) -> None:
     made = make_store(tmp_path / "s", ATLASES[:1])
     [atlas] = made.atlases(made.ids())
     chunk = data_of(tmp_path / "s") / "surroundings/c/0/0/0"
@@ -144,5 +177,10 @@ def test_damaged_chunks_are_named(tmp_path: Path, damage: str) -> None:
     chunk.unlink()
     if damage != "missing":
         chunk.write_bytes(packed)
-    with pytest.raises(StoreFormatError, match="surroundings of the atlas 'a0' cannot be read"):
+    complaint = "surroundings/c/0/0/0 of the atlas 'a0' is (missing|damaged)"
+    if sealed:
+        reseal(made, "a0")
+        [atlas] = made.atlases()
+        complaint = "surroundings of the atlas 'a0' cannot be read"
+    with pytest.raises(StoreFormatError, match=complaint):
         read_planes(atlas, *surroundings_of(atlas)[0])

@@ -15,6 +15,7 @@ from atlas_store.organ_strips import OUTSIDE, PLACE, STRIP, read_strips
 from kpt_dask.kernels.rows import LANES
 from kpt_dask.organ_transfer.decision import VANISHING
 from kpt_dask.organ_transfer.moving.kernels import accumulate
+from tests.atlas_store.resealed import reseal
 from tests.atlas_store.test_crop import data_of
 from tests.naive.stations import AnnotatedImage
 from tests.organ_transfer.moving.test_schedule import ORGANS, make_store
@@ -77,6 +78,9 @@ def test_atlases_of_earlier_versions_give_the_same(tmp_path: Path) -> None:
     expected = read_strips(wanted, ORGANS)
     for strips_of in (tmp_path / "s" / "atlases").glob("*/strips"):
         shutil.rmtree(strips_of)
+    for atlas_id in made.ids():
+        reseal(made, atlas_id)
+    wanted = [(made[atlas.id], planes) for atlas, planes in wanted]
     for organs, others in zip(read_strips(wanted, ORGANS), expected, strict=True):
         assert organs.keys() == others.keys()
         for name, own in organs.items():
@@ -87,9 +91,11 @@ def test_atlases_of_earlier_versions_give_the_same(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "damage", ["missing", "folder", "short", "long", "place", "order", "planes", "shape", "empty"]
+    "damage",
+    ["missing", "folder", "short", "long", "place", "order", "planes", "shape", "empty", "version"],
 )
-def test_damage_is_named(tmp_path: Path, damage: str) -> None:
+@pytest.mark.parametrize("sealed", [False, True])
+def test_damage_is_named(tmp_path: Path, damage: str, sealed: bool) -> None:
     made = make_store(tmp_path / "s", ATLASES[:1])
     [atlas] = made.atlases(made.ids())
     array = zarr.open_group(str(data_of(tmp_path / "s")), mode="r+")["strips"]
@@ -113,10 +119,19 @@ def test_damage_is_named(tmp_path: Path, damage: str) -> None:
         array.update_attributes({"planes": {name: [5, 3]}})
     elif damage == "shape":
         array.resize((3, PLACE + STRIP))
+    elif damage == "version":
+        array.update_attributes({"encoding-version": "2"})
     else:
         array.resize((0, PLACE + STRIP))
     wanted = {name: [(0, shape_of(info.bounding_box)[0])] for name, info in atlas.organs.items()}
-    with pytest.raises(StoreFormatError, match="strips of the atlas 'a0' cannot be read"):
+    complaint = r"strips/(c/0/0|zarr\.json) of the atlas 'a0' is (missing|damaged)"
+    if sealed:
+        reseal(made, "a0")
+        [atlas] = made.atlases()
+        complaint = "strips of the atlas 'a0' cannot be read"
+        if damage == "version":
+            complaint = "strips has the encoding-version '2'.*update the program"
+    with pytest.raises(StoreFormatError, match=complaint):
         read_strips([(atlas, wanted)], ORGANS)
 
 

@@ -3,20 +3,24 @@
 import contextlib
 import json
 import os
+import socket
 import subprocess
 import sys
 import time
 from collections.abc import Iterator
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
+from threading import Thread
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
+import zarr
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import atlas_store
-from atlas_store import AtlasStore
+from atlas_store import AtlasKeypoints, AtlasStore, AtlasStoreError, StoreFormatError
 from atlas_store.storage.objects import Objects
 from atlas_store.verify import verify
 
@@ -230,3 +234,119 @@ def test_any_changed_byte_is_detected(
         array = file.relative_to(root / store["pt_1"].path).as_posix().partition("/c/")[0]
         assert any(array in problem.what for problem in problems)
     assert store.verify() == []
+
+
+class Reader(Thread):
+    """Reads an atlas in another thread, so that a read that waits for ever is noticed."""
+
+    def __init__(self, store: AtlasStore) -> None:
+        super().__init__(daemon=True)
+        self.store = store
+        self.read: tuple[object, ...] | None = None
+        self.error: Exception | None = None
+
+    def run(self) -> None:
+        try:
+            atlas = AtlasStore.open(self.store.url)["pt_1"]
+            keypoints = {name: a.tobytes() for name, a in atlas.keypoint_arrays().items()}
+            image = atlas.image["0"]
+            assert isinstance(image, zarr.Array)
+            self.read = keypoints, atlas.labels[...].tobytes(), np.asarray(image[...]).tobytes()
+        except Exception as error:
+            self.error = error
+
+    @classmethod
+    def of(cls, store: AtlasStore) -> "Reader":
+        reader = cls(store)
+        reader.start()
+        reader.join(timeout=60)
+        assert not reader.is_alive(), "reading waits for ever"
+        return reader
+
+
+@given(data=st.data())
+@settings(
+    max_examples=40,
+    deadline=None,
+    suppress_health_check=[HealthCheck.function_scoped_fixture],
+)
+def test_no_changed_byte_is_read_in_silence(
+    store: AtlasStore, synthetic: SimpleNamespace, data: st.DataObject
+) -> None:
+    if "pt_1" not in store:
+        synthetic.add(store, "pt_1")
+    whole = Reader.of(store)
+    assert whole.error is None
+    file = data.draw(st.sampled_from(sorted(p for p in Path(store.url).rglob("*") if p.is_file())))
+    before = file.read_bytes()
+    changed = bytearray(before)
+    changed[data.draw(st.integers(0, len(before) - 1))] ^= data.draw(st.integers(1, 255))
+    try:
+        file.write_bytes(changed)
+        found = Reader.of(store)
+    finally:
+        file.write_bytes(before)
+    if found.error is None:
+        assert found.read == whole.read
+        # A description that no reader of the voxels asks for.
+        assert file.name == "zarr.json"
+    else:
+        assert isinstance(found.error, AtlasStoreError)
+        assert "pt_1" in str(found.error) or "zarr.json" in str(found.error)
+
+
+def test_swapped_names_of_organs_are_refused(store: AtlasStore, synthetic: SimpleNamespace) -> None:
+    synthetic.add(store, "pt_1")
+    path = Path(store.url, "zarr.json")
+    text = path.read_text()
+    swapped = text.replace('"brainstem"', '"?"').replace('"mandible"', '"brainstem"')
+    path.write_text(swapped.replace('"?"', '"mandible"'))
+    opened = AtlasStore.open(store.url)
+    for read in (lambda: opened["pt_1"], opened.atlases, lambda: AtlasKeypoints.load(opened)):
+        with pytest.raises(StoreFormatError, match=r"pt_1\.json names another organ table"):
+            read()
+    path.write_text(text.replace('"levels": 3', '"levels": 4'))
+    with pytest.raises(StoreFormatError, match="levels is 4 in the store and 3 here"):
+        _ = AtlasStore.open(store.url)["pt_1"]
+
+
+@pytest.mark.parametrize("kind", ["pipe", "device", "socket", "loop", "folder"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "zarr.json",
+        "markers/pt_1.json",
+        "{data}/zarr.json",
+        "{data}/image/labels/organs/0/zarr.json",
+        "{data}/image/labels/organs/0/c/0/0/0",
+        "{data}/keypoints/zarr.json",
+        "{data}/keypoints/descriptor/c/0/0",
+    ],
+)
+def test_what_is_no_file_is_refused_at_once(
+    store: AtlasStore,
+    synthetic: SimpleNamespace,
+    monkeypatch: pytest.MonkeyPatch,
+    name: str,
+    kind: str,
+) -> None:
+    synthetic.add(store, "pt_1")
+    path = Path(store.url, name.format(data=store["pt_1"].path))
+    path.unlink()
+    if kind == "pipe":
+        os.mkfifo(path)
+    elif kind == "device":
+        path.symlink_to("/dev/zero")
+    elif kind == "loop":
+        path.symlink_to(path.name)
+    elif kind == "folder":
+        path.mkdir()
+    else:
+        # The path of a socket must be short.
+        monkeypatch.chdir(path.parent)
+        with socket.socket(socket.AF_UNIX) as made:
+            made.bind(path.name)
+    error = Reader.of(store).error
+    assert isinstance(error, AtlasStoreError)
+    if name not in ("zarr.json", "markers/pt_1.json"):
+        assert {problem.atlas for problem in store.verify()} == {"pt_1"}
