@@ -68,7 +68,7 @@ def evaluate(
     limit: int | None = None,
     select: int | None = None,
     index: str = "auto",
-    memory: int = 1 << 30,
+    memory: int | None = None,
     client: Client | None = None,
 ) -> dict[str, Any]:
     """Segment scans whose labels are known, and compare.

@@ -164,6 +164,10 @@ class TransferOptions:
             )
 
 
+MEMORY = 1 << 30
+"""Bytes that the large arrays of a process take at most, unless told otherwise: see
+`kpt_dask.runtime.memory.budget`."""
+
 DEFAULTS = TransferOptions()
 """Nothing set."""
 

@@ -112,7 +112,7 @@ def segment(
     index: str = "auto",
     labels: str | Path | None = None,
     overwrite: bool = False,
-    memory: int = 1 << 30,
+    memory: int | None = None,
     client: Client | None = None,
 ) -> Segmentation:
     """Segment a scan from the annotated atlases of a store.
@@ -140,7 +140,7 @@ def segment(
         Where to write the label map as NIfTI, on the scan's own grid.
     overwrite : bool
         Whether existing outputs may be replaced; they are kept until the new ones are complete.
-    memory : int
+    memory : int, optional
         Bytes that extraction and the transfer may take in each process.
     client : distributed.Client, optional
         Where blocks are computed; threads of this process if there is no current one.
@@ -210,7 +210,7 @@ def segment_volume(
     options: TransferOptions = DEFAULTS,
     select: int | None = None,
     index: str = "auto",
-    memory: int = 1 << 30,
+    memory: int | None = None,
     client: Client | None = None,
 ) -> Stations:
     """Go from a volume to its label map; `group` is the OME-Zarr image that receives it.

@@ -85,7 +85,7 @@ def add_atlas(
     atlas_id: str | None = None,
     annotated: Sequence[str] | None = None,
     replace: bool = False,
-    memory: int = 1 << 30,
+    memory: int | None = None,
     client: Client | None = None,
 ) -> AtlasInfo:
     """Add an annotated scan to a store.
@@ -106,7 +106,7 @@ def add_atlas(
         outside the scan.
     replace : bool
         Whether an atlas of this id may be there; it stays until the new one is complete.
-    memory : int
+    memory : int, optional
         Bytes that extraction may take in each process.
     client : distributed.Client, optional
         Where blocks are computed; threads of this process if there is no current one.
@@ -180,7 +180,7 @@ def add_folder(
     labels_pattern: str = LABELS,
     annotated: Sequence[str] | None = None,
     replace: bool = False,
-    memory: int = 1 << 30,
+    memory: int | None = None,
     client: Client | None = None,
     told: Callable[[Outcome], None] | None = None,
 ) -> list[Outcome]:

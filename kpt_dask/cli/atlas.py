@@ -111,7 +111,7 @@ def add(
     atlas_id: str | None,
     annotated: list[str] | None,
     overwrite: bool,
-    memory: int,
+    memory: int | None,
     scheduler: str | None,
     as_json: bool,
 ) -> None:
@@ -173,7 +173,7 @@ def add_folder(
     labels_pattern: str,
     annotated: list[str] | None,
     overwrite: bool,
-    memory: int,
+    memory: int | None,
     scheduler: str | None,
     as_json: bool,
 ) -> None:

@@ -16,7 +16,16 @@ from typing import IO, TYPE_CHECKING, Any, NoReturn, TypeVar, cast
 
 import click
 
-from kpt_dask.options import MODES, RHO, SIGMA_T, SIGMA_X, TransferOptions, parse_across, parse_nu
+from kpt_dask.options import (
+    MEMORY,
+    MODES,
+    RHO,
+    SIGMA_T,
+    SIGMA_X,
+    TransferOptions,
+    parse_across,
+    parse_nu,
+)
 
 if TYPE_CHECKING:
     from distributed import Client
@@ -101,7 +110,9 @@ def fail(sentence: str) -> NoReturn:
     raise Failure(sentence)
 
 
-def _bytes(ctx: click.Context, param: click.Parameter, value: str) -> int:
+def _bytes(ctx: click.Context, param: click.Parameter, value: str | None) -> int | None:
+    if value is None:
+        return None
     from dask.utils import parse_bytes
 
     try:
@@ -122,11 +133,9 @@ scheduler_option = click.option(
 memory_option = click.option(
     "--memory",
     callback=_bytes,
-    default="1GiB",
-    show_default=True,
     metavar="SIZE",
-    help="Memory that finding keypoints may take in each process and, when segmenting, moving "
-    "organs.",
+    help="Memory that the large arrays may take in each process, such as 2GiB.  [default: half of"
+    f" what is free on the machine or in the container, at most {MEMORY >> 30}GiB]",
 )
 overwrite_option = click.option(
     "--overwrite",

@@ -161,7 +161,7 @@ def segment(
     index: str,
     labels: str | None,
     overwrite: bool,
-    memory: int,
+    memory: int | None,
     scheduler: str | None,
     as_json: bool,
 ) -> None:
@@ -282,7 +282,7 @@ def evaluate(
     limit: int | None,
     select: int | None,
     index: str,
-    memory: int,
+    memory: int | None,
     scheduler: str | None,
     json_file: str | None,
 ) -> None:
@@ -365,7 +365,7 @@ def _print_results(results: dict[str, Any]) -> None:
 )
 @memory_option
 @scheduler_option
-def demo(out: Path, memory: int, scheduler: str | None) -> None:
+def demo(out: Path, memory: int | None, scheduler: str | None) -> None:
     """Make whole-body phantoms, and segment one from eight others.
 
     A second run reuses the store of the first.

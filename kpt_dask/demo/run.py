@@ -48,7 +48,7 @@ def demo(
     *,
     shape: tuple[int, int, int] = SHAPE,
     spacing: float = SPACING,
-    memory: int = 1 << 30,
+    memory: int | None = None,
     client: Client | None = None,
 ) -> Demo:
     """Build a store of eight phantoms and segment a ninth.
@@ -120,7 +120,7 @@ def _store(
     folder: Path,
     shape: tuple[int, int, int],
     spacing: float,
-    memory: int,
+    memory: int | None,
     client: Client,
 ) -> AtlasStore:
     """Open the demo's store, and add the phantoms that it lacks."""

@@ -29,6 +29,7 @@ from kpt_dask.errors import ParameterError
 from kpt_dask.keypoints.descriptors import ANISOTROPY, HALF_WIDTH, PATCH
 from kpt_dask.keypoints.sweep import Found, Sweep, halo, planes_held
 from kpt_dask.runtime import cluster, progress
+from kpt_dask.runtime.memory import budget
 from kpt_dask.runtime.team import Jobs, deferred, run_jobs
 from kpt_dask.volumes.omezarr import CHUNKS
 from kpt_dask.volumes.scale_space import INPUT_SIGMA, LEVELS, SIGMA0, TRUNCATE, level_sigma
@@ -276,7 +277,7 @@ def extract(
     *,
     descriptor: str = "upright",
     finer: bool = False,
-    memory: int = 1 << 30,
+    memory: int | None = None,
     client: Client | None = None,
 ) -> xr.Dataset:
     """Find the keypoints of a volume (Wachinger et al. 2015, section 2.1, eq. 1).
@@ -290,7 +291,7 @@ def extract(
         gradients, unchanged by rotations.
     finer : bool
         Whether to begin one octave earlier, at half the voxel size, linearly interpolated.
-    memory : int
+    memory : int, optional
         Bytes that all sweeps of a process may take together.
     client : distributed.Client, optional
         Where the blocks are computed; threads of this process if there is no current one.
@@ -327,7 +328,7 @@ def extract(
         cuts: list[list[Part]] = []
         for octave, length in zip(octaves, lengths, strict=True):
             shape, margin = octave.shape, halo(octave.first, octave.finer)
-            core = length, *core_width(shape, threads, memory, margin)
+            core = length, *core_width(shape, threads, budget(memory), margin)
             cuts.append([(octave, block) for block in plan_blocks(shape, core, margin)])
         # The last octaves are small: those that are whole are one task.
         whole = [len(cut) == 1 for cut in cuts]

@@ -15,6 +15,7 @@ from atlas_store import OrganTable
 from kpt_dask.grid import Grid
 from kpt_dask.resampling.labels_on_scan import SLAB_VOXELS, count_values, decide_planes
 from kpt_dask.runtime import cluster
+from kpt_dask.runtime.memory import budget
 from kpt_dask.scans.label_file import LabelFile, Packed, pack, planes_at_once
 
 VOXEL_BYTES = 16
@@ -50,7 +51,9 @@ class Decision(NamedTuple):
     target: Grid
 
 
-def fill(file: LabelFile, decision: Decision, *, memory: int, client: Client) -> NDArray[np.int64]:
+def fill(
+    file: LabelFile, decision: Decision, *, memory: int | None, client: Client
+) -> NDArray[np.int64]:
     """Decide all planes of a grid on the client's workers, and write them.
 
     Parameters
@@ -58,7 +61,7 @@ def fill(file: LabelFile, decision: Decision, *, memory: int, client: Client) ->
     file : LabelFile
         Of the target's shape, uint16.
     decision : Decision
-    memory : int
+    memory : int, optional
         Bytes that may be taken in each process.
     client : distributed.Client
 
@@ -68,7 +71,7 @@ def fill(file: LabelFile, decision: Decision, *, memory: int, client: Client) ->
         Voxels of each organ in the file, in the order of the table.
     """
     shape = decision.target.shape
-    step = planes_per_task(shape, cluster.threads(client), memory)
+    step = planes_per_task(shape, cluster.threads(client), budget(memory))
     tasks = [(decision, first, min(first + step, shape[0])) for first in range(0, shape[0], step)]
     counts = np.zeros(len(decision.organs), np.int64)
     for pieces, counted in _in_order(cluster.run(client, _decide, tasks, "Writing labels")):

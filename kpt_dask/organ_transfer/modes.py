@@ -32,7 +32,7 @@ def transfer(
     mode: str = "local",
     options: TransferOptions = DEFAULTS,
     atlases: AtlasKeypoints | None = None,
-    memory: int = 1 << 30,
+    memory: int | None = None,
     client: Client | None = None,
 ) -> Tally:
     """Transfer the atlases' organs to the scan: fill the probabilities, decide each voxel's organ.
@@ -62,7 +62,7 @@ def transfer(
     atlases : AtlasKeypoints, optional
         The keypoints of these atlases, where they are in memory already; only mode `local` needs
         them, and loads them if they are not given.
-    memory : int
+    memory : int, optional
         Bytes that all blocks of a process may take together, down to one chunk a block.
     client : distributed.Client, optional
         Where the blocks are computed; threads of this process if there is no current one.

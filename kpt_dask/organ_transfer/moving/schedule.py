@@ -48,6 +48,7 @@ from kpt_dask.organ_transfer.moving.plan import (
 )
 from kpt_dask.runtime import cluster
 from kpt_dask.runtime.balance import cut, deal
+from kpt_dask.runtime.memory import budget
 from kpt_dask.runtime.team import Jobs, deferred, run_jobs
 from kpt_dask.volumes.volume import Volume
 
@@ -72,7 +73,7 @@ def move_organs(
     *,
     mode: str = "organ",
     options: TransferOptions = DEFAULTS,
-    memory: int = 1 << 30,
+    memory: int | None = None,
     client: Client | None = None,
 ) -> Tally:
     """Fill the probabilities by whole organs, and decide each voxel's organ.
@@ -117,7 +118,7 @@ def move_organs(
         As above.
     options : TransferOptions
         The threshold, ν, ρ, and which organs move which.
-    memory : int
+    memory : int, optional
         Bytes that all blocks of a process may take together, down to one chunk a block.
     client : distributed.Client, optional
         Where the blocks are computed.
@@ -143,7 +144,7 @@ def move_organs(
         if mode == "across":
             moves = without_negligible(moves, len(organs))
         totals = np.bincount(moves.organ, moves.weight, minlength=len(organs))
-        room = memory / max(cluster.threads(session))
+        room = budget(memory) / max(cluster.threads(session))
         reaches = moves.reaches()
         largest = max((sum(o.voxels for o in a.organs.values()) for a in atlases), default=0)
         each, chunks = np.where(moves.bent(), SAMPLING, 1), volume.levels[0].chunks

@@ -70,6 +70,7 @@ from kpt_dask.organ_transfer.warping.landing import (
 )
 from kpt_dask.runtime import cluster
 from kpt_dask.runtime.balance import cut
+from kpt_dask.runtime.memory import budget
 from kpt_dask.runtime.team import Jobs, deferred, map_in_threads, run_jobs
 from kpt_dask.volumes.volume import Volume
 
@@ -103,7 +104,7 @@ def warp_atlases(
     labels: zarr.Array[Any],
     *,
     options: TransferOptions = DEFAULTS,
-    memory: int = 1 << 30,
+    memory: int | None = None,
     client: Client | None = None,
 ) -> Tally:
     """Fill the probabilities by warped atlases, and decide each voxel's organ.
@@ -139,7 +140,7 @@ def warp_atlases(
         Level 0 of the label map, filled with 0, from `kpt_dask.volumes.omezarr.create_label_image`.
     options : TransferOptions
         The threshold, ν, σ_x and σ_t.
-    memory : int
+    memory : int, optional
         Bytes that all blocks of a process may take together, down to one chunk a block.
     client : distributed.Client, optional
         Where the blocks are computed.
@@ -162,7 +163,7 @@ def warp_atlases(
     with cluster.session(client) as session:
         at_once, threads = cluster.teams(max(cluster.threads(session)))
         pieces = PIECES * cluster.count_teams(session)
-        room = RETURNED * memory / at_once
+        room = RETURNED * budget(memory) / at_once
         tasks = []
         for block in plan_blocks(domains, grid, step, per_plane, pieces, threads, room):
             region = aligned(block, SHARD, grid.shape)
