@@ -31,7 +31,7 @@ def budget(memory: int | None = None) -> int:
     """
     if memory is not None:
         return memory
-    return max(min(MEMORY, *(free // 2 for free in _free())), 1)
+    return max(min([MEMORY, *(free // 2 for free in _free())]), 1)
 
 
 def _free() -> Iterator[int]:
