@@ -118,6 +118,7 @@ class Draft:
         spacing: tuple[float, float, float],
         origin: tuple[float, float, float],
         source: Iterable[str | os.PathLike[str]],
+        scan_digest: str | None = None,
     ) -> AtlasInfo:
         """Write the keypoints and make the atlas visible.
 
@@ -133,6 +134,8 @@ class Draft:
             The working grid, (z, y, x): voxels, mm, centre of voxel (0, 0, 0) in mm.
         source : iterable of str or path
             The files it was made from; only their names are kept.
+        scan_digest : str, optional
+            SHA-256, hexadecimal, by which the scan is known whatever its file is called.
 
         Returns
         -------
@@ -170,6 +173,7 @@ class Draft:
             parameters=self._parameters,
             organ_table=table_digest(self._organs),
             digest=self._seal(),
+            scan_digest=scan_digest,
         )
         self._publish(info)
         return info

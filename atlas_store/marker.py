@@ -104,6 +104,9 @@ class AtlasInfo:
         SHA-256 of the organ table it was made with.
     digest : str
         SHA-256 of the group that holds the SHA-256 of every other object of its data.
+    scan_digest : str or None
+        SHA-256 by which the scan is known, of its voxels on the working grid; None if a version
+        that did not make one added the atlas.
     """
 
     id: str
@@ -120,6 +123,7 @@ class AtlasInfo:
     parameters: Mapping[str, Json]
     organ_table: str
     digest: str
+    scan_digest: str | None = None
 
     def __reduce__(self) -> tuple[type[Self], tuple[Any, ...]]:
         """Pickle, as `OrganInfo` does."""
@@ -179,6 +183,7 @@ class AtlasInfo:
             parameters=made_with,
             organ_table=_hexadecimal(content["organ_table"], 64),
             digest=_hexadecimal(content["digest"], 64),
+            scan_digest=_digest_or_none(content.get("scan_digest")),
         )
 
 
@@ -315,6 +320,10 @@ def _hexadecimal(value: Json, length: int) -> str:
     if len(_text(value)) != length or not _HEXADECIMAL.issuperset(value):
         raise ValueError(f"{value!r} is no hexadecimal of length {length}")
     return _text(value)
+
+
+def _digest_or_none(value: Json) -> str | None:
+    return None if value is None else _hexadecimal(value, 64)
 
 
 def _whole(value: Json) -> int:

@@ -24,7 +24,7 @@ NAMED_TABLES = ("visceral", "openkbp")
 MAX_VALUE = 65535
 """Largest label value: label maps are uint16."""
 
-_NAME = re.compile(r"[a-z][a-z0-9_]{0,63}")
+_NAME = re.compile(r"[A-Za-z][A-Za-z0-9_]{0,63}")
 _SNOMED_CODE = re.compile(r"[1-9][0-9]{5,17}")
 _FIELDS = {"value", "name", "nu", "colour", "snomed"}
 
@@ -38,7 +38,7 @@ class Organ:
     value : int
         Its value in label maps, 1 to 65535.
     name : str
-        Lower-case letters, digits and underscores, for instance ``lung_right``.
+        Letters, digits and underscores, for instance ``lung_right`` or ``vertebrae_L1``.
     nu : float
         ν of eq. 11: standard deviation of the intensity likelihood, HU.
     colour : tuple of int
@@ -62,7 +62,7 @@ class Organ:
         """Refuse what is out of range."""
         if not isinstance(self.name, str) or not _NAME.fullmatch(self.name):
             raise OrganTableError(
-                f"the organ name {self.name!r} cannot be used: use up to 64 lower-case letters, "
+                f"the organ name {self.name!r} cannot be used: use up to 64 letters, "
                 "digits and underscores, a letter first."
             )
         if not _is_int(self.value) or not 1 <= self.value <= MAX_VALUE:
@@ -135,7 +135,8 @@ class OrganTable:
     Raises
     ------
     OrganTableError
-        If there is no organ, or two have the same name or label value.
+        If there is no organ, or two have the same label value, or names that are the same but for
+        upper and lower case: people confuse these, and some file systems do.
     """
 
     organs: tuple[Organ, ...]
@@ -144,7 +145,8 @@ class OrganTable:
         """Refuse an empty table and what stands twice."""
         if not self.organs:
             raise OrganTableError("the table has no organ: add an [[organ]] block for each.")
-        for what, items in (("name", self.names), ("label value", self.values)):
+        names = tuple(name.lower() for name in self.names)
+        for what, items in (("name", names), ("label value", self.values)):
             item, times = Counter(items).most_common(1)[0]
             if times > 1:
                 raise OrganTableError(
@@ -225,7 +227,7 @@ def load_organs(name_or_path: str | PathLike[str] = NAMED_TABLES[0]) -> OrganTab
         return _parse(text)
     path = Path(name_or_path)
     try:
-        return _parse(path.read_text("utf-8"))
+        return _parse(path.read_text("utf-8-sig"))
     except FileNotFoundError:
         raise OrganTableError(
             f"{path} does not exist: use the path of a TOML file or the name of a table "

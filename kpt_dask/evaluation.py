@@ -2,9 +2,8 @@
 
 import tempfile
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass
-from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -16,20 +15,25 @@ from numpy.typing import NDArray
 
 from atlas_store import Atlas, AtlasStore, OrganTable
 from atlas_store.arrays.regions import open_array
-from kpt_dask.atlases.add import labels_at
+from kpt_dask.atlases.add import labels_at, survey
+from kpt_dask.atlases.same_scan import KnownScans
 from kpt_dask.errors import ParameterError
 from kpt_dask.keypoints.extraction import first_frames
 from kpt_dask.matching.selection import check_selection
 from kpt_dask.options import DEFAULTS, TransferOptions
 from kpt_dask.resampling.labels_on_scan import labels_onto
-from kpt_dask.runtime import cluster, progress
+from kpt_dask.runtime import cluster, notices, progress
 from kpt_dask.scans.pairs import Pair, labelled_organs, open_pair
 from kpt_dask.segmentation import Stations, choose_atlases, segment_volume
+from kpt_dask.volumes.identity import digest_of
 from kpt_dask.volumes.omezarr import write_label_image
 from kpt_dask.volumes.volume import Volume, convert_into, label_blocks, open_volume
 
 LIBRARIES = ("kpt-dask", "dask", "numba", "numpy", "scipy", "xarray", "zarr")
 """Whose versions are kept with the results."""
+
+NAMED = 3
+"""How many of the scans that a store holds under other names are named."""
 
 Planes = Iterator[NDArray[Any]]
 Way = Callable[[Volume, zarr.Group], Stations]
@@ -75,9 +79,11 @@ def evaluate(
 
     Without `scans`, each atlas is segmented by the others, from its stored volume, and
     compared with its stored label map, both on the working grid. Otherwise each scan is
-    converted, and compared with its label map on its own grid. An atlas that has the id of
-    the scan is never used for it. Nothing is written to the store; temporary files go to the
-    system's temporary folder (``TMPDIR``), which the workers of `client` must see.
+    converted, and compared with its label map on its own grid. An atlas that was made from
+    the scan, whatever it is called, or that has its id is never used for it. An organ of which
+    nothing is left on the working grid does not count as annotated. Nothing is written to the
+    store; temporary files go to the system's temporary folder (``TMPDIR``), which the workers of
+    `client` must see.
 
     Parameters
     ----------
@@ -106,6 +112,8 @@ def evaluate(
         ``correct``, how many per cent of these are right, both None where there is none;
         ``seconds``, mean of a scan by station, ``total`` from scan to label map;
         ``scans`` and ``atlases``, how many, atlases for each scan;
+        ``left_out``, by scan, which atlases were made from it, if they have other names;
+        ``warnings``, what was doubtful, one sentence each;
         ``mode``, ``transfer`` (its options), ``store``, ``versions``.
 
     Raises
@@ -124,29 +132,43 @@ def evaluate(
     names = names[:limit]
     # What is asked for, and that there are atlases, before anything is opened.
     options.check(mode, store.organs)
-    used = [_others(store, name, atlases) for name in names] or [choose_atlases(store, ())]
+    for name in names:
+        _others(store, {name}, atlases)
+    choose_atlases(store, ())
     pairs = {pair.id: pair for pair in (scans or [])[:limit]}
     for pair in pairs.values():
         open_pair(pair.scan, pair.labels)
     results: dict[str, ScanResult] = {}
+    known, most, left_out = KnownScans(store.atlases()), 0, {}
     with (
+        notices.recorded() as doubts,
         cluster.session(client) as session,
         progress.stage("Evaluating scans", total=len(names)) as advance,
     ):
-        for name, others in zip(names, used, strict=True):
+        for name in names:
             with tempfile.TemporaryDirectory(prefix="kpt-evaluate-") as folder:
                 group = zarr.create_group(str(Path(folder) / "scan.zarr"), zarr_format=3)
-                way = partial(
-                    segment_volume,
-                    store=store,
-                    atlas_ids=others,
-                    mode=mode,
-                    options=options,
-                    select=select,
-                    index=index,
-                    memory=memory,
-                    client=session,
-                )
+
+                def way(volume: Volume, group: zarr.Group, name: str = name) -> Stations:
+                    nonlocal most
+                    own = {*known.of(digest_of(volume.group), volume.grid.shape), name}
+                    others = _others(store, own, atlases)
+                    most = max(most, len(others))
+                    if own != {name}:
+                        left_out[name] = sorted(own - {name})
+                    return segment_volume(
+                        volume,
+                        group,
+                        store,
+                        others,
+                        mode=mode,
+                        options=options,
+                        select=select,
+                        index=index,
+                        memory=memory,
+                        client=session,
+                    )
+
                 if name in pairs:
                     results[name] = _evaluate_pair(
                         pairs[name], group, store, way, options.smallest_share(mode), session
@@ -154,8 +176,20 @@ def evaluate(
                 else:
                     results[name] = _evaluate_atlas(store[name], group, way)
             advance(1)
-    most = max(map(len, used))
-    return _summary(results, store, mode, options, most if select is None else min(most, select))
+        _doubt_left_out(store, left_out)
+    summary = _summary(results, store, mode, options, most if select is None else min(most, select))
+    return summary | {"left_out": left_out, "warnings": list(doubts)}
+
+
+def _doubt_left_out(store: AtlasStore, left_out: Mapping[str, Sequence[str]]) -> None:
+    """Say which scans the store holds under other names."""
+    if left_out:
+        some = [f"{name} as {', '.join(ids)}" for name, ids in left_out.items()]
+        more = f" and {len(some) - NAMED} more" if len(some) > NAMED else ""
+        notices.warn(
+            f"{store.url} holds evaluated scans under other names"
+            f" ({'; '.join(some[:NAMED])}{more}); none was segmented by its own atlas."
+        )
 
 
 def dice(
@@ -254,7 +288,15 @@ def _evaluate_pair(
     total = time.perf_counter() - start
     blocks = label_blocks(labels, volume)
     reference = write_label_image(group, "reference", blocks, volume.grid, organs)
-    inside = labels_at(found.keypoints.position.values, open_array(reference, "0"), volume.grid)
+    level = open_array(reference, "0")
+    there = survey(level, volume.grid, organs)
+    if lost := [name for name in annotated if name not in there]:
+        notices.warn(
+            f"{labels.path} shows {', '.join(lost)} in so few voxels that none is left at"
+            f" {volume.grid.spacing[0]:g} mm: not counted as annotated."
+        )
+        annotated = tuple(name for name in annotated if name in there)
+    inside = labels_at(found.keypoints.position.values, level, volume.grid)
     actual = labels_onto(found.probability, organs.values, threshold, volume.grid, scan.grid)
     scores = dice(_each_plane(labels.label_slabs()), _each_plane(actual), annotated, organs)
     return _result(scores, inside, found, annotated, organs, seconds, total)
@@ -320,12 +362,13 @@ def _table1(results: Mapping[str, ScanResult], organs: OrganTable) -> dict[str, 
     return table
 
 
-def _others(store: AtlasStore, name: str, atlases: int | None) -> tuple[str, ...]:
-    """Choose the atlases for a scan: never itself."""
-    used = choose_atlases(store, [name] if name in store else [])
+def _others(store: AtlasStore, own: Set[str], atlases: int | None) -> tuple[str, ...]:
+    """Choose the atlases for a scan: never its own."""
+    used = choose_atlases(store, [name for name in sorted(own) if name in store])
     if atlases is not None and atlases > len(used):
         raise ParameterError(
-            f"{store.url} has {len(used)} atlases for {name}, not {atlases}; ask for fewer."
+            f"{store.url} has {len(used)} atlases besides {', '.join(sorted(own))}, not"
+            f" {atlases}; ask for fewer."
         )
     return used[:atlases]
 

@@ -66,6 +66,9 @@ little. Those of `local` are the best of two dozen on thirty patients (the 21st 
 atlases; there `SIGMA_X` and `SIGMA_T`, which came from a prototype, could be changed by a quarter
 without any gain."""
 
+SPACINGS = (0.1, 100.0)
+"""Least and largest spacing of a store's working grid, mm: no scan is finer, no organ larger."""
+
 RHO = 10.0
 """ρ of mode `across`, mm: how fast a match's say fades with its distance from the organ."""
 SIGMA_X = 25.0

@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, cast
@@ -12,30 +12,33 @@ import xarray as xr
 import zarr
 from distributed import Client
 
-from atlas_store import AtlasKeypoints, AtlasStore, EmptyStoreError, write_keypoints
+from atlas_store import Atlas, AtlasKeypoints, AtlasStore, EmptyStoreError, write_keypoints
 from atlas_store.arrays.regions import open_array
+from kpt_dask.atlases.same_scan import KnownScans
 from kpt_dask.errors import ParameterError
 from kpt_dask.keypoints.extraction import CHOICES, PARAMETERS, extract, first_frames
 from kpt_dask.matching.first_pass import match
 from kpt_dask.matching.selection import check_selection, only, propose_atlases, select_atlases
 from kpt_dask.matching.voting import vote
-from kpt_dask.options import DEFAULTS, TransferOptions
+from kpt_dask.options import DEFAULTS, SPACINGS, TransferOptions
 from kpt_dask.organ_transfer.decision import SHARD, create_probability
 from kpt_dask.organ_transfer.delivery import DTYPE, Decision, fill
 from kpt_dask.organ_transfer.measures import OrganMeasures, as_delivered, organ_measures
 from kpt_dask.organ_transfer.modes import transfer
 from kpt_dask.output import check_absent, replacing
-from kpt_dask.runtime import cluster
+from kpt_dask.runtime import cluster, notices
 from kpt_dask.scans.label_file import LabelFile
-from kpt_dask.scans.scan import check_ending, open_scan
+from kpt_dask.scans.scan import Scan, check_ending, open_scan
+from kpt_dask.volumes.identity import digest_of
 from kpt_dask.volumes.omezarr import create_label_image, finish_label_image
 from kpt_dask.volumes.volume import Volume, convert_into, open_volume
 
 ENCODING_TYPE = "kpt-segmentation"
 ENCODING_VERSION = "1"
 
-SPACINGS = (0.1, 100.0)
-"""mm; a store of another spacing would make an absurd volume of a scan."""
+FEW_KEYPOINTS = 20
+LITTLE = 0.01
+"""Fewer keypoints, or less of the volume that organs have in the atlases, is next to nothing."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -85,6 +88,8 @@ class Segmentation:
         Of the scan, and with all atlases.
     seconds : float
         Wall time of the whole way.
+    warnings : tuple of str
+        What was doubtful about the scan or the answer, one sentence each.
     """
 
     path: Path
@@ -94,6 +99,7 @@ class Segmentation:
     n_keypoints: int
     n_matches: int
     seconds: float
+    warnings: tuple[str, ...] = ()
 
     def open_probability(self) -> xr.DataArray:
         """Open the probabilities lazily; see `open_probability`."""
@@ -152,7 +158,8 @@ def segment(
     """
     start = time.perf_counter()
     store = store if isinstance(store, AtlasStore) else AtlasStore.open(store)
-    source, target = open_scan(scan), Path(out)
+    with notices.recorded() as doubts:
+        source, target = open_scan(scan), Path(out)
     options.check(mode, store.organs)
     used = choose_atlases(store, exclude)
     check_selection(select, index)
@@ -160,9 +167,15 @@ def segment(
     if labels is not None:
         check_ending(labels)
         check_absent(Path(labels), overwrite=overwrite)
-    with cluster.session(client) as session, replacing(target, overwrite=overwrite) as partial:
+    with (
+        notices.recorded() as later,
+        cluster.session(client) as session,
+        replacing(target, overwrite=overwrite) as partial,
+    ):
         group = zarr.create_group(str(partial), zarr_format=3)
         volume = convert_into(source, group, spacing=store.parameters["spacing"], client=session)
+        atlases = [atlas for atlas in store.atlases() if atlas.id in used]
+        _doubt_itself(source, volume, store, atlases)
         found = segment_volume(
             volume,
             group,
@@ -196,6 +209,8 @@ def segment(
             n_matches=found.matches.sizes["match"],
             seconds=time.perf_counter() - start,
         )
+        _doubt_little(source, volume, finished, atlases)
+        finished = replace(finished, warnings=(*doubts, *later))
         _keep(group, found, finished, mode, options, store)
     return finished
 
@@ -321,6 +336,34 @@ def open_probability(path: str | Path) -> xr.DataArray:
     )
 
 
+def _doubt_itself(scan: Scan, volume: Volume, store: AtlasStore, atlases: Sequence[Atlas]) -> None:
+    """Say if atlases that are used were made from the scan itself."""
+    same = KnownScans(atlases).of(digest_of(volume.group), volume.grid.shape)
+    if same:
+        excluded = " ".join(f"--exclude {name}" for name in same)
+        notices.warn(
+            f"{scan.path} is in {store.url} itself, as {', '.join(same)}, whose labels vote too;"
+            f" to see what the others make of it, add {excluded}."
+        )
+
+
+def _doubt_little(
+    scan: Scan, volume: Volume, found: Segmentation, atlases: Sequence[Atlas]
+) -> None:
+    """Say if nothing was found, or next to nothing."""
+    volumes = [sum(organ.voxels for organ in atlas.organs.values()) for atlas in atlases]
+    usual = float(np.mean(volumes)) * volume.grid.voxel_volume / 1000
+    total = sum(organ.volume_ml for organ in found.organs.values())
+    if total >= LITTLE * usual and found.n_keypoints >= FEW_KEYPOINTS:
+        return
+    what = f"{total:.3g} mL of organs" if total else "no organ"
+    notices.warn(
+        f"{scan.path}: {what} found, where an atlas shows {usual:.3g} mL, with"
+        f" {found.n_keypoints} keypoints and {found.n_matches} matches; check that it is a CT in"
+        " HU and shows the same part of the body as the atlases."
+    )
+
+
 def _keep(
     group: zarr.Group,
     found: Stations,
@@ -342,6 +385,7 @@ def _keep(
         {
             "kpt": {
                 **cast(dict[str, Any], group.attrs["kpt"]),
+                "warnings": list(finished.warnings),
                 "segmentation": {
                     "encoding-type": ENCODING_TYPE,
                     "encoding-version": ENCODING_VERSION,

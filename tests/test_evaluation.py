@@ -14,9 +14,12 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from atlas_store import AtlasStore, EmptyStoreError, load_organs
+from atlas_store.draft import Draft
 from kpt_dask.atlases.add import add_atlas, store_parameters
+from kpt_dask.demo.phantom import write_phantom
 from kpt_dask.errors import LabelError, ParameterError, ScanNotFoundError
 from kpt_dask.evaluation import dice, evaluate, keypoint_votes
+from kpt_dask.runtime import notices
 from kpt_dask.scans.pairs import Pair, find_pairs
 from kpt_dask.segmentation import segment
 
@@ -143,7 +146,7 @@ def test_temporary_files_are_removed(
     [
         ({"atlases": 0}, "at least 1"),
         ({"limit": -1}, "at least 1"),
-        ({"atlases": 3}, "has 2 atlases for body_1"),
+        ({"atlases": 3}, "has 2 atlases besides body_1"),
         ({"mode": "organs"}, "mode 'organs' is unknown"),
     ],
 )
@@ -174,3 +177,84 @@ def test_a_reference_must_have_the_organs_of_the_store(bodies: Path, tmp_path: P
     add_atlas(store, bodies / "body_1_ct.nii.gz", tmp_path / "known.nii.gz", atlas_id="a")
     with pytest.raises(LabelError, match=r"body_2_seg.*does not know: 8"):
         evaluate(store, find_pairs(bodies)[1:2])
+
+
+SMALL = (56, 33, 40)
+"""At 8 mm."""
+
+
+@pytest.fixture
+def small(tmp_path: Path) -> Path:
+    """A folder of three phantoms."""
+    folder = tmp_path / "small"
+    folder.mkdir()
+    for seed in (1, 2, 3):
+        scan, labels = (folder / f"s{seed}_{what}.nii.gz" for what in ("ct", "seg"))
+        write_phantom(scan, labels, seed, SMALL, 8.0)
+    return folder
+
+
+@pytest.mark.parametrize("age", ["new", "old"])
+def test_no_scan_is_judged_by_its_own_atlas_whatever_it_is_called(
+    small: Path, tmp_path: Path, one_process: Client, age: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where a marker of an older version has no digest of the scan."""
+    store = AtlasStore.create(tmp_path / "store", ORGANS, store_parameters(8.0))
+    pairs = find_pairs(small)
+    if age == "old":
+        draft, commit = Draft, Draft.commit
+        monkeypatch.setattr(
+            draft, "commit", lambda *a, **k: commit(*a, **{**k, "scan_digest": None})
+        )
+    for pair in pairs:
+        added = add_atlas(
+            store, pair.scan, pair.labels, atlas_id=f"{pair.id}_ct", client=one_process
+        )
+        assert (added.scan_digest is None) == (age == "old")
+    [first, *_] = pairs
+    # Another file of the same scan: of another type, not compressed, the first axis turned.
+    image, other = nibabel.load(first.scan), tmp_path / "first.nii"
+    turned = image.as_reoriented([[0, -1], [1, 1], [2, 1]])
+    values = np.asarray(turned.dataobj).astype(np.float32)
+    nibabel.save(nibabel.Nifti1Image(values, turned.affine), other)
+    labels = tmp_path / "labels.nii"
+    turned = nibabel.load(first.labels).as_reoriented([[0, -1], [1, 1], [2, 1]])
+    nibabel.save(nibabel.Nifti1Image(np.asarray(turned.dataobj), turned.affine), labels)
+
+    with notices.shown(lambda _: None):
+        found = evaluate(store, [Pair("first", other, labels)], client=one_process)
+    assert found["left_out"] == {"first": ["s1_ct"]}
+    assert "first as s1_ct" in found["warnings"][0]
+    assert found["atlases"] == 2
+    expected = evaluate(store, limit=1, client=one_process)
+    assert found["dice"]["first"] == pytest.approx(expected["dice"]["s1_ct"])
+    assert expected["left_out"] == {}
+
+    # One scan twice in the store: neither is segmented by the other.
+    with notices.shown(lambda _: None), notices.recorded() as told:
+        add_atlas(store, other, labels, atlas_id="again", client=one_process)
+    assert f"{other} is in {store.url} already, as s1_ct" in told[0]
+    with notices.shown(lambda _: None):
+        twice = evaluate(store, limit=2, client=one_process)
+    assert twice["left_out"] == {"again": ["s1_ct"], "s1_ct": ["again"]}
+    assert twice["dice"]["again"] == pytest.approx(expected["dice"]["s1_ct"])
+
+
+def test_an_organ_that_is_lost_on_the_working_grid_is_not_judged(
+    small: Path, tmp_path: Path, one_process: Client
+) -> None:
+    store = AtlasStore.create(tmp_path / "store", ORGANS, store_parameters(16.0))
+    for pair in find_pairs(small)[:2]:
+        add_atlas(store, pair.scan, pair.labels, atlas_id=pair.id, client=one_process)
+    image = nibabel.load(small / "s3_seg.nii.gz")
+    values = np.asarray(image.dataobj).copy()
+    spleen = ORGANS.by_name("spleen").value
+    values[values == spleen] = 0
+    values[0, 0, 0] = spleen
+    nibabel.save(nibabel.Nifti1Image(values, image.affine), tmp_path / "stray.nii.gz")
+    pair = Pair("s3", small / "s3_ct.nii.gz", tmp_path / "stray.nii.gz")
+    with notices.shown(lambda _: None):
+        found = evaluate(store, [pair], client=one_process)
+    assert "liver" in found["dice"]["s3"]
+    assert "spleen" not in found["dice"]["s3"]
+    assert any("shows spleen in so few voxels" in sentence for sentence in found["warnings"])

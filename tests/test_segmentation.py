@@ -18,7 +18,13 @@ from ome_zarr_models.v05.image_label import ImageLabel
 from atlas_store import AtlasStore, AtlasStoreError, EmptyStoreError, load_organs, read_keypoints
 from kpt_dask.atlases.add import store_parameters
 from kpt_dask.demo.phantom import phantom
-from kpt_dask.errors import OutputExistsError, ParameterError, ScanFormatError, ScanNotFoundError
+from kpt_dask.errors import (
+    KptWarning,
+    OutputExistsError,
+    ParameterError,
+    ScanFormatError,
+    ScanNotFoundError,
+)
 from kpt_dask.options import MODES
 from kpt_dask.scans.scan import open_scan
 from kpt_dask.segmentation import Segmentation, open_probability, segment
@@ -461,3 +467,55 @@ def test_a_scan_without_any_keypoint_is_background(
     assert not label_map(found.path).any()
     assert not found.open_probability().values.any()
     assert {organ.volume_ml for organ in found.organs.values()} == {0}
+
+
+def test_what_is_doubtful_stays_with_the_output(
+    tmp_path: Path, bodies: Path, store: AtlasStore, plain: Segmentation, one_process: Client
+) -> None:
+    group = zarr.open_group(str(plain.path), mode="r")
+    assert plain.warnings == ()
+    assert group.attrs["kpt"]["warnings"] == []  # type: ignore[call-overload, index]
+    image: Any = nib.load(bodies / "body_1_ct.nii.gz")
+    raw = nib.Nifti1Image((np.asarray(image.dataobj) + 1024).clip(0), image.affine)
+    nib.save(raw, tmp_path / "raw.nii.gz")
+    with pytest.warns(KptWarning):
+        found = segment(tmp_path / "raw.nii.gz", store, tmp_path / "o.zarr", client=one_process)
+    assert "as if about 1024 had been added" in found.warnings[0]
+    attributes: Any = zarr.open_group(str(found.path), mode="r").attrs["kpt"]
+    assert attributes["warnings"] == list(found.warnings)
+
+
+def test_nothing_found_is_no_plain_success(
+    tmp_path: Path, store: AtlasStore, one_process: Client
+) -> None:
+    air = np.random.default_rng(0).normal(-990, 5, (30, 30, 30)).astype(np.int16)
+    air[:6, :6, :6] = 100
+    air[:3, :3, :3] = 300
+    scan = save(tmp_path / "air.nii.gz", air, affine_of(SPACING))
+    with pytest.warns(KptWarning, match="no organ found"):
+        found = segment(scan, store, tmp_path / "o.zarr", client=one_process)
+    [sentence] = found.warnings
+    assert str(scan) in sentence
+    assert f"{found.n_keypoints} keypoints" in sentence
+
+
+def test_a_scan_that_is_an_atlas_is_told_so(
+    tmp_path: Path, bodies: Path, store: AtlasStore, one_process: Client
+) -> None:
+    scan = bodies / "body_2_ct.nii.gz"
+    with pytest.warns(KptWarning, match="itself, as body_2, whose labels vote.*--exclude body_2"):
+        segment(scan, store, tmp_path / "o.zarr", mode="organ", client=one_process)
+    without = segment(
+        scan, store, tmp_path / "p.zarr", mode="organ", exclude=["body_2"], client=one_process
+    )
+    assert without.warnings == ()
+
+
+def test_a_scan_that_would_fill_the_disk_is_refused(
+    tmp_path: Path, store: AtlasStore, one_process: Client
+) -> None:
+    for edge in (1600.0, 600.0):
+        scan = save(tmp_path / "few.nii.gz", np.zeros((10, 10, 10), np.int16), affine_of(edge))
+        with pytest.raises(ScanFormatError, match=r"1000 voxels.*--spacing"):
+            segment(scan, store, tmp_path / "o.zarr", client=one_process)
+    assert list(tmp_path.iterdir()) == [scan]

@@ -3,7 +3,7 @@
 An atlas appears in the store when it is complete, or not at all.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,12 +26,15 @@ from atlas_store.arrays.regions import Region, open_array
 from atlas_store.crop import write_surroundings
 from atlas_store.organ_strips import write_strips
 from kpt_dask.atlases.profiles import organ_profiles
+from kpt_dask.atlases.same_scan import KnownScans
 from kpt_dask.errors import KptError, LabelError, ParameterError
 from kpt_dask.grid import Grid
 from kpt_dask.keypoints.extraction import extract, parameters
-from kpt_dask.runtime import cluster, progress
+from kpt_dask.options import SPACINGS
+from kpt_dask.runtime import cluster, notices, progress
 from kpt_dask.scans.pairs import LABELS, SCANS, find_pairs, labelled_organs, open_pair
 from kpt_dask.scans.scan import Scan, scan_name
+from kpt_dask.volumes.identity import digest_of
 from kpt_dask.volumes.omezarr import write_label_image
 from kpt_dask.volumes.volume import AIR_HU, convert_into, label_blocks
 
@@ -70,10 +73,13 @@ def store_parameters(
     Raises
     ------
     ParameterError
-        If the spacing is not positive, or the descriptor is unknown.
+        If the spacing is none of `kpt_dask.options.SPACINGS`, or the descriptor is unknown.
     """
-    if not (np.isfinite(spacing) and spacing > 0):
-        raise ParameterError(f"The spacing must be a positive number of mm, not {spacing:g}.")
+    if not SPACINGS[0] <= spacing <= SPACINGS[1]:
+        raise ParameterError(
+            f"The spacing must be a number from {SPACINGS[0]:g} to {SPACINGS[1]:g} mm, not"
+            f" {spacing:g}."
+        )
     return {"spacing": float(spacing), **parameters(descriptor, finer)}
 
 
@@ -101,7 +107,8 @@ def add_atlas(
         Its name in the store; the scan's file name without ending unless given.
     annotated : sequence of str, optional
         The organs that whoever annotated the scan looked for; unless given, those whose
-        labels occur. What is labelled but not named here is left out of the atlas: it
+        labels occur on the working grid too: a stray voxel that is lost there says nothing, and
+        is warned of. What is labelled but not named here is left out of the atlas: it
         neither votes nor is transferred. What is named but not labelled is known to be
         outside the scan.
     replace : bool
@@ -137,6 +144,8 @@ def add_atlas(
         image = draft.group.create_group("image")
         with cluster.session(client) as session:
             volume = convert_into(source, image, spacing=made_with["spacing"], client=session)
+            digest = digest_of(image)
+            _doubt_twice(store, name, source, digest, volume.grid.shape)
             blocks = _only(label_blocks(labelled, volume), store.organs, wanted)
             write_label_image(image, "organs", blocks, volume.grid, store.organs)
             keypoints = extract(
@@ -153,6 +162,7 @@ def add_atlas(
                 f"{labels} shows no organ that is left at {made_with['spacing']:g} mm; use a"
                 " store of a smaller spacing."
             )
+        wanted = _surviving(labelled, wanted, organs, annotated is not None, made_with["spacing"])
         what = organs, store.organs
         held, coding = write_surroundings(
             draft.group, volume.levels[0], voxels, *what, float(volume.grid.spacing[0]), int(AIR_HU)
@@ -169,6 +179,7 @@ def add_atlas(
             spacing=(z, y, x),
             origin=(z0, y0, x0),
             source=(source.path, labelled.path),
+            scan_digest=digest,
         )
 
 
@@ -313,6 +324,37 @@ def _annotated(
             f" {', '.join(shown)}."
         )
     return tuple(name for name in organs.names if name in wanted)
+
+
+def _surviving(
+    labels: Scan, wanted: tuple[str, ...], found: Container[str], asked: bool, spacing: float
+) -> tuple[str, ...]:
+    """Leave out the organs that vanish on the working grid, unless they were asked for."""
+    lost = [name for name in wanted if name not in found]
+    if lost and asked:
+        notices.warn(
+            f"{labels.path} shows no {', '.join(lost)} at {spacing:g} mm: kept as annotated and"
+            " not in the scan, as --annotated says."
+        )
+    elif lost:
+        notices.warn(
+            f"{labels.path} shows {', '.join(lost)} in so few voxels that none is left at"
+            f" {spacing:g} mm: not counted as annotated; name the organs with --annotated if"
+            " whoever annotated the scan looked for them."
+        )
+    return wanted if asked else tuple(name for name in wanted if name in found)
+
+
+def _doubt_twice(
+    store: AtlasStore, name: str, scan: Scan, digest: str, shape: tuple[int, int, int]
+) -> None:
+    """Say if the store holds the scan under another id."""
+    others = (atlas for atlas in store.atlases() if atlas.id != name)
+    if same := KnownScans(others).of(digest, shape):
+        notices.warn(
+            f"{scan.path} is in {store.url} already, as {', '.join(same)}: its labels vote twice;"
+            f" remove one with kpt atlas remove."
+        )
 
 
 def _only(

@@ -123,9 +123,10 @@ def add(
     """
     from atlas_store import AtlasStore
     from kpt_dask.atlases.add import add_atlas
+    from kpt_dask.runtime import notices
 
     opened = AtlasStore.open(store)
-    with working(scheduler) as client:
+    with notices.recorded() as doubts, working(scheduler) as client:
         added = add_atlas(
             opened,
             scan,
@@ -137,7 +138,7 @@ def add(
             client=client,
         )
     if as_json:
-        print_json(_describe(added))
+        print_json(_describe(added) | {"warnings": doubts})
     else:
         click.echo(f"{added.id}: {_in_short(added)}.")
 
@@ -189,10 +190,11 @@ def add_folder(
 
     from atlas_store import AtlasStore
     from kpt_dask.atlases import add
+    from kpt_dask.runtime import notices
 
     errors = Console(stderr=True, markup=False, highlight=False, soft_wrap=True)
     opened = AtlasStore.open(store)
-    with working(scheduler) as client:
+    with notices.recorded() as doubts, working(scheduler) as client:
         outcomes = add.add_folder(
             opened,
             folder,
@@ -208,7 +210,8 @@ def add_folder(
     added = [o.id for o in outcomes if o.info is not None]
     present = [o.id for o in outcomes if o.info is None and o.problem is None]
     if as_json:
-        print_json({"added": added, "present": present, "failed": failed})
+        answer = {"added": added, "present": present, "failed": failed, "warnings": doubts}
+        print_json(answer)
     else:
         click.echo(f"{len(added)} added, {len(present)} there already, {len(failed)} failed.")
     if failed:

@@ -126,6 +126,7 @@ def convert(
                 "spacing": grid.spacing.tolist(),
                 "origin": grid.origin.tolist(),
                 "levels": [list(level.shape) for level in volume.levels],
+                "warnings": list(volume.warnings),
             }
         )
     else:
@@ -205,6 +206,7 @@ def segment(
                 "keypoints": found.n_keypoints,
                 "matches": found.n_matches,
                 "seconds": found.seconds,
+                "warnings": list(found.warnings),
             }
         )
         return
@@ -289,8 +291,8 @@ def evaluate(
     """Measure how well scans with known labels are segmented.
 
     Each atlas of STORE is segmented by the others (leave one out), or each scan of DIR by
-    all of STORE. A scan is never segmented by the atlas of its own id. Temporary files go to
-    $TMPDIR, which all workers of a cluster must share.
+    all of STORE. A scan is never segmented by its own atlas, whatever that is called.
+    Temporary files go to $TMPDIR, which all workers of a cluster must share.
 
     \b
     Examples:

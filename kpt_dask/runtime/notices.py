@@ -31,8 +31,15 @@ def warn(sentence: str) -> None:
 
 @contextmanager
 def shown(show: Callable[[str], None]) -> Iterator[None]:
-    """Give every doubt inside the `with` to `show`, instead of to Python's warnings."""
-    token = _show.set(show)
+    """Give every doubt inside the `with` to `show`, each once, instead of to Python's warnings."""
+    told: set[str] = set()
+
+    def show_once(sentence: str) -> None:
+        if sentence not in told:
+            told.add(sentence)
+            show(sentence)
+
+    token = _show.set(show_once)
     try:
         yield
     finally:

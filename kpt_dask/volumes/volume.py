@@ -4,6 +4,7 @@ Level 0 holds whole HU as float32; what the higher levels hold is the business o
 space. How the image lies on disk is the business of `kpt_dask.volumes.omezarr`.
 """
 
+import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -17,7 +18,7 @@ from distributed import Client
 from numpy.typing import NDArray
 
 from atlas_store.arrays import chunk_io
-from atlas_store.arrays.regions import open_array, regions, write_region
+from atlas_store.arrays.regions import Region, open_array, regions, write_region
 from kpt_dask.errors import (
     GridMismatchError,
     ParameterError,
@@ -29,8 +30,10 @@ from kpt_dask.output import replacing
 from kpt_dask.resampling.axes import along_own_axes
 from kpt_dask.resampling.blocks import interpolate, interpolate_labels, window
 from kpt_dask.resampling.stream import resample, resample_labels
-from kpt_dask.runtime import progress
+from kpt_dask.runtime import notices, progress
+from kpt_dask.scans.placement import listed
 from kpt_dask.scans.scan import Scan
+from kpt_dask.volumes.identity import VoxelDigest
 from kpt_dask.volumes.omezarr import (
     CHUNKS,
     create_array,
@@ -67,6 +70,11 @@ LARGEST_HU = 32000.0
 BLOCK = (64, 256, 256)
 """Blocks of an oblique scan's second interpolation; multiples of the chunks."""
 
+MOST_VOXELS = 1 << 32
+"""Of a volume: 16 GiB as float32, two metres at half a millimetre."""
+LARGE, MOST_FINER = 1 << 28, 512
+"""A volume with more voxels than the first (1 GiB) has at most so many for each of the scan."""
+
 _LOWPASS = "own_axes"
 """Name of the temporary array of an oblique scan."""
 
@@ -91,6 +99,12 @@ class Volume:
     grid: Grid
     source_grid: Grid
     levels: tuple[zarr.Array[Any], ...]
+
+    @property
+    def warnings(self) -> tuple[str, ...]:
+        """What was doubtful about the scan, one sentence each."""
+        about: Any = self.group.attrs["kpt"]
+        return tuple(about.get("warnings", ()))
 
 
 def create_volume(
@@ -229,20 +243,50 @@ def convert_into(
     """Convert a scan into an empty group of any store; parameters and errors as for `convert`."""
     if not (np.isfinite(spacing) and spacing > 0):
         raise ParameterError(f"The spacing must be a positive number of mm, not {spacing:g}.")
+    _check_voxels(scan, spacing)
     volume = create_volume(group, scan.grid.working(spacing), scan.grid, name=scan.path.name)
-    write_level0(volume, scan)
+    with notices.recorded() as doubts:
+        digest = write_level0(volume, scan)
     fill_pyramid(volume.levels, client=client)
+    about: Any = group.attrs["kpt"]
+    about["source"]["digest"] = digest
+    about["warnings"] = [*scan.doubts, *doubts]
+    group.update_attributes({"kpt": about})
     return volume
 
 
-def write_level0(volume: Volume, scan: Scan) -> None:
-    """Resample a scan to level 0, rounded to whole HU, nothing below air."""
+def _check_voxels(scan: Scan, spacing: float) -> None:
+    """Refuse a working grid that no disk should be filled with."""
+    extent = scan.grid.spacing * scan.grid.shape
+    voxels = math.prod(np.maximum(extent / spacing, 1).tolist())
+    own = math.prod(scan.grid.shape)
+    if voxels > MOST_VOXELS or voxels > max(LARGE, MOST_FINER * own):
+        raise ScanFormatError(
+            f"{scan.path} has {own} voxels and says it is {listed(extent)} mm large, which makes"
+            f" {voxels:.2g} voxels at a spacing of {spacing:g} mm, too many; repair its header, or"
+            " choose a larger --spacing (a store's is chosen when it is created)."
+        )
+
+
+def write_level0(volume: Volume, scan: Scan) -> str:
+    """Resample a scan to level 0, rounded to whole HU, nothing below air; give its digest."""
     level, target = volume.levels[0], volume.grid
+    with VoxelDigest(level.shape) as total:
+        for region, values in _working_blocks(volume, scan, target):
+            total.add(region, values)
+            write_region(level, region, values)
+        return total.hexdigest()
+
+
+def _working_blocks(
+    volume: Volume, scan: Scan, target: Grid
+) -> Iterator[tuple[Region, NDArray[np.float32]]]:
+    """Values of level 0, region by region."""
     with progress.stage("Reading scan", total=scan.grid.shape[0]) as advance:
         slabs = (np.clip(slab, AIR_HU, LARGEST_HU) for slab in _told(scan.slabs(), advance))
         if scan.grid.axis_permutation() is not None:
             for region, values in resample(slabs, scan.grid, target, CHUNKS):
-                write_region(level, region, _whole(values))
+                yield region, _whole(values)
             return
         own = along_own_axes(scan.grid, float(target.spacing[0]))
         with _temporary(volume.group, own, np.float32) as lowpass:
@@ -251,7 +295,7 @@ def write_level0(volume: Volume, scan: Scan) -> None:
             for block in regions(target.shape, BLOCK):
                 plan = window(own, target, block)
                 part = chunk_io.read(lowpass, plan.region)
-                write_region(level, block, _whole(interpolate(part, plan)))
+                yield block, _whole(interpolate(part, plan))
 
 
 def label_blocks(

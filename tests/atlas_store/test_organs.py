@@ -19,13 +19,13 @@ snomed = { code = "10200004", meaning = "Liver" }
 ORGANS = st.builds(
     Organ,
     value=st.integers(1, 65535),
-    name=st.from_regex(r"[a-z][a-z0-9_]{0,20}", fullmatch=True),
+    name=st.from_regex(r"[A-Za-z][A-Za-z0-9_]{0,20}", fullmatch=True),
     nu=st.floats(0.1, 5000),
     colour=st.tuples(*[st.integers(0, 255)] * 3),
     snomed=st.none() | st.just(("10200004", "Liver")),
 )
 TABLES = st.lists(
-    ORGANS, min_size=1, max_size=12, unique_by=(lambda o: o.value, lambda o: o.name)
+    ORGANS, min_size=1, max_size=12, unique_by=(lambda o: o.value, lambda o: o.name.lower())
 ).map(lambda organs: OrganTable(tuple(organs)))
 
 
@@ -166,3 +166,18 @@ def test_what_is_no_table_at_all_is_refused(tmp_path: Path) -> None:
     binary.write_bytes(b"\xff\xfe\x00")
     with pytest.raises(OrganTableError, match="no UTF-8 text"):
         load_organs(binary)
+
+
+def test_names_may_have_capitals_but_not_differ_by_them_alone(tmp_path: Path) -> None:
+    path = tmp_path / "table.toml"
+    path.write_text(GOOD.replace('"liver"', '"vertebrae_L1"'))
+    assert load_organs(path).by_name("vertebrae_L1").value == 1
+    path.write_text(GOOD + GOOD.replace('"liver"', '"Liver"').replace("value = 1", "value = 2"))
+    with pytest.raises(OrganTableError, match="'liver' stands twice"):
+        load_organs(path)
+
+
+def test_a_byte_order_mark_is_taken(tmp_path: Path) -> None:
+    """Editors on Windows write one."""
+    (tmp_path / "table.toml").write_bytes(GOOD.encode("utf-8-sig"))
+    assert load_organs(tmp_path / "table.toml").names == ("liver",)

@@ -35,6 +35,7 @@ from kpt_dask.demo.phantom import phantom, write_phantom
 from kpt_dask.errors import GridMismatchError, LabelError, ParameterError, ScanFormatError
 from kpt_dask.grid import Grid
 from kpt_dask.keypoints.extraction import first_frames
+from kpt_dask.runtime import notices
 from kpt_dask.scans.scan import scan_name
 from kpt_dask.segmentation import segment
 from kpt_dask.volumes.volume import AIR_HU, open_volume
@@ -299,3 +300,44 @@ def test_the_grid_error_names_both_files(store: AtlasStore, small: Path) -> None
 def test_a_ct_is_no_label_map(store: AtlasStore, small: Path) -> None:
     with pytest.raises(ScanFormatError, match="no label map"):
         add_atlas(store, small / "s1_ct.nii.gz", small / "s1_ct.nii.gz")
+
+
+def test_a_stray_voxel_is_not_annotated(small: Path, tmp_path: Path, one_process: Client) -> None:
+    """What is lost on the working grid would vote against the organ everywhere."""
+    store = AtlasStore.create(tmp_path / "coarse", ORGANS, store_parameters(16.0))
+    image = nibabel.load(small / "s1_seg.nii.gz")
+    values = np.asarray(image.dataobj).copy()
+    spleen = ORGANS.by_name("spleen").value
+    values[values == spleen] = 0
+    values[0, 0, 0] = spleen
+    stray = tmp_path / "stray.nii.gz"
+    nibabel.save(nibabel.Nifti1Image(values, image.affine), stray)
+    scan = small / "s1_ct.nii.gz"
+    with notices.shown(lambda _: None), notices.recorded() as told:
+        info = add_atlas(store, scan, stray, client=one_process)
+    assert "liver" in info.annotated
+    assert "spleen" not in info.annotated
+    [sentence] = told
+    assert f"{stray} shows spleen in so few voxels that none is left at 16 mm" in sentence
+    wanted = ["liver", "spleen"]
+    with notices.shown(lambda _: None), notices.recorded() as told:
+        info = add_atlas(store, scan, stray, annotated=wanted, replace=True, client=one_process)
+    assert info.annotated == ("liver", "spleen")
+    assert "spleen" not in info.organs
+    assert "kept as annotated" in told[0]
+
+
+def test_nothing_left_is_no_atlas(small: Path, tmp_path: Path) -> None:
+    store = AtlasStore.create(tmp_path / "coarse", ORGANS, store_parameters(16.0))
+    image = nibabel.load(small / "s1_seg.nii.gz")
+    values = np.zeros(image.shape, np.uint8)
+    values[0, 0, 0] = 1
+    nibabel.save(nibabel.Nifti1Image(values, image.affine), tmp_path / "stray.nii.gz")
+    with pytest.raises(LabelError, match="no organ that is left at 16 mm"):
+        add_atlas(store, small / "s1_ct.nii.gz", tmp_path / "stray.nii.gz")
+
+
+@pytest.mark.parametrize("spacing", [0.05, 150.0, 0.0, float("nan")])
+def test_no_store_is_made_that_no_scan_can_be_segmented_from(spacing: float) -> None:
+    with pytest.raises(ParameterError, match=r"from 0\.1 to 100 mm"):
+        store_parameters(spacing)

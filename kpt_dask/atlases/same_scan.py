@@ -1,0 +1,40 @@
+"""Which atlases of a store were made from a scan, whatever they are called."""
+
+from collections.abc import Iterable
+
+from atlas_store import Atlas
+from kpt_dask.volumes.identity import digest_of
+
+
+class KnownScans:
+    """The scans of some atlases, known by their voxels.
+
+    Markers hold the digest; that of an atlas which an older version added is made of its image, and
+    only if that has the shape of the scan.
+    """
+
+    def __init__(self, atlases: Iterable[Atlas]) -> None:
+        self._atlases = list(atlases)
+        self._digests = {atlas.id: atlas.info.scan_digest for atlas in self._atlases}
+
+    def of(self, digest: str, shape: tuple[int, int, int]) -> tuple[str, ...]:
+        """Ids of the atlases that were made from a scan.
+
+        Parameters
+        ----------
+        digest : str
+            Of the scan's volume, from `kpt_dask.volumes.identity.digest_of`.
+        shape : tuple of int
+            (z, y, x) of that volume.
+        """
+        return tuple(
+            atlas.id
+            for atlas in self._atlases
+            if atlas.info.shape == shape and self._digest(atlas) == digest
+        )
+
+    def _digest(self, atlas: Atlas) -> str:
+        known = self._digests[atlas.id]
+        if known is None:
+            known = self._digests[atlas.id] = digest_of(atlas.image)
+        return known
