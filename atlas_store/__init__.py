@@ -19,6 +19,7 @@ from atlas_store.errors import (
 from atlas_store.keypoints import read_keypoints, write_keypoints
 from atlas_store.marker import AtlasInfo, OrganInfo
 from atlas_store.organs import Organ, OrganTable, load_organs
+from atlas_store.snapshot import Snapshot
 from atlas_store.store import AtlasStore
 from atlas_store.verify import Problem
 
@@ -40,6 +41,7 @@ __all__ = [
     "OrganTableError",
     "ParameterMismatchError",
     "Problem",
+    "Snapshot",
     "StoreExistsError",
     "StoreFormatError",
     "StoreNotFoundError",

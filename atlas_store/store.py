@@ -212,7 +212,7 @@ class AtlasStore:
         """
         if ids is not None:
             return [self[atlas_id] for atlas_id in ids]
-        known = self.ids()
+        known = AtlasStore.ids(self)
         markers = self.objects.read_many(map(marker_key, known), MAX_DOCUMENT)
         # A marker that is gone by now belongs to an atlas that somebody just removed.
         with _uncollected():

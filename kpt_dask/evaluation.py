@@ -13,7 +13,7 @@ import zarr
 from distributed import Client
 from numpy.typing import NDArray
 
-from atlas_store import Atlas, AtlasStore, OrganTable
+from atlas_store import Atlas, AtlasStore, OrganTable, Snapshot
 from atlas_store.arrays.regions import open_array
 from kpt_dask.atlases.add import labels_at, survey
 from kpt_dask.atlases.same_scan import KnownScans
@@ -128,6 +128,7 @@ def evaluate(
     _check_positive("atlases", atlases)
     _check_positive("scans", limit)
     check_selection(select, index)
+    store = Snapshot(store)
     names = [pair.id for pair in scans] if scans is not None else list(store.ids())
     names = names[:limit]
     # What is asked for, and that there are atlases, before anything is opened.

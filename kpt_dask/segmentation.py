@@ -12,7 +12,15 @@ import xarray as xr
 import zarr
 from distributed import Client
 
-from atlas_store import Atlas, AtlasKeypoints, AtlasStore, EmptyStoreError, write_keypoints
+from atlas_store import (
+    Atlas,
+    AtlasKeypoints,
+    AtlasNotFoundError,
+    AtlasStore,
+    EmptyStoreError,
+    Snapshot,
+    write_keypoints,
+)
 from atlas_store.arrays.regions import open_array
 from kpt_dask.atlases.same_scan import KnownScans
 from kpt_dask.errors import ParameterError
@@ -157,7 +165,7 @@ def segment(
         One sentence on what is wrong with an input or an option; nothing is left half-written.
     """
     start = time.perf_counter()
-    store = store if isinstance(store, AtlasStore) else AtlasStore.open(store)
+    store = Snapshot(store if isinstance(store, AtlasStore) else AtlasStore.open(store))
     with notices.recorded() as doubts:
         source, target = open_scan(scan), Path(out)
     options.check(mode, store.organs)
@@ -239,8 +247,47 @@ def segment_volume(
         memory=memory,
         client=client,
     )
+    kept = Snapshot(store)
+    how = _How(mode, options, select, index, memory, client)
+    while True:
+        try:
+            return _label(volume, group, kept, tuple(atlas_ids), keypoints, how)
+        except AtlasNotFoundError:
+            gone = kept.gone(atlas_ids)
+            left = [atlas_id for atlas_id in atlas_ids if atlas_id not in gone]
+            if not gone or not left:
+                raise
+            atlas_ids = left
+            notices.warn(
+                f"{store.url}: {', '.join(gone)} removed or replaced while the scan was segmented;"
+                f" the answer is that of the {len(left)} other atlases."
+            )
+
+
+@dataclass(frozen=True, eq=False)
+class _How:
+    """The options of a segmentation; see `segment`."""
+
+    mode: str
+    options: TransferOptions
+    select: int | None
+    index: str
+    memory: int | None
+    client: Client | None
+
+
+def _label(
+    volume: Volume,
+    group: zarr.Group,
+    store: AtlasStore,
+    atlas_ids: Sequence[str],
+    keypoints: xr.Dataset,
+    how: _How,
+) -> Stations:
+    """Go from keypoints to the label map; done again, nothing of the first time is left."""
+    mode, select, client = how.mode, how.select, how.client
     if select is not None:
-        atlas_ids = propose_atlases(keypoints, store, atlas_ids, select, mode=mode, index=index)
+        atlas_ids = propose_atlases(keypoints, store, atlas_ids, select, mode=mode, index=how.index)
     atlases = AtlasKeypoints.load(store, atlas_ids)
     matches = match(keypoints, atlases, client=client)
     if select is not None and select < len(atlases):
@@ -261,9 +308,9 @@ def segment_volume(
         probability,
         levels[0],
         mode=mode,
-        options=options,
+        options=how.options,
         atlases=atlases,
-        memory=memory,
+        memory=how.memory,
         client=client,
     )
     finish_label_image(group, "organs", levels, volume.grid, store.organs)

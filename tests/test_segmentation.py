@@ -15,7 +15,15 @@ from numpy.typing import NDArray
 from ome_zarr_models.v05.image import Image
 from ome_zarr_models.v05.image_label import ImageLabel
 
-from atlas_store import AtlasStore, AtlasStoreError, EmptyStoreError, load_organs, read_keypoints
+from atlas_store import (
+    AtlasNotFoundError,
+    AtlasStore,
+    AtlasStoreError,
+    EmptyStoreError,
+    load_organs,
+    read_keypoints,
+)
+from kpt_dask import segmentation
 from kpt_dask.atlases.add import store_parameters
 from kpt_dask.demo.phantom import phantom
 from kpt_dask.errors import (
@@ -25,6 +33,7 @@ from kpt_dask.errors import (
     ScanFormatError,
     ScanNotFoundError,
 )
+from kpt_dask.matching.first_pass import match
 from kpt_dask.options import MODES
 from kpt_dask.scans.scan import open_scan
 from kpt_dask.segmentation import Segmentation, open_probability, segment
@@ -519,3 +528,57 @@ def test_a_scan_that_would_fill_the_disk_is_refused(
         with pytest.raises(ScanFormatError, match=r"1000 voxels.*--spacing"):
             segment(scan, store, tmp_path / "o.zarr", client=one_process)
     assert list(tmp_path.iterdir()) == [scan]
+
+
+@pytest.mark.parametrize("mode", ["local", "organ"])
+@pytest.mark.parametrize("when", ["propose_atlases", "match", "transfer"])
+def test_an_atlas_removed_meanwhile_is_left_out_and_this_is_said(
+    tmp_path: Path,
+    ct: Path,
+    store: AtlasStore,
+    one_process: Client,
+    monkeypatch: pytest.MonkeyPatch,
+    when: str,
+    mode: str,
+) -> None:
+    if when != "transfer" and mode != "local":
+        pytest.skip("the same for all modes")
+    moving = AtlasStore.open(shutil.copytree(store.url, tmp_path / "s"))
+    options: dict[str, Any] = {"mode": mode, "client": one_process}
+    if when == "propose_atlases":
+        options |= {"select": 3}
+    expected = segment(ct, moving, tmp_path / "expected.zarr", exclude=["body_2"], **options)
+    station = getattr(segmentation, when)
+
+    def removing(*args: Any, **more: Any) -> Any:
+        if "body_2" in moving:
+            moving.remove("body_2")
+        return station(*args, **more)
+
+    monkeypatch.setattr(segmentation, when, removing)
+    with pytest.warns(KptWarning, match="body_2 removed or replaced while .* the 2 other atlases"):
+        found = segment(ct, moving, tmp_path / "found.zarr", **options)
+    assert found.atlases == expected.atlases == ("body_1", "body_3")
+    there, here = files(expected.path), files(found.path)
+    assert there.keys() == here.keys()
+    assert {name for name in there if there[name] != here[name]} <= {"zarr.json"}
+
+
+def test_a_store_of_which_nothing_is_left_is_refused(
+    tmp_path: Path,
+    ct: Path,
+    store: AtlasStore,
+    one_process: Client,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    moving = AtlasStore.open(shutil.copytree(store.url, tmp_path / "s"))
+
+    def emptied(*args: Any, **more: Any) -> Any:
+        for atlas_id in moving:
+            moving.remove(atlas_id)
+        return match(*args, **more)
+
+    monkeypatch.setattr(segmentation, "match", emptied)
+    with pytest.raises(AtlasNotFoundError, match="was removed or replaced while it was read"):
+        segment(ct, moving, tmp_path / "o.zarr", client=one_process)
+    assert not (tmp_path / "o.zarr").exists()

@@ -12,7 +12,7 @@ from distributed import Client
 from numpy.typing import NDArray
 from zarr.codecs import BloscCodec
 
-from atlas_store import Atlas, OrganTable
+from atlas_store import OrganTable
 from atlas_store.arrays import chunk_io
 from atlas_store.arrays.boxes import (
     Box,
@@ -53,7 +53,10 @@ Share = tuple[int, Box, NDArray[np.float32]]
 def create_probability(
     group: zarr.Group, grid: Grid, organs: OrganTable, mode: str
 ) -> zarr.Array[Any]:
-    """Make ``probability`` (organ, z, y, x) float32 for a mode; what no organ reaches is free."""
+    """Make ``probability`` (organ, z, y, x) float32 for a mode; what no organ reaches is free.
+
+    One that is there already is replaced.
+    """
     chunks = [min(n, c) for n, c in zip(grid.shape, CHUNKS, strict=True)]
     sizes = [min(n, s) for n, s in zip(grid.shape, SHARD, strict=True)]
     return group.create_array(
@@ -66,6 +69,7 @@ def create_probability(
         chunk_key_encoding={"name": "default", "separator": "."},
         compressors=PACKED,
         fill_value=0,
+        overwrite=True,
         dimension_names=("organ", "z", "y", "x"),
         attributes={
             "organs": list(organs.names),
@@ -93,7 +97,6 @@ def cut_in_slabs(box: Box, shape: tuple[int, int, int]) -> list[Box]:
 def run_blocks(
     function: Callable[..., Tally],
     tasks: Sequence[tuple[Any, ...]],
-    atlases: Sequence[Atlas],
     organs: OrganTable,
     client: Client,
 ) -> Tally:
@@ -107,8 +110,6 @@ def run_blocks(
     total = Tally.empty(len(organs))
     for _, tally in cluster.run_in_teams(client, function, tasks, "Transferring organs"):
         total += tally
-    for atlas in atlases:
-        atlas.ensure_present()
     return total
 
 

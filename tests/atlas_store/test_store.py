@@ -23,6 +23,7 @@ from atlas_store import (
     KeypointsFormatError,
     OrganTableError,
     ParameterMismatchError,
+    Snapshot,
     StoreExistsError,
     StoreFormatError,
     StoreNotFoundError,
@@ -258,6 +259,33 @@ def test_a_replaced_atlas_stays_until_the_new_one_is_whole(
         old.keypoints()
     with pytest.raises(AtlasNotFoundError):
         _ = old.labels
+
+
+def test_a_snapshot_keeps_to_the_atlases_it_began_with(
+    anywhere: str | Path, synthetic: SimpleNamespace
+) -> None:
+    store = AtlasStore.create(anywhere, load_organs("openkbp"), synthetic.PARAMETERS)
+    for seed, atlas_id in enumerate(["pt_1", "pt_2", "pt_3", "pt_4"]):
+        synthetic.add(store, atlas_id, seed)
+    snapshot = Snapshot(store)
+    known = snapshot["pt_4"].info
+    synthetic.add(store, "pt_0")
+    synthetic.add(store, "pt_2", seed=9, replace=True)
+    store.remove("pt_3")
+    store.remove("pt_4")
+    assert snapshot.ids() == list(snapshot) == ["pt_1", "pt_2", "pt_3", "pt_4"]
+    assert snapshot.uuids().keys() == set(snapshot)
+    assert "pt_3" in snapshot
+    assert "pt_0" not in snapshot
+    assert [atlas.id for atlas in snapshot.atlases()] == ["pt_1", "pt_4"]
+    assert snapshot["pt_4"].info == known
+    for atlas_id in ("pt_0", "pt_2", "pt_3"):
+        with pytest.raises(AtlasNotFoundError):
+            _ = snapshot[atlas_id]
+    with pytest.raises(AtlasNotFoundError, match="was removed or replaced while it was read"):
+        snapshot["pt_4"].keypoints()
+    assert snapshot.gone(snapshot) == ["pt_2", "pt_3", "pt_4"]
+    xr.testing.assert_equal(snapshot["pt_1"].keypoints(), synthetic.keypoints(seed=0))
 
 
 def test_of_the_same_id_added_at_once_exactly_one_wins(

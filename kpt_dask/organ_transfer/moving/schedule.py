@@ -180,7 +180,7 @@ def move_organs(
                 regions = [aligned(piece, SHARD, grid.shape) for piece in hand]
                 what = local, here, organs, nus, totals, smallest, room
                 tasks.append((volume.levels[0], *what, probability, labels, regions))
-        return run_blocks(transfer_slabs, tasks, atlases, organs, session)
+        return run_blocks(transfer_slabs, tasks, organs, session)
 
 
 def _distances(

@@ -171,7 +171,7 @@ def warp_atlases(
             here = [(atlas, around(field, cells, grid, widths)) for atlas, field in own]
             how = grid, here, domains, organs, nus, widths, smallest, room, probability, labels
             tasks.append((volume.levels[0], *how, region))
-        return run_blocks(transfer_block, tasks, atlases, organs, session)
+        return run_blocks(transfer_block, tasks, organs, session)
 
 
 def plan_blocks(
