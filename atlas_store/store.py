@@ -158,6 +158,10 @@ class AtlasStore:
             )
         return cls(objects, uuid, organs, parameters)
 
+    def documents(self) -> list[tuple[Objects, str]]:
+        """Objects, by store and key, that tell this store from all others and never change."""
+        return [(self.objects, ROOT)]
+
     def ids(self) -> list[str]:
         """Ids of the atlases, in natural order: pt_3 before pt_13."""
         names = self.objects.names(MARKERS)

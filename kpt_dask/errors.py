@@ -33,5 +33,9 @@ class ParameterError(KptError, ValueError):
     """An option has a value that cannot be used."""
 
 
+class ClusterError(KptError, RuntimeError):
+    """Workers cannot be reached, went away, or do not see the data."""
+
+
 class KptWarning(UserWarning):
     """An input or an answer is doubtful, though it can be used; the output keeps the sentence."""

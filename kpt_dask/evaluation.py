@@ -3,6 +3,7 @@
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
+from contextlib import ExitStack
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -22,7 +23,7 @@ from kpt_dask.keypoints.extraction import first_frames
 from kpt_dask.matching.selection import check_selection
 from kpt_dask.options import DEFAULTS, TransferOptions
 from kpt_dask.resampling.labels_on_scan import labels_onto
-from kpt_dask.runtime import cluster, notices, progress
+from kpt_dask.runtime import cluster, notices, progress, witness
 from kpt_dask.scans.pairs import Pair, labelled_organs, open_pair
 from kpt_dask.segmentation import Stations, choose_atlases, segment_volume
 from kpt_dask.volumes.identity import digest_of
@@ -147,8 +148,12 @@ def evaluate(
         progress.stage("Evaluating scans", total=len(names)) as advance,
     ):
         for name in names:
-            with tempfile.TemporaryDirectory(prefix="kpt-evaluate-") as folder:
-                group = zarr.create_group(str(Path(folder) / "scan.zarr"), zarr_format=3)
+            with ExitStack() as stack:
+                folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="kpt-evaluate-"))
+                # Workers have another current folder.
+                place = Path(folder).absolute() / "scan.zarr"
+                group = zarr.create_group(str(place), zarr_format=3)
+                stack.enter_context(witness.shared(session, group, store.documents()))
 
                 def way(volume: Volume, group: zarr.Group, name: str = name) -> Stations:
                     nonlocal most

@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
@@ -34,7 +35,7 @@ from kpt_dask.organ_transfer.delivery import DTYPE, Decision, fill
 from kpt_dask.organ_transfer.measures import OrganMeasures, as_delivered, organ_measures
 from kpt_dask.organ_transfer.modes import transfer
 from kpt_dask.output import check_absent, replacing
-from kpt_dask.runtime import cluster, notices
+from kpt_dask.runtime import cluster, notices, witness
 from kpt_dask.scans.label_file import LabelFile
 from kpt_dask.scans.scan import Scan, check_ending, open_scan
 from kpt_dask.volumes.identity import digest_of
@@ -175,12 +176,13 @@ def segment(
     if labels is not None:
         check_ending(labels)
         check_absent(Path(labels), overwrite=overwrite)
-    with (
-        notices.recorded() as later,
-        cluster.session(client) as session,
-        replacing(target, overwrite=overwrite) as partial,
-    ):
-        group = zarr.create_group(str(partial), zarr_format=3)
+    with ExitStack() as stack:
+        later = stack.enter_context(notices.recorded())
+        session = stack.enter_context(cluster.session(client))
+        partial = stack.enter_context(replacing(target, overwrite=overwrite))
+        # Workers have another current folder.
+        group = zarr.create_group(str(partial.absolute()), zarr_format=3)
+        stack.enter_context(witness.shared(session, group, store.documents()))
         volume = convert_into(source, group, spacing=store.parameters["spacing"], client=session)
         atlases = [atlas for atlas in store.atlases() if atlas.id in used]
         _doubt_itself(source, volume, store, atlases)

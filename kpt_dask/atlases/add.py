@@ -31,7 +31,7 @@ from kpt_dask.errors import KptError, LabelError, ParameterError
 from kpt_dask.grid import Grid
 from kpt_dask.keypoints.extraction import extract, parameters
 from kpt_dask.options import SPACINGS
-from kpt_dask.runtime import cluster, notices, progress
+from kpt_dask.runtime import cluster, notices, progress, witness
 from kpt_dask.scans.pairs import LABELS, SCANS, find_pairs, labelled_organs, open_pair
 from kpt_dask.scans.scan import Scan, scan_name
 from kpt_dask.volumes.identity import digest_of
@@ -142,7 +142,7 @@ def add_atlas(
     with store.draft(name, made_with, replace=replace) as draft:
         wanted = _annotated(labelled, store.organs, annotated)
         image = draft.group.create_group("image")
-        with cluster.session(client) as session:
+        with cluster.session(client) as session, witness.shared(session, image):
             volume = convert_into(source, image, spacing=made_with["spacing"], client=session)
             digest = digest_of(image)
             _doubt_twice(store, name, source, digest, volume.grid.shape)

@@ -6,6 +6,7 @@ commands, so that ``kpt --help`` answers at once.
 
 import errno
 import json
+import logging
 import os
 import sys
 import warnings
@@ -124,12 +125,40 @@ def _bytes(ctx: click.Context, param: click.Parameter, value: str | None) -> int
     return size
 
 
-scheduler_option = click.option(
-    "--scheduler",
-    metavar="ADDRESS",
-    help="Compute on a running Dask cluster: its address or scheduler file. "
-    "Without it, on all cores of this machine.",
-)
+def scheduler_option(command: F) -> F:
+    """Add ``--scheduler``, which the command gets, and ``--wait``, which is Dask's ``kpt.wait``."""
+    address = click.option(
+        "--scheduler",
+        metavar="ADDRESS",
+        help="Compute on a running Dask cluster: its address or scheduler file. "
+        "Without it, on all cores of this machine.",
+    )
+    wait = click.option(
+        "--wait",
+        expose_value=False,
+        callback=_wait,
+        metavar="TIME",
+        help="With --scheduler, how long to wait for a cluster or workers that are not there, do "
+        "not answer or do not work; as in 90s, 15m.  [default: 30s]",
+    )
+    return address(wait(command))
+
+
+def _wait(ctx: click.Context, param: click.Parameter, value: str | None) -> None:
+    if value is None:
+        return
+    import dask.config
+
+    from kpt_dask.errors import ParameterError
+    from kpt_dask.runtime.patience import wait_seconds
+
+    ctx.with_resource(dask.config.set({"kpt.wait": value}))
+    try:
+        wait_seconds()
+    except ParameterError as error:
+        raise click.BadParameter(str(error)) from error
+
+
 memory_option = click.option(
     "--memory",
     callback=_bytes,
@@ -260,12 +289,31 @@ def working(scheduler: str | None) -> Iterator["Client | None"]:
     """Show progress, and connect to a cluster if one is asked for."""
     from kpt_dask.runtime import cluster, progress
 
-    with progress.shown():
+    with progress.shown(), _quiet():
         if scheduler is None:
             yield None
         else:
             with cluster.session(scheduler=scheduler) as client:
                 yield client
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep to itself what Dask logs of errors, which become a sentence; not under ``KPT_DEBUG``."""
+    if os.environ.get("KPT_DEBUG"):
+        yield
+        return
+    roots = ("distributed", "dask", "tornado", "asyncio", "bokeh")
+    known = [name for name in logging.root.manager.loggerDict if name.split(".")[0] in roots]
+    loggers = [logging.getLogger(name) for name in {*roots, *known}]
+    before = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.CRITICAL + 1)
+    try:
+        yield
+    finally:
+        for logger, level in zip(loggers, before, strict=True):
+            logger.setLevel(level)
 
 
 def print_json(answer: Any) -> None:

@@ -74,9 +74,8 @@ def match(
     """
     test, sides = describe(keypoints, atlases)
     with cluster.session(client) as session:
-        # Without a hash of its own: releasing an equal one from an earlier call would race.
-        [scattered] = session.scatter([test], broadcast=True, hash=False)
-        tasks = [(scattered, own) for own in sides]
+        shared = cluster.share(session, test)
+        tasks = [(shared, own) for own in sides]
         parts = cluster.run_small(session, match_atlas, tasks, "Matching")
     return _dataset(atlases, parts)
 

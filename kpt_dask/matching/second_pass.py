@@ -62,7 +62,7 @@ def rematch(
     """
     test, sides = describe(keypoints, atlases)
     with cluster.session(client) as session:
-        [scattered] = session.scatter([test], broadcast=True, hash=False)
+        scattered = cluster.share(session, test)
         tasks = []
         for side, first in zip(sides, slices_by_atlas(matches, len(atlases)), strict=True):
             found = matches.keypoint.values[first], matches.translation.values[first]

@@ -4,47 +4,38 @@
 and never where; nothing here knows what a scan is.
 """
 
-import asyncio
-import gc
-import json
-import logging
 import time
 import uuid
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import CancelledError, ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import suppress
 from functools import partial
 from itertools import islice
-from pathlib import Path
 from threading import Lock
 from typing import Any, TypeVar
 from weakref import WeakKeyDictionary
 
-import dask
-from dask.system import CPU_COUNT
-from distributed import (
-    Client,
-    Future,
-    KilledWorker,
-    Security,
-    Worker,
-    as_completed,
-    default_client,
-    get_worker,
-)
-from distributed.comm.core import connect
+from distributed import Client, Future, KilledWorker, Worker, as_completed, get_worker
 from distributed.protocol.pickle import dumps, loads
 
-from kpt_dask.errors import ParameterError
-from kpt_dask.runtime import progress
+from kpt_dask.errors import ClusterError
+from kpt_dask.runtime import progress, witness
+from kpt_dask.runtime.connect import IN_FLIGHT_PER_THREAD, is_own, local, session
+from kpt_dask.runtime.patience import LOST, Vigil, landing, lost, threads_of_workers, wait_seconds
+
+__all__ = [
+    "count_teams",
+    "local",
+    "run",
+    "run_in_teams",
+    "run_small",
+    "session",
+    "share",
+    "teams",
+    "threads",
+]
 
 T = TypeVar("T")
-
-CONNECT_SECONDS = 10
-"""How long a scheduler may take to answer."""
-
-IN_FLIGHT_PER_THREAD = 4
-"""Tasks handed out at a time: enough that no thread waits, few enough to hold their results."""
 
 TEAM = 2
 """Threads of a process that work together on a task, if it has them. Of many, some would often
@@ -55,89 +46,6 @@ _LEADERS: "WeakKeyDictionary[Worker, ThreadPoolExecutor]" = WeakKeyDictionary()
 _THREADS: "WeakKeyDictionary[Client, tuple[float, list[int]]]" = WeakKeyDictionary()
 """Of each client, until when it is known how many threads its workers have, and how many."""
 _LOCK = Lock()
-
-
-@contextmanager
-def session(client: Client | None = None, scheduler: str | None = None) -> Iterator[Client]:
-    """Give the Dask client to work with, and close it afterwards if it was made here.
-
-    Parameters
-    ----------
-    client : distributed.Client, optional
-        Used as it is and left open.
-    scheduler : str, optional
-        Address ("tcp://head:8786") or scheduler file of a running cluster.
-
-    Yields
-    ------
-    client : distributed.Client
-        The given one; else one connected to `scheduler`; else the process's current one;
-        else a new one whose worker is this process, with a thread for every core that the
-        process may use.
-
-    Raises
-    ------
-    ParameterError
-        `scheduler` does not answer, or is a file of something else.
-    """
-    if client is None and scheduler is None:
-        client = _current()
-    if client is not None:
-        yield client
-    elif scheduler is not None:
-        with _connect(scheduler) as connected:
-            yield connected
-    else:
-        with local(CPU_COUNT) as own:
-            yield own
-
-
-@contextmanager
-def local(threads: int) -> Iterator[Client]:
-    """Make this process a worker of so many threads, and give its client."""
-    # No memory limit: it would count the whole process and pause its only worker. A port of
-    # its own: the default one warns when another session has it. All tasks in flight on the
-    # worker, or it would wait for each to come. What Dask measures of itself a hundred times a
-    # second takes the cores from the tasks.
-    settings = {
-        "distributed.scheduler.worker-saturation": IN_FLIGHT_PER_THREAD,
-        "distributed.worker.profile.enabled": False,
-        "distributed.admin.tick.interval": "1s",
-    }
-    with (
-        _collecting_rarely(),
-        dask.config.set(settings),
-        Client(
-            processes=False,
-            n_workers=1,
-            threads_per_worker=threads,
-            memory_limit=None,
-            dashboard_address="127.0.0.1:0",
-            silence_logs=logging.ERROR,
-        ) as client,
-    ):
-        # Else whoever has just sent a message keeps the next one back for some milliseconds, on
-        # every way between client, scheduler and worker.
-        scheduler, workers = client.cluster.scheduler, client.cluster.workers.values()
-        ways = *scheduler.client_comms.values(), *scheduler.stream_comms.values()
-        for way in (client.scheduler_comm, *ways, *(w.batched_stream for w in workers)):
-            way.interval = 0.0
-        yield client
-
-
-@contextmanager
-def _collecting_rarely() -> Iterator[None]:
-    """Let Python seldom look through all that there is for garbage.
-
-    That takes a tenth of a second, of all threads, as the libraries are made of so much; it finds
-    next to nothing, and would come four times in a segmentation.
-    """
-    before = gc.get_threshold()
-    gc.set_threshold(*before[:2], 100)
-    try:
-        yield
-    finally:
-        gc.set_threshold(*before)
 
 
 def run(
@@ -169,8 +77,9 @@ def run(
 
     Raises
     ------
-    ParameterError
-        Workers died again and again, or the scheduler went away.
+    ClusterError
+        Workers died again and again, do not see what they must, or do not work for longer
+        than `kpt_dask.runtime.patience` allows; or the scheduler went away.
     Exception
         Whatever a task raised, as it was. Once this, or a consumer that stops early, has
         ended the iteration, tasks that had begun have ended too: what they wrote can be
@@ -180,6 +89,7 @@ def run(
     waiting = enumerate(tasks)
     flying: dict[Future[T], int] = {}
     landed = as_completed(loop=client.loop, with_results=True)
+    call = partial(_call, function, witness.current())
 
     def submit() -> None:
         # A cluster's workers come and go.
@@ -190,7 +100,7 @@ def run(
         # At once: messages to the scheduler and from it to a worker wait for some milliseconds
         # after the one before. Keys are padded because tasks of a batch begin in their order.
         futures = client.map(
-            partial(_call, function),
+            call,
             [task for _, task in batch],
             key=[f"{name}-{index:09}" for index, _ in batch],
             pure=False,
@@ -200,11 +110,13 @@ def run(
             flying[future] = index
             landed.add(future)
 
+    # The only worker that is this process can neither go away nor be paused.
+    vigil = None if is_own(client) else Vigil(client, description)
     complete = False
     with progress.stage(description, total=len(tasks)) as advance:
         try:
             submit()
-            for future, result in landed:
+            for future, result in landing(landed, vigil):
                 if future.cancelled():
                     raise result
                 index = flying.pop(future)
@@ -215,27 +127,40 @@ def run(
                 del result
             complete = True
         except KilledWorker as error:
-            raise ParameterError(
+            raise ClusterError(
                 f"{description}: {error.allowed_failures + 1} workers died one after another at "
                 "the same task, most often for lack of memory: give each more memory or fewer "
                 "threads."
             ) from error
         except CancelledError as error:
-            raise ParameterError(
-                f"{description}: the connection to the Dask scheduler was lost; see its log, "
-                "then run the same command again."
-            ) from error
+            raise lost(client, description) from error
+        except ModuleNotFoundError as error:
+            raise witness.lacking(error.name or str(error), f"{description}: a worker") from error
         finally:
             # Also if none is known to fly: an interruption may have come while one was submitted.
             if not complete:
                 _abandon(client, name, list(flying))
 
 
+def share(client: Client, value: T) -> Future[T]:
+    """Bring a value that many tasks take to all workers."""
+    # Not `Client.scatter`: inside a Dask task it would go to that task's worker. Without a hash
+    # of its own: releasing an equal one from an earlier call would race.
+    [shared] = client.sync(client._scatter, [value], broadcast=True, hash=False, direct=False)
+    return shared  # type: ignore[no-any-return]
+
+
 def threads(client: Client) -> list[int]:
-    """Threads of each worker, as they were at most a second ago: to ask takes a millisecond."""
+    """Threads of each worker, as they were at most a second ago: to ask takes a millisecond.
+
+    Raises
+    ------
+    ClusterError
+        If there is no worker, and none comes; or the scheduler has gone.
+    """
     known_until, found = _THREADS.get(client, (0.0, []))
     if time.monotonic() >= known_until or not found:
-        found = list(client.nthreads().values())
+        found = threads_of_workers(client)
         _THREADS[client] = time.monotonic() + 1, found
     return found
 
@@ -300,62 +225,35 @@ def run_small(
     return [result for i in range(len(batches)) for result in done[i]]
 
 
-def _call(function: Callable[..., T], task: tuple[Any, ...]) -> T:
+def _call(function: Callable[..., T], proof: witness.Proof | None, task: tuple[Any, ...]) -> T:
+    witness.check(proof)
     return function(*task)
 
 
 def _each(function: Callable[..., T], tasks: Sequence[tuple[Any, ...]]) -> list[T]:
-    return [_call(function, task) for task in tasks]
+    return [function(*task) for task in tasks]
 
 
 def _abandon(client: Client, name: str, futures: "list[Future[T]]") -> None:
     """Cancel tasks, and wait for those that had begun: Dask cannot stop a thread."""
     if client.status != "running":
         return
-    client.cancel(futures)
-    # Twice, because a task may be on its way to a worker when the first look comes.
-    quiet = 0
-    while quiet < 2:
-        busy = client.run(_holds_tasks, name, on_error="ignore")
-        quiet = 0 if any(busy.values()) else quiet + 1
-        time.sleep(0.01)
+    # A scheduler may go away, and a worker hang, while they are asked.
+    with suppress(*LOST):
+        client.sync(client._cancel, futures, callback_timeout=wait_seconds())
+        # Twice, because a task may be on its way to a worker when the first look comes.
+        quiet, deadline = 0, time.monotonic() + wait_seconds()
+        while quiet < 2 and time.monotonic() < deadline:
+            busy = client.sync(
+                client._run,
+                _holds_tasks,
+                name,
+                on_error="ignore",
+                callback_timeout=wait_seconds(),
+            )
+            quiet = 0 if any(busy.values()) else quiet + 1
+            time.sleep(0.01)
 
 
 def _holds_tasks(name: str, dask_worker: Worker) -> bool:
     return any(str(key).startswith(name) for key in dask_worker.state.tasks)
-
-
-def _current() -> Client | None:
-    try:
-        client: Client = default_client()
-    except ValueError:
-        return None
-    return client
-
-
-def _connect(scheduler: str) -> Client:
-    address = scheduler
-    if Path(scheduler).is_file():
-        try:
-            address = json.loads(Path(scheduler).read_text())["address"]
-        except (ValueError, KeyError, TypeError) as error:
-            raise ParameterError(
-                f"{scheduler} is not a scheduler file: give the file that "
-                "`dask scheduler --scheduler-file` wrote, or an address such as tcp://head:8786."
-            ) from error
-    try:
-        # Asked first, because a client that could not connect leaves threads behind; on a
-        # thread of its own, because a notebook's thread runs an event loop already.
-        with ThreadPoolExecutor(1) as executor:
-            executor.submit(asyncio.run, _greet(address)).result()
-        return Client(address, timeout=CONNECT_SECONDS)
-    except (OSError, ValueError) as error:
-        raise ParameterError(
-            f"No Dask scheduler answers at {scheduler}: check the address, and that it runs."
-        ) from error
-
-
-async def _greet(address: str) -> None:
-    security = Security().get_connection_args("client")
-    comm = await connect(address, timeout=CONNECT_SECONDS, **security)
-    await comm.close()

@@ -6,6 +6,7 @@ the seconds of each stage asks with `recorded`. Both hold for the code inside th
 on the thread that entered it.
 """
 
+import logging
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -21,6 +22,8 @@ from rich.progress import (
     TimeElapsedColumn,
     TimeRemainingColumn,
 )
+
+log = logging.getLogger(__name__)
 
 VISIBLE_AFTER = 1.0
 """Seconds a stage must last before it is worth a line."""
@@ -75,6 +78,15 @@ def stage(description: str, total: int | None = None) -> Iterator[Callable[[int]
             display.remove_task(task)
     if display is not None and seconds >= VISIBLE_AFTER:
         display.console.print(f"{description}: {seconds:.1f} s", highlight=False, markup=False)
+
+
+def say(sentence: str) -> None:
+    """Tell whoever watches something at once: on the display, else as a warning of the log."""
+    display = _display.get()
+    if display is None:
+        log.warning(sentence)
+    else:
+        display.console.print(f"kpt: {sentence}", highlight=False, markup=False, soft_wrap=True)
 
 
 @contextmanager

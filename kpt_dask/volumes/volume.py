@@ -30,7 +30,7 @@ from kpt_dask.output import replacing
 from kpt_dask.resampling.axes import along_own_axes
 from kpt_dask.resampling.blocks import interpolate, interpolate_labels, window
 from kpt_dask.resampling.stream import resample, resample_labels
-from kpt_dask.runtime import notices, progress
+from kpt_dask.runtime import cluster, notices, progress, witness
 from kpt_dask.scans.placement import listed
 from kpt_dask.scans.scan import Scan
 from kpt_dask.volumes.identity import VoxelDigest
@@ -231,9 +231,11 @@ def convert(
         If the spacing is not positive.
     """
     target = Path(out)
-    with replacing(target, overwrite=overwrite) as partial:
-        group = zarr.create_group(str(partial), zarr_format=3)
-        convert_into(scan, group, spacing=spacing, client=client)
+    with cluster.session(client) as session, replacing(target, overwrite=overwrite) as partial:
+        # Workers have another current folder.
+        group = zarr.create_group(str(partial.absolute()), zarr_format=3)
+        with witness.shared(session, group):
+            convert_into(scan, group, spacing=spacing, client=session)
     return open_volume(zarr.open_group(str(target), mode="r+", zarr_format=3))
 
 

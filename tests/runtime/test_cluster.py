@@ -15,8 +15,8 @@ import pytest
 from dask.system import CPU_COUNT
 from distributed import Client, LocalCluster, Worker
 
-from kpt_dask.errors import ParameterError, ScanNotFoundError
-from kpt_dask.runtime import cluster, progress
+from kpt_dask.errors import ClusterError, ParameterError, ScanNotFoundError
+from kpt_dask.runtime import cluster, connect, patience, progress
 
 
 @pytest.fixture(scope="module")
@@ -174,7 +174,7 @@ def test_workers_that_keep_dying_are_explained(processes: Client) -> None:
 
     scheduler = processes.cluster.scheduler
     allowed, scheduler.allowed_failures = scheduler.allowed_failures, 0
-    with pytest.raises(ParameterError, match=r"^Dying: 1 workers? died .* memory"):
+    with pytest.raises(ClusterError, match=r"^Dying: 1 workers? died .* memory"):
         list(cluster.run(processes, die, [()], "Dying"))
     scheduler.allowed_failures = allowed
 
@@ -187,7 +187,7 @@ def test_a_lost_scheduler_is_explained() -> None:
         results = cluster.run(client, time.sleep, [(0.0,)] + [(0.2,)] * 50, "Sleeping")
         next(results)
         doomed.close()
-        with pytest.raises(ParameterError, match=r"^Sleeping: the connection .* was lost"):
+        with pytest.raises(ClusterError, match=r"^Sleeping: the connection .* was lost"):
             list(results)
 
 
@@ -198,9 +198,14 @@ def test_session_leaves_a_given_client_open(threads: Client) -> None:
 
 
 def test_session_finds_the_current_client(threads: Client) -> None:
-    with cluster.session() as client:
+    with threads.as_current(), cluster.session() as client:
         assert client is threads
     assert threads.status == "running"
+
+
+def test_sessions_side_by_side_do_not_share_what_one_of_them_closes() -> None:
+    with cluster.session() as first, cluster.session() as second:
+        assert first is not second
 
 
 @pytest.mark.parametrize("kind", ["address", "file"])
@@ -219,9 +224,9 @@ def test_session_connects_to_a_running_cluster(
 
 @pytest.mark.parametrize("scheduler", ["tcp://127.0.0.1:9", "somewhere", "missing.json"])
 def test_a_scheduler_that_is_not_there(monkeypatch: pytest.MonkeyPatch, scheduler: str) -> None:
-    monkeypatch.setattr(cluster, "CONNECT_SECONDS", 0.2)
+    monkeypatch.setattr(patience, "WAIT", "0.2s")
     before = set(threading.enumerate())
-    with pytest.raises(ParameterError, match=rf"answers at {scheduler}: check the address"):
+    with pytest.raises(ClusterError, match=rf"answers at {scheduler}: check the address"):
         cluster.session(scheduler=scheduler).__enter__()
     assert not {thread for thread in threading.enumerate() if thread not in before}
 
@@ -236,7 +241,7 @@ def test_a_file_that_is_no_scheduler_file(tmp_path: Path) -> None:
 def test_a_session_of_its_own_ends_without_a_trace(
     monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(cluster, "_current", lambda: None)
+    monkeypatch.setattr(connect, "_current", lambda: None)
     before = set(threading.enumerate())
     with cluster.session() as client:
         assert sum(client.nthreads().values()) == CPU_COUNT
