@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable
 
-from atlas_store import Atlas
+from atlas_store import Atlas, AtlasStoreError
 from kpt_dask.volumes.identity import digest_of
 
 
@@ -36,5 +36,10 @@ class KnownScans:
     def _digest(self, atlas: Atlas) -> str:
         known = self._digests[atlas.id]
         if known is None:
-            known = self._digests[atlas.id] = digest_of(atlas.image)
+            try:
+                known = digest_of(atlas.image)
+            except (AtlasStoreError, OSError, KeyError, TypeError, ValueError):
+                # Removed meanwhile, or damaged: whoever uses the atlas says so.
+                known = ""
+            self._digests[atlas.id] = known
         return known

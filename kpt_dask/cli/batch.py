@@ -6,6 +6,7 @@ lost one scan's work at most: calling it again goes on where it stopped.
 
 import logging
 from collections.abc import Iterable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -13,6 +14,7 @@ from distributed import Client
 
 from atlas_store.errors import AtlasStoreError
 from kpt_dask.errors import KptError, ParameterError
+from kpt_dask.runtime import notices
 from kpt_dask.scans.scan import scan_name
 
 log = logging.getLogger(__name__)
@@ -99,15 +101,16 @@ def segment_batch(
         log.info("%s: begins", scan)
         try:
             # Overwriting, because one of the two may be left from an interrupted batch.
-            segment(
-                scan,
-                store,
-                output.segmentation,
-                labels=output.labels,
-                overwrite=True,
-                client=client,
-                **options,
-            )
+            with notices.shown(partial(log.warning, "%s")):
+                segment(
+                    scan,
+                    store,
+                    output.segmentation,
+                    labels=output.labels,
+                    overwrite=True,
+                    client=client,
+                    **options,
+                )
         except (KptError, AtlasStoreError) as error:
             failed[scan] = str(error)
         except Exception as error:

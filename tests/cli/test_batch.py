@@ -4,6 +4,7 @@ from pathlib import Path
 
 import nibabel as nib
 import numpy as np
+import pytest
 import zarr
 from distributed import Client
 
@@ -18,15 +19,18 @@ def test_a_batch_segments_as_a_laptop_does(
     one_process: Client,
     two_processes: Client,
     tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     bad = tmp_path / "bad.nii.gz"
     bad.write_bytes(b"not a scan")
     scans = [bad, bodies / "body_4_ct.nii.gz"]
+    scans.append(bodies / "body_1_ct.nii.gz")  # an atlas itself
     failed = segment_batch(scans, body_store.url, tmp_path / "out", two_processes)
+    assert any("itself, as body_1" in line for line in caplog.messages)
     assert list(failed) == [bad]
     assert "bad.nii.gz" in failed[bad]
     done = outputs(scans, tmp_path / "out")
-    assert [output.complete for output in done.values()] == [False, True]
+    assert [output.complete for output in done.values()] == [False, True, True]
 
     alone = segment(
         scans[1],
