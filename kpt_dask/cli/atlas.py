@@ -13,11 +13,13 @@ from kpt_dask.cli.common import (
     memory_option,
     overwrite_option,
     print_json,
+    say,
     scheduler_option,
     size,
     table,
     working,
 )
+from kpt_dask.cli.printable import printable
 
 if TYPE_CHECKING:
     from atlas_store import AtlasInfo, AtlasStore
@@ -91,7 +93,7 @@ def create(store: str, organs: str, spacing: float, descriptor: str, finer: bool
 
     parameters = store_parameters(spacing, descriptor=descriptor, finer=finer)
     made = AtlasStore.create(store, load_organs(organs), parameters)
-    click.echo(f"{made.url}: an empty store for {', '.join(made.organs.names)}.")
+    say(f"{made.url}: an empty store for {', '.join(made.organs.names)}.")
 
 
 @atlas.command()
@@ -140,7 +142,7 @@ def add(
     if as_json:
         print_json(_describe(added) | {"warnings": doubts})
     else:
-        click.echo(f"{added.id}: {_in_short(added)}.")
+        say(f"{added.id}: {_in_short(added)}.")
 
 
 @atlas.command("add-folder")
@@ -204,7 +206,7 @@ def add_folder(
             replace=overwrite,
             memory=memory,
             client=client,
-            told=lambda outcome: errors.print(_became(outcome)),
+            told=lambda outcome: errors.print(printable(_became(outcome))),
         )
     failed = {o.id: o.problem for o in outcomes if o.problem is not None}
     added = [o.id for o in outcomes if o.info is not None]
@@ -213,7 +215,7 @@ def add_folder(
         answer = {"added": added, "present": present, "failed": failed, "warnings": doubts}
         print_json(answer)
     else:
-        click.echo(f"{len(added)} added, {len(present)} there already, {len(failed)} failed.")
+        say(f"{len(added)} added, {len(present)} there already, {len(failed)} failed.")
     if failed:
         fail(f"{len(failed)} of {len(outcomes)} scans were not added: {', '.join(failed)}.")
 
@@ -252,9 +254,9 @@ def list_atlases(store: str, as_json: bool) -> None:
         for info in infos
     ]
     if rows:
-        click.echo(columns(header, rows, left=(0, 1, 5, 6)))
+        say(columns(header, rows, left=(0, 1, 5, 6)))
     number = _count(len(infos), "atlas", "atlases")
-    click.echo(f"{opened.url}: {number} at {opened.parameters['spacing']:g} mm.")
+    say(f"{opened.url}: {number} at {opened.parameters['spacing']:g} mm.")
 
 
 @atlas.command()
@@ -297,7 +299,7 @@ def remove(store: str, atlas_ids: tuple[str, ...]) -> None:
         fail(f"{opened.url} has no atlas {', '.join(missing)}: use an id that it lists.")
     for atlas_id in atlas_ids:
         opened.remove(atlas_id)
-        click.echo(f"{atlas_id}: removed.")
+        say(f"{atlas_id}: removed.")
 
 
 @atlas.command()
@@ -323,9 +325,9 @@ def verify(store: str, repair: bool, as_json: bool) -> None:
         print_json([asdict(problem) for problem in problems])
     else:
         for problem in problems:
-            click.echo(str(problem))
+            say(str(problem))
         if not problems:
-            click.echo(f"{opened.url}: {_count(len(opened), 'atlas', 'atlases')}, all sound.")
+            say(f"{opened.url}: {_count(len(opened), 'atlas', 'atlases')}, all sound.")
     left = sum(not problem.repaired for problem in problems)
     if left:
         raise Failure(f"{opened.url} has {_count(left, 'problem', 'problems')}.")
@@ -381,11 +383,11 @@ def _show_store(store: "AtlasStore", as_json: bool) -> None:
         mean = f"{sum(shown) / len(shown):.1f}" if shown else ""
         numbers = str(organ.value), f"{organ.nu:g}", str(annotated[organ.name]), mean
         organs.add_row(organ.name, code, *numbers)
-    click.echo(f"{store.url}: {_count(len(infos), 'atlas', 'atlases')}.")
+    say(f"{store.url}: {_count(len(infos), 'atlas', 'atlases')}.")
     console().print(organs)
-    click.echo("Atlases that annotate an organ, and keypoints in it on average where it shows.")
+    say("Atlases that annotate an organ, and keypoints in it on average where it shows.")
     made_with = ", ".join(f"{name} {value}" for name, value in store.parameters.items())
-    click.echo(f"Made with {made_with}.")
+    say(f"Made with {made_with}.")
 
 
 def _show_atlas(info: "AtlasInfo", as_json: bool) -> None:
@@ -400,10 +402,10 @@ def _show_atlas(info: "AtlasInfo", as_json: bool) -> None:
             organs.add_row(name, f"{found.voxels * voxel:.1f}", str(found.keypoints), centroid)
         else:
             organs.add_row(name, "not shown", "", "")
-    click.echo(f"{info.id}: {_in_short(info)}.")
+    say(f"{info.id}: {_in_short(info)}.")
     console().print(organs)
     made_from = " and ".join(info.source)
-    click.echo(f"Added {_moment(info)} UTC from {made_from} with {info.software}.")
+    say(f"Added {_moment(info)} UTC from {made_from} with {info.software}.")
 
 
 def _moment(info: "AtlasInfo") -> str:

@@ -17,6 +17,7 @@ from typing import IO, TYPE_CHECKING, Any, NoReturn, TypeVar, cast
 
 import click
 
+from kpt_dask.cli.printable import printable, printable_json
 from kpt_dask.options import (
     MEMORY,
     MODES,
@@ -42,12 +43,21 @@ PIPED_WIDTH = 500
 """Columns of a table that goes to a file or another program: it takes what it needs."""
 
 
+LINES = "\n"
+"""What sentences of several lines keep."""
+
+
+def say(text: str) -> None:
+    """Write an answer, in which others may have put what steers a terminal."""
+    click.echo(printable(text, keep=LINES))
+
+
 class Failure(click.ClickException):
     """A sentence for the user; the program ends with 1."""
 
     def show(self, file: IO[Any] | None = None) -> None:
         """Write the sentence to standard error."""
-        click.echo(f"kpt: {self.message}", file=file, err=True)
+        click.echo(f"kpt: {printable(self.message, keep=LINES)}", file=file, err=True)
 
 
 class Commands(click.Group):
@@ -88,7 +98,7 @@ def _show_warning(
 
 
 def _warn(sentence: str) -> None:
-    click.echo(f"kpt: warning: {sentence}", err=True)
+    click.echo(f"kpt: warning: {printable(sentence, keep=LINES)}", err=True)
 
 
 def _sentence(error: Exception) -> str:
@@ -318,7 +328,7 @@ def _quiet() -> Iterator[None]:
 
 def print_json(answer: Any) -> None:
     """Write an answer for a program."""
-    click.echo(json.dumps(answer, indent=2, ensure_ascii=False))
+    click.echo(printable_json(json.dumps(answer, indent=2, ensure_ascii=False)))
 
 
 def console() -> "Console":
@@ -342,6 +352,7 @@ def table(*columns: str, left: int = 1) -> "Table":
 
 def columns(header: Sequence[str], rows: Sequence[Sequence[str]], left: Container[int]) -> str:
     """Lay out a long list, of which `table` would make hard work; all but `left` are numbers."""
+    rows = [[printable(cell) for cell in row] for row in rows]
     widths = [max(map(len, column)) for column in zip(header, *rows, strict=True)]
     rule = tuple("─" * width for width in widths)
     return "\n".join(
