@@ -8,11 +8,13 @@ import errno
 import json
 import logging
 import os
+import shutil
 import sys
 import warnings
 from collections.abc import Callable, Container, Iterator, Sequence
 from contextlib import contextmanager
 from functools import wraps
+from textwrap import fill
 from typing import IO, TYPE_CHECKING, Any, NoReturn, TypeVar, cast
 
 import click
@@ -38,6 +40,12 @@ F = TypeVar("F", bound=Callable[..., Any])
 
 INTERRUPTED = 130
 """Exit code after Ctrl-C, as shells have it."""
+
+GAP = "   "
+"""Between columns."""
+
+HEADER_WIDTH = 6
+"""Columns of a terminal after which a table's header goes on in the next line."""
 
 PIPED_WIDTH = 500
 """Columns of a table that goes to a file or another program: it takes what it needs."""
@@ -328,7 +336,9 @@ def _quiet() -> Iterator[None]:
 
 def print_json(answer: Any) -> None:
     """Write an answer for a program."""
-    click.echo(printable_json(json.dumps(answer, indent=2, ensure_ascii=False)))
+    # Escapes are the same to a program, where letters cannot be written.
+    plain = not (sys.stdout.encoding or "").lower().startswith("utf")
+    click.echo(printable_json(json.dumps(answer, indent=2, ensure_ascii=plain)))
 
 
 def console() -> "Console":
@@ -344,23 +354,41 @@ def table(*columns: str, left: int = 1) -> "Table":
     from rich import box
     from rich.table import Table
 
-    made = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False)
+    made = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False, collapse_padding=True)
     for i, column in enumerate(columns):
-        made.add_column(column, justify="left" if i < left else "right", overflow="fold")
+        header = (
+            fill(column, HEADER_WIDTH, break_long_words=False) if sys.stdout.isatty() else column
+        )
+        # Names are folded where a terminal is narrow, numbers last.
+        made.add_column(
+            header, justify="left" if i < left else "right", overflow="fold", no_wrap=i >= left
+        )
     return made
 
 
 def columns(header: Sequence[str], rows: Sequence[Sequence[str]], left: Container[int]) -> str:
-    """Lay out a long list, of which `table` would make hard work; all but `left` are numbers."""
+    """Lay out a long list, of which `table` would make hard work; all but `left` are numbers.
+
+    What does not fit beside the others on a terminal goes into lines of its own.
+    """
     rows = [[printable(cell) for cell in row] for row in rows]
     widths = [max(map(len, column)) for column in zip(header, *rows, strict=True)]
+    most = shutil.get_terminal_size().columns if sys.stdout.isatty() else PIPED_WIDTH
+    lines: list[list[int]] = [[]]
+    for i, width in enumerate(widths):
+        taken = sum(widths[k] + len(GAP) for k in lines[-1]) + len(GAP) * (len(lines) > 1)
+        if lines[-1] and taken + width > most:
+            lines.append([])
+        lines[-1].append(i)
     rule = tuple("─" * width for width in widths)
     return "\n".join(
-        "   ".join(
-            cell.ljust(width) if i in left else cell.rjust(width)
-            for i, (cell, width) in enumerate(zip(row, widths, strict=True))
+        (GAP if line[0] else "")
+        + GAP.join(
+            row[i].ljust(widths[i]) if i in left else row[i].rjust(widths[i]) for i in line
         ).rstrip()
         for row in (header, rule, *rows)
+        for line in lines
+        if row is not rule or line is lines[-1]
     )
 
 

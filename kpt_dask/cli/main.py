@@ -26,6 +26,7 @@ from kpt_dask.cli.common import (
     transfer_options,
     working,
 )
+from kpt_dask.cli.streams import keep_streams_open
 from kpt_dask.options import TransferOptions
 from kpt_dask.runtime.allocator import share_freed_memory
 
@@ -38,6 +39,7 @@ AGAIN_AFTER = 0.01
 
 def main() -> None:
     """Run the command line."""
+    keep_streams_open()
     share_freed_memory()
     signal.signal(signal.SIGINT, _interrupt)
     signal.signal(signal.SIGTERM, _interrupt)
@@ -210,7 +212,7 @@ def segment(
             }
         )
         return
-    organs = table("organ", "volume (mL)", "between", "mean HU", "votes", "confidence", "")
+    organs = table("organ", "volume (mL)", "between", "mean HU", "votes", "confidence", "border")
     for name, organ in found.organs.items():
         if organ.volume_ml == 0:
             organs.add_row(name, "not found", "", "", str(organ.votes), "", "")
@@ -223,9 +225,11 @@ def segment(
             "" if organ.mean_hu is None else f"{organ.mean_hu:.0f}",
             str(organ.votes),
             f"{organ.confidence:.2f}",
-            "at the border of the scan" if organ.at_border else "",
+            "yes" if organ.at_border else "",
         )
     console().print(organs)
+    if any(organ.at_border for organ in found.organs.values()):
+        click.echo("border: the organ reaches the border of the scan and may go on beyond it.")
     click.echo(
         f"{found.n_keypoints} keypoints, {found.n_matches} matches with {len(found.atlases)}"
         f" atlases, {found.seconds:.1f} s."

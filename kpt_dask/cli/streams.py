@@ -1,0 +1,47 @@
+"""Standard output and error whose reader may go, or understand few letters: the work goes on."""
+
+import errno
+import io
+import os
+import sys
+from typing import Any
+
+GONE = (errno.EPIPE, errno.EBADF, errno.EIO)
+"""Errors of writing to a pipe or a terminal that nobody has open any more."""
+
+
+class _Output(io.FileIO):
+    """A file descriptor of the process; what nobody reads is dropped."""
+
+    def write(self, data: Any) -> int:
+        """Write some bytes, or drop them all."""
+        try:
+            return super().write(data)
+        except OSError as error:
+            if error.errno in GONE:
+                return len(data)
+            what = "standard output" if self.fileno() == 1 else "standard error"
+            raise OSError(error.errno, error.strerror, what) from error
+
+
+def keep_streams_open() -> None:
+    """Let nothing that happens to standard output or error end the program.
+
+    Letters that the encoding lacks are written as escapes. A descriptor that is closed at the
+    start is opened on the null device, or the next file would get its number, and what libraries
+    print.
+    """
+    for number in range(3):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)  # gets the lowest free number
+    for number, name in ((1, "stdout"), (2, "stderr")):
+        before = getattr(sys, name)
+        stream = io.TextIOWrapper(
+            io.BufferedWriter(_Output(number, "w", closefd=False)),
+            encoding=getattr(before, "encoding", None) or "utf-8",
+            errors="backslashreplace",
+            line_buffering=number == 2 or os.isatty(number),
+        )
+        setattr(sys, name, stream)
