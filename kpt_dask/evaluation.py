@@ -16,10 +16,10 @@ from numpy.typing import NDArray
 
 from atlas_store import Atlas, AtlasStore, OrganTable, Snapshot
 from atlas_store.arrays.regions import open_array
+from atlas_store.keypoints import first_frames
 from kpt_dask.atlases.add import labels_at, survey
 from kpt_dask.atlases.same_scan import KnownScans
 from kpt_dask.errors import ParameterError
-from kpt_dask.keypoints.extraction import first_frames
 from kpt_dask.matching.selection import check_selection
 from kpt_dask.options import DEFAULTS, TransferOptions
 from kpt_dask.resampling.labels_on_scan import labels_onto

@@ -23,9 +23,11 @@ from atlas_store import (
     write_keypoints,
 )
 from atlas_store.arrays.regions import open_array
+from atlas_store.keypoints import first_frames
 from kpt_dask.atlases.same_scan import KnownScans
 from kpt_dask.errors import ParameterError
-from kpt_dask.keypoints.extraction import CHOICES, PARAMETERS, extract, first_frames
+from kpt_dask.keypoints.extraction import extract
+from kpt_dask.keypoints.parameters import CHOICES, PARAMETERS
 from kpt_dask.matching.first_pass import match
 from kpt_dask.matching.selection import check_selection, only, propose_atlases, select_atlases
 from kpt_dask.matching.voting import vote

@@ -28,9 +28,12 @@ from scipy import ndimage
 from atlas_store.arrays.regions import write_region
 from kpt_dask.demo.phantom import phantom_grid, phantom_slab
 from kpt_dask.keypoints.descriptors import BINS, PATCH, STEP, describe, sample_patch
-from kpt_dask.keypoints.extraction import Octave, extract
-from kpt_dask.keypoints.sweep import BATCH, Sweep
+from kpt_dask.keypoints.extraction import extract
+from kpt_dask.keypoints.octaves import Octave
+from kpt_dask.keypoints.sweep import Sweep
+from kpt_dask.keypoints.sweep_plan import BATCH
 from kpt_dask.runtime import cluster
+from kpt_dask.volumes.blur import blur_planes, blur_scratch
 from kpt_dask.volumes.omezarr import CHUNKS
 from kpt_dask.volumes.pyramid import fill_pyramid
 from kpt_dask.volumes.scale_space import (
@@ -38,8 +41,6 @@ from kpt_dask.volumes.scale_space import (
     LEVEL_TAPS,
     LEVELS,
     SIGMA0,
-    blur_planes,
-    blur_scratch,
     level_sigma,
     octave_shapes,
 )

@@ -29,7 +29,8 @@ from kpt_dask.atlases.profiles import organ_profiles
 from kpt_dask.atlases.same_scan import KnownScans
 from kpt_dask.errors import KptError, LabelError, ParameterError
 from kpt_dask.grid import Grid
-from kpt_dask.keypoints.extraction import extract, parameters
+from kpt_dask.keypoints.extraction import extract
+from kpt_dask.keypoints.parameters import keypoint_parameters
 from kpt_dask.options import SPACINGS
 from kpt_dask.runtime import cluster, notices, progress, witness
 from kpt_dask.scans.pairs import LABELS, SCANS, find_pairs, labelled_organs, open_pair
@@ -80,7 +81,7 @@ def store_parameters(
             f"The spacing must be a number from {SPACINGS[0]:g} to {SPACINGS[1]:g} mm, not"
             f" {spacing:g}."
         )
-    return {"spacing": float(spacing), **parameters(descriptor, finer)}
+    return {"spacing": float(spacing), **keypoint_parameters(descriptor, finer)}
 
 
 def add_atlas(

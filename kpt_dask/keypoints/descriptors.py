@@ -30,7 +30,7 @@ ANISOTROPY = 10_000.0
 featExtract uses 140 (an isotropic tensor has 27). On real CT that refuses two keypoints in
 three, and most of those in the parotids; see the README's section on accuracy.
 """
-REACH = math.ceil(STEP * (PATCH // 2 + 1) * level_sigma(LEVELS + 0.5) + 0.5)
+PATCH_REACH = math.ceil(STEP * (PATCH // 2 + 1) * level_sigma(LEVELS + 0.5) + 0.5)
 """Planes that a patch may need on either side of its keypoint's own."""
 
 Planes = Annotated[NDArray[np.float32], "z y x"]

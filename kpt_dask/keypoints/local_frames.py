@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 
 from kpt_dask.kernels.jit import kernel
 from kpt_dask.keypoints.descriptors import BINS, PATCH
+from kpt_dask.keypoints.extrema import vertex
 
 MAX_FRAMES = 8
 """A keypoint has at most so many, those of the highest peaks."""
@@ -189,9 +190,9 @@ def _peaks(histogram: Lattice, share: float, directions: Vectors) -> int:
                     height[later] = height[later - 1]
                     directions[later] = directions[later - 1]
                 height[at] = v
-                z = k - middle + _vertex(histogram[k - 1, j, i], v, histogram[k + 1, j, i])
-                y = j - middle + _vertex(histogram[k, j - 1, i], v, histogram[k, j + 1, i])
-                x = i - middle + _vertex(histogram[k, j, i - 1], v, histogram[k, j, i + 1])
+                z = k - middle + vertex(histogram[k - 1, j, i], v, histogram[k + 1, j, i])
+                y = j - middle + vertex(histogram[k, j - 1, i], v, histogram[k, j + 1, i])
+                x = i - middle + vertex(histogram[k, j, i - 1], v, histogram[k, j, i + 1])
                 length = np.sqrt(z * z + y * y + x * x)
                 directions[at] = (z / length, y / length, x / length)
     return count
@@ -209,13 +210,6 @@ def _is_peak(histogram: Lattice, k: int, j: int, i: int) -> bool:
                 elif histogram[a, b, c] > v or (histogram[a, b, c] == v and not later):
                     return False
     return True
-
-
-@kernel
-def _vertex(before: float, here: float, after: float) -> float:
-    """Where the parabola through a peak and its neighbours has its vertex, ±0.5."""
-    curvature = before - 2.0 * here + after
-    return 0.5 * (before - after) / curvature if curvature < 0 else 0.0
 
 
 @kernel

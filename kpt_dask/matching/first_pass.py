@@ -16,10 +16,10 @@ from distributed import Client
 from numpy.typing import NDArray
 
 from atlas_store import AtlasKeypoints
+from atlas_store.keypoints import first_frames
 from kpt_dask.kernels.jit import kernel, summing_kernel
 from kpt_dask.kernels.rows import LANES, LOG2_E, exp2
 from kpt_dask.keypoints.descriptors import BINS
-from kpt_dask.keypoints.extraction import first_frames
 from kpt_dask.runtime import cluster
 
 SCALE_RATIO = 2.0

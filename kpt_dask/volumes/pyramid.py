@@ -18,8 +18,9 @@ from atlas_store.arrays.regions import regions, write_region
 from kpt_dask.errors import ParameterError
 from kpt_dask.kernels.jit import kernel
 from kpt_dask.runtime import cluster
+from kpt_dask.volumes.blur import blur_planes, blur_scratch
 from kpt_dask.volumes.omezarr import CHUNKS
-from kpt_dask.volumes.scale_space import blur_planes, blur_scratch, next_octave_taps
+from kpt_dask.volumes.scale_space import next_octave_taps
 
 
 def fill_pyramid(levels: tuple[zarr.Array[Any], ...], *, client: Client | None = None) -> None:

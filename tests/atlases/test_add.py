@@ -22,6 +22,7 @@ from atlas_store import (
     load_organs,
     read_keypoints,
 )
+from atlas_store.keypoints import first_frames
 from kpt_dask.atlases import add
 from kpt_dask.atlases.add import (
     Outcome,
@@ -34,7 +35,6 @@ from kpt_dask.atlases.add import (
 from kpt_dask.demo.phantom import phantom, write_phantom
 from kpt_dask.errors import GridMismatchError, LabelError, ParameterError, ScanFormatError
 from kpt_dask.grid import Grid
-from kpt_dask.keypoints.extraction import first_frames
 from kpt_dask.runtime import notices
 from kpt_dask.scans.scan import scan_name
 from kpt_dask.segmentation import segment

@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kpt_dask.keypoints.descriptors import BINS, PATCH, REACH, STEP, describe, sample_patch
+from kpt_dask.keypoints.descriptors import BINS, PATCH, PATCH_REACH, STEP, describe, sample_patch
 from kpt_dask.volumes.scale_space import LEVELS, level_sigma
 from tests.naive import keypoints
 
@@ -75,9 +75,9 @@ def test_bytes_do_not_depend_on_where_the_array_begins(
     moved = np.ascontiguousarray(volume[:, start:, start:])
     assert sampled(moved, (20, 20 - start, 23 - start), offset, step).tobytes() == there.tobytes()
     # Half a ring: planes 20 ± 18 are what it must hold.
-    size, n = 2 * REACH + 1, 40
+    size, n = 2 * PATCH_REACH + 1, 40
     ring = np.full((size, 40, 47), np.nan, np.float32)
-    for z in range(20 - REACH, 20 + REACH + 1):
+    for z in range(20 - PATCH_REACH, 20 + PATCH_REACH + 1):
         ring[z % size] = volume[z]
     patch = np.empty((SIZE, SIZE, SIZE), np.float32)
     sample_patch(ring, n, np.array((20, 20, 23)), np.array(offset), step, patch)

@@ -20,17 +20,15 @@ from scipy import ndimage
 from kpt_dask.errors import ParameterError
 from kpt_dask.grid import Grid
 from kpt_dask.keypoints import extraction as keypoints_module
+from kpt_dask.keypoints.blocks import LATER_OCTAVE_COST, core_width, plan_blocks, slab_lengths
 from kpt_dask.keypoints.descriptors import BINS, STEP
 from kpt_dask.keypoints.extraction import (
-    LATER,
-    Octave,
-    core_width,
     extract,
-    plan_blocks,
-    slab_lengths,
     sweep_blocks,
 )
-from kpt_dask.keypoints.sweep import Found, halo
+from kpt_dask.keypoints.octaves import Octave
+from kpt_dask.keypoints.sweep import OctaveKeypoints
+from kpt_dask.keypoints.sweep_plan import halo
 from kpt_dask.runtime import cluster, progress
 from kpt_dask.scans.scan import open_scan
 from kpt_dask.volumes.pyramid import fill_pyramid
@@ -79,10 +77,10 @@ def stored(values: np.ndarray, chunks: Shape = (32, 32, 32)) -> "zarr.Array":
     return array
 
 
-def canonical(found: Found) -> Found:
+def canonical(found: OctaveKeypoints) -> OctaveKeypoints:
     """Ordered by level and voxel."""
-    order = np.lexsort((*found.index.T[::-1], found.level))
-    return Found(*(a[order] for a in found.arrays))
+    order = np.lexsort((*found.voxel.T[::-1], found.level))
+    return OctaveKeypoints(*(a[order] for a in found))
 
 
 def found_in(
@@ -93,14 +91,16 @@ def found_in(
     chunks: Shape = (32, 32, 32),
     finer: bool = False,
     invariant: bool = False,
-) -> Found:
+) -> OctaveKeypoints:
     source = Octave(stored(values, chunks), octave == 0, finer)
     blocks = plan_blocks(source.shape, block or source.shape, halo(octave == 0, finer))
-    return canonical(Found.join(sweep_blocks([(source, one) for one in blocks], invariant)))
+    return canonical(
+        OctaveKeypoints.join(sweep_blocks([(source, one) for one in blocks], invariant))
+    )
 
 
-def assert_same_bytes(one: Found, other: Found) -> None:
-    for a, b in zip(one.arrays, other.arrays, strict=True):
+def assert_same_bytes(one: OctaveKeypoints, other: OctaveKeypoints) -> None:
+    for a, b in zip(one, other, strict=True):
         np.testing.assert_array_equal(a, b)
         assert a.tobytes() == b.tobytes()
 
@@ -134,11 +134,11 @@ def permutation(axes: tuple[int, int, int], flipped: tuple[int, ...]) -> np.ndar
     return np.flip(bins, [a + d for a in flipped for d in (0, 3)]).ravel()
 
 
-def inside(found: Found, shape: Shape) -> np.ndarray:
+def inside(found: OctaveKeypoints, shape: Shape) -> np.ndarray:
     """Whether the patch lies in the volume, where no edge has to repeat."""
     sigma = level_sigma(0) * 2 ** ((found.level + found.offset[:, 3]) / 3)
     reach = 6 * STEP * sigma[:, None] + 1
-    centre = found.index + found.offset[:, :3]
+    centre = found.voxel + found.offset[:, :3]
     return ((centre > reach) & (centre < np.array(shape) - 1 - reach)).all(axis=1)
 
 
@@ -151,7 +151,7 @@ def test_real_keypoints_are_those_of_the_reference(crop: np.ndarray) -> None:
     for octave in range(len(octave_shapes(crop.shape))):
         found, naive = found_in(level, octave), keypoints.find(level, octave == 0)
         index = {tuple(v): i for i, v in enumerate(naive.voxel.tolist())}
-        for n, (k, voxel) in enumerate(zip(found.level, found.index, strict=True)):
+        for n, (k, voxel) in enumerate(zip(found.level, found.voxel, strict=True)):
             key = (int(k), *voxel.tolist())
             i = index.get(key)
             if i is None:
@@ -168,7 +168,7 @@ def test_real_keypoints_are_those_of_the_reference(crop: np.ndarray) -> None:
             # A sum in which not even float32 sees anything may rank anywhere below.
             assert np.diff(sums).min() > -1e-4 * sums.max()
             swaps += bool((found.descriptor[n] != naive.ranks[i]).any())
-        own = {(int(k), *v) for k, v in zip(found.level, found.index.tolist(), strict=True)}
+        own = {(int(k), *v) for k, v in zip(found.level, found.voxel.tolist(), strict=True)}
         for i in np.flatnonzero(naive.accepted):
             if tuple(naive.voxel[i].tolist()) not in own:
                 above, below = keypoints.margins(naive.dogs)
@@ -187,7 +187,7 @@ def test_real_keypoints_are_those_of_the_reference(crop: np.ndarray) -> None:
 def test_texture_is_that_of_the_reference(octave: int) -> None:
     values = texture((40, 90, 100), 5)
     found, naive = found_in(values, octave), keypoints.find(values, octave == 0)
-    own = {(int(k), *v) for k, v in zip(found.level, found.index.tolist(), strict=True)}
+    own = {(int(k), *v) for k, v in zip(found.level, found.voxel.tolist(), strict=True)}
     assert len(own) == found.level.size > 150
     clear = np.abs(naive.edge - 1) > 1e-3
     reference = {tuple(v) for v in naive.voxel[naive.accepted].tolist()}
@@ -198,9 +198,9 @@ def test_texture_is_that_of_the_reference(octave: int) -> None:
 def test_real_frames_are_those_of_the_reference(crop: np.ndarray) -> None:
     """And the keypoints are those of upright descriptors."""
     upright, found = found_in(crop), found_in(crop, invariant=True)
-    voxels = np.column_stack([found.level, found.index])
+    voxels = np.column_stack([found.level, found.voxel])
     first = np.flatnonzero(np.concatenate([[True], (voxels[1:] != voxels[:-1]).any(axis=1)]))
-    for name in ("index", "offset", "level", "response"):
+    for name in ("voxel", "offset", "level", "response"):
         np.testing.assert_array_equal(getattr(found, name)[first], getattr(upright, name))
     naive = keypoints.find(crop, True)
     patch_of = dict(zip(map(tuple, naive.voxel.tolist()), naive.patch, strict=True))
@@ -228,7 +228,7 @@ def test_the_finer_octave_is_that_of_the_reference(crop: np.ndarray) -> None:
     values = crop[20:60, 20:62, 20:65]
     found = found_in(values, finer=True)
     naive = keypoints.find(keypoints.halfway(values), True, 1.0)
-    own = {(int(k), *v) for k, v in zip(found.level, found.index.tolist(), strict=True)}
+    own = {(int(k), *v) for k, v in zip(found.level, found.voxel.tolist(), strict=True)}
     assert len(own) == found.level.size > 40
     clear = np.abs(naive.edge - 1) > 1e-3
     reference = {tuple(v) for v in naive.voxel[naive.accepted].tolist()}
@@ -348,7 +348,9 @@ def test_two_teams_end_together() -> None:
     lengths = slab_lengths(shapes, 2)
     assert lengths[1:] == [shape[0] for shape in shapes[1:]]
     first, *later = (int(np.prod(shape)) for shape in shapes)
-    assert lengths[0] * 200 * 200 == pytest.approx((first + LATER * sum(later)) / 2, rel=0.01)
+    assert lengths[0] * 200 * 200 == pytest.approx(
+        (first + LATER_OCTAVE_COST * sum(later)) / 2, rel=0.01
+    )
 
 
 @pytest.mark.parametrize("descriptor", ["upright", "invariant"])
@@ -378,7 +380,7 @@ def test_threads_that_share_a_sweep_change_nothing(
     parts = [(octave, block) for block in plan_blocks(shape, (17, 40, 40), halo(True))]
     alone = sweep_blocks(parts, invariant)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(keypoints_module, "SHARED_VOXELS", 0)
+        patch.setattr(keypoints_module, "MIN_SHARED_PLANE", 0)
         shared = sweep_blocks(parts, invariant, threads)
     for one, other in zip(alone, shared, strict=True):
         assert_same_bytes(one, other)
@@ -414,14 +416,14 @@ def test_a_batch_that_fails_ends_the_threads_that_wait_for_it(
 ) -> None:
     shape = (200, 100, 100)
     octave = Octave(stored(noise(shape, 1)), True, False)
-    real, rooms = Found.room_for, iter(range(1000))
+    real, rooms = OctaveKeypoints.empty, iter(range(1000))
 
-    def room_for(n: int) -> Found:
+    def empty(n: int) -> OctaveKeypoints:
         if next(rooms) == 9:
             raise MemoryError("no room")
         return real(n)
 
-    monkeypatch.setattr(Found, "room_for", room_for)
+    monkeypatch.setattr(OctaveKeypoints, "empty", empty)
     with pytest.raises(MemoryError, match="no room"):
         sweep_blocks([(octave, plan_blocks(shape, shape, halo(True))[0])], threads=2)
 
@@ -454,7 +456,7 @@ def test_dataset_says_where_and_how_large(crop: np.ndarray, tmp_path: Path, clie
     for octave, level in enumerate(volume.levels):
         own = keypoints.isel(keypoint=keypoints.octave.values == octave)
         found = found_in(np.asarray(level[:]), octave)
-        voxels = (found.index + found.offset[:, :3]) * 2**octave
+        voxels = (found.voxel + found.offset[:, :3]) * 2**octave
         np.testing.assert_allclose(own.position, voxels * 2.5 + (-100, 20, 33), atol=1e-4)
         sigma = 1.6 * 2 ** (octave + (found.level + found.offset[:, 3]) / 3)
         np.testing.assert_allclose(own.scale, 2.5 * sigma, rtol=1e-6)
@@ -512,8 +514,8 @@ def test_integer_translation_is_exact(octave: int, shift: Shape) -> None:
     values[40:80, 40:80, 41:80] = texture((40, 40, 39), 8)
     here, there = found_in(values, octave), found_in(np.roll(values, shift, (0, 1, 2)), octave)
     assert here.level.size > 4
-    np.testing.assert_array_equal(there.index, here.index + shift)
-    for a, b in zip(here.arrays[1:], there.arrays[1:], strict=True):
+    np.testing.assert_array_equal(there.voxel, here.voxel + shift)
+    for a, b in zip(here[1:], there[1:], strict=True):
         assert a.tobytes() == b.tobytes()
 
 
@@ -529,7 +531,7 @@ MOVES = [((0, 1, 2), (a,)) for a in range(3)] + [
 @pytest.fixture(scope="module", params=["real", "texture"])
 def upright(
     request: pytest.FixtureRequest, crop: np.ndarray
-) -> tuple[np.ndarray, Found, dict[tuple[int, ...], np.ndarray]]:
+) -> tuple[np.ndarray, OctaveKeypoints, dict[tuple[int, ...], np.ndarray]]:
     """Voxels, keypoints, and the reference's gradient sums by level and voxel."""
     values = crop if request.param == "real" else texture((60, 70, 80), 3)
     naive = keypoints.find(values, True)
@@ -539,7 +541,7 @@ def upright(
 
 @pytest.mark.parametrize(("axes", "flipped"), MOVES)
 def test_flips_and_right_angles(
-    upright: tuple[np.ndarray, Found, dict[tuple[int, ...], np.ndarray]],
+    upright: tuple[np.ndarray, OctaveKeypoints, dict[tuple[int, ...], np.ndarray]],
     axes: tuple[int, int, int],
     flipped: tuple[int, ...],
 ) -> None:
@@ -547,14 +549,14 @@ def test_flips_and_right_angles(
     values, here, sums_of = upright
     moved = np.ascontiguousarray(np.flip(values.transpose(axes), flipped))
     there = found_in(moved)
-    index, offset = here.index[:, axes], here.offset[:, [*axes, 3]]
+    index, offset = here.voxel[:, axes], here.offset[:, [*axes, 3]]
     for axis in flipped:
         index[:, axis] = moved.shape[axis] - 1 - index[:, axis]
         offset[:, axis] *= -1
     from_bin = permutation(axes, flipped)
     order = np.lexsort((*index.T[::-1], here.level))
-    expected = Found(*(a[order] for a in (index, offset, *here.arrays[2:])))
-    np.testing.assert_array_equal(there.index, expected.index)
+    expected = OctaveKeypoints(*(a[order] for a in (index, offset, *here[2:])))
+    np.testing.assert_array_equal(there.voxel, expected.voxel)
     np.testing.assert_array_equal(there.level, expected.level)
     np.testing.assert_array_equal(np.sign(there.response), np.sign(expected.response))
     exact = axes == (0, 1, 2)
@@ -568,7 +570,7 @@ def test_flips_and_right_angles(
     differ = beyond = 0
     for n in whole:
         i = order[n]
-        sums = sums_of[int(here.level[i]), *here.index[i].tolist()][from_bin]
+        sums = sums_of[int(here.level[i]), *here.voxel[i].tolist()][from_bin]
         if (there.descriptor[n] != here.descriptor[i][from_bin]).any():
             differ += 1
             inverted = -np.diff(sums[np.argsort(there.descriptor[n])]).min()
@@ -588,11 +590,11 @@ def test_local_frames_turn_with_the_volume(
     turn = np.eye(3)[list(axes)]
     turn[list(flipped)] *= -1
     mirrored = np.linalg.det(turn) < 0
-    index = here.index[:, axes]
+    index = here.voxel[:, axes]
     for axis in flipped:
         index[:, axis] = moved.shape[axis] - 1 - index[:, axis]
     rows_of: dict[tuple[int, ...], list[int]] = {}
-    for n, key in enumerate(np.column_stack([there.level, there.index]).tolist()):
+    for n, key in enumerate(np.column_stack([there.level, there.voxel]).tolist()):
         rows_of.setdefault(tuple(key), []).append(n)
     whole = np.flatnonzero(inside(here, crop.shape))
     missing, apart_ranks = 0, []
@@ -634,7 +636,7 @@ def test_power_of_two_is_exact(crop: np.ndarray, factor: float, invariant: bool)
 def test_linear_intensity_changes_only_ties(crop: np.ndarray, factor: float, plus: float) -> None:
     here, there = found_in(crop), found_in((factor * crop + plus).astype(np.float32))
     keys = [
-        {(int(k), *v): i for i, (k, v) in enumerate(zip(f.level, f.index.tolist(), strict=True))}
+        {(int(k), *v): i for i, (k, v) in enumerate(zip(f.level, f.voxel.tolist(), strict=True))}
         for f in (here, there)
     ]
     both = sorted(keys[0].keys() & keys[1].keys())
@@ -660,7 +662,7 @@ def test_padding_makes_no_keypoints() -> None:
     values[:20] = texture((20, 60, 60), 3)
     found = found_in(values)
     assert found.level.size > 0
-    assert found.index[:, 0].max() < 20 + halo(True)
+    assert found.voxel[:, 0].max() < 20 + halo(True)
     assert np.abs(found.response).min() > 1e-2
 
 
@@ -671,8 +673,8 @@ def test_padding_makes_no_keypoints() -> None:
 @settings(max_examples=20, deadline=None)
 def test_thin_volumes_do_not_crash(shape: Shape, seed: int) -> None:
     found = found_in(noise(shape, seed))
-    assert (found.index > 0).all()
-    assert (found.index < np.array(shape) - 1).all()
+    assert (found.voxel > 0).all()
+    assert (found.voxel < np.array(shape) - 1).all()
     if min(shape) < 3:
         assert found.level.size == 0
 
