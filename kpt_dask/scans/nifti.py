@@ -190,8 +190,11 @@ def data_offset(path: Path, header: Any) -> int:
 
 
 def _read_header(path: Path) -> Any:
+    start = b""
     with open_stream(path) as stream:
-        start: bytes = _guarded(path, stream.read, _nib.Nifti2Header.sizeof_hdr)
+        # A member of a gzip file may hold less.
+        while more := _guarded(path, stream.read, _nib.Nifti2Header.sizeof_hdr - len(start)):
+            start += more
     for kind in (_nib.Nifti1Header, _nib.Nifti2Header):
         block = start[: kind.sizeof_hdr]
         sizes = {int.from_bytes(block[:4], order) for order in ("little", "big")}
