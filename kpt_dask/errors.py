@@ -37,5 +37,9 @@ class ClusterError(KptError, RuntimeError):
     """Workers cannot be reached, went away, or do not see the data."""
 
 
+class OutputVanishedError(KptError, FileNotFoundError):
+    """What a run had written was deleted by somebody else before the run was done."""
+
+
 class KptWarning(UserWarning):
     """An input or an answer is doubtful, though it can be used; the output keeps the sentence."""

@@ -1,9 +1,11 @@
 """Segment a scan: the whole way of the data, station by station."""
 
+import json
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
+from hashlib import sha256
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, cast
@@ -36,7 +38,8 @@ from kpt_dask.organ_transfer.decision import SHARD, create_probability
 from kpt_dask.organ_transfer.delivery import DTYPE, Decision, fill
 from kpt_dask.organ_transfer.measures import OrganMeasures, as_delivered, organ_measures
 from kpt_dask.organ_transfer.modes import transfer
-from kpt_dask.output import check_absent, replacing
+from kpt_dask.output.commit import replacing_together
+from kpt_dask.output.places import check_outputs
 from kpt_dask.runtime import cluster, notices, witness
 from kpt_dask.scans.label_file import LabelFile
 from kpt_dask.scans.scan import Scan, check_ending, open_scan
@@ -156,7 +159,9 @@ def segment(
     labels : str or Path, optional
         Where to write the label map as NIfTI, on the scan's own grid.
     overwrite : bool
-        Whether existing outputs may be replaced; they are kept until the new ones are complete.
+        Whether outputs of earlier runs may be replaced; they are kept until the new ones are
+        complete. Both are then exchanged one right after the other. The attribute ``kpt`` of the
+        one has the ``run`` that the header field ``descrip`` of the other names.
     memory : int, optional
         Bytes that extraction and the transfer may take in each process.
     client : distributed.Client, optional
@@ -170,20 +175,20 @@ def segment(
     start = time.perf_counter()
     store = Snapshot(store if isinstance(store, AtlasStore) else AtlasStore.open(store))
     with notices.recorded() as doubts:
-        source, target = open_scan(scan), Path(out)
+        source = open_scan(scan)
     options.check(mode, store.organs)
     used = choose_atlases(store, exclude)
     check_selection(select, index)
-    check_absent(target, overwrite=overwrite)
-    if labels is not None:
-        check_ending(labels)
-        check_absent(Path(labels), overwrite=overwrite)
+    files = () if labels is None else (labels,)
+    for file in files:
+        check_ending(file)
+    inputs = (source.path, store.url)
+    targets = check_outputs(folders=[out], files=files, inputs=inputs, overwrite=overwrite)
     with ExitStack() as stack:
         later = stack.enter_context(notices.recorded())
         session = stack.enter_context(cluster.session(client))
-        partial = stack.enter_context(replacing(target, overwrite=overwrite))
-        # Workers have another current folder.
-        group = zarr.create_group(str(partial.absolute()), zarr_format=3)
+        partials = stack.enter_context(replacing_together(targets, overwrite=overwrite))
+        group = zarr.create_group(str(partials[0]), zarr_format=3)
         stack.enter_context(witness.shared(session, group, store.documents()))
         volume = convert_into(source, group, spacing=store.parameters["spacing"], client=session)
         atlases = [atlas for atlas in store.atlases() if atlas.id in used]
@@ -200,18 +205,17 @@ def segment(
             memory=memory,
             client=session,
         )
+        said = _provenance(group, found, mode, options, store)
         organs, volume_grid = found.organs, "working"
-        if labels is not None:
+        for partial in partials[1:]:
             smallest = options.smallest_share(mode)
             decision = Decision(found.probability, store.organs, smallest, volume.grid, source.grid)
-            with (
-                replacing(Path(labels), overwrite=overwrite) as file,
-                LabelFile(file, source.file.header, source.grid.shape, DTYPE) as label_file,
-            ):
+            with LabelFile(partial, source.file.header, source.grid.shape, DTYPE) as label_file:
+                label_file.description = f"kpt-dask run {said['run']}"
                 counts = fill(label_file, decision, memory=memory, client=session)
             organs, volume_grid = as_delivered(organs, counts, source.grid), "scan"
         finished = Segmentation(
-            path=target,
+            path=Path(out),
             organs=organs,
             volume_grid=volume_grid,
             atlases=found.atlases,
@@ -223,7 +227,7 @@ def segment(
         )
         _doubt_little(source, volume, finished, atlases)
         finished = replace(finished, warnings=(*doubts, *later))
-        _keep(group, found, finished, mode, options, store)
+        _keep(group, found, {**said, "warnings": list(finished.warnings)})
     return finished
 
 
@@ -415,14 +419,35 @@ def _doubt_little(
     )
 
 
-def _keep(
-    group: zarr.Group,
-    found: Stations,
-    finished: Segmentation,
-    mode: str,
-    options: TransferOptions,
-    store: AtlasStore,
-) -> None:
+def _provenance(
+    group: zarr.Group, found: Stations, mode: str, options: TransferOptions, store: AtlasStore
+) -> dict[str, Any]:
+    """Say where it all comes from, and what tells it from other runs."""
+    libraries = ("dask", "numpy", "scipy", "numba", "zarr", "xarray")
+    said = {
+        **cast(dict[str, Any], group.attrs["kpt"]),
+        "segmentation": {
+            "encoding-type": ENCODING_TYPE,
+            "encoding-version": ENCODING_VERSION,
+            "mode": mode,
+            "transfer": options.to_json(mode, store.organs),
+            "parameters": dict(store.parameters),
+            "atlases": list(found.atlases),
+            "organs": {name: asdict(organ) for name, organ in found.organs.items()},
+            # Of the label map in this image: its bytes do not depend on other outputs.
+            "volume_grid": "working",
+            "versions": {name: version(name) for name in libraries},
+        },
+    }
+    # Of what was found, not of the time: the same input gives the same bytes.
+    digest = sha256(json.dumps(said, sort_keys=True).encode())
+    for table in (found.keypoints, found.matches, found.votes):
+        for name in sorted(map(str, table.data_vars)):
+            digest.update(np.ascontiguousarray(table[name].values).data)
+    return {**said, "run": digest.hexdigest()[:32]}
+
+
+def _keep(group: zarr.Group, found: Stations, said: dict[str, Any]) -> None:
     """Write what the stations found, and where it all comes from."""
     write_keypoints(group.create_group("keypoints"), found.keypoints)
     # Names as an attribute: Zarr has no settled way to store an array of strings.
@@ -430,25 +455,7 @@ def _keep(
     for name, table in (("matches", found.matches), ("votes", votes)):
         table = table.assign_attrs({"encoding-type": f"kpt-{name}", "encoding-version": "1"})
         path = f"{group.path}/{name}" if group.path else name
-        table.to_zarr(group.store, group=path, zarr_format=3, consolidated=False)
-    libraries = ("dask", "numpy", "scipy", "numba", "zarr", "xarray")
-    group.update_attributes(
-        {
-            "kpt": {
-                **cast(dict[str, Any], group.attrs["kpt"]),
-                "warnings": list(finished.warnings),
-                "segmentation": {
-                    "encoding-type": ENCODING_TYPE,
-                    "encoding-version": ENCODING_VERSION,
-                    "mode": mode,
-                    "transfer": options.to_json(mode, store.organs),
-                    "parameters": dict(store.parameters),
-                    "atlases": list(finished.atlases),
-                    "organs": {name: asdict(organ) for name, organ in found.organs.items()},
-                    # Of the label map in this image: its bytes do not depend on other outputs.
-                    "volume_grid": "working",
-                    "versions": {name: version(name) for name in libraries},
-                },
-            }
-        }
-    )
+        table.to_zarr(
+            group.store, group=path, zarr_format=3, consolidated=False, write_empty_chunks=True
+        )
+    group.update_attributes({"kpt": said})

@@ -341,8 +341,8 @@ def test_atlases_can_be_left_out(
 @pytest.fixture
 def old(tmp_path: Path) -> dict[str, bytes]:
     """Content of outputs that are there already."""
-    (tmp_path / "o.zarr").mkdir()
-    (tmp_path / "o.zarr" / "old").write_text("precious")
+    zarr.create_group(tmp_path / "o.zarr", attributes={"encoding-type": "kpt-volume"})
+    (tmp_path / "o.zarr" / "0").write_text("precious")
     (tmp_path / "o.nii.gz").write_text("precious")
     return files(tmp_path)
 
@@ -359,9 +359,14 @@ def test_overwriting_replaces_the_old(
         client=one_process,
     )
     assert sorted(p.name for p in tmp_path.iterdir()) == ["o.nii.gz", "o.zarr"]
-    assert not (tmp_path / "o.zarr" / "old").exists()
     assert open_probability(tmp_path / "o.zarr").shape == (len(ORGANS), *SHAPE)
     np.testing.assert_array_equal(load(tmp_path / "o.nii.gz"), label_map(tmp_path / "o.zarr"))
+
+
+def test_outputs_of_one_run_name_it(folder: Path, plain: Segmentation) -> None:
+    header: Any = nib.load(folder / "plain.nii.gz").header
+    kpt: Any = zarr.open_group(str(plain.path), mode="r").attrs["kpt"]
+    assert header["descrip"].item().decode() == f"kpt-dask run {kpt['run']}"
 
 
 def broken(store: AtlasStore, folder: Path, what: str) -> AtlasStore:

@@ -4,14 +4,14 @@ import logging
 import os
 import signal
 import sys
+from contextlib import suppress
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NoReturn, cast
 
 import click
 
 from kpt_dask.cli.atlas import atlas
 from kpt_dask.cli.common import (
-    INTERRUPTED,
     Commands,
     console,
     index_option,
@@ -28,10 +28,8 @@ from kpt_dask.cli.common import (
 )
 from kpt_dask.cli.streams import keep_streams_open
 from kpt_dask.options import TransferOptions
+from kpt_dask.output.interruption import ENDING
 from kpt_dask.runtime.allocator import share_freed_memory
-
-TERMINATED = 143
-"""Exit code after SIGTERM, as shells have it."""
 
 AGAIN_AFTER = 0.01
 """Seconds until an interruption that got lost is repeated."""
@@ -41,26 +39,33 @@ def main() -> None:
     """Run the command line."""
     keep_streams_open()
     share_freed_memory()
-    signal.signal(signal.SIGINT, _interrupt)
-    signal.signal(signal.SIGTERM, _interrupt)
+    for signum in ENDING:
+        # Ignored at the start, as by nohup: whoever started it wants it so.
+        if signal.getsignal(signum) is not signal.SIG_IGN:
+            signal.signal(signum, _interrupt)
     sys.unraisablehook = _repeat_interruption
     try:
         kpt()
     except SystemExit as end:
-        if end.code not in (INTERRUPTED, TERMINATED):
+        if end.code not in {128 + signum for signum in ENDING}:
             raise
         # Everything is closed and removed; what libraries' threads are in the middle of could
         # still crash the interpreter when it winds itself up.
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(int(end.code))
+        for stream in (sys.stdout, sys.stderr):
+            # The terminal may have gone.
+            with suppress(OSError, ValueError):
+                stream.flush()
+        os._exit(int(cast(int, end.code)))
 
 
 def _interrupt(signum: int, _: object) -> NoReturn:
     """Unwind, so that what is half-written is removed."""
+    # Once: a second one would interrupt the removing. SIGQUIT and SIGKILL still end it.
+    for ending in ENDING:
+        signal.signal(ending, signal.SIG_IGN)
     # What libraries log about being interrupted helps nobody.
     logging.disable()
-    raise KeyboardInterrupt if signum == signal.SIGINT else SystemExit(TERMINATED)
+    raise KeyboardInterrupt if signum == signal.SIGINT else SystemExit(128 + signum)
 
 
 def _repeat_interruption(lost: "sys.UnraisableHookArgs") -> None:
@@ -307,11 +312,15 @@ def evaluate(
 
     from atlas_store import AtlasStore
     from kpt_dask.evaluation import evaluate as evaluate_store
-    from kpt_dask.output import replacing
+    from kpt_dask.output.commit import replacing
+    from kpt_dask.output.places import check_outputs
     from kpt_dask.scans.pairs import find_pairs
 
     opened = AtlasStore.open(store)
     pairs = None if scans is None else find_pairs(scans, scan_pattern, labels_pattern)
+    if json_file not in (None, "-"):
+        read = [path for pair in pairs or () for path in (pair.scan, pair.labels)]
+        check_outputs(files=[json_file], inputs=[opened.url, *read], overwrite=True)
     with working(scheduler) as client:
         results = evaluate_store(
             opened,
@@ -329,7 +338,7 @@ def evaluate(
         print_json(results)
         return
     if json_file is not None:
-        with replacing(Path(json_file), overwrite=True) as partial:
+        with replacing(json_file, overwrite=True) as partial:
             partial.write_text(json.dumps(results, indent=2, ensure_ascii=False) + "\n", "utf-8")
     _print_results(results)
 

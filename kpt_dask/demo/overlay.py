@@ -19,7 +19,8 @@ from atlas_store.organs import Organ
 from kpt_dask.atlases.profiles import Voxels, organ_profiles
 from kpt_dask.errors import GridMismatchError, ParameterError
 from kpt_dask.grid import Grid
-from kpt_dask.output import check_absent, replacing
+from kpt_dask.output.commit import replacing
+from kpt_dask.output.places import check_outputs
 
 WINDOW = (-160.0, 240.0)
 """Soft-tissue window: HU shown black and white."""
@@ -147,7 +148,7 @@ def overlay_png(
     ParameterError
         If the grid is oblique.
     """
-    check_absent(path, overwrite=overwrite)
+    check_outputs(files=[path], overwrite=overwrite)
     if not tuple(image.shape) == tuple(labels.shape) == grid.shape:
         raise GridMismatchError(
             f"{path} cannot be drawn: image {tuple(image.shape)}, labels {tuple(labels.shape)} and "

@@ -14,7 +14,8 @@ from numpy.typing import NDArray
 
 from kpt_dask.errors import ScanFormatError, ScanNotFoundError
 from kpt_dask.grid import Grid
-from kpt_dask.output import replacing
+from kpt_dask.output.commit import replacing
+from kpt_dask.output.places import check_outputs
 from kpt_dask.runtime import notices
 from kpt_dask.scans.intensities import Intensities
 from kpt_dask.scans.label_file import write_nifti
@@ -191,8 +192,8 @@ def write_labels(
     ScanFormatError
         If the extension is unknown.
     """
-    path = Path(path)
     check_ending(path)
+    [path] = check_outputs(files=[path], inputs=[scan.path], overwrite=overwrite)
     with replacing(path, overwrite=overwrite) as partial:
         write_nifti(partial, scan.file.header, scan.grid.shape, slabs)
 

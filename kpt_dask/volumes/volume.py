@@ -26,7 +26,8 @@ from kpt_dask.errors import (
     ScanNotFoundError,
 )
 from kpt_dask.grid import Grid
-from kpt_dask.output import replacing
+from kpt_dask.output.commit import replacing
+from kpt_dask.output.places import check_outputs, printable
 from kpt_dask.resampling.axes import along_own_axes
 from kpt_dask.resampling.blocks import interpolate, interpolate_labels, window
 from kpt_dask.resampling.stream import resample, resample_labels
@@ -139,7 +140,7 @@ def create_volume(
                 "software": f"kpt-dask {version('kpt-dask')}",
                 "spacing": float(grid.spacing[0]),
                 "source": {
-                    "file": name,
+                    "file": printable(name),
                     "shape": list(source_grid.shape),
                     "affine": source_grid.affine.tolist(),
                 },
@@ -230,10 +231,9 @@ def convert(
     ParameterError
         If the spacing is not positive.
     """
-    target = Path(out)
+    [target] = check_outputs(folders=[out], inputs=[scan.path], overwrite=overwrite)
     with cluster.session(client) as session, replacing(target, overwrite=overwrite) as partial:
-        # Workers have another current folder.
-        group = zarr.create_group(str(partial.absolute()), zarr_format=3)
+        group = zarr.create_group(str(partial), zarr_format=3)
         with witness.shared(session, group):
             convert_into(scan, group, spacing=spacing, client=session)
     return open_volume(zarr.open_group(str(target), mode="r+", zarr_format=3))

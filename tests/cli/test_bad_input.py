@@ -263,7 +263,7 @@ def test_an_old_output_outlives_a_failed_overwrite(tmp_path: Path, body_store: A
     bad, there = tmp_path / "scan.nii.gz", tmp_path / "there.zarr"
     truncated_gzip(bad)
     there.mkdir()
-    (there / "older.txt").write_text("complete")
+    (there / "zarr.json").write_text('{"attributes": {"encoding-type": "kpt-volume"}}')
     refused(tmp_path, "convert", bad, there, "--overwrite")
     refused(tmp_path, "segment", bad, body_store.url, there, "--overwrite")
 

@@ -26,7 +26,8 @@ from kpt_dask.demo.phantom.shapes import REGION
 from kpt_dask.demo.phantom.subject import make_subject
 from kpt_dask.errors import ParameterError
 from kpt_dask.grid import Grid
-from kpt_dask.output import check_absent, replacing
+from kpt_dask.output.commit import replacing
+from kpt_dask.output.places import check_outputs
 from kpt_dask.scans.placement import FROM_IJK, FROM_RAS_XYZ
 
 __all__ = [
@@ -167,8 +168,7 @@ def write_phantom(
         If a size or the spacing is not positive.
     """
     grid = phantom_grid(shape, spacing)
-    for path in (ct, labels):
-        check_absent(path, overwrite=overwrite)
+    check_outputs(files=(ct, labels), overwrite=overwrite)
     with ExitStack() as stack:
         streams: list[Any] = []
         gzip: Any = igzip.IGzipFile

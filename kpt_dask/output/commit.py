@@ -1,0 +1,228 @@
+"""Nothing half-written: write beside the target, move when complete, remove on failure.
+
+Outputs of one call are moved one right after the other. Before, what is going to be moved is
+noted beside them; if the process dies in the middle, the next one that writes to the folder
+moves the rest.
+"""
+
+import ctypes
+import errno
+import os
+import stat
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+from atlas_store.storage.objects import Objects, finish_writes
+from kpt_dask.errors import OutputVanishedError, ParameterError
+from kpt_dask.output.interruption import uninterrupted
+from kpt_dask.output.partial import Partial, Turn, abandoned, leftovers, remove
+from kpt_dask.output.places import (
+    Kind,
+    check_place,
+    check_replaceable,
+    printable,
+    target_of,
+)
+
+_ASIDE = ".replaced"
+_AT_FDCWD = -100
+_RENAME_EXCHANGE = 2
+
+
+@contextmanager
+def replacing(target: str | os.PathLike[str], *, overwrite: bool = False) -> Iterator[Path]:
+    """Give a path beside `target` to write a file or a folder to; move it there at the end.
+
+    An old output is replaced only after the new one is complete; if the block raises,
+    what it wrote is removed and the old output stays as it was.
+
+    Raises
+    ------
+    OutputExistsError
+        If `target` exists and `overwrite` is false, or it is not an output of this program.
+    ParameterError
+        If nothing can be written there.
+    OutputVanishedError
+        If somebody else removed what was written before it was complete.
+    """
+    with replacing_together([target], overwrite=overwrite) as [partial]:
+        yield partial
+
+
+@contextmanager
+def replacing_together(
+    targets: Sequence[str | os.PathLike[str]], *, overwrite: bool = False
+) -> Iterator[list[Path]]:
+    """Do what `replacing` does, for several outputs that belong together."""
+    places = [target_of(target) for target in targets]
+    for place in places:
+        sweep(place.parent)
+    for place, target in zip(places, targets, strict=True):
+        check_place(printable(target), place)
+        if place.exists():
+            found: Kind = "folder" if place.is_dir() else "file"
+            check_replaceable(printable(target), place, found, overwrite=overwrite)
+    partials: list[Partial] = []
+    failed = True
+    try:
+        for place, target in zip(places, targets, strict=True):
+            try:
+                partials.append(Partial(place))
+            except OSError as error:
+                raise ParameterError(
+                    f"{printable(target)} cannot be written: {error.strerror}."
+                ) from error
+        yield [partial.path for partial in partials]
+        with uninterrupted():
+            _commit(partials, overwrite=overwrite)
+            failed = False
+    finally:
+        with uninterrupted():
+            if failed:
+                finish_writes()
+            _close(partials, failed=failed)
+
+
+def sweep(folder: Path) -> None:
+    """Remove what runs left in a folder that were killed; finish what they had begun to move."""
+    for lock, file, lines in abandoned(folder):
+        with uninterrupted():
+            try:
+                if len(lines) > 1:
+                    _finish(lines[1].get("moves", []))
+                for path in leftovers(lock):
+                    remove(path)
+                lock.unlink(missing_ok=True)
+            finally:
+                os.close(file)
+
+
+def _close(partials: Sequence[Partial], *, failed: bool) -> None:
+    with ExitStack() as stack:
+        for partial in partials:
+            stack.callback(partial.close, failed=failed)
+
+
+def _commit(partials: Sequence[Partial], *, overwrite: bool) -> None:
+    for partial in partials:
+        if not partial.path.exists():
+            raise OutputVanishedError(
+                f"{printable(partial.path)} is gone: something deleted it during the run; run it"
+                " again, to a folder that nobody cleans."
+            )
+        Objects.at(partial.path.parent).settle(partial.path.name)
+    with ExitStack() as stack:
+        for folder in sorted({partial.target.parent for partial in partials}):
+            stack.callback(Turn(folder).end)
+        for partial in partials:
+            kind: Kind = "folder" if partial.path.is_dir() else "file"
+            check_replaceable(printable(partial.target), partial.target, kind, overwrite=overwrite)
+        moves = [_move_of(partial) for partial in partials]
+        for partial in partials:
+            partial.note({"moves": moves})
+        _move_all(moves)
+        for partial in partials:
+            _sync_folder(partial.target.parent)
+
+
+def _move_of(partial: Partial) -> dict[str, Any]:
+    """Describe a move so that it can be told later what has come of it."""
+    return {
+        "from": str(partial.path),
+        "to": str(partial.target),
+        "aside": str(partial.lock.with_suffix(_ASIDE)),
+        "new": _identity(partial.path),
+        "old": _identity(partial.target),
+    }
+
+
+def _move_all(moves: Sequence[dict[str, Any]]) -> None:
+    """Move all, or none if one cannot be moved."""
+    done: list[dict[str, Any]] = []
+    try:
+        for move in moves:
+            _move(move)
+            done.append(move)
+    except OSError:
+        for move in reversed(done):
+            source, target = Path(move["from"]), Path(move["to"])
+            if move["old"] is None:
+                target.rename(source)
+            elif _identity(source) == move["old"]:
+                _exchange(source, target)
+        raise
+
+
+def _move(move: dict[str, Any]) -> None:
+    source, target, aside = (Path(move[end]) for end in ("from", "to", "aside"))
+    if not target.exists():
+        source.rename(target)
+    elif _exchange(source, target):
+        # The old one is removed with what is left of the run.
+        return
+    elif not target.is_dir():
+        source.replace(target)
+    else:
+        # A folder cannot be renamed onto another.
+        target.rename(aside)
+        try:
+            source.rename(target)
+        except OSError:
+            aside.rename(target)
+            raise
+        remove(aside)
+
+
+def _finish(moves: Any) -> None:
+    """Move what a killed run had not moved yet, unless the targets have changed since."""
+    with ExitStack() as stack:
+        try:
+            for folder in sorted({Path(move["to"]).parent for move in moves}):
+                stack.callback(Turn(folder).end)
+            for move in moves:
+                source, target, aside = (Path(move[end]) for end in ("from", "to", "aside"))
+                now = _identity(target)
+                if now is None and _identity(aside) == move["old"] is not None:
+                    aside.rename(target)
+                    now = move["old"]
+                if _identity(source) == move["new"] and now == move["old"]:
+                    _move(move)
+        except (KeyError, TypeError, OSError):
+            # What cannot be finished stays as it is: nothing of it is the old output.
+            return
+
+
+def _exchange(one: Path, other: Path) -> bool:
+    """Exchange two paths at once, if kernel and file system can."""
+    try:
+        rename = ctypes.CDLL(None, use_errno=True).renameat2
+    except (OSError, AttributeError):
+        return False
+    paths = os.fsencode(one), os.fsencode(other)
+    if rename(_AT_FDCWD, paths[0], _AT_FDCWD, paths[1], _RENAME_EXCHANGE) == 0:
+        return True
+    number = ctypes.get_errno()
+    if number in (errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP):
+        return False
+    raise OSError(number, os.strerror(number), os.fspath(other))
+
+
+def _sync_folder(folder: Path) -> None:
+    # Not every file system can.
+    with suppress(OSError):
+        file = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(file)
+        finally:
+            os.close(file)
+
+
+def _identity(path: Path) -> list[int] | None:
+    try:
+        found = path.lstat()
+    except OSError:
+        return None
+    changed = 0 if stat.S_ISDIR(found.st_mode) else found.st_mtime_ns
+    return [found.st_dev, found.st_ino, changed]

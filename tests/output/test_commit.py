@@ -1,0 +1,289 @@
+"""Outputs appear whole, together, or not at all; what killed runs leave is swept."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from itertools import chain
+from pathlib import Path
+from threading import Thread
+
+import pytest
+
+from kpt_dask.errors import OutputExistsError, OutputVanishedError
+from kpt_dask.output import commit, partial
+from kpt_dask.output.commit import replacing, replacing_together, sweep
+
+OWN = json.dumps({"attributes": {"encoding-type": "kpt-volume"}})
+
+
+def write(folder: Path, content: str) -> None:
+    (folder / "0").mkdir(parents=True)
+    (folder / "zarr.json").write_text(OWN)
+    (folder / "0" / "c").write_text(content)
+
+
+def both(place: Path) -> tuple[str, str]:
+    return (place / "o.zarr" / "0" / "c").read_text(), (place / "o.nii.gz").read_text()
+
+
+def run(place: Path, content: str) -> None:
+    with replacing_together([place / "o.zarr", place / "o.nii.gz"], overwrite=True) as [out, file]:
+        write(out, content)
+        file.write_text(content)
+
+
+def names(place: Path) -> list[str]:
+    return sorted(os.listdir(place))
+
+
+@pytest.fixture(params=["exchange", "aside"])
+def place(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder, on a file system that can exchange, or on one that cannot."""
+    if request.param == "aside":
+        monkeypatch.setattr(commit, "_exchange", lambda *_: False)
+    return tmp_path
+
+
+def test_both_are_replaced(place: Path) -> None:
+    for content in ("old", "new", "newest"):
+        run(place, content)
+        assert both(place) == (content, content)
+        assert names(place) == ["o.nii.gz", "o.zarr"]
+
+
+def test_a_failure_leaves_everything_as_it_was(place: Path) -> None:
+    def fail() -> None:
+        targets = [place / "deep/er/o.zarr", place / "far/o.nii.gz"]
+        with replacing_together(targets) as [out, file]:
+            write(out, "new")
+            file.write_text("new")
+            raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        fail()
+    assert names(place) == []
+
+
+def test_links_stay_and_what_they_lead_to_is_written(place: Path) -> None:
+    (place / "disk").mkdir()
+    (place / "o.zarr").symlink_to("disk/real.zarr")
+    (place / "o.nii.gz").symlink_to("disk/real.nii.gz")
+    for content in ("old", "new"):
+        run(place, content)
+        assert both(place) == (content, content)
+    assert (place / "o.zarr").is_symlink()
+    assert (place / "o.nii.gz").is_symlink()
+    assert names(place / "disk") == ["real.nii.gz", "real.zarr"]
+
+
+@pytest.mark.parametrize(
+    "name", [b"x" * 250 + b".zarr", b"M\xfcller.zarr", b"two\nlines.zarr", b"y" * 248 + b".nii.gz"]
+)
+def test_any_name_can_be_written(place: Path, name: bytes) -> None:
+    target = place / os.fsdecode(name)
+    for _ in range(2):
+        with replacing(target, overwrite=True) as path:
+            path.write_text("new") if name.endswith(b".gz") else write(path, "new")
+        assert os.listdir(os.fsencode(place)) == [name]
+
+
+def test_what_is_deleted_meanwhile_is_told(place: Path) -> None:
+    run(place, "old")
+    with (
+        pytest.raises(OutputVanishedError, match="something deleted it"),
+        replacing_together([place / "o.zarr", place / "o.nii.gz"], overwrite=True) as [out, _],
+    ):
+        write(out, "new")
+    assert both(place) == ("old", "old")
+    assert names(place) == ["o.nii.gz", "o.zarr"]
+
+
+def test_what_appears_meanwhile_is_not_replaced(place: Path) -> None:
+    def run() -> None:
+        with replacing(place / "o.zarr") as out:
+            write(out, "ours")
+            write(place / "o.zarr", "theirs")
+
+    with pytest.raises(OutputExistsError, match="exists already"):
+        run()
+    assert (place / "o.zarr" / "0" / "c").read_text() == "theirs"
+
+
+def test_if_one_cannot_be_moved_none_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run(tmp_path, "old")
+    move = commit._move
+
+    def full(what: dict[str, str]) -> None:
+        if what["to"].endswith(".gz"):
+            raise OSError(28, "No space left on device")
+        move(what)
+
+    monkeypatch.setattr(commit, "_move", full)
+    with pytest.raises(OSError, match="No space"):
+        run(tmp_path, "new")
+    assert both(tmp_path) == ("old", "old")
+    assert names(tmp_path) == ["o.nii.gz", "o.zarr"]
+
+
+KILLED = """
+import os, signal, sys
+from pathlib import Path
+from kpt_dask.output import commit
+from kpt_dask.output.commit import replacing_together, sweep
+
+place, exchange = Path(sys.argv[1]), sys.argv[2]
+if exchange == "aside":
+    commit._exchange = lambda *_: False
+EVENTS = {"open", "os.rename", "os.remove", "os.rmdir", "ctypes.dlsym"}
+
+def run(content, point):
+    calls = 0
+
+    def watched(event, arguments):
+        nonlocal calls
+        if event in EVENTS:
+            calls += 1
+            if calls == point:
+                os.kill(os.getpid(), signal.SIGKILL)
+
+    with replacing_together([place / "o.zarr", place / "o.nii.gz"], overwrite=True) as [out, file]:
+        (out / "0").mkdir(parents=True)
+        (out / "zarr.json").write_text('{"attributes": {"encoding-type": "kpt-volume"}}')
+        (out / "0" / "c").write_text(content)
+        file.write_text(content)
+        sys.addaudithook(watched)
+
+def now():
+    return (place / "o.zarr" / "0" / "c").read_text(), (place / "o.nii.gz").read_text()
+
+run("0", -1)
+seen, code, point = set(), None, 0
+while code != 0:
+    point += 1
+    before = now()[0]
+    child = os.fork()
+    if child == 0:
+        run(str(point), point)
+        os._exit(0)
+    code = os.waitpid(child, 0)[1]
+    assert code in (0, signal.SIGKILL)
+    sweep(place)
+    labels, volume = now()
+    assert labels == volume and labels in (before, str(point)), (point, before, labels, volume)
+    assert sorted(os.listdir(place)) == ["o.nii.gz", "o.zarr"], (point, os.listdir(place))
+    seen.add(labels == before)
+assert seen == {True, False}
+"""
+
+
+@pytest.mark.parametrize("how", ["exchange", "aside"])
+def test_killed_at_any_point_the_next_run_finds_both_old_or_both_new(
+    tmp_path: Path, how: str
+) -> None:
+    command = [sys.executable, "-c", KILLED, str(tmp_path), how]
+    ended = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert ended.returncode == 0, ended.stderr
+
+
+def test_what_a_living_run_writes_is_not_swept(tmp_path: Path) -> None:
+    with replacing(tmp_path / "o.zarr") as out:
+        write(out, "new")
+        run(tmp_path, "other")
+        sweep(tmp_path)
+        assert (out / "0" / "c").read_text() == "new"
+        partial.remove(tmp_path / "o.zarr")
+    assert both(tmp_path)[0] == "new"
+
+
+def foreign(lock: Path) -> None:
+    line = {**partial.ENCODING, "host": "another", "boot": "another", "pid": 1, "locked": True}
+    lock.write_text(json.dumps(line) + "\n")
+
+
+@pytest.mark.parametrize(
+    ("say", "days", "swept"),
+    [
+        (foreign, 1.0, False),
+        (foreign, 8.0, True),
+        (lambda lock: lock.write_text(""), 0.0, False),
+        (lambda lock: lock.write_text(""), 1.0, True),
+        (lambda lock: lock.write_text("a thesis\n"), 100.0, False),
+        (lambda lock: lock.write_text("{}\n"), 100.0, False),
+    ],
+)
+def test_only_what_is_surely_abandoned_is_swept(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    say: Callable[[Path], object],
+    days: float,
+    swept: bool,
+) -> None:
+    monkeypatch.setattr(partial, "_LOCAL", frozenset())
+    lock = tmp_path / f".kpt-{1:016x}.lock"
+    say(lock)
+    write(tmp_path / f".kpt-{1:016x}.partial.zarr", "unfinished")
+    write(tmp_path / ".kpt-2.partial.zarr", "somebody's")
+    then = time.time() - 86400 * days
+    os.utime(lock, (then, then))
+    sweep(tmp_path)
+    left = names(tmp_path)
+    assert ".kpt-2.partial.zarr" in left
+    assert len(left) == (1 if swept else 3)
+
+
+def test_runs_at_once_do_not_mix(tmp_path: Path) -> None:
+    threads = [
+        Thread(target=lambda n=n: [run(tmp_path, str(n)) for _ in range(10)]) for n in range(4)
+    ]
+    for thread in threads:
+        thread.start()
+    while any(thread.is_alive() for thread in threads):
+        time.sleep(0.001)
+    assert len(set(both(tmp_path))) == 1
+    assert names(tmp_path) == ["o.nii.gz", "o.zarr"]
+
+
+def test_a_folder_that_is_written_to_is_removed(tmp_path: Path) -> None:
+    """By threads that an interruption does not reach."""
+    folder = tmp_path / "partial"
+    folder.mkdir()
+
+    def scribble() -> None:
+        for i in chain(range(300)):
+            try:
+                (folder / str(i)).touch()
+            except FileNotFoundError:
+                return
+
+    thread = Thread(target=scribble)
+    thread.start()
+    partial.remove(folder)
+    thread.join()
+    assert not folder.exists()
+
+
+@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
+def test_signals_wait_until_the_removing_is_done(tmp_path: Path, signum: int) -> None:
+    script = f"""
+import os, signal, sys
+from kpt_dask.output import partial
+from kpt_dask.output.commit import replacing
+
+remove = partial.remove
+def slowly(path):
+    os.kill(os.getpid(), {signum})
+    remove(path)
+partial.remove = slowly
+with replacing(sys.argv[1]) as path:
+    path.mkdir()
+    (path / "half").touch()
+    raise ZeroDivisionError
+"""
+    command = [sys.executable, "-c", script, str(tmp_path / "o.zarr")]
+    ended = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert ended.returncode == -signum, ended.stderr
+    assert names(tmp_path) == []
