@@ -32,6 +32,8 @@ UNWRITTEN_SECONDS = 60.0
 """Seconds after which a lock that says nothing counts as abandoned: its run was killed as it made
 it."""
 
+_TURN = f".kpt-{0:016x}.lock"
+"""Who holds it puts outputs in their places; who waits for it minds that it is removed."""
 _LOCAL = frozenset({"ext2", "ext3", "ext4", "xfs", "btrfs", "tmpfs", "overlay", "zfs", "f2fs"})
 """File systems of one machine: what can be locked there is held by nobody."""
 _UNSUPPORTED = frozenset({errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP, errno.EINVAL})
@@ -91,7 +93,7 @@ class Turn:
     """
 
     def __init__(self, folder: Path) -> None:
-        path = folder / f".kpt-{0:016x}.lock"
+        path = folder / _TURN
         while True:
             self._file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
             _lock(self._file, wait=True)
@@ -125,7 +127,8 @@ def abandoned(folder: Path) -> list[tuple[Path, int, list[dict[str, Any]]]]:
             continue
         locked = _lock(file, wait=False)
         lines = _lines(file)
-        if locked is not None and _is_at(file, path) and _is_abandoned(file, lines, locked):
+        ended = locked is not None and (name == _TURN or _is_abandoned(file, lines, locked))
+        if ended and _is_at(file, path):
             found.append((path, file, lines))
         else:
             os.close(file)
