@@ -92,11 +92,15 @@ def sweep(folder: Path) -> None:
             try:
                 if len(lines) > 1:
                     _finish(lines[1].get("moves", []))
-                for path in leftovers(lock):
-                    remove(path)
-                lock.unlink(missing_ok=True)
+                # What another user left in a shared folder may not be ours to remove.
+                with suppress(OSError):
+                    for path in leftovers(lock):
+                        remove(path)
+                    lock.unlink(missing_ok=True)
             finally:
                 os.close(file)
+    with suppress(OSError):
+        Turn.forget(folder)
 
 
 def _close(partials: Sequence[Partial], *, failed: bool) -> None:

@@ -102,6 +102,12 @@ class Turn:
             os.close(self._file)
         self._path = path
 
+    @staticmethod
+    def forget(folder: Path) -> None:
+        """Remove what is left if somebody died at it."""
+        if (folder / _TURN).exists():
+            Turn(folder).end()
+
     def end(self) -> None:
         """Let the next one begin."""
         self._path.unlink(missing_ok=True)
@@ -118,7 +124,7 @@ def abandoned(folder: Path) -> list[tuple[Path, int, list[dict[str, Any]]]]:
     """
     found = []
     for name in _names(folder):
-        if not NAME.fullmatch(name):
+        if not NAME.fullmatch(name) or name == _TURN:
             continue
         path = folder / name
         try:
@@ -127,7 +133,7 @@ def abandoned(folder: Path) -> list[tuple[Path, int, list[dict[str, Any]]]]:
             continue
         locked = _lock(file, wait=False)
         lines = _lines(file)
-        ended = locked is not None and (name == _TURN or _is_abandoned(file, lines, locked))
+        ended = locked is not None and _is_abandoned(file, lines, locked)
         if ended and _is_at(file, path):
             found.append((path, file, lines))
         else:
