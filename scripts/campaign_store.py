@@ -7,21 +7,32 @@ random moment. Whatever is visible meanwhile must be whole. After every round ea
 add returned must be there, nothing else may be wrong than that interrupted adds left data,
 which is removed, and the adds that were interrupted are repeated. `flip`: change one random
 byte after the other of one atlas; `verify` must name the atlas, and the array, each time.
+`read`: damage one object after the other of a store, and segment a scan with it, in modes local
+and organ by turns; the answer must be the same bytes, or one sentence.
 """
 
 import argparse
+import logging
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from threading import Thread
 
-from atlas_store import AtlasNotFoundError, AtlasStore, load_organs, verify
+from distributed import Client
+
+from atlas_store import AtlasNotFoundError, AtlasStore, AtlasStoreError, load_organs, verify
+from kpt_dask.atlases.add import add_atlas, store_parameters
+from kpt_dask.demo.phantom import write_phantom
+from kpt_dask.errors import KptError
+from kpt_dask.runtime import cluster
+from kpt_dask.segmentation import segment
 
 ROOT = Path(__file__).parents[1]
 SYNTHETIC = ROOT / "tests" / "atlas_store" / "synthetic.py"
@@ -34,15 +45,19 @@ EACH = 2
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("what", choices=["kill", "flip"])
+    parser.add_argument("what", choices=["kill", "flip", "read"])
     parser.add_argument("--rounds", type=int, default=200, help="of killing")
     parser.add_argument("--processes", type=int, default=8)
     parser.add_argument("--bytes", type=int, default=1000, help="to flip")
+    parser.add_argument("--damages", type=int, default=200, help="to read")
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
     rng = random.Random(options.seed)
     with tempfile.TemporaryDirectory() as name:
         os.environ["XDG_CACHE_HOME"] = f"{name}/cache"
+        if options.what == "read":
+            read(Path(name), options.damages, rng)
+            return
         store = AtlasStore.create(f"{name}/store", load_organs("openkbp"), synthetic.PARAMETERS)
         if options.what == "kill":
             kill(store, options.rounds, options.processes, rng)
@@ -202,6 +217,79 @@ def flip(store: AtlasStore, count: int, rng: random.Random) -> None:
             assert any(f"/{array} " in problem.what for problem in problems), problems
     assert store.verify() == []
     print(f"{count} bytes changed in {len(files)} files, each detected.")
+
+
+def read(folder: Path, count: int, rng: random.Random) -> None:
+    store, scan = bodies(folder)
+    files = sorted(p for p in Path(store).rglob("*") if p.is_file())
+    refused = 0
+    # Each refusal is a task that failed, which a worker logs at length.
+    logging.getLogger("distributed.worker").setLevel(logging.CRITICAL)
+    with cluster.session() as client:
+        whole = [answer(scan, store, folder / f"{mode}.zarr", mode, client) for mode in MODES]
+        assert not any(isinstance(found, str) for found in whole), whole
+        for n in range(count):
+            file, how = rng.choice(files), rng.choice(list(DAMAGES))
+            before = file.read_bytes()
+            after = DAMAGES[how](before, rng, rng.choice(files).read_bytes())
+            mode = n % len(MODES)
+            file.unlink() if after is None else file.write_bytes(after)
+            out = folder / f"{n}.zarr"
+            try:
+                found = answer(scan, store, out, MODES[mode], client)
+            finally:
+                file.write_bytes(before)
+            if isinstance(found, str):
+                assert not out.exists(), (file, how)
+                assert store in found or "atlases/" in found, (file, how, found)
+                refused += 1
+            else:
+                assert found == whole[mode], (file, how)
+                shutil.rmtree(out)
+    print(
+        f"{count} damages to {len(files)} objects: {refused} refused in a sentence,"
+        f" {count - refused} without effect, no other answer."
+    )
+
+
+MODES = ("local", "organ")
+
+
+def flipped(data: bytes, rng: random.Random, _: bytes) -> bytes:
+    changed = bytearray(data)
+    changed[rng.randrange(len(data))] ^= rng.randint(1, 255)
+    return bytes(changed)
+
+
+DAMAGES: dict[str, Callable[[bytes, random.Random, bytes], bytes | None]] = {
+    "a byte is another": flipped,
+    "the end is missing": lambda data, rng, _: data[: rng.randrange(len(data))],
+    "all is missing": lambda data, rng, _: None,
+    "it is another object": lambda data, rng, other: other,
+    "it is zero": lambda data, rng, _: bytes(len(data)),
+}
+
+
+def bodies(folder: Path) -> tuple[str, Path]:
+    """Make a store of two phantoms, and a scan of a third."""
+    store = AtlasStore.create(folder / "bodies", load_organs("visceral"), store_parameters(4.0))
+    for seed in range(1, 4):
+        pair = folder / f"body_{seed}_ct.nii.gz", folder / f"body_{seed}_seg.nii.gz"
+        write_phantom(*pair, seed, (110, 65, 80), 4.0)
+        if seed < 3:
+            add_atlas(store, *pair, atlas_id=f"body_{seed}")
+    return store.url, folder / "body_3_ct.nii.gz"
+
+
+def answer(scan: Path, store: str, out: Path, mode: str, client: Client) -> str | dict[str, bytes]:
+    """Segment a scan: its label map and probabilities, or the sentence that says why not."""
+    try:
+        segment(scan, store, out, mode=mode, client=client)
+    except (AtlasStoreError, KptError) as error:
+        return str(error)
+    folders = [out / "labels" / "organs" / "0", out / "probability"]
+    files = (path for folder in folders for path in folder.rglob("*") if path.is_file())
+    return {path.relative_to(out).as_posix(): path.read_bytes() for path in files}
 
 
 if __name__ == "__main__":

@@ -35,3 +35,9 @@ def test_a_tenth_of_the_campaign_of_killing() -> None:
 
 def test_a_tenth_of_the_campaign_of_flipping_bytes() -> None:
     assert "100 bytes changed" in run("campaign_store.py", "flip", "--bytes", "100")
+
+
+def test_a_tenth_of_the_campaign_of_reading_what_is_damaged() -> None:
+    told = run("campaign_store.py", "read", "--damages", "20")
+    assert told.startswith("20 damages")
+    assert "no other answer" in told
