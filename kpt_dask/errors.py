@@ -4,6 +4,14 @@ Every message is one sentence that names the file, says what is wrong and what t
 Each class also inherits the builtin that a Python programmer would expect.
 """
 
+import errno
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+"""What writing to a full disk, over a quota or over a limit of the shell ends with."""
+
 
 class KptError(Exception):
     """Base of every error that the user can do something about."""
@@ -43,3 +51,14 @@ class OutputVanishedError(KptError, FileNotFoundError):
 
 class KptWarning(UserWarning):
     """An input or an answer is doubtful, though it can be used; the output keeps the sentence."""
+
+
+@contextmanager
+def naming(path: str | Path) -> Iterator[None]:
+    """Let an error of a full disk name what was being written, as most libraries leave it out."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno in FULL and error.filename is None:
+            raise OSError(error.errno, error.strerror, str(path)) from error
+        raise

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from atlas_store.storage.objects import Objects, finish_writes
-from kpt_dask.errors import OutputVanishedError, ParameterError
+from kpt_dask.errors import OutputVanishedError, ParameterError, naming
 from kpt_dask.output.interruption import uninterrupted
 from kpt_dask.output.partial import Partial, Turn, abandoned, leftovers, remove
 from kpt_dask.output.places import (
@@ -74,7 +74,8 @@ def replacing_together(
                 raise ParameterError(
                     f"{printable(target)} cannot be written: {error.strerror}."
                 ) from error
-        yield [partial.path for partial in partials]
+        with naming(printable(targets[0])):
+            yield [partial.path for partial in partials]
         with uninterrupted():
             _commit(partials, overwrite=overwrite)
             failed = False

@@ -1,4 +1,7 @@
+import errno
 import os
+import re
+import resource
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -383,3 +386,17 @@ def test_a_volume_can_be_made_empty(tmp_path: Path) -> None:
     made = create_volume(tmp_path / "a.zarr", grid, grid, name="phantom")
     assert open_volume(tmp_path / "a.zarr").grid.same_as(grid)
     assert [level.shape for level in made.levels] == octave_shapes(grid.shape)
+
+
+def test_what_a_full_disk_stopped_is_named(tmp_path: Path) -> None:
+    noise = np.random.default_rng(0).integers(-1000, 1000, (70, 60, 66)).astype(np.int16)
+    scan = open_scan(save(tmp_path / "ct.nii", noise))
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, hard))
+    try:
+        with pytest.raises(OSError, match=re.escape(str(tmp_path))) as failed:
+            convert(scan, tmp_path / "o.zarr")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert failed.value.errno == errno.EFBIG
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["ct.nii"]
