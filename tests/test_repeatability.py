@@ -16,7 +16,7 @@ from kpt_dask.grid import Grid
 from kpt_dask.keypoints.descriptors import PATCH, STEP
 from kpt_dask.keypoints.extraction import extract
 from kpt_dask.keypoints.parameters import CHOICES
-from kpt_dask.matching.first_pass import Keypoints
+from kpt_dask.matching.search import Keypoints
 from kpt_dask.scans.scan import open_scan
 from kpt_dask.volumes.pyramid import fill_pyramid
 from kpt_dask.volumes.volume import create_volume

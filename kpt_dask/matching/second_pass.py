@@ -14,14 +14,8 @@ from numpy.typing import NDArray
 from atlas_store import AtlasKeypoints
 from kpt_dask.kernels.jit import kernel
 from kpt_dask.matching.displacement import Field, Widths
-from kpt_dask.matching.first_pass import (
-    SCALE_RATIO,
-    Arrays,
-    Keypoints,
-    describe,
-    slices_by_atlas,
-    squared_distance,
-)
+from kpt_dask.matching.first_pass import frame_arrays, slices_by_atlas
+from kpt_dask.matching.search import SCALE_RATIO, FrameArrays, Keypoints, squared_distance
 from kpt_dask.options import SIGMA_T, SIGMA_X
 from kpt_dask.runtime import cluster
 
@@ -60,31 +54,33 @@ def rematch(
         ``keypoint``, ``atlas`` and ``atlas_keypoint`` (match) int32; ``translation``
         (match, axis) float32, mm, from the atlas to the scan. One to one in each atlas.
     """
-    test, sides = describe(keypoints, atlases)
+    test, by_atlas = frame_arrays(keypoints, atlases)
     with cluster.session(client) as session:
         scattered = cluster.share(session, test)
         tasks = []
-        for side, first in zip(sides, slices_by_atlas(matches, len(atlases)), strict=True):
-            found = matches.keypoint.values[first], matches.translation.values[first]
-            tasks.append((scattered, side, *found, widths))
+        for one, rows in zip(by_atlas, slices_by_atlas(matches, len(atlases)), strict=True):
+            keypoint, translation = matches.keypoint.values[rows], matches.translation.values[rows]
+            tasks.append((scattered, one, keypoint, translation, widths))
         pairs = cluster.run_small(session, rematch_atlas, tasks, "Matching again")
     keypoint = np.concatenate([i for i, _ in pairs])
     atlas_keypoint = np.concatenate([j for _, j in pairs])
     atlas = np.repeat(np.arange(len(pairs)), [i.size for i, _ in pairs])
-    moved = test[0][keypoint] - atlases.position[atlases.offsets[atlas] + atlas_keypoint]
+    translation = (
+        test.position[keypoint] - atlases.position[atlases.offsets[atlas] + atlas_keypoint]
+    )
     return xr.Dataset(
         {
             "keypoint": ("match", keypoint.astype(np.int32)),
             "atlas": ("match", atlas.astype(np.int32)),
             "atlas_keypoint": ("match", atlas_keypoint.astype(np.int32)),
-            "translation": (("match", "axis"), moved.astype(np.float32)),
+            "translation": (("match", "axis"), translation.astype(np.float32)),
         }
     )
 
 
 def rematch_atlas(
-    test: Arrays,
-    atlas: Arrays,
+    test: FrameArrays,
+    atlas: FrameArrays,
     keypoint: NDArray[np.int32],
     translation: NDArray[np.float32],
     widths: Widths = (SIGMA_X, SIGMA_T),
@@ -93,8 +89,8 @@ def rematch_atlas(
 
     Parameters
     ----------
-    test, atlas : tuple of ndarray
-        Position (n, 3) mm, scale (n) mm, sign (n) and descriptor (n, 64) of keypoints.
+    test, atlas : FrameArrays
+        Keypoints of the scan and of the atlas.
     keypoint, translation : ndarray
         Test keypoints (m) of the first matches, and translations (m, 3) to the scan, mm.
 
@@ -106,18 +102,13 @@ def rematch_atlas(
     """
     here, there = Keypoints.of(test), Keypoints.of(atlas)
     order = np.argsort(there.position[:, 0], kind="stable")
-    theirs = there.position, there.scale, there.sign, there.frames, there.descriptor
+    height = there.position[order, 0]
     position = np.asarray(test[0], np.float32)[keypoint]
     for radius in RADII:
         field = Field.of(position, translation).at(here.position, widths)
-        moved = here.position - field[:, :3]
-        forth = _mutual_nearest(
-            (moved, field[:, 3], here.scale, here.sign, here.frames, here.descriptor),
-            theirs,
-            order,
-            there.position[order, 0],
-            np.float32(radius),
-        )
+        moved = here._replace(position=here.position - field[:, :3])
+        support = np.ascontiguousarray(field[:, 3])
+        forth = _mutual_nearest(moved, support, there, order, height, np.float32(radius))
         mutual = np.flatnonzero(forth >= 0)
         position = here.position[mutual]
         translation = position - there.position[forth[mutual]]
@@ -126,8 +117,9 @@ def rematch_atlas(
 
 @kernel
 def _mutual_nearest(
-    test: tuple[NDArray[Any], ...],
-    atlas: tuple[NDArray[Any], ...],
+    test: Any,
+    support: NDArray[np.float32],
+    atlas: Any,
     order: NDArray[np.int64],
     height: NDArray[np.float32],
     radius: np.float32,
@@ -136,18 +128,16 @@ def _mutual_nearest(
 
     Parameters
     ----------
-    test : tuple of ndarray
-        Position (n, 3), support (n), scale (n), sign (n), where frames begin and the last one's
-        end (n + 1), and descriptors.
-    atlas : tuple of ndarray
-        The same but for the support.
+    test, atlas : Keypoints
+        The test keypoints displaced to where the field expects them in the atlas.
+    support : float32 array (n)
+        Weight of the matches that support the field at each test keypoint; 0 excludes it.
     order, height : ndarray (m)
-        Atlas keypoints from low z to high, and their z.
+        Atlas keypoints by ascending z, and their z, mm.
     radius : float32
         mm.
     """
-    here, support, scale, sign, frames, descriptor = test
-    there, other_scale, other_sign, other_frames, other_descriptor = atlas
+    here, there = test.position, atlas.position
     forth = np.full(here.shape[0], -1, np.int64)
     back = np.full(there.shape[0], -1, np.int64)
     nearest = np.full(there.shape[0], np.inf, np.float32)
@@ -162,11 +152,12 @@ def _mutual_nearest(
             dz = here[i, 0] - there[j, 0]
             dy = here[i, 1] - there[j, 1]
             dx = here[i, 2] - there[j, 2]
-            if not dz * dz + dy * dy + dx * dx < radius * radius or sign[i] != other_sign[j]:
+            if not dz * dz + dy * dy + dx * dx < radius * radius or test.sign[i] != atlas.sign[j]:
                 continue
-            if other_scale[j] < scale[i] / SCALE_RATIO or other_scale[j] > scale[i] * SCALE_RATIO:
+            scale, other_scale = test.scale[i], atlas.scale[j]
+            if other_scale < scale / SCALE_RATIO or other_scale > scale * SCALE_RATIO:
                 continue
-            squared = squared_distance(descriptor, frames, i, other_descriptor, other_frames, j)
+            squared = squared_distance(test, i, atlas, j)
             # Ties go to the lower index, on both sides.
             if squared < best or (squared == best and j < forth[i]):
                 best = squared

@@ -20,7 +20,8 @@ from atlas_store import AtlasKeypoints, AtlasStore
 from atlas_store.index.search import MODES, AtlasIndex
 from atlas_store.keypoints import first_frames
 from kpt_dask.errors import ParameterError
-from kpt_dask.matching.first_pass import SCALE_RATIO, density
+from kpt_dask.matching.search import SCALE_RATIO
+from kpt_dask.matching.translations import density
 from kpt_dask.runtime import progress
 
 BY_ORGANS = ("organ", "affine")

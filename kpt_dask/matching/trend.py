@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from kpt_dask.matching.first_pass import density
+from kpt_dask.matching.translations import density
 
 WIDTHS = 60.0, 40.0, 25.0, 15.0, 15.0, 15.0
 """σ of each round of reweighting, mm: coarse first, as the start is a translation alone."""

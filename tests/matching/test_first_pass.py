@@ -9,21 +9,11 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from atlas_store import AtlasKeypoints
-from kpt_dask.matching import first_pass
-from kpt_dask.matching.first_pass import closest_pairs_radius, density, match, match_atlas
+from atlas_store.keypoints import first_frames
+from kpt_dask.matching.first_pass import match, match_atlas
+from tests.helpers import random_points
 from tests.naive import stations
 from tests.naive.stations import Points
-
-
-def random_points(rng: np.random.Generator, n: int, spread: float = 40.0) -> Points:
-    """Positions on a grid of 1/4 mm, so that float32 holds every distance squared exactly."""
-    return Points(
-        position=np.rint(rng.uniform(-spread, spread, (n, 3)) * 4).astype(np.float32) / 4,
-        scale=rng.choice(np.float32([1.5, 3, 4.2, 6, 12, 12.1]), n),
-        sign=rng.choice(np.int8([-1, 1]), n),
-        descriptor=rng.permuted(np.tile(np.arange(64, dtype=np.uint8), (n, 1)), axis=1),
-        label=rng.choice(np.uint16([0, 1, 7]), n),
-    )
 
 
 def alike(rng: np.random.Generator, points: Points, n: int, swaps: int = 6) -> Points:
@@ -151,7 +141,7 @@ def test_frames_of_one_keypoint_are_no_rivals(seed: int, n: int, m: int) -> None
     assume(clear(test, atlas))
     expected, probability = stations.match_atlas(test, atlas)
     found = match_atlas(test_arrays, atlas_arrays)
-    first, other = (first_pass.first_frames(a[0], a[1]) for a in (test_arrays, atlas_arrays))
+    first, other = (first_frames(a[0], a[1]) for a in (test_arrays, atlas_arrays))
     assert (first.size, other.size) == (n, m)
     assert found.keypoint.tolist() == [first[e.test] for e in expected]
     assert found.atlas_keypoint.tolist() == [other[e.atlas] for e in expected]
@@ -311,41 +301,3 @@ def test_a_keypoint_with_a_double_elsewhere_is_matched_near_the_alignment() -> N
     assert 3 not in [m.test for m in stations.nearest(test, double)]
     found = match_atlas(arrays(test), arrays(double))
     assert found.atlas_keypoint[found.keypoint == 3].tolist() == [4]
-
-
-@pytest.mark.parametrize("sampled", [1, 3, 64])
-@given(st.integers(0, 2**32 - 1), st.integers(1, 20), st.integers(1, 20), st.integers(1, 40))
-@settings(max_examples=40, deadline=None)
-def test_the_radius_keeps_the_closest_tenth_of_all_pairs(
-    sampled: int, seed: int, n: int, m: int, spread: int
-) -> None:
-    """Also where the few pairs that are looked at first say too little of all."""
-    rng = np.random.default_rng(seed)
-    a, b = random_points(rng, n, 15), random_points(rng, m, spread)
-    distances = [stations.distance(p, q) for p in a.position for q in b.position]
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(first_pass, "_SAMPLED", sampled)
-        radius = closest_pairs_radius(a.position, b.position, 0.1)
-    largest = stations.largest_distance_kept(a, b, (0, 0, 0))
-    assert [d < radius for d in distances] == [d <= largest for d in distances]
-
-
-def test_the_radius_of_pairs_that_are_very_far_apart() -> None:
-    a = np.zeros((1, 3), np.float32)
-    b = np.float32([[200_000 + 1000 * k, 0, 0] for k in range(20)])
-    assert closest_pairs_radius(a, b, 0.1) == np.nextafter(np.float32(201_000), np.float32(np.inf))
-
-
-def test_density_is_the_share_that_agrees() -> None:
-    rng = np.random.default_rng(1)
-    samples = rng.normal(0, 12, (40, 3)).astype(np.float32)
-    at = np.concatenate([samples, rng.normal(0, 30, (20, 3)).astype(np.float32)])
-    expected = [stations.density(tuple(p), [tuple(s) for s in samples]) for p in at]
-    np.testing.assert_allclose(density(at, samples, 10.0), expected, rtol=1e-6, atol=1e-8)
-    same = np.repeat(samples[:1], 9, axis=0)
-    assert density(same, same, 10.0).tolist() == [1] * 9
-
-
-def test_two_motions_each_keep_their_density() -> None:
-    far = np.float32([[0, 0, 0]] * 6 + [[80, 0, 0]] * 2)
-    np.testing.assert_allclose(density(far, far, 10.0), [0.75] * 6 + [0.25] * 2, atol=1e-6)
