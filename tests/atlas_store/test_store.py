@@ -512,4 +512,5 @@ def test_a_store_of_the_first_version_opens(tmp_path: Path) -> None:
         assert int(keypoints.descriptor.values[:, ::3].sum(dtype=int)) == descriptors
         assert int(keypoints.label.values.sum(dtype=int)) == labels
         assert store[atlas_id].annotated == ("brainstem", "larynx", "mandible")
+        assert store[atlas_id].info.scan_digest is None
         assert (store[atlas_id].labels[...] == 7).sum() == 60
