@@ -8,6 +8,11 @@
                                   SHA-256 of every other object in it
         image/                    OME-Zarr image; image/labels/organs its label map
         keypoints/                one array per variable
+        surroundings/             HU and labels around the organs, `atlas_store.crop`
+        strips/                   each organ's voxels, `atlas_store.organ_strips`
+
+What is read of an atlas is compared with its SHA-256 (`atlas_store.storage.sealed`), and its
+marker with the organ table and the parameters of the store.
 
 An atlas exists if, and only if, its marker does. Data that no marker names belongs to an
 add under way, or is left of one that was interrupted. Every add has a folder of its own,

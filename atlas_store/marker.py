@@ -12,6 +12,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any, Self, TypeVar
 
+from atlas_store.arrays.boxes import Box
 from atlas_store.errors import AtlasIdError, StoreFormatError
 from atlas_store.organs import OrganTable
 
@@ -20,9 +21,6 @@ ENCODING_VERSION = "1"
 
 Json = Any
 """What JSON can say: None, bool, int, float, str, lists and string-keyed dicts of these."""
-
-Box = tuple[tuple[int, int], tuple[int, int], tuple[int, int]]
-"""(start, stop) along z, y and x, half-open, in voxels of the working grid."""
 
 MAX_VOXELS = 1 << 34
 """Elements of an array; a whole body at 0.5 mm has a quarter of it."""

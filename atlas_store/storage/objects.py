@@ -82,10 +82,10 @@ class Objects:
         path = self.path_of(key)
         if path is not None:
             # Twenty times faster than through the event loop, which counts for small objects.
-            return read_file(path, key, limit)
+            return read_file(path, f"{self.url}/{key}", limit)
         buffer = sync(self.store.get(key, default_buffer_prototype()))
         if buffer is not None:
-            check_size(key, len(buffer), limit)
+            check_size(f"{self.url}/{key}", len(buffer), limit)
         return None if buffer is None else buffer.to_bytes()
 
     @property
@@ -243,14 +243,15 @@ def check_size(key: str, size: int, limit: int = MAX_OBJECT) -> None:
     """Refuse an object that would take too much memory, before it is read."""
     if size > limit:
         raise StoreFormatError(
-            f"{key} is damaged, it has {size} bytes: remove the atlas and add it again."
+            f"{key} is damaged, it has {size} bytes: restore it from a copy, or remove the atlas"
+            " and add it again."
         )
 
 
 def _no_file(key: str) -> StoreFormatError:
     return StoreFormatError(
-        f"{key} is damaged, it is no file but a device, a pipe or a link that leads nowhere:"
-        " remove the atlas and add it again."
+        f"{key} is no file but a device, a pipe, a socket or a link that leads nowhere: restore it"
+        " from a copy, or remove the atlas and add it again."
     )
 
 
