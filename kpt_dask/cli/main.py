@@ -106,10 +106,17 @@ kpt.add_command(atlas)
     "--spacing", type=float, default=2.0, show_default=True, help="Of the isotropic grid, mm."
 )
 @overwrite_option
+@memory_option
 @scheduler_option
 @json_option
 def convert(
-    scan: str, out: str, spacing: float, overwrite: bool, scheduler: str | None, as_json: bool
+    scan: str,
+    out: str,
+    spacing: float,
+    overwrite: bool,
+    memory: int | None,
+    scheduler: str | None,
+    as_json: bool,
 ) -> None:
     """Convert SCAN (.nii, .nii.gz) to an OME-Zarr image on an isotropic grid.
 
@@ -122,7 +129,12 @@ def convert(
 
     with working(scheduler) as client:
         volume = convert_scan(
-            open_scan(scan), out, spacing=spacing, overwrite=overwrite, client=client
+            open_scan(scan),
+            out,
+            spacing=spacing,
+            overwrite=overwrite,
+            memory=memory,
+            client=client,
         )
     grid = volume.grid
     if as_json:

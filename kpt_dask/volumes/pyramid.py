@@ -18,34 +18,76 @@ from atlas_store.arrays.regions import regions, write_region
 from kpt_dask.errors import ParameterError
 from kpt_dask.kernels.jit import kernel
 from kpt_dask.runtime import cluster
+from kpt_dask.runtime.memory import budget
 from kpt_dask.volumes.blur import blur_planes, blur_scratch
 from kpt_dask.volumes.omezarr import CHUNKS
 from kpt_dask.volumes.scale_space import next_octave_taps
 
 
-def fill_pyramid(levels: tuple[zarr.Array[Any], ...], *, client: Client | None = None) -> None:
+def fill_pyramid(
+    levels: tuple[zarr.Array[Any], ...], *, memory: int | None = None, client: Client | None = None
+) -> None:
     """Fill ``levels[1:]`` from ``levels[0]``.
 
     Parameters
     ----------
     levels : tuple of float32 zarr arrays (z, y, x)
         Level o + 1 has every second voxel of level o.
+    memory : int, optional
+        Bytes that all tasks of a process may take together.
     client : distributed.Client, optional
         Where the tasks run; see `kpt_dask.runtime.cluster.session`.
 
     Raises
     ------
     ParameterError
-        If the levels lie in this process's memory: tasks would fill copies of them.
+        If the levels lie in this process's memory: tasks would fill copies of them. If `memory`
+        is too little.
     """
     if isinstance(levels[0].store, MemoryStore):
         raise ParameterError("A volume cannot lie in a MemoryStore: give a folder or a URL.")
     with cluster.session(client) as session:
         for octave, (fine, coarse) in enumerate(pairwise(levels)):
             slab = (CHUNKS[0], *coarse.shape[1:])
-            tasks = [(fine, coarse, octave, region) for region in regions(coarse.shape, slab)]
+            room = budget(memory) // max(cluster.threads(session), default=1)
+            planes = planes_at_once(fine.shape, octave, room, wanted=memory is not None)
+            cut = regions(coarse.shape, slab)
+            tasks = [(fine, coarse, octave, region, planes) for region in cut]
             for _ in cluster.run(session, _fill, tasks, f"Octave {octave + 1}"):
                 pass
+
+
+def planes_at_once(shape: tuple[int, ...], octave: int, room: int, *, wanted: bool) -> int:
+    """Choose how many planes of the next octave a task makes from one part of a level.
+
+    Parameters
+    ----------
+    shape : tuple of int
+        Of the level, (z, y, x).
+    octave : int
+        The level's.
+    room : int
+        Bytes that a task may take.
+    wanted : bool
+        Whether the user set it: what is only usual may be exceeded.
+
+    Raises
+    ------
+    ParameterError
+        If that is too little for one.
+    """
+    plane = 4 * shape[1] * shape[2]
+    halo = 2 * (next_octave_taps(octave).size - 1)
+    # A task's result is a quarter as wide; one plane more is being blurred.
+    fixed = CHUNKS[0] * plane // 4 + (halo + 1) * plane
+    planes = (room - fixed) // (2 * plane)
+    if planes < 1 and wanted:
+        raise ParameterError(
+            f"{room / 2**20:.2g} MiB for a thread is too little for planes of {shape[1]} ×"
+            f" {shape[2]} voxels, which take {(fixed + 2 * plane) / 2**20:.2g} MiB: give more with"
+            " --memory, use fewer threads, or a coarser grid."
+        )
+    return min(max(planes, 1), CHUNKS[0])
 
 
 def _fill(
@@ -53,15 +95,18 @@ def _fill(
     coarse: zarr.Array[Any],
     octave: int,
     region: tuple[slice, slice, slice],
+    planes: int,
 ) -> None:
     taps = next_octave_taps(octave)
     radius = taps.size - 1
-    first = max(2 * region[0].start - radius, 0)
-    last = min(2 * (region[0].stop - 1) + radius + 1, fine.shape[0])
-    planes = slice(first, last), *(slice(0, n) for n in fine.shape[1:])
-    source = chunk_io.read(fine, planes).astype(np.float32, copy=False)
     out = np.empty(tuple(s.stop - s.start for s in region), np.float32)
-    _halve(source, first, taps, region[0].start, out)
+    for start in range(region[0].start, region[0].stop, planes):
+        part = out[start - region[0].start :][:planes]
+        first = max(2 * start - radius, 0)
+        last = min(2 * (start + len(part) - 1) + radius + 1, fine.shape[0])
+        needed = slice(first, last), *(slice(0, n) for n in fine.shape[1:])
+        source = chunk_io.read(fine, needed).astype(np.float32, copy=False)
+        _halve(source, first, taps, start, part)
     write_region(coarse, region, out)
 
 

@@ -200,6 +200,7 @@ def convert(
     *,
     spacing: float = 2.0,
     overwrite: bool = False,
+    memory: int | None = None,
     client: Client | None = None,
 ) -> Volume:
     """Convert a scan to a volume, which appears when it is complete.
@@ -214,6 +215,9 @@ def convert(
         Of the working grid, mm.
     overwrite : bool
         Whether an existing output may be replaced; it is kept until the new one is complete.
+    memory : int, optional
+        Bytes that making the higher levels may take in each process; see
+        `kpt_dask.runtime.memory.budget`.
     client : distributed.Client, optional
         Who computes the higher levels; this process unless told otherwise.
 
@@ -235,12 +239,17 @@ def convert(
     with cluster.session(client) as session, replacing(target, overwrite=overwrite) as partial:
         group = zarr.create_group(str(partial), zarr_format=3)
         with witness.shared(session, group):
-            convert_into(scan, group, spacing=spacing, client=session)
+            convert_into(scan, group, spacing=spacing, memory=memory, client=session)
     return open_volume(zarr.open_group(str(target), mode="r+", zarr_format=3))
 
 
 def convert_into(
-    scan: Scan, group: zarr.Group, *, spacing: float = 2.0, client: Client | None = None
+    scan: Scan,
+    group: zarr.Group,
+    *,
+    spacing: float = 2.0,
+    memory: int | None = None,
+    client: Client | None = None,
 ) -> Volume:
     """Convert a scan into an empty group of any store; parameters and errors as for `convert`."""
     if not (np.isfinite(spacing) and spacing > 0):
@@ -249,7 +258,7 @@ def convert_into(
     volume = create_volume(group, scan.grid.working(spacing), scan.grid, name=scan.path.name)
     with notices.recorded() as doubts:
         digest = write_level0(volume, scan)
-    fill_pyramid(volume.levels, client=client)
+    fill_pyramid(volume.levels, memory=memory, client=client)
     about: Any = group.attrs["kpt"]
     about["source"]["digest"] = digest
     about["warnings"] = [*scan.doubts, *doubts]

@@ -400,3 +400,14 @@ def test_what_a_full_disk_stopped_is_named(tmp_path: Path) -> None:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert failed.value.errno == errno.EFBIG
     assert sorted(p.name for p in tmp_path.iterdir()) == ["ct.nii"]
+
+
+def test_little_memory_gives_the_same_levels_and_too_little_is_refused(tmp_path: Path) -> None:
+    scan = open_scan(save(tmp_path / "ct.nii.gz", ct((70, 60, 66))))
+    plain = convert(scan, tmp_path / "plain.zarr")
+    little = convert(scan, tmp_path / "little.zarr", memory=2 << 20)
+    for one, other in zip(plain.levels, little.levels, strict=True):
+        np.testing.assert_array_equal(np.asarray(one[...]), np.asarray(other[...]))
+    with pytest.raises(ParameterError, match="--memory"):
+        convert(scan, tmp_path / "none.zarr", memory=1000)
+    assert not (tmp_path / "none.zarr").exists()
