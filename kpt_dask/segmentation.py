@@ -411,9 +411,9 @@ def _doubt_little(
     total = sum(organ.volume_ml for organ in found.organs.values())
     if total >= LITTLE * usual and found.n_keypoints >= FEW_KEYPOINTS:
         return
-    what = f"{total:.3g} mL of organs" if total else "no organ"
+    what = f"{total:.1f} mL of organs" if total else "no organ"
     notices.warn(
-        f"{scan.path}: {what} found, where an atlas shows {usual:.3g} mL, with"
+        f"{scan.path}: {what} found, where an atlas shows {usual:.0f} mL, with"
         f" {found.n_keypoints} keypoints and {found.n_matches} matches; check that it is a CT in"
         " HU and shows the same part of the body as the atlases."
     )
