@@ -1,4 +1,4 @@
-"""How the axes of two parallel grids lie to each other, as tables of weights.
+"""Axes of two parallel grids, and the weights that resample one along the other.
 
 Pure functions, no I/O: what `kpt_dask.resampling.stream` applies to a streaming scan.
 """
@@ -12,12 +12,12 @@ from numpy.typing import NDArray
 from kpt_dask.grid import Grid
 
 VOTES = 1 << 20
-"""Whole votes that all neighbours along one axis have together."""
+"""Votes of all neighbours along one axis together, a whole number."""
 
 
 @dataclass(frozen=True, eq=False)
 class AxisTable:
-    """Which input samples make each output sample along one axis.
+    """Input samples and their weights, for each output sample along one axis.
 
     Attributes
     ----------
@@ -133,8 +133,8 @@ def axis_tables(source: Grid, target: Grid) -> tuple[AxisTable, AxisTable, AxisT
     middle = (np.array(target.shape) - 1) / 2
     tables = []
     for a in range(3):
-        # The digits dropped are what float32 headers do not hold; without them a flipped
-        # file could have other weights in the last bit.
+        # Rounded to what float32 headers hold, or a flipped file could have other weights in
+        # the last bit.
         ratio = round(float(target.spacing[a] / own.spacing[a]), 7)
         first = round(
             float(own.to_index(target.to_mm(np.where(np.arange(3) == a, 0, middle)))[a]), 6

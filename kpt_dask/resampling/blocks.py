@@ -1,7 +1,7 @@
 """Trilinear interpolation between any two grids, block by block.
 
-Planning (which part of the source a block needs) is a pure function; the kernels do the
-rest, so the caller reads and writes.
+A pure function plans which part of the source a block needs, and kernels interpolate; the caller
+reads and writes.
 """
 
 from dataclasses import dataclass
@@ -17,10 +17,10 @@ from kpt_dask.kernels.jit import kernel
 Region = tuple[slice, slice, slice]
 
 LABEL_TIE = 1e-5
-"""Label weights closer than this are a tie; rounding of the weights is far below it."""
+"""Label weights (0 to 1) that differ by less are a tie; rounding errors are far smaller."""
 
 ROUNDING = 1e-6
-"""How much two computations of one index may differ, voxels."""
+"""Tolerance between two computations of the same index, voxels."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -75,7 +75,7 @@ def interpolate(part: NDArray[np.float32], plan: Window) -> NDArray[np.float32]:
         Values of ``plan.block``.
     """
     out = np.empty([s.stop - s.start for s in plan.block], np.float32)
-    _trilinear(np.ascontiguousarray(part), *numbers(plan), out)
+    _trilinear(np.ascontiguousarray(part), *kernel_arguments(plan), out)
     return out
 
 
@@ -86,12 +86,12 @@ def interpolate_labels(part: NDArray[Any], plan: Window) -> NDArray[Any]:
     `interpolate`.
     """
     out = np.zeros([s.stop - s.start for s in plan.block], part.dtype)
-    _trilinear_labels(np.ascontiguousarray(part), *numbers(plan), out)
+    _trilinear_labels(np.ascontiguousarray(part), *kernel_arguments(plan), out)
     return out
 
 
-def numbers(plan: Window) -> tuple[Any, Any, Any, Any]:
-    """Say to a kernel where the part and the block begin, and how to get from one to the other."""
+def kernel_arguments(plan: Window) -> tuple[Any, Any, Any, Any]:
+    """Arguments of the kernels: origins of part and block, shape of the source, affine."""
     return (
         np.array([s.start for s in plan.region]),
         np.array([s.start for s in plan.block]),
@@ -101,23 +101,30 @@ def numbers(plan: Window) -> tuple[Any, Any, Any, Any]:
 
 
 @kernel
-def cell(position: Any, n: Any, origin: Any) -> Any:
+def neighbours_on_axis(position: Any, n: Any, origin: Any) -> Any:
     """Find the two samples around a position on an axis of n samples.
 
-    Returns their indices from `origin` on, the fraction of the way between them, and how
-    far outside the axis the position is, in voxels.
+    Returns
+    -------
+    low, high : int
+        Indices of the samples, counted from `origin`.
+    fraction : float32
+        Fraction of the way from one to the other.
+    outside : float
+        Distance of the position from the axis, voxels; 0 inside.
     """
     inside = min(max(position, 0.0), n - 1.0)
-    cell = int(inside)
+    low = int(inside)
     outside = abs(position - inside)
-    return cell - origin, min(cell + 1, n - 1) - origin, np.float32(inside - cell), outside
+    return low - origin, min(low + 1, n - 1) - origin, np.float32(inside - low), outside
 
 
 @kernel
-def blend(
-    part: Any, z0: Any, z1: Any, dz: Any, y0: Any, y1: Any, dy: Any, x0: Any, x1: Any, dx: Any
-) -> Any:
-    """Trilinear value between eight samples, given what `cell` says of each axis."""
+def trilinear(part: Any, z: Any, y: Any, x: Any) -> Any:
+    """Trilinear value between eight samples, given the `neighbours_on_axis` of each axis."""
+    z0, z1, dz, _ = z
+    y0, y1, dy, _ = y
+    x0, x1, dx, _ = x
     one = np.float32(1)
     v00 = (one - dx) * part[z0, y0, x0] + dx * part[z0, y0, x1]
     v01 = (one - dx) * part[z0, y1, x0] + dx * part[z0, y1, x1]
@@ -137,10 +144,10 @@ def _trilinear(part: Any, origin: Any, start: Any, shape: Any, affine: Any, out:
                 at[a] = affine[a, 3] + affine[a, 0] * (start[0] + z) + affine[a, 1] * (start[1] + y)
             for x in range(out.shape[2]):
                 i = start[2] + x
-                z0, z1, dz, _ = cell(at[0] + affine[0, 2] * i, shape[0], origin[0])
-                y0, y1, dy, _ = cell(at[1] + affine[1, 2] * i, shape[1], origin[1])
-                x0, x1, dx, _ = cell(at[2] + affine[2, 2] * i, shape[2], origin[2])
-                out[z, y, x] = blend(part, z0, z1, dz, y0, y1, dy, x0, x1, dx)
+                on_z = neighbours_on_axis(at[0] + affine[0, 2] * i, shape[0], origin[0])
+                on_y = neighbours_on_axis(at[1] + affine[1, 2] * i, shape[1], origin[1])
+                on_x = neighbours_on_axis(at[2] + affine[2, 2] * i, shape[2], origin[2])
+                out[z, y, x] = trilinear(part, on_z, on_y, on_x)
 
 
 @kernel
@@ -175,10 +182,13 @@ def _trilinear_labels(
                 at[a] = affine[a, 3] + affine[a, 0] * (start[0] + z) + affine[a, 1] * (start[1] + y)
             for x in range(out.shape[2]):
                 i = start[2] + x
-                z0, z1, dz, far_z = cell(at[0] + affine[0, 2] * i, shape[0], origin[0])
-                y0, y1, dy, far_y = cell(at[1] + affine[1, 2] * i, shape[1], origin[1])
-                x0, x1, dx, far_x = cell(at[2] + affine[2, 2] * i, shape[2], origin[2])
-                if max(far_z, far_y, far_x) > 1:
+                on_z = neighbours_on_axis(at[0] + affine[0, 2] * i, shape[0], origin[0])
+                on_y = neighbours_on_axis(at[1] + affine[1, 2] * i, shape[1], origin[1])
+                on_x = neighbours_on_axis(at[2] + affine[2, 2] * i, shape[2], origin[2])
+                z0, z1, dz, outside_z = on_z
+                y0, y1, dy, outside_y = on_y
+                x0, x1, dx, outside_x = on_x
+                if max(outside_z, outside_y, outside_x) > 1:
                     continue
                 first = part[z0, y0, x0]
                 if (

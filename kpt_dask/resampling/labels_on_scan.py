@@ -16,7 +16,14 @@ from numpy.typing import NDArray
 from atlas_store.arrays import chunk_io
 from kpt_dask.grid import Grid
 from kpt_dask.kernels.jit import kernel
-from kpt_dask.resampling.blocks import Region, Window, blend, cell, numbers, window
+from kpt_dask.resampling.blocks import (
+    Region,
+    Window,
+    kernel_arguments,
+    neighbours_on_axis,
+    trilinear,
+    window,
+)
 
 SLAB_VOXELS = 8 << 20
 """About how many voxels are made at a time."""
@@ -83,7 +90,7 @@ def decide_planes(
         )
         _claim(
             part,
-            *numbers(replace(plan, block=box)),
+            *kernel_arguments(replace(plan, block=box)),
             np.uint16(value),
             largest[inside],
             labels[inside],
@@ -151,12 +158,12 @@ def _claim(
                 at[a] = affine[a, 3] + affine[a, 0] * (start[0] + z) + affine[a, 1] * (start[1] + y)
             for x in range(labels.shape[2]):
                 i = start[2] + x
-                z0, z1, dz, far_z = cell(at[0] + affine[0, 2] * i, shape[0], origin[0])
-                y0, y1, dy, far_y = cell(at[1] + affine[1, 2] * i, shape[1], origin[1])
-                x0, x1, dx, far_x = cell(at[2] + affine[2, 2] * i, shape[2], origin[2])
-                if max(far_z, far_y, far_x) > 1:
+                on_z = neighbours_on_axis(at[0] + affine[0, 2] * i, shape[0], origin[0])
+                on_y = neighbours_on_axis(at[1] + affine[1, 2] * i, shape[1], origin[1])
+                on_x = neighbours_on_axis(at[2] + affine[2, 2] * i, shape[2], origin[2])
+                if max(on_z[3], on_y[3], on_x[3]) > 1:
                     continue
-                share = blend(part, z0, z1, dz, y0, y1, dy, x0, x1, dx)
+                share = trilinear(part, on_z, on_y, on_x)
                 if share > largest[z, y, x]:
                     largest[z, y, x] = share
                     labels[z, y, x] = value

@@ -1,4 +1,4 @@
-"""Anti-aliased linear resampling of a scan while it streams by.
+"""Anti-aliased linear resampling of a scan, plane by plane as it is read.
 
 Along each axis a sample is a weighted mean of a few neighbours: a triangle as wide as the
 coarser of the two spacings, so that a coarser grid averages and a finer one interpolates
@@ -26,15 +26,16 @@ Plane = NDArray[np.float32]
 T = TypeVar("T", bound=np.generic)
 
 WORLD_ORDER = (1, 2, 0)
-"""The order in which the world axes (z, y, x) are resampled."""
+"""Order in which the world axes (z, y, x) are resampled."""
 
 LARGEST_LABEL = 65535
+"""Largest value of a label, uint16."""
 
 VOTE_TIE = int(LABEL_TIE * VOTES**3)
-"""As `LABEL_TIE`, in votes."""
+"""`LABEL_TIE` in votes."""
 
 ROWS = 16
-"""How many rows are resampled side by side."""
+"""Rows resampled side by side, to fill a vector."""
 
 
 def resample(
@@ -54,7 +55,7 @@ def resample(
     target : Grid
         Axes in world order: ``source.working(spacing)``, or `along_own_axes` if oblique.
     thickness : tuple of int
-        How thick an output slab is along z, y or x, whichever the planes arrive along.
+        Thickness of an output slab along z, y or x, whichever the planes arrive along, voxels.
 
     Yields
     ------
@@ -126,7 +127,7 @@ class _Stream:
         prepare: Callable[[NDArray[T]], NDArray[T]],
         finish: Callable[[NDArray[T], int], NDArray[T]],
     ) -> Iterator[tuple[Region, NDArray[T]]]:
-        """Make output slabs of the planes that `finish` makes of the prepared ones."""
+        """Collect output slabs from the planes that `finish` computes from the prepared ones."""
         n_out = self.shape[self.slow]
         slab: NDArray[T] | None = None
         for index, plane in self._finished(slabs, prepare, finish):
@@ -158,8 +159,8 @@ class _Stream:
     ) -> Iterator[tuple[int, NDArray[T]]]:
         """Planes of the output with their index along the slow axis, in stored order.
 
-        The ring holds the last planes, plane n (in the world's direction) in place
-        n modulo its length, which is the number of neighbours an output plane has.
+        The ring buffer holds the last planes: plane n (in the world's direction) is
+        ``ring[n % taps]``, where `taps` is the number of neighbours of an output plane.
         """
         table = self.tables[self.slow]
         taps = table.weights.shape[1]
@@ -215,7 +216,7 @@ def _along_rows(plane: Any, start: Any, weights: Any) -> Any:
 
 @kernel
 def _along_columns(plane: Any, start: Any, weights: Any) -> Any:
-    """Resample axis 1 of a plane, a few rows side by side to use the vector unit."""
+    """Resample axis 1 of a plane, `ROWS` rows side by side so that the loop is vectorised."""
     n_out, taps = weights.shape
     height, width = plane.shape
     out = np.empty((height, n_out), np.float32)
@@ -241,7 +242,7 @@ def _along_columns(plane: Any, start: Any, weights: Any) -> Any:
 
 @kernel
 def _along_slow(ring: Any, first: Any, weights: Any) -> Any:
-    """Weighted sum of the planes of a ring, from plane `first` on."""
+    """Weighted sum of the planes of a ring buffer, from plane `first` on."""
     taps, height, width = ring.shape
     out = np.zeros((height, width), np.float32)
     for y in range(height):
@@ -260,8 +261,8 @@ def _vote(
 ) -> Any:
     """Labels of an output plane, from the stored planes that are its neighbours.
 
-    Most voxels have neighbours of one label only, which the lowest and highest label of
-    each column of neighbours show without a vote.
+    Most voxels have neighbours of one label only. The lowest and the highest label of each
+    column of neighbours are equal then, and there is no vote.
     """
     taps, _, width = ring.shape
     n_rows, n_columns = len(down), len(across)
