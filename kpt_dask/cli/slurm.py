@@ -11,6 +11,7 @@ import shlex
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -24,7 +25,10 @@ from dask_jobqueue.slurm import SLURMCluster, slurm_format_bytes_ceil
 from distributed import Client
 
 from kpt_dask.cli.batch import outputs, segment_batch
-from kpt_dask.errors import KptError, ParameterError
+from kpt_dask.errors import ClusterError, KptError, ParameterError
+from kpt_dask.runtime.patience import wait_seconds
+
+log = logging.getLogger("kpt_dask.cli.slurm")
 
 EXAMPLES = """\b
 Example:
@@ -44,6 +48,12 @@ service) belongs in Dask's configuration, ~/.config/dask/jobqueue.yaml:
 
 HEAD_CORES = 2
 """For the scheduler and for reading and writing scans."""
+
+WAIT = "2h"
+"""How long the worker jobs may wait in SLURM's queue."""
+
+TOLD_EVERY = 60.0
+"""Seconds between two lines of the log that say what is waited for."""
 
 # Compiled kernels are kept on the node: shared home folders are slow and lock badly. A folder
 # that somebody else made there first could bring foreign code with it.
@@ -69,6 +79,8 @@ class Resources:
         Of a worker, such as "16GB".
     head_memory : str
         Of the job that leads them.
+    head_cores : int
+        Of that job.
     walltime : str
         Limit of every job, in SLURM's notation.
     partition, account : str, optional
@@ -82,6 +94,7 @@ class Resources:
     walltime: str
     partition: str | None = None
     account: str | None = None
+    head_cores: int = HEAD_CORES
 
 
 def job_script(command: Sequence[str], logs: Path, resources: Resources) -> str:
@@ -100,7 +113,7 @@ def job_script(command: Sequence[str], logs: Path, resources: Resources) -> str:
         "--job-name=kpt-segment",
         _log_directive(logs, "segment"),
         "--ntasks=1",
-        f"--cpus-per-task={HEAD_CORES}",
+        f"--cpus-per-task={resources.head_cores}",
         f"--mem={slurm_format_bytes_ceil(parse_bytes(resources.head_memory))}",
         f"--time={shlex.quote(resources.walltime)}",
     ]
@@ -115,9 +128,20 @@ def job_script(command: Sequence[str], logs: Path, resources: Resources) -> str:
     return "\n".join([*lines, f"exec {shlex.join(command)}", ""])
 
 
-def worker_cluster(logs: Path, resources: Resources) -> SLURMCluster:
-    """Start a scheduler here whose workers will be SLURM jobs; none is asked for yet."""
-    return SLURMCluster(
+@contextmanager
+def worker_cluster(logs: Path, resources: Resources) -> Iterator[SLURMCluster]:
+    """Start a scheduler here whose workers will be SLURM jobs; none is asked for yet.
+
+    Only who has the certificates of this run can talk to it: a scheduler runs the code that it
+    is sent. They lie in `logs`, readable by the user alone, until the cluster is closed.
+    """
+    # A port of its own: several batches may run on one node.
+    private = {"dashboard_address": "127.0.0.1:0", "dashboard": False}
+    logs.mkdir(parents=True, exist_ok=True)
+    cluster = SLURMCluster(
+        protocol="tls://",
+        security=True,
+        shared_temp_directory=str(logs),
         job_name="kpt-worker",
         processes=1,
         cores=resources.cores,
@@ -131,9 +155,23 @@ def worker_cluster(logs: Path, resources: Resources) -> SLURMCluster:
             *_configured("job-extra-directives", []),
             _log_directive(logs, "worker"),
         ],
-        # A port of its own: several batches may run on one node.
-        scheduler_options={"dashboard_address": ":0", **_configured("scheduler-options", {})},
+        worker_extra_args=[
+            *_configured("worker-extra-args", []),
+            *("--dashboard-address", "127.0.0.1:0", "--no-dashboard"),
+        ],
+        scheduler_options={**private, **_configured("scheduler-options", {})},
     )
+    # dask-jobqueue writes paths into the job script as they are.
+    security = cluster._job_kwargs["security"]
+    for name in ("tls_ca_file", "tls_worker_cert", "tls_worker_key"):
+        setattr(security, name, shlex.quote(getattr(security, name)))
+    try:
+        with cluster:
+            yield cluster
+    finally:
+        # Else they would stay as long as the object does.
+        for key in ("ca_file", "cert", "key"):
+            getattr(cluster, f"_job_{key}").close()
 
 
 @contextmanager
@@ -144,13 +182,57 @@ def workers(logs: Path, resources: Resources) -> Iterator[Client]:
     ------
     ParameterError
         SLURM refuses the worker jobs.
+    ClusterError
+        None has begun within the time that `kpt_dask.runtime.patience` has.
     """
-    with worker_cluster(logs, resources) as cluster, Client(cluster) as client:
+    with (
+        worker_cluster(logs, resources) as cluster,
+        Client(cluster, set_as_default=False) as client,
+    ):
         # Asked first, because dask-jobqueue neither tells of refused jobs nor gets over them.
         _sbatch(cluster.job_script(), "--test-only")
         cluster.scale(jobs=resources.workers)
-        client.wait_for_workers(1)
+        _await_first(cluster, client, resources)
         yield client
+
+
+def _await_first(cluster: SLURMCluster, client: Client, resources: Resources) -> None:
+    """Wait for the first worker job, and say in the log why it does not begin."""
+    wait, start = wait_seconds(), time.monotonic()
+    asked = f"{resources.workers} jobs of {resources.cores} cores and {resources.memory}"
+    next_told = start
+    while not client.nthreads():
+        now = time.monotonic()
+        if now >= next_told:
+            next_told = now + TOLD_EVERY
+            log.warning(
+                "waiting for the first of %s: %s (ends after %g s; --wait sets it)",
+                *(asked, _queue(cluster), wait),
+            )
+        if now - start > wait:
+            raise ClusterError(
+                f"None of the {asked} has begun within {wait:g} s ({_queue(cluster)}): ask for "
+                "less by --cores, --memory or --head-cores, or wait longer by --wait."
+            )
+        time.sleep(min(1.0, wait / 10))
+
+
+def _queue(cluster: SLURMCluster) -> str:
+    """Say what SLURM says of the worker jobs."""
+    jobs = [worker.job_id for worker in list(cluster.workers.values()) if worker.job_id]
+    if not jobs:
+        return "not submitted yet"
+    try:
+        answer = subprocess.run(
+            ["squeue", "--noheader", "--format=%T (%r)", "--jobs", ",".join(jobs)],
+            capture_output=True,
+            text=True,
+            timeout=30,
+        )
+    except (OSError, subprocess.TimeoutExpired):
+        return "submitted"
+    states = sorted({line.strip() for line in answer.stdout.splitlines() if line.strip()})
+    return f"SLURM says {', '.join(states)}" if states else "not in SLURM's queue any longer"
 
 
 def submit(script: str) -> str:
@@ -202,6 +284,15 @@ def _memory(context: click.Context, option: click.Parameter, value: str) -> str:
     return value
 
 
+def _span(context: click.Context, option: click.Parameter, value: str) -> str:
+    with dask.config.set({"kpt.wait": value}):
+        try:
+            wait_seconds()
+        except ParameterError as error:
+            raise click.BadParameter(str(error)) from error
+    return value
+
+
 @click.command(epilog=EXAMPLES)
 @click.argument(
     "scans",
@@ -223,6 +314,20 @@ def _memory(context: click.Context, option: click.Parameter, value: str) -> str:
     callback=_memory,
     help="Memory of the job that leads the workers.",
 )
+@click.option(
+    "--head-cores",
+    default=HEAD_CORES,
+    type=click.IntRange(min=1),
+    show_default=True,
+    help="Cores of that job; on a node of as many, no worker finds room.",
+)
+@click.option(
+    "--wait",
+    default=WAIT,
+    show_default=True,
+    callback=_span,
+    help="How long workers may wait in SLURM's queue, and be away later.",
+)
 @click.option("--walltime", default="04:00:00", show_default=True, help="Time limit of every job.")
 @click.option("--partition", "--queue", help="SLURM partition.  [default: the site's]")
 @click.option("--account", help="SLURM account.  [default: yours]")
@@ -237,6 +342,8 @@ def main(
     cores: int,
     memory: str,
     head_memory: str,
+    head_cores: int,
+    wait: str,
     walltime: str,
     partition: str | None,
     account: str | None,
@@ -257,16 +364,19 @@ def main(
         if not Path(store).is_dir():
             raise click.BadParameter(f"{store} is no atlas store.", param_hint="STORE")
         store = str(Path(store).resolve())
-    resources = Resources(n_workers, cores, memory, head_memory, walltime, partition, account)
+    resources = Resources(
+        n_workers, cores, memory, head_memory, walltime, partition, account, head_cores
+    )
     logs = out / "logs"
     try:
         outputs(scans, out)
         if inside:
-            _work(scans, store, out, resources, mode)
+            with dask.config.set({"kpt.wait": wait}):
+                _work(scans, store, out, resources, mode)
             return
         command = [sys.executable, "-P", "-m", "kpt_dask.cli.slurm", "--inside"]
         command += [f"--workers={n_workers}", f"--cores={cores}", f"--memory={memory}"]
-        command += [f"--walltime={walltime}", f"--mode={mode}"]
+        command += [f"--walltime={walltime}", f"--wait={wait}", f"--mode={mode}"]
         command += [f"--partition={partition}"] if partition is not None else []
         command += [f"--account={account}"] if account is not None else []
         command += ["--", *map(str, scans), store, str(out)]

@@ -3,6 +3,7 @@
 `slurm` below stands in for SLURM: its sbatch runs job scripts at once, on this machine.
 """
 
+import asyncio
 import os
 import shlex
 import signal
@@ -14,13 +15,15 @@ from pathlib import Path
 from types import ModuleType
 
 import dask.config
+import psutil
 import pytest
 from click.testing import CliRunner
-from distributed import Client, LocalCluster
+from distributed import Client, LocalCluster, Security
+from distributed.comm.core import connect
 
 from kpt_dask.cli.batch import outputs, segment_batch
 from kpt_dask.cli.slurm import Resources, job_script, main, submit, worker_cluster, workers
-from kpt_dask.errors import ParameterError, ScanFormatError
+from kpt_dask.errors import ClusterError, ParameterError, ScanFormatError
 from kpt_dask.runtime import cluster
 
 RESOURCES = Resources(3, 16, "32GB", "4GB", "02:30:00", "long jobs", "radiology")
@@ -213,6 +216,63 @@ def test_worker_script_asks_for_what_was_said(tmp_path: Path) -> None:
     assert "export NUMBA_CACHE_DIR=" in script
 
 
+async def knock(address: str, security: Security) -> None:
+    comm = await connect(address, timeout=2, **security.get_connection_args("client"))
+    await comm.write({"op": "identity", "reply": True})
+    await comm.read()
+
+
+def test_a_client_without_the_certificate_is_refused(slurm: Path, tmp_path: Path) -> None:
+    """A scheduler runs whatever code it is sent; on a cluster, everybody can reach it."""
+    with workers(tmp_path, Resources(1, 1, "1GB", "1GB", "1:00:00")) as client:
+        address = client.scheduler.address
+        assert address.startswith("tls://")
+        assert dict(cluster.run(client, os.getpid, [()], "Asking")).keys() == {0}
+        for foreign in (address, address.replace("tls://", "tcp://")):
+            for security in (Security(), Security.temporary()):
+                with pytest.raises((OSError, TypeError, RuntimeError)):
+                    asyncio.run(knock(foreign, security))
+        keys = list(tmp_path.glob(".dask-jobqueue.worker.*"))
+        assert len(keys) == 3
+        assert {stat.S_IMODE(key.stat().st_mode) for key in keys} == {0o600}
+    assert not list(tmp_path.glob(".dask-jobqueue.worker.*"))
+
+
+def test_nothing_but_the_scheduler_is_seen_from_elsewhere(tmp_path: Path) -> None:
+    own = psutil.Process()
+    before = {c.laddr for c in own.net_connections() if c.status == "LISTEN"}
+    with worker_cluster(tmp_path, RESOURCES) as leading:
+        now = {c.laddr for c in own.net_connections() if c.status == "LISTEN"}
+        outside = {a.port for a in now - before if a.ip not in ("127.0.0.1", "::1")}
+        assert outside == {int(leading.scheduler_address.rsplit(":", 1)[1])}
+        command = shlex.split(leading.job_script().splitlines()[-1])
+        assert command[command.index("--dashboard-address") + 1] == "127.0.0.1:0"
+
+
+def test_waiting_in_the_queue_is_told_and_ends(
+    slurm: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As on a node whose cores the leading job has itself."""
+    programs = tmp_path / "programs"
+    (programs / "sbatch").write_text("#!/bin/sh\necho Submitted batch job 7\n")
+    (programs / "squeue").write_text("#!/bin/sh\necho 'PENDING (Resources)'\n")
+    (programs / "squeue").chmod(0o755)
+    told: list[str] = []
+    monkeypatch.setattr(
+        "kpt_dask.cli.slurm.log.warning", lambda text, *args: told.append(text % args)
+    )
+    expected = r"^None of the 3 jobs of 16 cores and 32GB has begun within 2 s .*--head-cores"
+    with (
+        dask.config.set({"kpt.wait": "2s"}),
+        pytest.raises(ClusterError, match=expected),
+        workers(tmp_path, RESOURCES),
+    ):
+        pass
+    [line] = told
+    assert line.startswith("waiting for the first of 3 jobs of 16 cores and 32GB: ")
+    assert line.endswith("(ends after 2 s; --wait sets it)")
+
+
 def test_the_site_has_its_say(tmp_path: Path) -> None:
     site = {
         "queue": "everyone",
@@ -227,6 +287,8 @@ def test_the_site_has_its_say(tmp_path: Path) -> None:
     for script in (leading, working):
         assert directives(script)["--qos"] == "long"
         assert "module load python\n" in script
+    few = Resources(1, 2, "2GB", "2GB", "1:00:00", head_cores=1)
+    assert directives(job_script(["true"], tmp_path, few))["--cpus-per-task"] == "1"
     assert directives(leading)["--partition"] == directives(working)["-p"] == "everyone"
 
 
@@ -256,6 +318,7 @@ def test_command_submits_one_job(
         (["scan.nii", "nowhere", "out"], "nowhere is no atlas store"),
         (["scan.nii", "scan.nii.gz", "store", "out"], "would both become"),
         (["scan.nii", "store", "out", "--memory", "lots"], "'lots' is no amount of memory"),
+        (["scan.nii", "store", "out", "--wait", "soon"], "'soon' is no span of time"),
         (["scan.nii", "store", "out"], "sbatch is not here"),
     ],
 )
