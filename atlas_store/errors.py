@@ -51,3 +51,7 @@ class OrganTableError(AtlasStoreError, ValueError):
 
 class KeypointsFormatError(StoreFormatError):
     """Keypoints do not have the variables, dimensions, types or values they must have."""
+
+
+class MissingChunkError(AtlasStoreError, ValueError):
+    """A part of an array that was written is not there any more."""

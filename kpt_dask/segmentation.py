@@ -24,6 +24,7 @@ from atlas_store import (
     Snapshot,
     write_keypoints,
 )
+from atlas_store.arrays import chunk_io
 from atlas_store.arrays.regions import open_array
 from atlas_store.keypoints import first_frames
 from kpt_dask.atlases.same_scan import KnownScans
@@ -67,6 +68,8 @@ class Stations:
         From `kpt_dask.extract`, `kpt_dask.match` and `kpt_dask.vote`.
     labels : zarr.Array
         The label map on the working grid, (z, y, x).
+    label_levels : tuple of zarr.Array
+        It, and its coarser levels.
     probability : zarr.Array
         The organs' shares on the working grid, (organ, z, y, x).
     organs : mapping of str to OrganMeasures
@@ -78,6 +81,7 @@ class Stations:
     matches: xr.Dataset
     votes: xr.Dataset
     labels: "zarr.Array[Any]"
+    label_levels: tuple["zarr.Array[Any]", ...]
     probability: "zarr.Array[Any]"
     organs: Mapping[str, OrganMeasures]
 
@@ -228,6 +232,8 @@ def segment(
         _doubt_little(source, volume, finished, atlases)
         finished = replace(finished, warnings=(*doubts, *later))
         _keep(group, found, {**said, "warnings": list(finished.warnings)})
+        for array in (*volume.levels, *found.label_levels, found.probability):
+            chunk_io.check_complete(array)
     return finished
 
 
@@ -306,6 +312,8 @@ def _label(
     votes = vote(matches, keypoints.sizes["keypoint"], store.organs)
     probability = create_probability(group, volume.grid, store.organs, mode)
     levels = create_label_image(group, "organs", volume.grid, store.organs, SHARD)
+    # Blocks that no organ reaches are not computed.
+    chunk_io.write_empty(levels[0])
     tally = transfer(
         volume,
         store,
@@ -323,7 +331,9 @@ def _label(
     )
     finish_label_image(group, "organs", levels, volume.grid, store.organs)
     organs = organ_measures(tally, store.organs, volume.grid, keypoints, votes)
-    return Stations(tuple(atlas_ids), keypoints, matches, votes, levels[0], probability, organs)
+    return Stations(
+        tuple(atlas_ids), keypoints, matches, votes, levels[0], levels, probability, organs
+    )
 
 
 def choose_atlases(store: AtlasStore, exclude: Sequence[str]) -> tuple[str, ...]:

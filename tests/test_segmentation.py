@@ -27,6 +27,7 @@ from kpt_dask import segmentation
 from kpt_dask.atlases.add import store_parameters
 from kpt_dask.demo.phantom import phantom
 from kpt_dask.errors import (
+    KptError,
     KptWarning,
     OutputExistsError,
     ParameterError,
@@ -587,3 +588,52 @@ def test_a_store_of_which_nothing_is_left_is_refused(
     with pytest.raises(AtlasNotFoundError, match="was removed or replaced while it was read"):
         segment(ct, moving, tmp_path / "o.zarr", client=one_process)
     assert not (tmp_path / "o.zarr").exists()
+
+
+@pytest.mark.parametrize(
+    ("station", "what"),
+    [
+        ("vote", "0/c/0"),
+        ("vote", "."),
+        ("transfer", "probability/c.*"),
+        ("transfer", "labels/organs/0/c"),
+        ("_keep", "1/c/*/0"),
+        ("_keep", "labels"),
+        ("_keep", "0"),
+    ],
+)
+def test_what_is_deleted_during_a_run_is_never_read_as_zeros(
+    tmp_path: Path,
+    ct: Path,
+    store: AtlasStore,
+    one_process: Client,
+    monkeypatch: pytest.MonkeyPatch,
+    station: str,
+    what: str,
+) -> None:
+    """By those who clean scratch folders: at whichever station, the run ends with a sentence."""
+    before = getattr(segmentation, station)
+
+    def deleting(*args: Any, **options: Any) -> Any:
+        found = before(*args, **options)
+        [partial] = tmp_path.glob(".kpt-*.partial.zarr")
+        there = list(partial.glob(what)) if what != "." else [partial]
+        assert there
+        for path in there:
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+        return found
+
+    monkeypatch.setattr(segmentation, station, deleting)
+    with pytest.raises((AtlasStoreError, KptError), match="something deleted it"):
+        segment(ct, store, tmp_path / "o.zarr", labels=tmp_path / "o.nii.gz", client=one_process)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_every_chunk_that_may_be_read_is_there(plain: Segmentation) -> None:
+    group = zarr.open_group(str(plain.path), mode="r")
+    for name in ("0", "1", "labels/organs/0", "labels/organs/1", "probability"):
+        array: Any = group[name]
+        units = zip(array.shape, array.shards or array.chunks, strict=True)
+        expected = np.prod([-(-n // unit) for n, unit in units])
+        chunks = [p for p in (plain.path / name).rglob("*") if p.is_file()]
+        assert len(chunks) == expected + 1, name

@@ -29,6 +29,7 @@ from zarr.storage import LocalStore
 from atlas_store.arrays.chunk_layout import Layout, layout_of
 from atlas_store.arrays.flat import flat
 from atlas_store.arrays.jit import kernel
+from atlas_store.errors import MissingChunkError
 
 _HEADER = 16
 _COPIED = 2
@@ -42,6 +43,10 @@ _PIECES = 1024
 """That are written with one call: the most that Linux takes."""
 _REMEMBERED = 64
 """Arrays whose layout is kept."""
+
+COMPLETE = "all_chunks_written"
+"""Attribute of arrays of which every chunk, or shard, is a file, also if it holds only 0: one
+that is missing was deleted, and is no data."""
 
 Region = tuple[slice, ...]
 """One slice with plain bounds per axis."""
@@ -186,6 +191,8 @@ def read(array: "zarr.Array[Any]", region: Region, out: NDArray[Any] | None = No
     ------
     ValueError
         If a chunk is damaged.
+    MissingChunkError
+        If a chunk is missing of an array that says it has all.
     """
     if out is None:
         out = np.empty([part.stop - part.start for part in region], array.dtype)
@@ -201,8 +208,41 @@ def read(array: "zarr.Array[Any]", region: Region, out: NDArray[Any] | None = No
             else:
                 _unpack_part(layout, _contents(path), within, target)
         except FileNotFoundError:
+            if array.metadata.attributes.get(COMPLETE):
+                raise _gone(path) from None
             target[...] = 0
     return out
+
+
+def check_complete(array: "zarr.Array[Any]") -> None:
+    """Refuse an array that says it has all chunks and lacks one.
+
+    Raises
+    ------
+    MissingChunkError
+        If a chunk is missing, or the description of the array.
+    """
+    layout = _layout(array)
+    if layout is None or not array.metadata.attributes.get(COMPLETE):
+        return
+    whole = tuple(slice(0, n) for n in array.shape)
+    paths = [layout.path(numbers) for numbers, _, _ in _cut(whole, layout.unit)]
+    for path in (f"{_folder(layout)}/zarr.json", *paths):
+        if not os.path.exists(path):
+            raise _gone(path)
+
+
+def write_empty(array: "zarr.Array[Any]") -> None:
+    """Write every chunk, or shard, of an array that says it has all: with nothing in it."""
+    layout = _layout(array)
+    if layout is None or not array.metadata.attributes.get(COMPLETE):
+        return
+    if layout.shards:
+        empty = _Shard(layout, False).packed(complete=True)
+    else:
+        empty = [layout.pack(np.zeros(layout.chunks, layout.dtype))]
+    for numbers, _, _ in _cut(tuple(slice(0, n) for n in array.shape), layout.unit):
+        _put(layout.path(numbers), empty, _folder(layout))
 
 
 def _contents(path: str) -> bytes:
@@ -284,6 +324,7 @@ class Writer:
         anything but 0, if any do.
         """
         layout, every = self._layout, self._array.config.write_empty_chunks
+        complete = bool(self._array.metadata.attributes.get(COMPLETE))
         if layout is None:
             self._array[region] = data
             return
@@ -293,7 +334,8 @@ class Writer:
         for numbers, within, outside in _cut(region, layout.unit):
             path = layout.path(numbers)
             if not layout.shards:
-                _put(path, _pack(layout, within, data[outside], every))
+                packed = _pack(layout, within, data[outside], every or complete)
+                _put(path, packed, _folder(layout))
                 continue
             if path not in self._shards:
                 self._shards[path] = _Shard(layout, every)
@@ -302,7 +344,8 @@ class Writer:
     def finish(self) -> None:
         """Write the shards."""
         for path, shard in self._shards.items():
-            _put(path, shard.packed())
+            complete = bool(self._array.metadata.attributes.get(COMPLETE))
+            _put(path, shard.packed(complete=complete), shard.folder)
 
 
 class _Shard:
@@ -310,6 +353,7 @@ class _Shard:
 
     def __init__(self, layout: Layout, every: bool) -> None:
         self._layout = layout
+        self.folder = _folder(layout)
         self._every = every
         self._table = np.full((*layout.per_shard, 2), _NO_CHUNK, "<u8")
         self._chunks: list[bytes] = []
@@ -334,11 +378,11 @@ class _Shard:
                 self._chunks.append(chunk)
                 self._size += len(chunk)
 
-    def packed(self) -> list[bytes] | None:
-        """Give what the file holds; nothing if there is nothing to keep."""
+    def packed(self, *, complete: bool) -> list[bytes] | None:
+        """Give what the file holds; nothing if there is nothing to keep and none need be."""
         index = self._table.tobytes()
         checksum = google_crc32c.value(index).to_bytes(_CHECKSUM, "little")
-        return [*self._chunks, index, checksum] if self._chunks else None
+        return [*self._chunks, index, checksum] if self._chunks or complete else None
 
 
 class _Rows(NamedTuple):
@@ -498,8 +542,23 @@ def _cut(region: Region, unit: tuple[int, ...]) -> Iterator[tuple[tuple[int, ...
         yield numbers, inside, outside
 
 
-def _put(path: str, data: Sequence[bytes] | None) -> None:
-    """Write a file, there whole or not at all; without data there is none."""
+def _folder(layout: Layout) -> str:
+    """Folder of an array, in which its description lies."""
+    return os.path.dirname(layout.prefix)
+
+
+def _gone(path: str) -> MissingChunkError:
+    return MissingChunkError(
+        f"{path} is gone: something deleted it after it was written; run again, where nobody"
+        " cleans up meanwhile."
+    )
+
+
+def _put(path: str, data: Sequence[bytes] | None, root: str) -> None:
+    """Write a file, there whole or not at all; without data there is none.
+
+    Folders are made below the array's own only: that one is missing if somebody deleted it.
+    """
     if data is None:
         Path(path).unlink(missing_ok=True)
         return
@@ -507,11 +566,16 @@ def _put(path: str, data: Sequence[bytes] | None) -> None:
     try:
         file = open(partial, "xb")  # noqa: SIM115 - closed below
     except FileNotFoundError:
-        Path(path).parent.mkdir(parents=True, exist_ok=True)
+        if not os.path.isdir(root):
+            raise _gone(root) from None
+        os.makedirs(os.path.dirname(path), exist_ok=True)
         file = open(partial, "xb")  # noqa: SIM115
     with file:
         _write_pieces(file, data)
-    os.replace(partial, path)
+    try:
+        os.replace(partial, path)
+    except FileNotFoundError:
+        raise _gone(path) from None
 
 
 def _write_pieces(file: BufferedWriter, data: Sequence[bytes]) -> None:

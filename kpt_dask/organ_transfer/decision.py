@@ -40,8 +40,8 @@ PACKED = BloscCodec(cname="lz4", shuffle="noshuffle")
 """How probabilities are packed: of what is not 0, bytes of one kind are no more alike than others,
 and to put them side by side takes as long as to pack them."""
 CHUNKS = (32, 32, 32)
-"""What of an organ's probabilities is packed together. Those without it are not stored, and shards
-without any organ neither. Small: of an organ's bounding box as much is empty as not."""
+"""What of an organ's probabilities is packed together. Those without it are not stored. Small: of
+an organ's bounding box as much is empty as not."""
 
 VANISHING = 6.0
 """Standard deviations from which on the intensity likelihood is 0."""
@@ -59,7 +59,7 @@ def create_probability(
     """
     chunks = [min(n, c) for n, c in zip(grid.shape, CHUNKS, strict=True)]
     sizes = [min(n, s) for n, s in zip(grid.shape, SHARD, strict=True)]
-    return group.create_array(
+    probability = group.create_array(
         "probability",
         shape=(len(organs), *grid.shape),
         dtype=np.float32,
@@ -74,8 +74,11 @@ def create_probability(
         attributes={
             "organs": list(organs.names),
             "description": MODES[mode].probability,
+            chunk_io.COMPLETE: True,
         },
     )
+    chunk_io.write_empty(probability)
+    return probability
 
 
 def slabs(region: Region) -> list[Region]:

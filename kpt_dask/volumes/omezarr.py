@@ -66,7 +66,10 @@ def create_array(
     dtype: Any,
     chunks: tuple[int, int, int] = CHUNKS,
 ) -> zarr.Array[Any]:
-    """Make an array (z, y, x) in the project's layout, filled with 0."""
+    """Make an array (z, y, x) in the project's layout, filled with 0.
+
+    Every chunk of it is written: one that is missing when it is read was deleted.
+    """
     return group.create_array(
         name,
         shape=shape,
@@ -75,6 +78,8 @@ def create_array(
         compressors=COMPRESSOR,
         fill_value=0,
         dimension_names=("z", "y", "x"),
+        attributes={chunk_io.COMPLETE: True},
+        config={"write_empty_chunks": True},
     )
 
 

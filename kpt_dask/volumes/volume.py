@@ -239,7 +239,9 @@ def convert(
     with cluster.session(client) as session, replacing(target, overwrite=overwrite) as partial:
         group = zarr.create_group(str(partial), zarr_format=3)
         with witness.shared(session, group):
-            convert_into(scan, group, spacing=spacing, memory=memory, client=session)
+            volume = convert_into(scan, group, spacing=spacing, memory=memory, client=session)
+            for level in volume.levels:
+                chunk_io.check_complete(level)
     return open_volume(zarr.open_group(str(target), mode="r+", zarr_format=3))
 
 
