@@ -160,11 +160,16 @@ def open_labels(path: str | Path) -> Scan:
     if not path.exists():
         raise ScanNotFoundError(f"{path} does not exist.")
     if not path.is_file():
-        raise ScanFormatError(f"{path} is a folder; give a {_known()} file.")
+        raise ScanFormatError(
+            f"{path} is a folder; give a {_known()} file (dcm2niix makes one of a DICOM series)."
+        )
     name = path.name.lower()
     reader = next((READERS[end] for end in READERS if name.endswith(end)), None)
     if reader is None:
-        raise ScanFormatError(f"{path} has an unknown extension; give a {_known()} file.")
+        raise ScanFormatError(
+            f"{path} has an unknown extension; convert it to a {_known()} file (dcm2niix makes one"
+            " of a DICOM series)."
+        )
     file = reader(path)
     return Scan(path, file.grid, file.dtype, file)
 
