@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-SCRIPTS = ["check", "demo", "submit_slurm", "test"]
+SCRIPTS = ["check", "check_versions", "demo", "submit_slurm", "test"]
 
 # In pieces, so that this file is not a find of its own.
 REGISTRIES = [
@@ -101,7 +101,8 @@ def test_readme_names_scripts_that_exist() -> None:
 
 
 def test_ci_runs_what_a_developer_runs() -> None:
-    assert (ROOT / ".ci" / "run").read_text().splitlines()[-1] == "exec scripts/check"
+    lines = (ROOT / ".ci" / "run").read_text().splitlines()
+    assert lines[-2:] == ["scripts/check", "exec scripts/check_versions"]
     assert os.access(ROOT / ".ci" / "run", os.X_OK)
 
 
