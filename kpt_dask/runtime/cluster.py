@@ -4,6 +4,9 @@
 and never where; nothing here knows what a scan is.
 """
 
+# Most releases of Dask allow no `Future[T]` when annotations are evaluated.
+from __future__ import annotations
+
 import time
 import uuid
 from collections.abc import Callable, Iterator, Sequence
@@ -41,9 +44,9 @@ TEAM = 2
 """Threads of a process that work together on a task, if it has them. Of many, some would often
 wait for others: of a sweep, for its slowest stage, which takes a quarter of the time."""
 
-_LEADERS: "WeakKeyDictionary[Worker, ThreadPoolExecutor]" = WeakKeyDictionary()
+_LEADERS: WeakKeyDictionary[Worker, ThreadPoolExecutor] = WeakKeyDictionary()
 """Of each worker in this process, the threads that tasks of teams run in: no more than teams."""
-_THREADS: "WeakKeyDictionary[Client, tuple[float, list[int]]]" = WeakKeyDictionary()
+_THREADS: WeakKeyDictionary[Client, tuple[float, list[int]]] = WeakKeyDictionary()
 """Of each client, until when it is known how many threads its workers have, and how many."""
 _LOCK = Lock()
 
@@ -234,7 +237,7 @@ def _each(function: Callable[..., T], tasks: Sequence[tuple[Any, ...]]) -> list[
     return [function(*task) for task in tasks]
 
 
-def _abandon(client: Client, name: str, futures: "list[Future[T]]") -> None:
+def _abandon(client: Client, name: str, futures: list[Future[T]]) -> None:
     """Cancel tasks, and wait for those that had begun: Dask cannot stop a thread."""
     if client.status != "running":
         return
