@@ -118,6 +118,10 @@ def _sentence(error: Exception) -> str:
     if isinstance(error, OSError) and error.strerror:
         where = f"{error.filename}: " if error.filename is not None else ""
         return f"{where}{error.strerror}."
+    if isinstance(error, MemoryError):
+        return "out of memory: give the program more, or less to do by --memory."
+    if isinstance(error, ValueError) and "dask config file" in str(error):
+        return f"{error} Mend the file, or move it away."
     return (
         f"{type(error).__name__}: {error}. This is a fault of the program: set KPT_DEBUG=1 to"
         " see where it is, and report it."

@@ -261,3 +261,30 @@ def test_a_fault_is_told_in_a_sentence_and_shown_on_request(
     assert shown.stderr.startswith("kpt: ZeroDivisionError: by nothing.")
     monkeypatch.setenv("KPT_DEBUG", "1")
     assert isinstance(run("atlas", "list", tmp_path, code=1).exception, ZeroDivisionError)
+
+
+@pytest.mark.parametrize(
+    ("error", "sentence"),
+    [
+        (MemoryError(), "kpt: out of memory: "),
+        (ValueError("A dask config file at 'dask.yaml' is malformed."), "Mend the file"),
+        (OSError(28, "No space left on device", "out.zarr/0"), "out.zarr/0: No space left"),
+    ],
+)
+def test_what_is_no_fault_of_the_program_is_not_called_one(
+    monkeypatch: pytest.MonkeyPatch, error: Exception, sentence: str
+) -> None:
+    def fail(_: object) -> None:
+        raise error
+
+    monkeypatch.setattr(AtlasStore, "open", fail)
+    shown = run("atlas", "list", "store", code=1).stderr
+    assert sentence in shown
+    assert "fault of the program" not in shown
+    assert len(shown.splitlines()) == 1
+
+
+@pytest.mark.parametrize("wait", ["soon", "-1s", "0"])
+def test_a_wait_that_is_no_span_of_time(wait: str) -> None:
+    shown = run("segment", "scan", "store", "out", "--wait", wait, code=2).stderr
+    assert "is no span of time to wait" in shown
