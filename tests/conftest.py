@@ -12,12 +12,9 @@ from kpt_dask.atlases.add import add_atlas, store_parameters
 from kpt_dask.demo.phantom import write_phantom
 from kpt_dask.runtime import cluster
 from kpt_dask.scans.pairs import find_pairs
+from tests.helpers import BODY, BODY_SPACING
 
 DATA = Path(os.environ.get("KPT_DATA", Path(__file__).parents[2] / "shared" / "data"))
-
-BODY = (110, 65, 80)
-BODY_SPACING = 4.0
-"""The phantoms of the tests: quick, and still with most organs."""
 
 
 @pytest.fixture(scope="session")

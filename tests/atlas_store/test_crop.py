@@ -15,8 +15,7 @@ from atlas_store import AtlasStore, Organ, OrganInfo, OrganTable, StoreFormatErr
 from atlas_store.arrays.boxes import slices
 from atlas_store.crop import Coding, read_planes, surroundings_of, write_surroundings
 from tests.atlas_store.resealed import reseal
-from tests.organ_transfer.moving.test_schedule import SPACING, make_store
-from tests.organ_transfer.warping.test_block import ATLASES
+from tests.helpers import ATLASES, SPACING, data_of, make_store
 
 
 @pytest.fixture(scope="module")
@@ -87,11 +86,6 @@ def test_whatever_a_volume_holds_is_kept(
     for value in {*range(20), *values}:
         known = coding.number_of(value)
         assert value in values or coding is crop.WIDE or known > coding.label[1]
-
-
-def data_of(store: Path) -> Path:
-    [data] = (path for path in (store / "atlases").iterdir() if path.is_dir())
-    return data
 
 
 @pytest.mark.parametrize("earlier", ["wide", "other", "none", "unmarked"])

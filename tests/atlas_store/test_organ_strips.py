@@ -16,10 +16,8 @@ from kpt_dask.kernels.rows import LANES
 from kpt_dask.organ_transfer.decision import VANISHING
 from kpt_dask.organ_transfer.moving.kernels import accumulate
 from tests.atlas_store.resealed import reseal
-from tests.atlas_store.test_crop import data_of
+from tests.helpers import ATLASES, ORGANS, data_of, make_store
 from tests.naive.stations import AnnotatedImage
-from tests.organ_transfer.moving.test_schedule import ORGANS, make_store
-from tests.organ_transfer.warping.test_block import ATLASES
 
 
 @pytest.fixture(scope="module")

@@ -39,7 +39,7 @@ from kpt_dask.runtime import notices
 from kpt_dask.scans.scan import scan_name
 from kpt_dask.segmentation import segment
 from kpt_dask.volumes.volume import AIR_HU, open_volume
-from tests.conftest import BODY, BODY_SPACING
+from tests.helpers import BODY, BODY_SPACING
 
 ORGANS = load_organs("visceral")
 SMALL = (56, 33, 40)

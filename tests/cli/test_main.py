@@ -22,7 +22,7 @@ from atlas_store import AtlasStore, load_organs
 from kpt_dask.cli.main import kpt
 from kpt_dask.demo import run as demonstration
 from kpt_dask.volumes.volume import open_volume
-from tests.conftest import BODY, BODY_SPACING
+from tests.helpers import BODY, BODY_SPACING
 
 KPT = [sys.executable, "-m", "kpt_dask"]
 

@@ -22,23 +22,10 @@ from kpt_dask.organ_transfer.moving.plan import Moves
 from kpt_dask.organ_transfer.moving.schedule import move_organs
 from kpt_dask.runtime import cluster
 from kpt_dask.volumes.volume import Volume
+from tests.helpers import ATLASES, ORGANS, SCAN, SPACING, clear, create_labels, files, onto
 from tests.naive import moving as naive
 from tests.naive.moving import Match
 from tests.naive.stations import decide
-from tests.organ_transfer.moving.test_schedule import (
-    ATLASES,
-    ORGANS,
-    SCAN,
-    SPACING,
-    clear,
-    create_labels,
-    files,
-    onto,
-    store,
-    volume,
-)
-
-__all__ = ["store", "volume"]
 
 Array = NDArray[Any]
 

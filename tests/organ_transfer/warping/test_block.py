@@ -19,40 +19,23 @@ from kpt_dask.organ_transfer.warping.block import warp_atlases
 from kpt_dask.runtime import cluster
 from kpt_dask.segmentation import segment
 from kpt_dask.volumes.volume import Volume
-from tests.naive import warping
-from tests.naive.stations import AnnotatedImage
-from tests.organ_transfer.moving.test_schedule import (
+from tests.helpers import (
+    ATLASES,
     ORGANS,
+    SCAN,
     SPACING,
     create_labels,
     extents,
     make_store,
-    random_image,
     volume_of,
 )
+from tests.naive import warping
+from tests.naive.stations import AnnotatedImage
 
 Array = NDArray[Any]
 
 Matches = tuple[Array, Array]
 """Positions in the scan (m, 3) and translations from the atlas to the scan (m, 3), mm."""
-
-SCAN = random_image(0, (21, 18, 26), (10.0, -4.0, 7.0), ())
-ATLASES = [
-    random_image(1, (19, 20, 22), (-100.0, 3.0, 0.0), (5, 2)),
-    # Of the second, the first organ is not annotated.
-    random_image(2, (16, 17, 25), (55.5, -40.0, 20.25), (2, 300)),
-    random_image(3, (20, 12, 20), (0.0, 0.0, 0.0), (5, 300, 2)),
-]
-
-
-@pytest.fixture(scope="module")
-def store(tmp_path_factory: pytest.TempPathFactory) -> AtlasStore:
-    return make_store(tmp_path_factory.mktemp("store") / "s", ATLASES)
-
-
-@pytest.fixture(scope="module")
-def volume(tmp_path_factory: pytest.TempPathFactory) -> Volume:
-    return volume_of(tmp_path_factory.mktemp("scan") / "v.zarr", SCAN)
 
 
 def matches_of(atlas: AnnotatedImage, seed: int, n: int = 25) -> Matches:
