@@ -41,3 +41,7 @@ def test_a_tenth_of_the_campaign_of_reading_what_is_damaged() -> None:
     told = run("campaign_store.py", "read", "--damages", "20")
     assert told.startswith("20 damages")
     assert "no other answer" in told
+
+
+def test_a_tenth_of_the_campaign_of_killing_segmentations() -> None:
+    assert "no fault" in run("campaign_segment.py", "--rounds", "10")

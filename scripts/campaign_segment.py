@@ -1,0 +1,200 @@
+#!/usr/bin/env python
+"""Try to break a segmentation: kill it, interrupt it, delete what it writes, fill its disk.
+
+Each round segments a phantom over the outputs of the round before, in one of two ways whose
+answers are known, and something happens at a random moment or as the outputs are put in their
+places. Afterwards both outputs must be there, whole, of one run, and one of the two known; who
+ended with 0 must have left the right one; who was interrupted nothing else. With root's rights,
+rounds on a disk that is too small follow.
+"""
+
+import argparse
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import nibabel
+import zarr
+
+from atlas_store import AtlasStore, load_organs
+from kpt_dask.atlases.add import add_atlas, store_parameters
+from kpt_dask.demo.phantom import write_phantom
+from kpt_dask.output.commit import sweep
+from kpt_dask.runtime import cluster
+
+SHAPE, SPACING = (80, 65, 80), 4.0
+WAYS = (("--threshold", "0.3"), ("--threshold", "0.6"))
+HANGS = 300.0
+"""Seconds after which a run counts as hung."""
+EVENTS = ("KILL", "TERM", "INT", "HUP", "USR1", "INT INT", "chunk", "folder", "nothing")
+
+Answer = dict[str, bytes]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--rounds", type=int, default=100)
+    parser.add_argument("--seed", type=int, default=0)
+    options = parser.parse_args()
+    rng = random.Random(options.seed)
+    with tempfile.TemporaryDirectory() as name:
+        place = Path(name)
+        make(place)
+        faults = campaign(place, options.rounds, rng)
+        full = full_disks(place)
+    print(f"{options.rounds} rounds, {full}: {dict(faults) or 'no fault'}")
+    sys.exit(bool(faults))
+
+
+def make(place: Path) -> None:
+    """Make a store of two phantoms, and a third, which is segmented."""
+    store = AtlasStore.create(place / "store", load_organs("visceral"), store_parameters(SPACING))
+    with cluster.session() as client:
+        for seed in (1, 2, 3):
+            files = [place / f"{seed}_{what}.nii.gz" for what in ("ct", "seg")]
+            write_phantom(files[0], files[1], seed, SHAPE, SPACING)
+            if seed < 3:
+                add_atlas(store, files[0], files[1], atlas_id=str(seed), client=client)
+
+
+def campaign(place: Path, rounds: int, rng: random.Random) -> Counter[str]:
+    """Count what went wrong."""
+    out = place / "out"
+    answers = []
+    for way in WAYS:
+        start = time.perf_counter()
+        assert start_run(place, out, way).wait(HANGS) == 0
+        long = time.perf_counter() - start
+        answers.append(content(out))
+    faults: Counter[str] = Counter()
+    for turn in range(rounds):
+        event, way = EVENTS[turn % len(EVENTS)], rng.randrange(2)
+        before = content(out)
+        process = start_run(place, out, WAYS[way])
+        wait_for_moment(process, out, long, rng)
+        happen(event, process, out, rng)
+        try:
+            code = process.wait(HANGS)
+        except subprocess.TimeoutExpired:
+            faults["hung"] += 1
+            process.kill()
+            code = process.wait()
+        names = sorted(os.listdir(out))
+        if code != -signal.SIGKILL and names != ["o.nii.gz", "o.zarr"]:
+            faults[f"litter after {event}"] += 1
+        sweep(out)
+        if sorted(os.listdir(out)) != ["o.nii.gz", "o.zarr"]:
+            faults["litter, or lost"] += 1
+            continue
+        found = content(out)
+        if run_of_labels(out) != zarr.open_group(out / "o.zarr", mode="r").attrs["kpt"]["run"]:
+            faults["mismatched"] += 1
+        if code == 0 and found != answers[way]:
+            faults["silently wrong"] += 1
+        if code != 0 and found not in (before, answers[way]):
+            faults["half-written"] += 1
+    return faults
+
+
+def start_run(place: Path, out: Path, way: tuple[str, ...]) -> "subprocess.Popen[bytes]":
+    """Start a segmentation."""
+    command = [sys.executable, "-m", "kpt_dask", "segment", place / "3_ct.nii.gz", place / "store"]
+    command += [out / "o.zarr", "--labels", out / "o.nii.gz", "--overwrite", *way]
+    return subprocess.Popen(
+        list(map(str, command)), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    )
+
+
+def wait_for_moment(
+    process: "subprocess.Popen[bytes]", out: Path, long: float, rng: random.Random
+) -> None:
+    """Wait for a random moment of a run, or until it puts its outputs in their places."""
+    if rng.random() < 0.3:
+        while process.poll() is None and not any(
+            read(lock).count(b"\n") > 1 for lock in locks(out)
+        ):
+            time.sleep(0.0005)
+        return
+    while process.poll() is None and not list(locks(out)):
+        time.sleep(0.001)
+    until = time.perf_counter() + rng.uniform(0, long / 2)
+    while process.poll() is None and time.perf_counter() < until:
+        time.sleep(0.001)
+
+
+def locks(out: Path) -> list[Path]:
+    """List the locks of runs; one may vanish before it is read."""
+    found = []
+    for path in out.glob(".kpt-*.lock"):
+        try:
+            path.read_bytes()
+        except FileNotFoundError:
+            continue
+        found.append(path)
+    return found
+
+
+def happen(event: str, process: "subprocess.Popen[bytes]", out: Path, rng: random.Random) -> None:
+    """Do to a run what the event says."""
+    if event in ("chunk", "folder"):
+        # Only what is still being written: once it is in its place it is the user's.
+        partials = list(out.glob(".kpt-*.partial.zarr"))
+        if not partials or any(read(lock).count(b"\n") > 1 for lock in locks(out)):
+            return
+        if event == "folder":
+            shutil.rmtree(partials[0], ignore_errors=True)
+            return
+        chunks = sorted(p for p in partials[0].glob("[0-9]/c/*/*/*") if p.is_file())
+        if chunks:
+            rng.choice(chunks).unlink(missing_ok=True)
+    elif event != "nothing":
+        for name in event.split():
+            process.send_signal(getattr(signal, f"SIG{name}"))
+            time.sleep(rng.uniform(0, 0.05))
+
+
+def read(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except FileNotFoundError:
+        return b""
+
+
+def full_disks(place: Path) -> str:
+    """Segment onto disks with too little room, or too few files."""
+    small = place / "small"
+    small.mkdir()
+    tried = 0
+    for size in ("size=64k", "size=1m", "nr_inodes=12", "nr_inodes=40"):
+        mount = ["mount", "-t", "tmpfs", "-o", size, "tmpfs", str(small)]
+        if subprocess.run(mount, capture_output=True).returncode:
+            return "disks that are full SKIPPED: tmpfs cannot be mounted"
+        try:
+            code = start_run(place, small, WAYS[0]).wait(HANGS)
+            assert code == 1, (size, code)
+            assert os.listdir(small) == [], (size, os.listdir(small))
+        finally:
+            subprocess.run(["umount", str(small)], check=True)
+        tried += 1
+    return f"{tried} full disks"
+
+
+def content(out: Path) -> Answer:
+    return {str(p.relative_to(out)): p.read_bytes() for p in out.rglob("*") if p.is_file()}
+
+
+def run_of_labels(out: Path) -> str:
+    image: Any = nibabel.load(out / "o.nii.gz")
+    return str(image.header["descrip"].item().decode().removeprefix("kpt-dask run "))
+
+
+if __name__ == "__main__":
+    main()
