@@ -73,6 +73,12 @@ def demo(
     out = Path(out)
     if out.exists() and not (out / "atlases").exists() and (not out.is_dir() or any(out.iterdir())):
         raise OutputExistsError(f"{out} holds something else; give the demo another folder.")
+    if (out / "atlases").exists() and not all(
+        name.startswith("phantom_") for name in AtlasStore.open(out / "atlases").ids()
+    ):
+        raise OutputExistsError(
+            f"{out / 'atlases'} holds other atlases than phantoms; give the demo another folder."
+        )
     with cluster.session(client) as session, tempfile.TemporaryDirectory() as folder:
         store = _store(out / "atlases", Path(folder), shape, spacing, memory, session)
         scan, truth = out / "scan.nii.gz", Path(folder) / "truth.nii.gz"

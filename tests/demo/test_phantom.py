@@ -1,6 +1,7 @@
 """Phantoms: the same bytes however they are cut, and anatomy where it belongs."""
 
 import gzip
+import shutil
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 from scipy import ndimage
 
+from atlas_store import AtlasStore
 from atlas_store.organs import load_organs
 from kpt_dask.demo.phantom import (
     NOISE,
@@ -22,6 +24,7 @@ from kpt_dask.demo.phantom import (
     write_phantom,
 )
 from kpt_dask.demo.phantom.subject import Subject, make_subject
+from kpt_dask.demo.run import demo
 from kpt_dask.errors import OutputExistsError, ParameterError
 from kpt_dask.grid import Grid
 
@@ -239,3 +242,14 @@ def test_what_cannot_be_made_is_refused() -> None:
             phantom_grid(shape, spacing)
     with pytest.raises(ParameterError, match="planes"):
         phantom_slab(1, SMALL, 8.0, 3, 76)
+
+
+def test_the_demo_leaves_a_folder_alone_that_is_not_its_own(
+    body_store: AtlasStore, tmp_path: Path
+) -> None:
+    """As one that somebody works in, who has named things as the manual does."""
+    shutil.copytree(body_store.url, tmp_path / "atlases")
+    (tmp_path / "scan.nii.gz").write_text("a scan")
+    with pytest.raises(OutputExistsError, match="other atlases than phantoms"):
+        demo(tmp_path)
+    assert (tmp_path / "scan.nii.gz").read_text() == "a scan"
