@@ -223,7 +223,9 @@ def test_a_running_cluster_is_used(bodies: Path, tmp_path: Path, two_processes: 
 
 
 @pytest.mark.parametrize(
-    ("signum", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)], ids=["Ctrl-C", "SIGTERM"]
+    ("signum", "code"),
+    [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129), (signal.SIGXCPU, 152)],
+    ids=["Ctrl-C", "SIGTERM", "SIGHUP", "SIGXCPU"],
 )
 def test_interrupted_it_leaves_nothing(
     bodies: Path, body_store: AtlasStore, tmp_path: Path, signum: int, code: int
@@ -233,6 +235,9 @@ def test_interrupted_it_leaves_nothing(
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     while not list(tmp_path.iterdir()) and process.poll() is None:
         time.sleep(0.01)
+    process.send_signal(signum)
+    time.sleep(0.01)
+    # Impatience does not stop the removing.
     process.send_signal(signum)
     _, errors = process.communicate(timeout=60)
     assert process.returncode == code, errors
