@@ -167,7 +167,8 @@ class Draft:
             shape=shape,
             spacing=(float(spacing[0]), float(spacing[1]), float(spacing[2])),
             origin=(float(origin[0]), float(origin[1]), float(origin[2])),
-            source=tuple(PurePath(name).name for name in source),
+            # Names may be no UTF-8, which JSON cannot hold.
+            source=tuple(os.fsencode(PurePath(p).name).decode("utf-8", "replace") for p in source),
             added=datetime.now(UTC).isoformat(timespec="seconds"),
             software=_software(),
             parameters=self._parameters,
