@@ -89,9 +89,10 @@ class Atlas:
         """
         try:
             labels = self.group[LABELS]
+            check_labels(labels, self.info.shape, f"{self.objects.url}: atlas {self.id!r}")
         except (OSError, KeyError, TypeError, ValueError) as error:
+            # What is being removed may look like anything.
             raise self._unreadable("label map", error) from error
-        check_labels(labels, self.info.shape, f"{self.objects.url}: atlas {self.id!r}")
         assert isinstance(labels, zarr.Array)
         return labels
 
@@ -147,7 +148,7 @@ class Atlas:
 
     def _unreadable(self, what: str, reason: Exception | str) -> StoreFormatError:
         self.ensure_present()
-        if isinstance(reason, StoreFormatError) and f"the atlas {self.id!r}" in str(reason):
+        if isinstance(reason, StoreFormatError) and f"atlas {self.id!r}" in str(reason):
             return reason
         return StoreFormatError(
             f"{self.objects.url}: the {what} of the atlas {self.id!r} cannot be read "
