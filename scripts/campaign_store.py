@@ -182,6 +182,11 @@ def read_all(store: AtlasStore) -> int:
             atlas.ensure_present()
         except AtlasNotFoundError:
             continue
+        except AtlasStoreError:
+            # Zarr read what was being deleted; that is no damage, if it was.
+            if atlas.id in store and store[atlas.id].info.uuid == atlas.info.uuid:
+                raise
+            continue
         assert (labels == synthetic.labels()).all()
         count += 1
     return count
