@@ -1,4 +1,4 @@
-"""Where voxels lie: index ↔ millimetres.
+"""Grids of voxels: index ↔ millimetres.
 
 Indices are (k, j, i) in the order of the array's axes; points are (z, y, x) in millimetres
 of the LPS world (x grows to the patient's left, y to the back, z to the head). Pure
@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 AXIS_ALIGNED_TOLERANCE = 1e-3
-"""Direction cosines closer to 0 or ±1 than this count as exactly so: 0.5 mm in half a metre."""
+"""Tolerance of direction cosines to 0 or ±1 on an axis-aligned grid: 0.5 mm in half a metre."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -71,7 +71,7 @@ class Grid:
         return bool(np.abs(self.to_index(other.to_mm(corners)) - corners).max() < tolerance)
 
     def axis_permutation(self) -> tuple[tuple[int, int, int], tuple[bool, bool, bool]] | None:
-        """How the array's axes lie in the world, or None for an oblique grid.
+        """Array axes by world axis, and their directions; None for an oblique grid.
 
         Returns
         -------
@@ -92,8 +92,8 @@ class Grid:
     def working(self, spacing: float) -> "Grid":
         """Make the axis-aligned isotropic grid that covers this grid's field of view.
 
-        Both start at the same voxel corner, so a grid that is isotropic at `spacing`
-        already is its own working grid, in whatever order and direction its axes run.
+        Both start at the same voxel corner, so a grid that is already isotropic at `spacing` is
+        its own working grid, whatever the order and direction of its axes.
         """
         corners = self.to_mm(self._corners())
         low, high = corners.min(axis=0), corners.max(axis=0)

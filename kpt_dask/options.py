@@ -1,4 +1,4 @@
-"""What can be set about the transfer: the modes, their thresholds, ν and widths of kernels.
+"""Options of the transfer: modes, thresholds, ν and widths of kernels.
 
 Light to import: the command line takes its defaults and its syntax from here.
 """
@@ -21,13 +21,13 @@ class Mode:
     Attributes
     ----------
     does : str
-        In a few words.
+        Description in a few words.
     threshold : float
-        Voxels whose largest share is below this are background, unless told otherwise.
+        Default threshold: voxels whose largest probability is below it are background.
     least_nu : float
-        HU; an organ's own ν counts where it is larger.
+        Lower limit of ν, HU; the organ table's ν is used where it is larger.
     probability : str
-        What its probabilities are.
+        Meaning of its probabilities, as the output records it.
     """
 
     does: str
@@ -70,21 +70,23 @@ SPACINGS = (0.1, 100.0)
 """Least and largest spacing of a store's working grid, mm: no scan is finer, no organ larger."""
 
 RHO = 10.0
-"""ρ of mode `across`, mm: how fast a match's say fades with its distance from the organ."""
+"""ρ of mode `across`, mm: scale on which a match's weight falls off with its distance from the
+organ."""
 SIGMA_X = 25.0
 """σ_x of mode `local`, mm: standard deviation of the field's kernel in space."""
 SIGMA_T = 10.0
-"""σ_t of mode `local`, mm: matches whose translations differ by more hardly sway each other."""
+"""σ_t of mode `local`, mm: standard deviation of the field's kernel in translation, by which
+matches that disagree hardly influence each other."""
 
 
 @dataclass(frozen=True)
 class TransferOptions:
-    """How organs are transferred; what is not given is as the mode and the organ table have it.
+    """Options of the transfer; defaults depend on the mode and the organ table.
 
     Attributes
     ----------
     threshold : float, optional
-        Voxels whose largest share is below this are background; over 0, at most 1.
+        Voxels whose largest probability is below it are background; over 0, at most 1.
     nu : float or mapping of str to float
         A factor for every ν, or ν in HU of some organs by name.
     rho, sigma_x, sigma_t : float
@@ -106,7 +108,7 @@ class TransferOptions:
     across: Mapping[str, Sequence[str]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        """Refuse what is out of range."""
+        """Check the ranges."""
         if self.threshold is not None and not 0 < self.threshold <= 1:
             raise ParameterError(
                 f"The threshold must be over 0 and at most 1, not {self.threshold:g}."
@@ -131,7 +133,7 @@ class TransferOptions:
         return tuple(self.nu * nu for nu in usual.values())
 
     def to_json(self, mode: str, organs: "OrganTable") -> dict[str, Any]:
-        """Describe in JSON types what a mode works with."""
+        """All values that a mode uses, in JSON types."""
         return {
             "threshold": self.smallest_share(mode),
             "nu": dict(zip(organs.names, self.nus(mode, organs), strict=True)),
@@ -172,7 +174,7 @@ MEMORY = 1 << 30
 `kpt_dask.runtime.memory.budget`."""
 
 DEFAULTS = TransferOptions()
-"""Nothing set."""
+"""All options at their defaults."""
 
 
 def parse_nu(text: str) -> float | dict[str, float]:

@@ -32,7 +32,12 @@ from kpt_dask.errors import ParameterError
 from kpt_dask.keypoints.extraction import extract
 from kpt_dask.keypoints.parameters import CHOICES, PARAMETERS
 from kpt_dask.matching.first_pass import match
-from kpt_dask.matching.selection import check_selection, only, propose_atlases, select_atlases
+from kpt_dask.matching.selection import (
+    check_selection,
+    propose_atlases,
+    restrict_to,
+    select_atlases,
+)
 from kpt_dask.matching.voting import vote
 from kpt_dask.options import DEFAULTS, SPACINGS, TransferOptions
 from kpt_dask.organ_transfer.decision import SHARD, create_probability
@@ -306,7 +311,7 @@ def _label(
     matches = match(keypoints, atlases, client=client)
     if select is not None and select < len(atlases):
         chosen = select_atlases(matches, keypoints, atlases, store, select, mode=mode)
-        matches = only(matches, chosen, len(atlases))
+        matches = restrict_to(matches, chosen, len(atlases))
         atlas_ids = [atlas_ids[i] for i in chosen]
         atlases = atlases.only(chosen)
     votes = vote(matches, keypoints.sizes["keypoint"], store.organs)

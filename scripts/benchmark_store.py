@@ -39,7 +39,7 @@ from atlas_store.storage.cache import index_folder
 from kpt_dask.atlases.add import add_atlas, store_parameters
 from kpt_dask.demo.phantom import write_phantom
 from kpt_dask.matching.first_pass import match
-from kpt_dask.matching.selection import only, propose_atlases, select_atlases
+from kpt_dask.matching.selection import propose_atlases, restrict_to, select_atlases
 from kpt_dask.runtime import cluster
 
 DATA = Path(__file__).parents[2] / "shared" / "data" / "openkbp"
@@ -205,7 +205,7 @@ def measure(
     def select_and_match() -> None:
         atlases = AtlasKeypoints.load(store, propose_atlases(scan, store, ids, SELECTED))
         matches = match(scan, atlases, client=client)
-        only(matches, select_atlases(matches, scan, atlases, store, SELECTED), len(atlases))
+        restrict_to(matches, select_atlases(matches, scan, atlases, store, SELECTED), len(atlases))
 
     select_and_match()
     row["select_and_match_s"] = median(select_and_match, repeats)

@@ -1,4 +1,4 @@
-"""How many voxels of each organ every plane of a label map holds.
+"""Profiles of organs: voxels of each organ in each plane of a label map.
 
 From these profiles come an organ's size, bounding box and centroid, and the planes in which
 most organs show.
@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 SLAB_VOXELS = 1 << 24
-"""About how many labels are read at a time."""
+"""Voxels read at a time, typical."""
 
 
 class Voxels(Protocol):
@@ -58,7 +58,7 @@ def organ_profiles(labels: Voxels, values: Iterable[int]) -> tuple[NDArray[np.in
 
 
 def _planes_per_read(labels: Voxels) -> int:
-    """Whole chunks (or shards) of a Zarr array, as many as fit."""
+    """Planes of as many whole chunks (or shards) as fit in `SLAB_VOXELS`."""
     unit = getattr(labels, "shards", None) or getattr(labels, "chunks", None) or (1,)
     fit = SLAB_VOXELS // (labels.shape[1] * labels.shape[2] * unit[0])
     return int(unit[0] * max(fit, 1))

@@ -1,4 +1,6 @@
 """The demo: phantoms, a run of the whole way, a picture.
 
-Uses the public functions alone.
+In: a folder. Out: a store of phantoms, a segmented phantom, its Dice and a picture of it.
+`run` is the demo, `phantom` makes the bodies, `overlay` draws.
+Must not import the command line; it uses public functions as a user would.
 """

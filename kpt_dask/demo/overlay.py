@@ -1,7 +1,7 @@
 """A picture of a segmentation: three slices of the CT with the organs drawn over them.
 
 Of the CT exactly three slices are read; the labels are streamed once, slab by slab, to
-count voxels. Knows nothing of how the labels came about.
+count voxels. It does not know how the labels were made.
 """
 
 from collections.abc import Iterable
@@ -27,7 +27,7 @@ WINDOW = (-160.0, 240.0)
 FILL = 0.35
 """Opacity of an organ."""
 SHOWN = 0.2
-"""Share of its largest area from which an organ counts as shown."""
+"""Share of its largest area from which an organ counts as visible."""
 
 INCHES_PER_MM = 7.0 / 400
 MOST_INCHES = 14.0
@@ -180,7 +180,7 @@ def _orientation(grid: Grid) -> tuple[tuple[int, int, int], tuple[bool, bool, bo
 
 
 def _layout(grid: Grid) -> tuple[Figure, list[Axes]]:
-    """Place three panels side by side in the proportions of the body, room for a legend right."""
+    """Place three panels side by side in the body's proportions, with space for a legend."""
     axes, _ = _orientation(grid)
     extent = [grid.shape[a] * grid.spacing[a] for a in axes]
     widths = [extent[view.columns] for view in _VIEWS]

@@ -29,14 +29,14 @@ ORGANS = "visceral"
 
 @dataclass(frozen=True)
 class Demo:
-    """What the demo found.
+    """Results of the demo.
 
     Attributes
     ----------
     segmentation : Segmentation
-        Of the phantom that is in no atlas.
+        Segmentation of the phantom that is in no atlas.
     dice : dict of str to float
-        By organ, against what the phantom is made of.
+        Dice by organ, against the phantom's true labels.
     """
 
     segmentation: Segmentation
@@ -59,7 +59,7 @@ def demo(
         Folder for ``atlases``, ``scan.nii.gz``, ``scan.zarr``, ``labels.nii.gz`` and
         ``overlay.png``. Atlases that are there are reused, the others are replaced.
     shape, spacing
-        Of each phantom, voxels (z, y, x) and mm; the working grid has this spacing too.
+        Voxels (z, y, x) and spacing in mm of each phantom; the working grid has this spacing too.
     memory, client
         As for `kpt_dask.segment`.
 
@@ -113,7 +113,7 @@ def demo(
 
 
 def how_to_open(out: Path) -> Iterator[str]:
-    """Say which files of the demo to open with what."""
+    """Lines that name the demo's files, each with a program that opens it."""
     scan, labels = out / "scan.nii.gz", out / "labels.nii.gz"
     yield f"  {out / 'overlay.png'}: any picture viewer"
     yield f"  {scan} with {labels} as segmentation: 3D Slicer, ITK-SNAP"
@@ -129,7 +129,7 @@ def _store(
     memory: int | None,
     client: Client,
 ) -> AtlasStore:
-    """Open the demo's store, and add the phantoms that it lacks."""
+    """Open the demo's store, and add the phantoms that are missing."""
     if path.exists():
         store = AtlasStore.open(path)
     else:

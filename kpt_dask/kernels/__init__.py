@@ -1,4 +1,6 @@
-"""How kernels are made: compilation, SIMD pieces, atomics.
+"""Kernels: how they are compiled, and the pieces that are written in LLVM's language.
 
-Knows neither Dask nor Zarr; the only room that touches llvmlite.
+In: plain functions and NumPy arrays. Out: machine code without the GIL, cached on disk.
+`jit` compiles; `handoff` passes work between threads. The other modules are SIMD operations.
+Must not import Dask or Zarr; the only room of the package that imports llvmlite.
 """

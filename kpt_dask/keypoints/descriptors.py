@@ -31,7 +31,7 @@ featExtract uses 140 (an isotropic tensor has 27). On real CT that refuses two k
 three, and most of those in the parotids; see the README's section on accuracy.
 """
 PATCH_REACH = math.ceil(STEP * (PATCH // 2 + 1) * level_sigma(LEVELS + 0.5) + 0.5)
-"""Planes that a patch may need on either side of its keypoint's own."""
+"""Planes that a patch may need on either side of its keypoint's plane."""
 
 Planes = Annotated[NDArray[np.float32], "z y x"]
 
@@ -50,12 +50,12 @@ def sample_patch(
     Parameters
     ----------
     ring : float32 array (m, y, x)
-        Planes of one Gaussian of a volume of `n` planes; plane p is ``ring[p % m]``.
+        Ring buffer of planes of one Gaussian of a volume of `n` planes; plane p is ``ring[p % m]``.
     n : int
         Number of planes of the volume.
     index, offset : int64 and float64 arrays (3)
-        Centre of the cube, voxels (z, y, x): ``index + offset``. They come apart because
-        rounding of their sum would depend on where the array begins in the body.
+        Centre of the cube, voxels (z, y, x): ``index + offset``. They are passed separately
+        because rounding of their sum would depend on where the array begins in the body.
     step : float
         Distance between points, voxels.
     patch : float32 array (s, s, s)
@@ -64,7 +64,7 @@ def sample_patch(
     m, ny, nx = ring.shape
     size = patch.shape[0]
     half = size // 2
-    # Unsigned, or every look would first ask whether to count from the end.
+    # Unsigned indices, so that none is tested for being negative.
     low = np.empty((3, size), np.uint64)
     high = np.empty((3, size), np.uint64)
     part = np.empty((3, size), np.float32)
@@ -77,9 +77,9 @@ def sample_patch(
             low[axis, i] = min(max(voxel, 0), last)
             high[axis, i] = min(max(voxel + 1, 0), last)
             part[axis, i] = at - floor
-    # One axis after the other, and never as a weighted sum of eight: where all eight agree,
-    # as in air and beyond an edge, so does the result, and no gradient comes of rounding.
-    # Rows by where they begin: a view of each would be counted as a reference.
+    # One axis after the other, not as a weighted sum of eight: where all eight are equal, as in
+    # air and beyond an edge, so is the result, and rounding makes no gradient. Rows are addressed
+    # by offsets, because numba counts references to views.
     flat = ring.reshape(-1)
     for k in range(size):
         upper = low[0, k] % np.uint64(m) * np.uint64(ny)
@@ -106,7 +106,7 @@ def sample_patch(
 
 @kernel
 def describe(patch: NDArray[np.float32], ranks: NDArray[np.uint8]) -> bool:
-    """Rank the 64 gradient sums of a patch; False if it is flat or line-like.
+    """Rank the 64 gradient sums of a patch, unless it is flat or line-like.
 
     Parameters
     ----------

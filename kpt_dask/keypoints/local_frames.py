@@ -20,7 +20,7 @@ from kpt_dask.keypoints.descriptors import BINS, PATCH
 from kpt_dask.keypoints.extrema import vertex
 
 MAX_FRAMES = 8
-"""A keypoint has at most so many, those of the highest peaks."""
+"""Frames of a keypoint at most: those of the highest peaks."""
 PRIMARY = 0.8
 """Peaks of at least this share of the highest are first axes."""
 SECONDARY = 0.5
@@ -28,7 +28,7 @@ SECONDARY = 0.5
 WINDOW = 0.5
 """σ of the Gaussian by which samples count for a frame, in units of the sphere's radius."""
 RADIUS = 5
-"""Of the sphere of directions, in bins."""
+"""Radius of the sphere of directions, bins."""
 SIZE = 2 * (RADIUS + 3) + 1
 """Bins along each side of the lattice; smoothing and the test for peaks stay inside."""
 
@@ -119,7 +119,7 @@ def _sphere(
 
 @kernel
 def _perpendicular(vectors: Vectors, axis: NDArray[np.float64], out: Vectors) -> None:
-    """Take away what vectors have along a unit axis."""
+    """Subtract from vectors their component along a unit axis."""
     for i in range(vectors.shape[0]):
         z, y, x = vectors[i]
         along = z * axis[0] + y * axis[1] + x * axis[2]
@@ -130,7 +130,7 @@ def _perpendicular(vectors: Vectors, axis: NDArray[np.float64], out: Vectors) ->
 
 @kernel
 def _histogram(vectors: Vectors, weight: NDArray[np.float64], out: Lattice) -> None:
-    """Spread lengths over the bins around their directions, and smooth."""
+    """Distribute the weighted lengths over the bins around their directions, and smooth."""
     out[:] = 0
     middle = SIZE // 2
     for i in range(vectors.shape[0]):

@@ -3,11 +3,11 @@
 In two steps, so that the cost hardly grows with the store: the index proposes a few times as
 many atlases as are wanted, these are matched, and those are kept that agree best.
 
-What agreement is depends on the mode. Where all matches move an atlas, all keypoints count. One
-atlas after the other is chosen, and counts for less the more of those chosen annotate the same
-organs: so an organ that few atlases annotate is not lost. Where only matches in organs do,
-these alone count, as shares of all votes for their organ: so an organ of few keypoints has as
-much to say as one of many.
+Agreement depends on the mode. Where all matches move an atlas, all keypoints count; atlases are
+chosen one by one, and an atlas counts less the more of those chosen annotate the same organs, so
+that an organ that few atlases annotate is covered. Where only matches in organs move an atlas,
+these alone count, as shares of all votes for their organ, so that an organ of few keypoints
+weighs as much as one of many.
 """
 
 from collections.abc import Sequence
@@ -28,8 +28,8 @@ BY_ORGANS = ("organ", "affine")
 """Modes in which only matches in organs move an atlas."""
 PROPOSED = 3
 """Atlases that are matched for each one that is kept."""
-BANDWIDTH = 15.0
-"""Of the density of translations when atlases are proposed, mm."""
+PROPOSAL_BANDWIDTH = 15.0
+"""σ of the density of translations when atlases are proposed, mm."""
 
 
 def check_selection(select: int | None, index: str) -> None:
@@ -70,9 +70,9 @@ def propose_atlases(
     atlas_ids : sequence of str
         Those to choose from.
     select : int
-        How many will be kept; `PROPOSED` times as many are chosen here.
+        Number of atlases to keep in the end; `PROPOSED` times as many are chosen here.
     mode : str
-        What they are chosen for, one of `kpt_dask.options.MODES`.
+        Mode of the transfer that follows, one of `kpt_dask.options.MODES`.
     index : str
         One of `atlas_store.index.search.MODES`.
 
@@ -94,10 +94,10 @@ def propose_atlases(
         weight *= _closeness(atlas, moved)
         n, most = len(atlas_ids), PROPOSED * select
         if mode in BY_ORGANS:
-            best = _best(shares(atlas, found.label[i, k], weight, n), most)
+            best = _best(shares_of_votes(atlas, found.label[i, k], weight, n), most)
         else:
             score = np.bincount(atlas, weight, n).astype(np.float64)
-            best = cover(score, opened.annotated(atlas_ids), most)
+            best = choose_covering(score, opened.annotated(atlas_ids), most)
     return tuple(atlas_ids[i] for i in best)
 
 
@@ -130,7 +130,7 @@ def select_atlases(
     select : int
         How many atlases to keep.
     mode : str
-        What they are chosen for, one of `kpt_dask.options.MODES`.
+        Mode of the transfer that follows, one of `kpt_dask.options.MODES`.
 
     Returns
     -------
@@ -140,7 +140,7 @@ def select_atlases(
     weight = _likeness(matches.squared_distance.values, matches.attrs["largest_squared_distance"])
     weight *= matches.probability.values
     if mode in BY_ORGANS:
-        votes = shares(matches.atlas.values, matches.label.values, weight, len(atlases))
+        votes = shares_of_votes(matches.atlas.values, matches.label.values, weight, len(atlases))
         return _best(votes, select)
     both = np.bincount(matches.atlas.values, weight, len(atlases)).astype(np.float64)
     here = first_frames(keypoints.position.values, keypoints.scale.values).size
@@ -148,11 +148,13 @@ def select_atlases(
     there = np.diff(np.searchsorted(first, atlases.offsets))
     organs = store.organs.names
     annotated = [[n in atlas.annotated for n in organs] for atlas in store.atlases(atlases.ids)]
-    return cover(both / np.maximum(here + there - both, 1.0), np.array(annotated), select)
+    return choose_covering(both / np.maximum(here + there - both, 1.0), np.array(annotated), select)
 
 
-def cover(score: NDArray[np.float64], annotated: NDArray[np.bool_], select: int) -> list[int]:
-    """Choose atlases of high score that together show all organs.
+def choose_covering(
+    score: NDArray[np.float64], annotated: NDArray[np.bool_], select: int
+) -> list[int]:
+    """Choose atlases of high score that together annotate all organs.
 
     The next is always the one with the largest score · Σ_l 1 / (1 + N_l), over the organs l
     that it annotates, N_l of those chosen so far annotate l. Ties go to the first.
@@ -180,17 +182,17 @@ def cover(score: NDArray[np.float64], annotated: NDArray[np.bool_], select: int)
     return found
 
 
-def only(matches: xr.Dataset, atlases: Sequence[int], n: int) -> xr.Dataset:
+def restrict_to(matches: xr.Dataset, atlases: Sequence[int], n: int) -> xr.Dataset:
     """Keep the matches with some of the n atlases, as if only these had been matched."""
-    place = np.full(n, -1, np.int32)
-    place[list(atlases)] = np.arange(len(atlases))
-    kept = matches.isel(match=np.flatnonzero(place[matches.atlas.values] >= 0))
-    kept["atlas"] = kept.atlas.copy(data=place[kept.atlas.values])
+    new_index = np.full(n, -1, np.int32)
+    new_index[list(atlases)] = np.arange(len(atlases))
+    kept = matches.isel(match=np.flatnonzero(new_index[matches.atlas.values] >= 0))
+    kept["atlas"] = kept.atlas.copy(data=new_index[kept.atlas.values])
     largest = float(kept.squared_distance.values.max(initial=0.0))
     return kept.assign_attrs(largest_squared_distance=largest)
 
 
-def shares(
+def shares_of_votes(
     atlas: NDArray[np.integer], label: NDArray[np.integer], weight: NDArray[np.float64], n: int
 ) -> NDArray[np.float64]:
     """Sum over the organs of each atlas's share of the organ's votes.
@@ -198,9 +200,9 @@ def shares(
     Parameters
     ----------
     atlas, label : ndarray (m)
-        Of each vote: the atlas, and the organ's label value; 0 is no organ.
+        Atlas of each vote, and label value of its organ; 0 is no organ.
     weight : ndarray (m), float64
-        Of each vote.
+        Weight of each vote.
     n : int
         Number of atlases.
 
@@ -234,7 +236,7 @@ def _closeness(atlas: NDArray[np.int64], translation: NDArray[np.float32]) -> ND
     order = np.argsort(atlas, kind="stable")
     starts = np.flatnonzero(np.diff(atlas[order], prepend=-1))
     for rows in np.split(order, starts[1:]) if order.size else ():
-        own = np.ascontiguousarray(translation[rows])
-        mode = own[density(own, own, BANDWIDTH).argmax()]
-        close[rows] = np.exp(-((own - mode) ** 2).sum(axis=1) / (2 * BANDWIDTH**2))
+        samples = np.ascontiguousarray(translation[rows])
+        mode = samples[density(samples, samples, PROPOSAL_BANDWIDTH).argmax()]
+        close[rows] = np.exp(-((samples - mode) ** 2).sum(axis=1) / (2 * PROPOSAL_BANDWIDTH**2))
     return close

@@ -1,4 +1,6 @@
-"""Between grids: the scan onto the working grid, labels back onto the scan.
+"""Between grids: a scan onto the working grid, labels and probabilities back onto the scan.
 
-In: streams of planes and affines. Out: planes on another grid. Knows neither files nor Dask.
+In: planes or blocks, and two grids. Out: the same on the other grid, anti-aliased or trilinear.
+`stream` resamples parallel axes plane by plane, `blocks` interpolates between any two grids.
+Must not import Dask or stations: it knows neither files nor volumes.
 """

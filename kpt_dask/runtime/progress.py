@@ -1,9 +1,8 @@
-"""What the program is doing: named stages, shown on a terminal and timed.
+"""Progress of the program: named stages, shown on a terminal and timed.
 
-A stage says its name and how far it is; it knows neither who watches nor whether anybody
-does. As a library nothing is shown; the command line asks with `shown`, and whoever wants
-the seconds of each stage asks with `recorded`. Both hold for the code inside their `with`,
-on the thread that entered it.
+A stage reports its name and its progress, whether or not anybody watches. A library shows
+nothing; the command line shows stages with `shown`, and `recorded` collects their seconds. Both
+hold for the code inside their ``with``, on the thread that entered it.
 """
 
 import logging
@@ -26,7 +25,7 @@ from rich.progress import (
 log = logging.getLogger(__name__)
 
 VISIBLE_AFTER = 1.0
-"""Seconds a stage must last before it is worth a line."""
+"""Seconds that a stage must last before it is shown."""
 
 
 class _Display(Progress):
@@ -46,19 +45,19 @@ _records: ContextVar[tuple[dict[str, float], ...]] = ContextVar("records", defau
 
 @contextmanager
 def stage(description: str, total: int | None = None) -> Iterator[Callable[[int], None]]:
-    """Name the work done inside the `with`.
+    """Name the work done inside the ``with``.
 
     Parameters
     ----------
     description : str
-        What a person reads ("Reading scan"); the key of the seconds in `recorded`.
+        Name that is shown ("Reading scan"), and key of the seconds in `recorded`.
     total : int, optional
         How many steps there are, if known.
 
     Yields
     ------
     advance : callable
-        ``advance(n)`` says that n more steps are done; any thread may call it.
+        ``advance(n)`` reports that n more steps are done; any thread may call it.
     """
     display = _display.get()
     start = time.perf_counter()

@@ -1,4 +1,6 @@
 """Files and scans: NIfTI in, label maps out, on the grid of the file.
 
-In: paths. Out: `Scan` (lazy planes, affine) and label files. Knows no volume and no atlas.
+In: paths. Out: a `Scan` (planes read on demand, and a grid), or a file of labels.
+Every damage or doubt of a file is reported in a sentence that names it.
+Must not import volumes or atlases.
 """

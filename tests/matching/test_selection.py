@@ -13,11 +13,11 @@ from kpt_dask.errors import ParameterError
 from kpt_dask.matching.first_pass import match
 from kpt_dask.matching.selection import (
     check_selection,
-    cover,
-    only,
+    choose_covering,
     propose_atlases,
+    restrict_to,
     select_atlases,
-    shares,
+    shares_of_votes,
 )
 from kpt_dask.segmentation import choose_atlases, segment
 
@@ -30,22 +30,24 @@ def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_the_best_atlases_are_chosen_and_no_organ_is_lost() -> None:
     score = np.array([0.9, 0.8, 0.7, 0.6, 0.3])
     everything = np.ones((5, 3), bool)
-    assert cover(score, everything, 2) == [0, 1]
-    assert cover(score, everything, 9) == [0, 1, 2, 3, 4]
+    assert choose_covering(score, everything, 2) == [0, 1]
+    assert choose_covering(score, everything, 9) == [0, 1, 2, 3, 4]
     rare = everything.copy()
     rare[:4, 2] = False
     # First 1.8 against 0.9, then 0.8 against 0.6, then 0.47 against 0.5.
-    assert cover(score, rare, 2) == [0, 1]
-    assert cover(score, rare, 3) == [0, 1, 4]
-    assert cover(score[:0], everything[:0], 2) == []
+    assert choose_covering(score, rare, 2) == [0, 1]
+    assert choose_covering(score, rare, 3) == [0, 1, 4]
+    assert choose_covering(score[:0], everything[:0], 2) == []
 
 
 def test_shares_are_counted_for_each_organ() -> None:
     atlas = np.array([0, 0, 1, 2, 2, 2, 1])
     label = np.array([1, 7, 1, 7, 7, 0, 3])
     weight = np.array([3.0, 1.0, 1.0, 2.0, 1.0, 9.0, 0.0])
-    np.testing.assert_allclose(shares(atlas, label, weight, 4), [0.75 + 0.25, 0.25, 0.75, 0])
-    assert shares(atlas[:0], label[:0], weight[:0], 2).tolist() == [0, 0]
+    np.testing.assert_allclose(
+        shares_of_votes(atlas, label, weight, 4), [0.75 + 0.25, 0.25, 0.75, 0]
+    )
+    assert shares_of_votes(atlas[:0], label[:0], weight[:0], 2).tolist() == [0, 0]
 
 
 def test_agreement_is_the_soft_jaccard_index(patients: AtlasStore, one_process: Client) -> None:
@@ -68,7 +70,7 @@ def test_agreement_is_the_soft_jaccard_index(patients: AtlasStore, one_process: 
     )
     for k in (1, 2, 4):
         chosen = select_atlases(matches, keypoints, atlases, patients, k)
-        assert chosen == cover(np.array(score), annotated, k)
+        assert chosen == choose_covering(np.array(score), annotated, k)
 
 
 def test_matches_of_some_atlases_are_those_of_matching_only_them(
@@ -80,7 +82,7 @@ def test_matches_of_some_atlases_are_those_of_matching_only_them(
     chosen = [0, 2, 3]
     few = AtlasKeypoints.load(patients, [others[i] for i in chosen])
     expected = match(keypoints, few, client=one_process)
-    xr.testing.assert_identical(only(matches, chosen, len(others)), expected)
+    xr.testing.assert_identical(restrict_to(matches, chosen, len(others)), expected)
 
 
 @pytest.mark.parametrize(("index", "mode"), [("auto", "local"), ("exact", "organ")])
