@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kpt_dask.kernels.jit import kernel
-from kpt_dask.kernels.rows import LANES, compare
+from kpt_dask.kernels.simd import LANES, extremum_mask
 from kpt_dask.volumes.blur import TILE
 
 Planes = Annotated[NDArray[np.float32], "z y x"]
@@ -138,13 +138,13 @@ def _find_in_rows(
         for level in range(1, differences.shape[0] - 1):
             for start in range(columns[0], columns[1], LANES):
                 at = ((level * 3 + z % 3) * ny + y) * nx + start
-                bits = compare(flat, at, -1, 1) & compare(flat, at, -nx, nx)
+                bits = extremum_mask(flat, at, -1, 1) & extremum_mask(flat, at, -nx, nx)
                 if bits == 0:
                     continue
-                bits &= compare(flat, at, below, above)
+                bits &= extremum_mask(flat, at, below, above)
                 if bits == 0:
                     continue
-                bits &= compare(flat, at, -3 * area, 3 * area)
+                bits &= extremum_mask(flat, at, -3 * area, 3 * area)
                 if bits == 0:
                     continue
                 for i in range(min(LANES, columns[1] - start)):

@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kpt_dask.kernels.handoff import first_steps
-from kpt_dask.kernels.rows import LANES
+from kpt_dask.kernels.simd import LANES
 from kpt_dask.keypoints.descriptors import PATCH_REACH
 from kpt_dask.volumes.scale_space import FINER_TAPS, FIRST_TAPS, LEVEL_TAPS, LEVELS
 

@@ -11,8 +11,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from kpt_dask.kernels.exponential import LOG2_E, exp2
 from kpt_dask.kernels.jit import kernel
-from kpt_dask.kernels.rows import LANES, LOG2_E, exp2
+from kpt_dask.kernels.simd import LANES
 from kpt_dask.matching.trend import Trend, fit_trend
 from kpt_dask.options import SIGMA_T, SIGMA_X
 

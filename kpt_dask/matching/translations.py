@@ -6,8 +6,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from kpt_dask.kernels.exponential import LOG2_E, exp2
 from kpt_dask.kernels.jit import kernel
-from kpt_dask.kernels.rows import LANES, LOG2_E, exp2
+from kpt_dask.kernels.simd import LANES
 
 BANDWIDTH = 10.0
 """σ of the density of translations, mm."""

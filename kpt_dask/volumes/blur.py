@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kpt_dask.kernels.jit import kernel
-from kpt_dask.kernels.rows import sum_row, sum_two_rows
+from kpt_dask.kernels.row_filter import sum_row, sum_two_rows
 
 Row = Annotated[NDArray[np.float32], "x"]
 Planes = Annotated[NDArray[np.float32], "z y x"]

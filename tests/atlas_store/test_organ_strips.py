@@ -12,7 +12,7 @@ from atlas_store import Atlas, AtlasStore, StoreFormatError, organ_strips
 from atlas_store.arrays.boxes import shape_of, slices
 from atlas_store.crop import WIDE
 from atlas_store.organ_strips import OUTSIDE, PLACE, STRIP, read_strips
-from kpt_dask.kernels.rows import LANES
+from kpt_dask.kernels.simd import LANES
 from kpt_dask.organ_transfer.decision import VANISHING
 from kpt_dask.organ_transfer.moving.kernels import accumulate
 from tests.atlas_store.resealed import reseal

@@ -9,8 +9,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from atlas_store.organ_strips import PLACE, SHORT, STRIP
+from kpt_dask.kernels.exponential import LOG2_E, exp2
 from kpt_dask.kernels.jit import kernel
-from kpt_dask.kernels.rows import HALF, LANES, LOG2_E, add_halves, add_strips, exp2
+from kpt_dask.kernels.simd import HALF, LANES
+from kpt_dask.kernels.strip_sum import add_halves, add_strips
 from kpt_dask.organ_transfer.decision import VANISHING
 
 assert (LANES, HALF) == (STRIP, SHORT), "a strip is added as one vector, two short ones likewise"

@@ -14,7 +14,7 @@ from atlas_store import Atlas, OrganTable
 from atlas_store.arrays.boxes import Box, joined, shape_of
 from atlas_store.organ_strips import fill, read_strips
 from kpt_dask.kernels.jit import kernel
-from kpt_dask.kernels.rows import LANES
+from kpt_dask.kernels.simd import LANES
 from kpt_dask.organ_transfer.moving.kernels import accumulate, sample
 from kpt_dask.organ_transfer.moving.plan import Moves
 

@@ -32,7 +32,7 @@ from atlas_store.arrays.boxes import (
     within,
 )
 from atlas_store.arrays.regions import Region
-from kpt_dask.kernels.rows import LANES
+from kpt_dask.kernels.simd import LANES
 from kpt_dask.matching.first_pass import slices_by_atlas
 from kpt_dask.options import DEFAULTS, TransferOptions
 from kpt_dask.organ_transfer.decision import SHARD, Share, cut_in_slabs, finish_slab, run_blocks

@@ -35,8 +35,9 @@ from atlas_store.arrays.boxes import (
 from atlas_store.arrays.regions import Region
 from atlas_store.crop import Room, read_planes, surroundings_of
 from kpt_dask.grid import Grid
+from kpt_dask.kernels.exponential import LOG2_E, exp2
 from kpt_dask.kernels.jit import kernel
-from kpt_dask.kernels.rows import LOG2_E, exp2, fetch
+from kpt_dask.kernels.simd import prefetch
 from kpt_dask.matching.displacement import Field, Widths
 from kpt_dask.options import DEFAULTS, TransferOptions
 from kpt_dask.organ_transfer.decision import (
@@ -601,7 +602,7 @@ def accumulate(
                 support_here[q] = max(s, nothing) if inside else nothing
         # Rows of a cell lie too far apart for the processor to see where the next ones are.
         for row in range(0, step * step * step, step):
-            fetch(voxels, np.intp(at[row]) + AHEAD)
+            prefetch(voxels, np.intp(at[row]) + AHEAD)
         for q in range(n):
             value = np.int32(voxels[at[q]])
             hu[q] = np.float32((value >> hu_shift & hu_mask) + first_hu)

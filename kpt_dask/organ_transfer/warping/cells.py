@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from atlas_store.arrays.boxes import Box, enclosing, overlap, shape_of
 from kpt_dask.kernels.jit import kernel
-from kpt_dask.kernels.rows import LANES
+from kpt_dask.kernels.simd import LANES
 from kpt_dask.organ_transfer.warping.landing import in_cells
 
 

@@ -11,18 +11,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from llvmlite import binding as llvm
 
+from kpt_dask.kernels.exponential import exp2
 from kpt_dask.kernels.jit import kernel
-from kpt_dask.kernels.rows import (
-    HALF,
-    LANES,
-    VECTORS,
-    add_halves,
-    add_strips,
-    compare,
-    exp2,
-    sum_row,
-    sum_two_rows,
-)
+from kpt_dask.kernels.row_filter import VECTORS, sum_row, sum_two_rows
+from kpt_dask.kernels.simd import HALF, LANES, extremum_mask
+from kpt_dask.kernels.strip_sum import add_halves, add_strips
 
 WIDTHS = st.integers(1, 2 * VECTORS * LANES + LANES + 3)
 
@@ -39,7 +32,7 @@ def two_rows(source, base, low, high, row, taps, out, at, step, n):  # type: ign
 
 @kernel
 def compared(values, at, before, after):  # type: ignore[no-untyped-def]
-    return compare(values, at, before, after)
+    return extremum_mask(values, at, before, after)
 
 
 @kernel
@@ -141,7 +134,7 @@ def test_machines_without_wide_registers_add_the_same(processor: str) -> None:
     features: dict[str, bool] = dict(llvm.get_host_cpu_features())
     if processor == "haswell" and not (features.get("avx2") and features.get("fma")):
         pytest.skip("this processor has no AVX2 with FMA")
-    code = "from tests.kernels.test_rows import *; check_strips(); print(check_halves())"
+    code = "from tests.kernels.test_row_filter import *; check_strips(); print(check_halves())"
     environment = os.environ | {"NUMBA_CPU_NAME": processor}
     root = Path(__file__).parents[2]
     command = [sys.executable, "-c", code]
