@@ -182,3 +182,15 @@ def onto(atlas: int, shift: Sequence[int]) -> tuple[float, float, float]:
         for s, d, a in zip(SCAN.origin, shift, ATLASES[atlas].origin, strict=True)
     )
     return z, y, x
+
+
+def stored(values: np.ndarray, chunks: tuple[int, int, int] = (32, 32, 32)) -> "zarr.Array":
+    """Values as a float32 array in memory, in chunks."""
+    array = zarr.create_array(
+        zarr.storage.MemoryStore(),
+        shape=values.shape,
+        chunks=tuple(min(n, chunk) for n, chunk in zip(values.shape, chunks, strict=True)),
+        dtype=np.float32,
+    )
+    array[:] = values
+    return array

@@ -3,7 +3,6 @@
 Comparisons that may meet float32 ties print how many they met; ``pytest -rP`` shows it.
 """
 
-import tracemalloc
 from collections.abc import Iterator
 from itertools import pairwise, product
 from pathlib import Path
@@ -20,7 +19,7 @@ from scipy import ndimage
 from kpt_dask.errors import ParameterError
 from kpt_dask.grid import Grid
 from kpt_dask.keypoints import extraction as keypoints_module
-from kpt_dask.keypoints.blocks import LATER_OCTAVE_COST, core_width, plan_blocks, slab_lengths
+from kpt_dask.keypoints.blocks import plan_blocks
 from kpt_dask.keypoints.descriptors import BINS, STEP
 from kpt_dask.keypoints.extraction import (
     extract,
@@ -34,6 +33,7 @@ from kpt_dask.scans.scan import open_scan
 from kpt_dask.volumes.pyramid import fill_pyramid
 from kpt_dask.volumes.scale_space import level_sigma, octave_shapes
 from kpt_dask.volumes.volume import Volume, convert_into, create_volume
+from tests.helpers import integer_noise, stored
 from tests.naive import keypoints
 
 Shape = tuple[int, int, int]
@@ -66,17 +66,6 @@ def crop(head: Volume) -> np.ndarray:
     return np.ascontiguousarray(values[window])
 
 
-def stored(values: np.ndarray, chunks: Shape = (32, 32, 32)) -> "zarr.Array":
-    array = zarr.create_array(
-        zarr.storage.MemoryStore(),
-        shape=values.shape,
-        chunks=tuple(min(n, chunk) for n, chunk in zip(values.shape, chunks, strict=True)),
-        dtype=np.float32,
-    )
-    array[:] = values
-    return array
-
-
 def canonical(found: OctaveKeypoints) -> OctaveKeypoints:
     """Ordered by level and voxel."""
     order = np.lexsort((*found.voxel.T[::-1], found.level))
@@ -105,13 +94,9 @@ def assert_same_bytes(one: OctaveKeypoints, other: OctaveKeypoints) -> None:
         assert a.tobytes() == b.tobytes()
 
 
-def noise(shape: Shape, seed: int) -> np.ndarray:
-    return np.random.default_rng(seed).integers(-1000, 1500, shape).astype(np.float32)
-
-
 def texture(shape: Shape, seed: int, spread: float = 2.5) -> np.ndarray:
     """As much of a keypoint's size as possible: white noise has no extremum over scale."""
-    smooth = ndimage.gaussian_filter(noise(shape, seed), spread, mode="wrap")
+    smooth = ndimage.gaussian_filter(integer_noise(shape, seed), spread, mode="wrap")
     return (20 * smooth).astype(np.float32)
 
 
@@ -271,88 +256,6 @@ def test_how_many_keypoints_a_block_holds_changes_none() -> None:
         assert_same_bytes(found_in(values, 1, block), whole)
 
 
-@given(
-    st.tuples(*3 * [st.integers(1, 300)]), st.tuples(*3 * [st.integers(1, 300)]), st.integers(1, 50)
-)
-def test_cores_own_every_voxel_once_and_see_far_enough(
-    shape: Shape, block: Shape, margin: int
-) -> None:
-    assume(np.prod([-(-n // b) for n, b in zip(shape, block, strict=True)]) < 500)
-    blocks = plan_blocks(shape, block, margin)
-    assert sum(int(np.prod([b - a for a, b in one.core])) for one in blocks) == np.prod(shape)
-    assert len({one.core for one in blocks}) == len(blocks)
-    for one in blocks:
-        for (a, b), (c, d), n in zip(one.core, one.read, shape, strict=True):
-            assert 0 <= c <= a < b <= d <= n
-            assert c in (0, a - margin)
-            assert d in (n, b + margin)
-
-
-@given(st.integers(0, 9), st.sampled_from([1, 2, 3, 4, 8]), st.integers(4, 40))
-@settings(max_examples=5, deadline=None)
-def test_a_sweep_stays_within_its_memory(seed: int, threads: int, mib: int) -> None:
-    shape, memory, margin = (150, 110, 120), mib << 20, halo(True)
-    at_once, size = cluster.teams(threads)
-    try:
-        core = slab_lengths([shape], at_once)[0], *core_width(shape, threads, memory, margin)
-    except ParameterError:
-        assume(False)
-    octave = Octave(stored(noise(shape, seed)), True, False)
-    # A middle block has a halo on all sides that it may have.
-    blocks = plan_blocks(shape, core, margin)
-    block = max(blocks, key=lambda one: np.prod([b - a for a, b in one.read[1:]]))
-    sweep_blocks([(octave, block)], threads=size)
-    tracemalloc.start()
-    try:
-        sweep_blocks([(octave, block)], threads=size)
-        _, peak = tracemalloc.get_traced_memory()
-    finally:
-        tracemalloc.stop()
-    assert peak <= memory / at_once
-
-
-@given(st.tuples(*3 * [st.integers(1, 4000)]), st.integers(1, 64), st.integers(16, 4096))
-def test_what_is_planned_fits_or_is_refused(shape: Shape, threads: int, mib: int) -> None:
-    margin = halo(True)
-    try:
-        height, width = core_width(shape, threads, mib << 20, margin)
-    except ParameterError:
-        assert mib / threads < 200
-        return
-    assert 1 <= height <= shape[1]
-    assert 1 <= width <= shape[2]
-
-
-@given(st.tuples(*3 * [st.integers(1, 4000)]), st.integers(1, 64))
-def test_slabs_cover_every_octave_and_no_team_gets_much_more(shape: Shape, at_once: int) -> None:
-    shapes = octave_shapes(shape)
-    lengths = slab_lengths(shapes, at_once)
-    slabs = []
-    for (z, y, x), length in zip(shapes, lengths, strict=True):
-        assert 1 <= length <= z
-        assert length == z or length >= 32
-        ends = [min(length, z - first) for first in range(0, z, length)]
-        assert len(ends) <= at_once
-        slabs += [planes * y * x for planes in ends]
-    # Whoever is free takes the next one, as workers do.
-    busy = at_once * [0]
-    for voxels in slabs:
-        busy[busy.index(min(busy))] += voxels
-    share = sum(slabs) / at_once
-    assert max(busy) <= max(1.5 * share, share + 40 * shapes[0][1] * shapes[0][2])
-
-
-def test_two_teams_end_together() -> None:
-    """One has half of the work in a slab; the other in a shorter one and all later octaves."""
-    shapes = octave_shapes((349, 200, 200))
-    lengths = slab_lengths(shapes, 2)
-    assert lengths[1:] == [shape[0] for shape in shapes[1:]]
-    first, *later = (int(np.prod(shape)) for shape in shapes)
-    assert lengths[0] * 200 * 200 == pytest.approx(
-        (first + LATER_OCTAVE_COST * sum(later)) / 2, rel=0.01
-    )
-
-
 @pytest.mark.parametrize("descriptor", ["upright", "invariant"])
 def test_memory_and_workers_change_nothing(head: Volume, client: Client, descriptor: str) -> None:
     whole = extract(head, descriptor=descriptor, client=client)
@@ -376,7 +279,7 @@ def test_threads_that_share_a_sweep_change_nothing(
     shape: Shape, seed: int, threads: int, invariant: bool
 ) -> None:
     """Not even the order; of volumes so small that threads wait for one another all the time."""
-    octave = Octave(stored(noise(shape, seed)), True, False)
+    octave = Octave(stored(integer_noise(shape, seed)), True, False)
     parts = [(octave, block) for block in plan_blocks(shape, (17, 40, 40), halo(True))]
     alone = sweep_blocks(parts, invariant)
     with pytest.MonkeyPatch.context() as patch:
@@ -386,19 +289,12 @@ def test_threads_that_share_a_sweep_change_nothing(
         assert_same_bytes(one, other)
 
 
-@given(st.integers(1, 200))
-def test_every_team_has_threads_and_few_are_left_out(threads: int) -> None:
-    at_once, size = cluster.teams(threads)
-    assert size >= 1
-    assert threads - 1 <= at_once * size <= threads
-
-
 @pytest.mark.parametrize("threads", [1, 2])
 def test_a_slab_that_cannot_be_read_ends_the_sweep(
     threads: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     shape = (200, 100, 100)
-    octave = Octave(stored(noise(shape, 1)), True, False)
+    octave = Octave(stored(integer_noise(shape, 1)), True, False)
     real, reads = Octave._read, iter(range(100))
 
     def read(self: Octave, *args: Any) -> np.ndarray:
@@ -415,7 +311,7 @@ def test_a_batch_that_fails_ends_the_threads_that_wait_for_it(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     shape = (200, 100, 100)
-    octave = Octave(stored(noise(shape, 1)), True, False)
+    octave = Octave(stored(integer_noise(shape, 1)), True, False)
     real, rooms = OctaveKeypoints.empty, iter(range(1000))
 
     def empty(n: int) -> OctaveKeypoints:
@@ -672,7 +568,7 @@ def test_padding_makes_no_keypoints() -> None:
 )
 @settings(max_examples=20, deadline=None)
 def test_thin_volumes_do_not_crash(shape: Shape, seed: int) -> None:
-    found = found_in(noise(shape, seed))
+    found = found_in(integer_noise(shape, seed))
     assert (found.voxel > 0).all()
     assert (found.voxel < np.array(shape) - 1).all()
     if min(shape) < 3:
