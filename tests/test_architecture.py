@@ -86,6 +86,8 @@ MANY_PARAMETERS = {
     "kpt_dask.organ_transfer.warping.block.accumulate": TO_BUNDLE,
     "kpt_dask.organ_transfer.warping.block.transfer_block": TO_BUNDLE,
     "kpt_dask.organ_transfer.warping.block.warp_atlases": TO_BUNDLE,
+    "kpt_dask.organ_transfer.warping.kernels.accumulate": TO_BUNDLE,
+    "kpt_dask.organ_transfer.warping.schedule.warp_atlases": TO_BUNDLE,
     "kpt_dask.segmentation.segment": FACE,
     "kpt_dask.segmentation.segment_volume": FACE,
 }
