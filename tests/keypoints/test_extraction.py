@@ -33,7 +33,7 @@ from kpt_dask.scans.scan import open_scan
 from kpt_dask.volumes.pyramid import fill_pyramid
 from kpt_dask.volumes.scale_space import level_sigma, octave_shapes
 from kpt_dask.volumes.volume import Volume, convert_into, create_volume
-from tests.helpers import integer_noise, stored
+from tests.helpers import stored
 from tests.naive import keypoints
 
 Shape = tuple[int, int, int]
@@ -94,9 +94,13 @@ def assert_same_bytes(one: OctaveKeypoints, other: OctaveKeypoints) -> None:
         assert a.tobytes() == b.tobytes()
 
 
+def noise(shape: Shape, seed: int) -> np.ndarray:
+    return np.random.default_rng(seed).integers(-1000, 1500, shape).astype(np.float32)
+
+
 def texture(shape: Shape, seed: int, spread: float = 2.5) -> np.ndarray:
     """As much of a keypoint's size as possible: white noise has no extremum over scale."""
-    smooth = ndimage.gaussian_filter(integer_noise(shape, seed), spread, mode="wrap")
+    smooth = ndimage.gaussian_filter(noise(shape, seed), spread, mode="wrap")
     return (20 * smooth).astype(np.float32)
 
 
@@ -279,7 +283,7 @@ def test_threads_that_share_a_sweep_change_nothing(
     shape: Shape, seed: int, threads: int, invariant: bool
 ) -> None:
     """Not even the order; of volumes so small that threads wait for one another all the time."""
-    octave = Octave(stored(integer_noise(shape, seed)), True, False)
+    octave = Octave(stored(noise(shape, seed)), True, False)
     parts = [(octave, block) for block in plan_blocks(shape, (17, 40, 40), halo(True))]
     alone = sweep_blocks(parts, invariant)
     with pytest.MonkeyPatch.context() as patch:
@@ -294,7 +298,7 @@ def test_a_slab_that_cannot_be_read_ends_the_sweep(
     threads: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     shape = (200, 100, 100)
-    octave = Octave(stored(integer_noise(shape, 1)), True, False)
+    octave = Octave(stored(noise(shape, 1)), True, False)
     real, reads = Octave._read, iter(range(100))
 
     def read(self: Octave, *args: Any) -> np.ndarray:
@@ -311,7 +315,7 @@ def test_a_batch_that_fails_ends_the_threads_that_wait_for_it(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     shape = (200, 100, 100)
-    octave = Octave(stored(integer_noise(shape, 1)), True, False)
+    octave = Octave(stored(noise(shape, 1)), True, False)
     real, rooms = OctaveKeypoints.empty, iter(range(1000))
 
     def empty(n: int) -> OctaveKeypoints:
@@ -568,7 +572,7 @@ def test_padding_makes_no_keypoints() -> None:
 )
 @settings(max_examples=20, deadline=None)
 def test_thin_volumes_do_not_crash(shape: Shape, seed: int) -> None:
-    found = found_in(integer_noise(shape, seed))
+    found = found_in(noise(shape, seed))
     assert (found.voxel > 0).all()
     assert (found.voxel < np.array(shape) - 1).all()
     if min(shape) < 3:
