@@ -8,7 +8,7 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import zarr
@@ -30,9 +30,9 @@ STRIP = 16
 """Voxels of a strip."""
 SHORT = 8
 """Voxels of a short strip: two of them fill as much as one that is not."""
-PLACE = 3
+HEADER_COLUMNS = 3
 """Columns of a strip before its voxels: z, y and x of the first, in the organ's bounding box."""
-OUTSIDE = np.iinfo(np.int16).min
+NOT_ORGAN = np.iinfo(np.int16).min
 """No HU: volumes are clipped well above it."""
 
 NAME = "strips"
@@ -48,28 +48,27 @@ _COMPRESSOR = BloscCodec(cname="lz4", clevel=0)
 """Copied, not packed: every block reads them, and they are a twentieth of an atlas."""
 
 
-@dataclass(frozen=True)
-class Strips:
-    """An organ of an atlas.
+class Strips(NamedTuple):
+    """An organ of an atlas, for kernels.
 
     Attributes
     ----------
-    values : int16 array (n, `PLACE` + `STRIP`)
-        Of each strip its place, then HU, `OUTSIDE` where a voxel is not the organ's. All that was
+    values : int16 array (n, `HEADER_COLUMNS` + `STRIP`)
+        Of each strip its place, then HU, `NOT_ORGAN` where a voxel is not the organ's. All that was
         read together; of an organ plane by plane.
     planes : int64 array (depth + 1)
         Where in `values` the strips of each plane of the organ's bounding box begin; those of
         planes that were not asked for are not there.
-    halves : int64 array (depth + 1)
+    short_strips : int64 array (depth + 1)
         Where in each plane those begin, if any, after which none has more than `SHORT` voxels.
     """
 
     values: NDArray[np.int16]
     planes: NDArray[np.int64]
-    halves: NDArray[np.int64]
+    short_strips: NDArray[np.int64]
 
     def dense(self, shape: tuple[int, int, int]) -> NDArray[np.int16]:
-        """Fill the organ's bounding box: HU, `OUTSIDE` where the organ is not.
+        """Fill the organ's bounding box: HU, `NOT_ORGAN` where the organ is not.
 
         Parameters
         ----------
@@ -93,7 +92,7 @@ def write_strips(
     found: Mapping[str, OrganInfo],
     organs: OrganTable,
 ) -> None:
-    """Write ``strips`` (n, `PLACE` + `STRIP`) int16 of an atlas, one organ after another.
+    """Write ``strips`` (n, `HEADER_COLUMNS` + `STRIP`) int16 of an atlas, one organ after another.
 
     Parameters
     ----------
@@ -175,7 +174,7 @@ def read_strips(
         source.rows if isinstance(source, _Stored) else sum(map(len, source.values()))
         for source in sources
     ]
-    values = np.empty((sum(rows), PLACE + STRIP), np.int16)
+    values = np.empty((sum(rows), HEADER_COLUMNS + STRIP), np.int16)
     begins = np.cumsum([0, *rows]).tolist()
     spans: list[dict[str, tuple[int, int]]] = []
     for (atlas, _), source, begin, end in zip(wanted, sources, begins, begins[1:], strict=False):
@@ -221,7 +220,7 @@ def _find(atlas: Atlas, wanted: Wanted) -> _Stored | None:
     document = json.loads(description)
     attributes = _UNMARKED | document["attributes"]
     check_encoding(attributes, ENCODING_TYPE, ENCODING_VERSION, f"{atlas.objects.url}/{folder}")
-    n, columns = document["shape"][0], PLACE + STRIP
+    n, columns = document["shape"][0], HEADER_COLUMNS + STRIP
     chunk: int = document["chunk_grid"]["configuration"]["chunk_shape"][0]
     if fault := misfit(document, (n, columns), (chunk, columns), np.dtype(np.int16)):
         raise ValueError(f"it is described with {fault}")
@@ -257,7 +256,7 @@ def _from_surroundings(
     for name, planes in wanted.items():
         (begin, _), y, x = atlas.organs[name].bounding_box
         parts[name] = [(a, ((begin + a, begin + b), y, x)) for a, b in planes]
-    found = {name: [np.empty((0, PLACE + STRIP), np.int16)] for name in wanted}
+    found = {name: [np.empty((0, HEADER_COLUMNS + STRIP), np.int16)] for name in wanted}
     whole = enclosing([box for own in parts.values() for _, box in own])
     if whole is not None:
         packed, held, coding = read_planes(atlas, *whole[0])
@@ -313,7 +312,7 @@ def _find_planes(
     for n in range(spans.shape[0]):
         begin, stop = spans[n, 0], spans[n, 1]
         depth, height, width = shapes[n, 0], shapes[n, 1], shapes[n, 2]
-        own, halves = planes[0, ends[n] : ends[n + 1]], planes[1, ends[n] : ends[n + 1]]
+        own, short_strips = planes[0, ends[n] : ends[n + 1]], planes[1, ends[n] : ends[n + 1]]
         plane = 0
         good[n] = True
         for i in range(begin, stop):
@@ -325,12 +324,12 @@ def _find_planes(
                 own[plane] = i
                 plane += 1
         own[plane:] = stop
-        halves[depth] = stop
+        short_strips[depth] = stop
         for plane in range(depth if good[n] else 0):
             half = own[plane + 1]
             while half > own[plane] and _is_short(values, half - 1):
                 half -= 1
-            halves[plane] = half
+            short_strips[plane] = half
 
 
 @kernel
@@ -338,21 +337,21 @@ def _is_short(values: NDArray[np.int16], strip: int) -> bool:
     """Whether a strip has none but its first `SHORT` voxels."""
     more = False
     for lane in range(SHORT, STRIP):
-        more |= values[strip, PLACE + lane] != OUTSIDE
+        more |= values[strip, HEADER_COLUMNS + lane] != NOT_ORGAN
     return not more
 
 
 def _ordered(strips: NDArray[np.int16]) -> NDArray[np.int16]:
     """Put the short ones of each plane last, so that two of them can be added in one vector."""
-    short = (strips[:, PLACE + SHORT :] == OUTSIDE).all(axis=1)
+    short = (strips[:, HEADER_COLUMNS + SHORT :] == NOT_ORGAN).all(axis=1)
     return strips[np.lexsort((short, strips[:, 0]))]
 
 
 def _cut_out(packed: NDArray[Any], coding: Coding, first: int, value: int) -> NDArray[np.int16]:
     """Cut an organ out of planes of its bounding box, from the `first` on."""
     how = coding.hu, coding.label, coding.number_of(value)
-    nothing = np.empty((0, PLACE + STRIP), np.int16)
-    out = np.empty((_strips(packed, *how, first, nothing), PLACE + STRIP), np.int16)
+    nothing = np.empty((0, HEADER_COLUMNS + STRIP), np.int16)
+    out = np.empty((_strips(packed, *how, first, nothing), HEADER_COLUMNS + STRIP), np.int16)
     _strips(packed, *how, first, out)
     return out
 
@@ -383,7 +382,9 @@ def _strips(
                     for lane in range(STRIP):
                         one = np.int32(packed[z, y, x + lane] if x + lane < width else 0)
                         own = x + lane < width and one >> label[0] & label[1] == number
-                        out[n, PLACE + lane] = (one >> hu[0] & hu[1]) + hu[2] if own else OUTSIDE
+                        out[n, HEADER_COLUMNS + lane] = (
+                            (one >> hu[0] & hu[1]) + hu[2] if own else NOT_ORGAN
+                        )
                 n += 1
                 x += STRIP
     return n
@@ -392,8 +393,8 @@ def _strips(
 @kernel
 def fill(strips: NDArray[np.int16], first: int, out: NDArray[np.int16]) -> None:
     """Do what `Strips.dense` does, of planes from the `first` on."""
-    out[...] = OUTSIDE
+    out[...] = NOT_ORGAN
     for i in range(strips.shape[0]):
         z, y, x = strips[i, 0] - first, strips[i, 1], strips[i, 2]
         for lane in range(STRIP):
-            out[z, y, x + lane] = strips[i, PLACE + lane]
+            out[z, y, x + lane] = strips[i, HEADER_COLUMNS + lane]

@@ -40,10 +40,10 @@ from kpt_dask.matching.selection import (
 )
 from kpt_dask.matching.voting import vote
 from kpt_dask.options import DEFAULTS, SPACINGS, TransferOptions
-from kpt_dask.organ_transfer.decision import SHARD, create_probability
 from kpt_dask.organ_transfer.delivery import DTYPE, Decision, fill
 from kpt_dask.organ_transfer.measures import OrganMeasures, as_delivered, organ_measures
 from kpt_dask.organ_transfer.modes import transfer
+from kpt_dask.organ_transfer.probability import TILING, create_probability
 from kpt_dask.output.commit import replacing_together
 from kpt_dask.output.places import check_outputs
 from kpt_dask.runtime import cluster, notices, witness
@@ -316,10 +316,10 @@ def _label(
         atlases = atlases.only(chosen)
     votes = vote(matches, keypoints.sizes["keypoint"], store.organs)
     probability = create_probability(group, volume.grid, store.organs, mode)
-    levels = create_label_image(group, "organs", volume.grid, store.organs, SHARD)
+    levels = create_label_image(group, "organs", volume.grid, store.organs, TILING.shard)
     # Blocks that no organ reaches are not computed.
     chunk_io.write_empty(levels[0])
-    tally = transfer(
+    counts = transfer(
         volume,
         store,
         atlas_ids,
@@ -335,7 +335,7 @@ def _label(
         client=client,
     )
     finish_label_image(group, "organs", levels, volume.grid, store.organs)
-    organs = organ_measures(tally, store.organs, volume.grid, keypoints, votes)
+    organs = organ_measures(counts, store.organs, volume.grid, keypoints, votes)
     return Stations(
         tuple(atlas_ids), keypoints, matches, votes, levels[0], levels, probability, organs
     )

@@ -34,8 +34,8 @@ from kpt_dask.keypoints.extraction import extract
 from kpt_dask.matching.first_pass import match
 from kpt_dask.matching.voting import vote
 from kpt_dask.options import DEFAULTS
-from kpt_dask.organ_transfer.decision import SHARD, create_probability
 from kpt_dask.organ_transfer.modes import transfer
+from kpt_dask.organ_transfer.probability import TILING, create_probability
 from kpt_dask.resampling.labels_on_scan import labels_onto
 from kpt_dask.runtime import cluster
 from kpt_dask.scans.scan import open_scan, write_labels
@@ -184,7 +184,7 @@ def stations(scan: Path, store_path: Path, out: Path) -> dict[str, dict[str, flo
             votes = vote(matches, keypoints.sizes["keypoint"], store.organs)
         with watched(figures, "transfer", base):
             probability = create_probability(group, volume.grid, store.organs, "organ")
-            levels = create_label_image(group, "organs", volume.grid, store.organs, SHARD)
+            levels = create_label_image(group, "organs", volume.grid, store.organs, TILING.shard)
             found = keypoints, matches, votes, probability, levels[0]
             transfer(volume, store, used, *found, mode="organ", client=client)
         with watched(figures, "write", base):

@@ -41,8 +41,8 @@ from kpt_dask.keypoints.extraction import extract
 from kpt_dask.matching.first_pass import match
 from kpt_dask.matching.voting import vote
 from kpt_dask.options import MODES
-from kpt_dask.organ_transfer.decision import SHARD, create_probability
 from kpt_dask.organ_transfer.modes import transfer
+from kpt_dask.organ_transfer.probability import TILING, create_probability
 from kpt_dask.scans.scan import open_scan
 from kpt_dask.volumes.omezarr import create_array
 from kpt_dask.volumes.pyramid import fill_pyramid
@@ -195,7 +195,7 @@ def transferred(scan: Scan, mode: str, memory: int = 1 << 30) -> None:
     group = zarr.create_group(tempfile.mkdtemp(dir=scan.folder, suffix=".zarr"))
     probability = create_probability(group, volume.grid, store.organs, mode)
     dtype = np.min_scalar_type(max(store.organs.values))
-    labels = create_array(group, "labels", volume.grid.shape, dtype, SHARD)
+    labels = create_array(group, "labels", volume.grid.shape, dtype, TILING.shard)
     how: dict[str, Any] = {"memory": memory, "client": client()}
     found = keypoints, matches, votes, probability, labels
     transfer(volume, store, scan.atlases, *found, mode=mode, atlases=atlases, **how)

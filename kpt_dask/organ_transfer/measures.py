@@ -1,13 +1,13 @@
-"""What a segmentation says of each organ: size, place, density, and how far to trust it.
+"""Measures of each organ that was found: volume, position, density, and a confidence.
 
-Counted block by block, as soon as a block is decided. What a block counts is whole numbers, so
-sums do not depend on how the volume was cut.
+Counted block by block, as soon as a block is decided. Counts are whole numbers, so their sums do
+not depend on how the volume was cut.
 """
 
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import xarray as xr
@@ -20,16 +20,15 @@ from kpt_dask.kernels.jit import kernel
 from kpt_dask.kernels.views import row_of
 
 SURE, POSSIBLE = 1.75, 0.375
-"""The interval of a volume: from where the share is so many times the threshold, to where. In
-mode local it holds the true volume of nine in ten organs of OpenKBP's patients."""
+"""Bounds of a volume's interval: voxels whose share is at least so many times the threshold. In
+mode local the interval holds the true volume of nine in ten organs of OpenKBP's patients."""
 FIRM = 1.25
-"""What the confidence looks at, times the threshold."""
+"""The confidence compares the voxels at so many times the threshold with those at the threshold."""
 BORDER = 3.0
-"""By how much a border may be wrong that seems sure, mm: what is small suffers more from it. Of
-several measures of shares and sizes, the confidence went best with the true Dice of twenty of
-OpenKBP's patients with these two."""
+"""mm; error of a border that seems sure. It costs a small organ more of its confidence. With this
+and `FIRM`, the confidence correlated best with the true Dice of twenty of OpenKBP's patients."""
 LEVELS = POSSIBLE, 1.0, FIRM, SURE
-"""Times the threshold: where shares are counted."""
+"""Multiples of the threshold at which shares are counted."""
 
 
 @dataclass(frozen=True)
@@ -39,8 +38,8 @@ class OrganMeasures:
     Attributes
     ----------
     volume_ml : float
-        In the label map that is told of: see `as_delivered`. 0 if the organ was not found; then
-        all others but `votes` say nothing.
+        In the label map on the working grid, or in another one: see `as_delivered`. 0 if the organ
+        was not found; then all others but `votes` are None, 0 or False.
     interval_ml : (float, float)
         Volumes where the share is at least `SURE` times the threshold, and at least
         `POSSIBLE` times; overlaps with other organs are not resolved.
@@ -56,9 +55,9 @@ class OrganMeasures:
     at_border : bool
         Whether it reaches the first or last voxels of the field of view: it may be cut off.
     confidence : float
-        How little it hangs on the threshold: Dice of the voxels whose share reaches the
-        threshold and of those whose share reaches `FIRM` times as much; times 1 − `BORDER` / r, r
-        the radius of a ball of its volume. 0 if it was not found, or is not larger than that.
+        From 0 to 1: Dice of the voxels whose share reaches the threshold with those whose share
+        reaches `FIRM` times as much, times 1 − `BORDER` / r, where r is the radius of a ball of
+        the organ's volume. 0 if the organ was not found, or if r ≤ `BORDER`.
     """
 
     volume_ml: float
@@ -73,42 +72,55 @@ class OrganMeasures:
 
 
 @dataclass(frozen=True)
-class Tally:
+class OrganCounts:
     """What one block, or all blocks, count of each organ; whole numbers.
 
     Attributes
     ----------
     above : int64 array (organ, 4)
         Voxels, whatever their labels, whose share is at least `LEVELS` times the threshold.
-    sums : int64 array (organ, 5)
-        Of the organ's voxels: their number, and the sums of HU and indices z, y, x.
+    voxels : int64 array (organ)
+        Voxels labelled as the organ; the others are of these.
+    hu : int64 array (organ)
+        Sum of their HU.
+    indices : int64 array (organ, 3)
+        Sum of their indices z, y, x.
     low, high : int64 arrays (organ, 3)
-        Lowest and highest indices of the organ's voxels.
+        Their lowest and highest indices.
     """
 
     above: NDArray[np.int64]
-    sums: NDArray[np.int64]
+    voxels: NDArray[np.int64]
+    hu: NDArray[np.int64]
+    indices: NDArray[np.int64]
     low: NDArray[np.int64]
     high: NDArray[np.int64]
 
     @classmethod
-    def empty(cls, organs: int) -> "Tally":
-        """Nothing counted."""
+    def empty(cls, organs: int) -> "OrganCounts":
+        """Make counts of nothing."""
         return cls(
             np.zeros((organs, len(LEVELS)), np.int64),
-            np.zeros((organs, 5), np.int64),
+            np.zeros(organs, np.int64),
+            np.zeros(organs, np.int64),
+            np.zeros((organs, 3), np.int64),
             np.full((organs, 3), np.iinfo(np.int64).max),
             np.full((organs, 3), -1),
         )
 
-    def __add__(self, other: "Tally") -> "Tally":
-        """Both together."""
-        return Tally(
+    def __add__(self, other: "OrganCounts") -> "OrganCounts":
+        """Add up the counts of two blocks."""
+        return OrganCounts(
             self.above + other.above,
-            self.sums + other.sums,
+            self.voxels + other.voxels,
+            self.hu + other.hu,
+            self.indices + other.indices,
             np.minimum(self.low, other.low),
             np.maximum(self.high, other.high),
         )
+
+
+Tally = OrganCounts
 
 
 def levels_of(threshold: float) -> tuple[np.float32, ...]:
@@ -136,7 +148,7 @@ def count_labels(
     hu: NDArray[Any],
     values: Sequence[int],
     corner: NDArray[np.int64],
-    tally: Tally,
+    counts: OrganCounts,
 ) -> None:
     """Count the voxels of all organs in a box.
 
@@ -148,69 +160,71 @@ def count_labels(
         Labels of all organs.
     corner : int64 array (3)
         The box's first voxel in the scan.
-    tally : Tally
+    counts : OrganCounts
         Changed.
     """
     organ_of = np.zeros(max(values) + 1, np.int64)
     organ_of[list(values)] = np.arange(len(values))
-    own = tally.sums, tally.low, tally.high
-    _count_labels(labels.shape, flat(labels), flat(hu), organ_of, corner, *own)
+    sums = _Sums(counts.voxels, counts.hu, counts.indices, counts.low, counts.high)
+    _count_labels(labels.shape, flat(labels), flat(hu), organ_of, corner, sums)
+
+
+class _Sums(NamedTuple):
+    """Those arrays of `OrganCounts` that labels change, for a kernel."""
+
+    voxels: NDArray[np.int64]
+    hu: NDArray[np.int64]
+    indices: NDArray[np.int64]
+    low: NDArray[np.int64]
+    high: NDArray[np.int64]
 
 
 @kernel
-def _count_labels(
-    shape: Any,
-    labels: Any,
-    hu: Any,
-    organ_of: Any,
-    corner: Any,
-    sums: Any,
-    low: Any,
-    high: Any,
-) -> None:
+def _count_labels(shape: Any, labels: Any, hu: Any, organ_of: Any, corner: Any, sums: Any) -> None:
+    """Do what `count_labels` does, run by run of equal labels along each row."""
     depth, height, width = shape
     for z in range(depth):
         for y in range(height):
             row = row_of(labels, z, y, width)
-            some = 0
+            labelled = 0
             for x in range(width):
-                some |= row[x]
-            if some == 0:
+                labelled |= row[x]
+            if labelled == 0:
                 continue
-            here = row_of(hu, z, y, width)
+            hu_of_row = row_of(hu, z, y, width)
             x = 0
             while x < width:
                 value, first, total = row[x], x, 0
                 while x < width and row[x] == value:
-                    total += int(here[x])
+                    total += int(hu_of_row[x])
                     x += 1
                 if value == 0:
                     continue
                 organ, n = organ_of[value], x - first
-                place = corner[0] + z, corner[1] + y, corner[2] + first
-                sums[organ, 0] += n
-                sums[organ, 1] += total
-                sums[organ, 2] += n * place[0]
-                sums[organ, 3] += n * place[1]
-                sums[organ, 4] += n * place[2] + n * (n - 1) // 2
+                begin = corner[0] + z, corner[1] + y, corner[2] + first
+                sums.voxels[organ] += n
+                sums.hu[organ] += total
+                sums.indices[organ, 0] += n * begin[0]
+                sums.indices[organ, 1] += n * begin[1]
+                sums.indices[organ, 2] += n * begin[2] + n * (n - 1) // 2
                 for axis in range(3):
-                    last = place[axis] + (n - 1 if axis == 2 else 0)
-                    low[organ, axis] = min(low[organ, axis], place[axis])
-                    high[organ, axis] = max(high[organ, axis], last)
+                    last = begin[axis] + (n - 1 if axis == 2 else 0)
+                    sums.low[organ, axis] = min(sums.low[organ, axis], begin[axis])
+                    sums.high[organ, axis] = max(sums.high[organ, axis], last)
 
 
 def organ_measures(
-    tally: Tally,
+    counts: OrganCounts,
     organs: OrganTable,
     grid: Grid,
     keypoints: xr.Dataset,
     votes: xr.Dataset,
 ) -> dict[str, OrganMeasures]:
-    """Say what the counts mean.
+    """Measure each organ from what was counted.
 
     Parameters
     ----------
-    tally : Tally
+    counts : OrganCounts
         Of all blocks.
     organs : OrganTable
     grid : Grid
@@ -225,7 +239,7 @@ def organ_measures(
     """
     position = np.asarray(keypoints.position.values, np.float64)
     return {
-        organ.name: _one(tally, o, grid, position[np.asarray(votes.label.values) == organ.value])
+        organ.name: _one(counts, o, grid, position[np.asarray(votes.label.values) == organ.value])
         for o, organ in enumerate(organs)
     }
 
@@ -233,7 +247,7 @@ def organ_measures(
 def as_delivered(
     organs: Mapping[str, OrganMeasures], counts: NDArray[np.int64], grid: Grid
 ) -> dict[str, OrganMeasures]:
-    """Give the volumes that a label map on another grid than the working grid has.
+    """Replace volumes by those of a label map on another grid than the working grid.
 
     Parameters
     ----------
@@ -272,27 +286,27 @@ def _delivered(organ: OrganMeasures, volume: float) -> OrganMeasures:
     )
 
 
-def _one(tally: Tally, o: int, grid: Grid, voting: NDArray[np.float64]) -> OrganMeasures:
-    count, hu, *sums = tally.sums[o].tolist()
-    around = voting - voting.mean(axis=0) if len(voting) else voting
-    spread = float(np.sqrt((around**2).sum(axis=1).mean())) if len(voting) else None
+def _one(counts: OrganCounts, o: int, grid: Grid, voting: NDArray[np.float64]) -> OrganMeasures:
+    count = int(counts.voxels[o])
+    centred = voting - voting.mean(axis=0) if len(voting) else voting
+    spread = float(np.sqrt((centred**2).sum(axis=1).mean())) if len(voting) else None
     if not count:
         return OrganMeasures(0.0, (0.0, 0.0), None, None, None, len(voting), spread, False, 0.0)
     ml = grid.voxel_volume / 1000
 
-    possible, whole, firm, sure = tally.above[o].tolist()
+    possible, whole, firm, sure = counts.above[o].tolist()
     whole = max(whole, count)
-    corners = [_point(grid, tally.low[o]), _point(grid, tally.high[o])]
+    corners = [_point(grid, counts.low[o]), _point(grid, counts.high[o])]
     last = np.array(grid.shape) - 1
     return OrganMeasures(
         volume_ml=count * ml,
         interval_ml=(min(sure, count) * ml, max(possible, count) * ml),
-        mean_hu=hu / count,
-        centroid=_point(grid, np.array(sums) / count),
+        mean_hu=int(counts.hu[o]) / count,
+        centroid=_point(grid, counts.indices[o] / count),
         extent=(corners[0], corners[1]),
         votes=len(voting),
         spread_mm=spread,
-        at_border=bool((tally.low[o] <= 0).any() or (tally.high[o] >= last).any()),
+        at_border=bool((counts.low[o] <= 0).any() or (counts.high[o] >= last).any()),
         confidence=2 * firm / (whole + firm) * max(1 - BORDER / _radius(count * ml), 0),
     )
 

@@ -13,7 +13,8 @@ from distributed import Client
 from atlas_store import AtlasKeypoints, AtlasStore
 from kpt_dask.matching.second_pass import rematch
 from kpt_dask.options import DEFAULTS, TransferOptions
-from kpt_dask.organ_transfer.measures import Tally
+from kpt_dask.organ_transfer.job import Evidence, TransferJob
+from kpt_dask.organ_transfer.measures import OrganCounts
 from kpt_dask.organ_transfer.moving.schedule import move_organs
 from kpt_dask.organ_transfer.warping.block import warp_atlases
 from kpt_dask.volumes.volume import Volume
@@ -34,11 +35,11 @@ def transfer(
     atlases: AtlasKeypoints | None = None,
     memory: int | None = None,
     client: Client | None = None,
-) -> Tally:
+) -> OrganCounts:
     """Transfer the atlases' organs to the scan: fill the probabilities, decide each voxel's organ.
 
-    Modes `organ`, `affine` and `across` move organs whole; their equations stand at
-    `kpt_dask.organ_transfer.moving.schedule.move_organs`. Mode `local` matches the keypoints
+    Modes `organ`, `affine` and `across` move organs whole; their equations stand in
+    `kpt_dask.organ_transfer.moving`. Mode `local` matches the keypoints
     again, near where a first field expects them, and warps each atlas by a smooth field; its
     equations stand at `kpt_dask.organ_transfer.warping.block.warp_atlases`.
 
@@ -52,7 +53,7 @@ def transfer(
         From `kpt_dask.extract`, `kpt_dask.match` and `kpt_dask.vote`. Mode `local` does not look
         at the votes.
     probability : zarr.Array (organ, z, y, x), float32
-        From `kpt_dask.organ_transfer.decision.create_probability`, made for the same mode.
+        From `kpt_dask.organ_transfer.probability.create_probability`, made for the same mode.
     labels : zarr.Array (z, y, x)
         Level 0 of the label map, filled with 0, from `kpt_dask.volumes.omezarr.create_label_image`.
     mode : str
@@ -69,7 +70,7 @@ def transfer(
 
     Returns
     -------
-    Tally
+    OrganCounts
         What is counted of the labels and their shares.
 
     Raises
@@ -107,17 +108,5 @@ def transfer(
             memory=memory,
             client=client,
         )
-    return move_organs(
-        volume,
-        store,
-        atlas_ids,
-        keypoints,
-        matches,
-        votes,
-        probability,
-        labels,
-        mode=mode,
-        options=options,
-        memory=memory,
-        client=client,
-    )
+    job = TransferJob(volume, store.organs, probability, labels, mode, options, memory)
+    return move_organs(job, store.atlases(atlas_ids), Evidence(keypoints, matches, votes), client)

@@ -11,10 +11,10 @@ from numpy.typing import NDArray
 from atlas_store import Atlas, AtlasStore, StoreFormatError, organ_strips
 from atlas_store.arrays.boxes import shape_of, slices
 from atlas_store.crop import WIDE
-from atlas_store.organ_strips import OUTSIDE, PLACE, STRIP, read_strips
+from atlas_store.organ_strips import HEADER_COLUMNS, NOT_ORGAN, STRIP, Strips, read_strips
 from kpt_dask.kernels.simd import LANES
-from kpt_dask.organ_transfer.decision import VANISHING
-from kpt_dask.organ_transfer.moving.kernels import accumulate
+from kpt_dask.organ_transfer.likelihood import VANISHING
+from kpt_dask.organ_transfer.moving.kernels import Shifts, Slab, add_shifted_organ
 from tests.atlas_store.resealed import reseal
 from tests.helpers import ATLASES, ORGANS, data_of, make_store
 from tests.naive.stations import AnnotatedImage
@@ -31,7 +31,7 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> AtlasStore:
 def dense(body: AnnotatedImage, atlas: Atlas, name: str) -> NDArray[np.int16]:
     box = slices(atlas.organs[name].bounding_box)
     own = body.labels[box] == ORGANS.by_name(name).value
-    return np.where(own, np.rint(body.image[box]), OUTSIDE).astype(np.int16)
+    return np.where(own, np.rint(body.image[box]), NOT_ORGAN).astype(np.int16)
 
 
 def test_an_organ_is_what_image_and_label_map_show(
@@ -53,14 +53,14 @@ def test_an_organ_is_what_image_and_label_map_show(
                 expected = dense(body, atlas, name)
                 for z in range(shapes[name][0]):
                     if not any(first <= z < stop for first, stop in wanted[name]):
-                        expected[z] = OUTSIDE
+                        expected[z] = NOT_ORGAN
                 filled = found.dense(shapes[name])[..., : shapes[name][2]]
                 np.testing.assert_array_equal(filled, expected)
                 z = np.repeat(np.arange(shapes[name][0]), np.diff(found.planes))
                 own = found.values[found.planes[0] : found.planes[-1]]
                 np.testing.assert_array_equal(own[:, 0], z)
                 # No strip begins outside of the organ, so none is in vain.
-                assert (own[:, PLACE] != OUTSIDE).all()
+                assert (own[:, HEADER_COLUMNS] != NOT_ORGAN).all()
 
 
 def test_atlases_of_earlier_versions_give_the_same(tmp_path: Path) -> None:
@@ -116,11 +116,11 @@ def test_damage_is_named(tmp_path: Path, damage: str, sealed: bool) -> None:
         name = next(iter(atlas.organs))
         array.update_attributes({"planes": {name: [5, 3]}})
     elif damage == "shape":
-        array.resize((3, PLACE + STRIP))
+        array.resize((3, HEADER_COLUMNS + STRIP))
     elif damage == "version":
         array.update_attributes({"encoding-version": "2"})
     else:
-        array.resize((0, PLACE + STRIP))
+        array.resize((0, HEADER_COLUMNS + STRIP))
     wanted = {name: [(0, shape_of(info.bounding_box)[0])] for name, info in atlas.organs.items()}
     complaint = r"strips/(c/0/0|zarr\.json) of the atlas 'a0' is (missing|damaged)"
     if sealed:
@@ -148,32 +148,34 @@ def test_moved_strips_add_up_like_moved_voxels(
 ) -> None:
     rng = np.random.default_rng(seed)
     organ = rng.integers(-200, 200, shape).astype(np.int16)
-    organ[rng.random(shape) < 0.3] = OUTSIDE
+    organ[rng.random(shape) < 0.3] = NOT_ORGAN
     scan = rng.integers(-200, 200, box).astype(np.int16)
     weights = rng.random(len(offsets)).astype(np.float32)
     nu = 60.0
     expected = np.zeros(box)
     for weight, offset in zip(weights, offsets, strict=True):
-        for voxel in np.argwhere(organ != OUTSIDE):
+        for voxel in np.argwhere(organ != NOT_ORGAN):
             at = tuple(voxel + offset)
             if all(0 <= i < n for i, n in zip(at, box, strict=True)):
                 d = float(scan[at]) - float(organ[tuple(voxel)])
                 if abs(d) < VANISHING * nu:
                     expected[at] += weight * np.exp(-(d**2) / (2 * nu**2))
-    packed = (np.where(organ == OUTSIDE, 0, organ).astype(np.int32) << 16) | (organ != OUTSIDE)
+    packed = (np.where(organ == NOT_ORGAN, 0, organ).astype(np.int32) << 16) | (organ != NOT_ORGAN)
     values = organ_strips._ordered(organ_strips._cut_out(packed, WIDE, 0, 1))
     share = rng.random((*box[:2], box[2] + 2 * LANES), np.float32)
-    corner = np.array([7, -8, 9])
+    first = (7, -8, 9)
     [found] = organ_strips._planes_of(values, [(0, len(values))], [shape])
     assert found is not None
-    planes, halves = found
-    where = np.array(offsets, np.int64).reshape(-1, 3) + corner
+    planes, short_strips = found
+    where = np.array(offsets, np.int64).reshape(-1, 3) + first
     # Of two atlases; the first one shows nothing.
-    planes, halves = np.concatenate([[0, 0], planes]), np.concatenate([[0, 0], halves])
-    shifts = np.column_stack([where, np.tile((*shape, 2), (len(offsets), 1))])
-    what = values, planes, halves, shifts, weights
+    strips = Strips(
+        values, np.concatenate([[0, 0], planes]), np.concatenate([[0, 0], short_strips])
+    )
+    sizes = np.tile(np.array(shape, np.int64), (len(offsets), 1))
+    shifts = Shifts(where, sizes, np.full(len(offsets), 2), weights)
     # The scan goes on beside the share's planes and rows.
     around = np.pad(scan, ((2, 0), (3, 1), (LANES, LANES)), constant_values=7)
-    columns = (LANES, LANES + box[2])
-    accumulate(share, columns, around, (2, 3), corner, *what, nu)
+    slab = Slab(share, around, (2, 3), first)
+    add_shifted_organ(slab, (LANES, LANES + box[2]), strips, shifts, nu)
     np.testing.assert_allclose(share[..., LANES:-LANES], expected, atol=1e-6)

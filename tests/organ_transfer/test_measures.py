@@ -8,8 +8,13 @@ from atlas_store import load_organs
 from atlas_store.arrays.boxes import box_of
 from atlas_store.arrays.regions import regions
 from kpt_dask.grid import Grid
-from kpt_dask.organ_transfer.decision import Decision
-from kpt_dask.organ_transfer.measures import OrganMeasures, Tally, count_labels, organ_measures
+from kpt_dask.organ_transfer.decision import BoxLabels
+from kpt_dask.organ_transfer.measures import (
+    OrganCounts,
+    OrganMeasures,
+    count_labels,
+    organ_measures,
+)
 
 SHAPE = (20, 24, 30)
 GRID = Grid.isotropic(SHAPE, 2.0, (100.0, -50.0, 20.0))
@@ -39,18 +44,18 @@ def found(arrays: Arrays, block: tuple[int, int, int]) -> dict[str, OrganMeasure
     keypoints = xr.Dataset({"position": (("keypoint", "axis"), position)})
     label = np.array([ORGANS.values[0]] * 2 + [0], np.uint16)
     votes = xr.Dataset({"label": ("keypoint", label)})
-    total = Tally.empty(len(ORGANS))
+    total = OrganCounts.empty(len(ORGANS))
     for region in regions(SHAPE, block):
-        tally = Tally.empty(len(ORGANS))
-        decision = Decision(box_of(region), THRESHOLD, np.uint16)
+        counts = OrganCounts.empty(len(ORGANS))
+        decided = BoxLabels(box_of(region), THRESHOLD, np.uint16)
         for o, value in enumerate(ORGANS.values):
             part = shares[o][region]
-            rows = decision.claim(value, box_of(region), part, tally.above[o])
+            rows = decided.update(value, box_of(region), part, counts.above[o])
             np.testing.assert_array_equal(rows, part.any(axis=2))
-        np.testing.assert_array_equal(decision.labels, labels[region])
+        np.testing.assert_array_equal(decided.labels, labels[region])
         corner = np.array([part.start for part in region])
-        count_labels(labels[region], hu[region], ORGANS.values, corner, tally)
-        total += tally
+        count_labels(labels[region], hu[region], ORGANS.values, corner, counts)
+        total += counts
     return organ_measures(total, ORGANS, GRID, keypoints, votes)
 
 

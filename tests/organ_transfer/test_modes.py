@@ -12,7 +12,7 @@ import kpt_dask
 from atlas_store import AtlasKeypoints, AtlasStore
 from kpt_dask.errors import ParameterError
 from kpt_dask.options import MODES, TransferOptions
-from kpt_dask.organ_transfer.decision import SHARD, create_probability
+from kpt_dask.organ_transfer.probability import TILING, create_probability
 from kpt_dask.segmentation import segment
 from kpt_dask.volumes.omezarr import create_label_image
 from kpt_dask.volumes.volume import Volume
@@ -38,7 +38,7 @@ def transferred(
     votes = kpt_dask.vote(matches, keypoints.sizes["keypoint"], store.organs)
     group = zarr.create_group(str(path), attributes={"ome": volume.group.attrs["ome"]})
     probability = create_probability(group, volume.grid, store.organs, mode)
-    labels = create_label_image(group, "organs", volume.grid, store.organs, SHARD)[0]
+    labels = create_label_image(group, "organs", volume.grid, store.organs, TILING.shard)[0]
     found = keypoints, matches, votes, probability, labels
     options = options or TransferOptions()
     kpt_dask.transfer(volume, store, store.ids(), *found, mode=mode, options=options, client=client)

@@ -1,6 +1,6 @@
-"""How far keypoints of an atlas lie from its organs.
+"""Distances of an atlas's keypoints from its organs, for the weights of mode `across`.
 
-Measured on its label map when it is asked for, so that nothing more need be stored.
+Measured on the organ strips when they are needed, so nothing more is stored.
 """
 
 import numpy as np
@@ -9,11 +9,11 @@ from scipy.spatial import cKDTree
 
 from atlas_store import Atlas, OrganTable
 from atlas_store.arrays.boxes import shape_of
-from atlas_store.organ_strips import OUTSIDE, read_strips
+from atlas_store.organ_strips import NOT_ORGAN, read_strips
 from kpt_dask.kernels.jit import kernel
 
-REACH = 4.0
-"""Standard deviations ρ beyond which a match has no say: it would weigh less than 0.0004."""
+REACH_RHO = 4.0
+"""Distance, in units of ρ, from which on a match does not count: it would weigh below 0.0004."""
 
 
 def organ_distances(
@@ -28,7 +28,7 @@ def organ_distances(
         (z, y, x), mm, in the world of the atlas.
     organs : OrganTable
     reach : float
-        mm; what is farther away is infinitely far.
+        mm; larger distances are infinite.
 
     Returns
     -------
@@ -41,7 +41,7 @@ def organ_distances(
     StoreFormatError
         If its organs are not there or damaged.
     """
-    found = np.full((len(points), len(organs)), np.inf, np.float32)
+    distances = np.full((len(points), len(organs)), np.inf, np.float32)
     spacing = np.array(atlas.info.spacing)
     voxel = (points.astype(np.float64) - atlas.info.origin) / spacing
     near: dict[str, NDArray[np.int64]] = {}
@@ -49,24 +49,24 @@ def organ_distances(
         if name in atlas.organs:
             low, high = np.array(atlas.organs[name].bounding_box).T
             outside = np.maximum(np.maximum(low - voxel, voxel - (high - 1)), 0) * spacing
-            own = np.flatnonzero(np.linalg.norm(outside, axis=1) < reach)
-            if own.size:
-                near[name] = own
+            points_near = np.flatnonzero(np.linalg.norm(outside, axis=1) < reach)
+            if points_near.size:
+                near[name] = points_near
     boxes = {name: atlas.organs[name].bounding_box for name in near}
     whole = {name: [(0, z[1] - z[0])] for name, (z, _, _) in boxes.items()}
-    [found_strips] = read_strips([(atlas, whole)], organs)
-    for name, strips in found_strips.items():
-        own, box = near[name], boxes[name]
+    [strips_of] = read_strips([(atlas, whole)], organs)
+    for name, strips in strips_of.items():
+        points_near, box = near[name], boxes[name]
         shape = shape_of(box)
-        organ = strips.dense(shape)[..., : shape[2]] != OUTSIDE
-        at = voxel[own] - [start for start, _ in box]
+        organ = strips.dense(shape)[..., : shape[2]] != NOT_ORGAN
+        inside = voxel[points_near] - [start for start, _ in box]
         tree = cKDTree(surface(organ) * spacing)
-        distance = np.asarray(tree.query(at * spacing, distance_upper_bound=reach)[0])
-        voxels = np.floor(at + 0.5).astype(np.int64)
+        distance = np.asarray(tree.query(inside * spacing, distance_upper_bound=reach)[0])
+        voxels = np.floor(inside + 0.5).astype(np.int64)
         boxed = np.flatnonzero(((voxels >= 0) & (voxels < organ.shape)).all(axis=1))
         distance[boxed[organ[tuple(voxels[boxed].T)]]] = 0
-        found[own, organs.names.index(name)] = distance
-    return found
+        distances[points_near, organs.names.index(name)] = distance
+    return distances
 
 
 @kernel

@@ -1,7 +1,7 @@
-"""Which organs move where, and with which weight: plans of the modes that move whole organs.
+"""Plans of the modes that move whole organs: which organs move where, and with which weight.
 
-Functions of matches and votes alone: planned before any voxel is visited, in one order of
-summation, so that blocks are independent. Reads no voxel.
+Pure functions of matches and votes: no voxel is read. The moves are in the order of summation, so
+sums do not depend on how the volume is cut.
 """
 
 from collections.abc import Mapping, Sequence
@@ -17,16 +17,17 @@ from atlas_store import Atlas, OrganTable
 from atlas_store.arrays.boxes import Box
 from kpt_dask.grid import Grid
 from kpt_dask.kernels.jit import kernel
-from kpt_dask.organ_transfer.moving.distances import REACH
+from kpt_dask.organ_transfer.job import Evidence
+from kpt_dask.organ_transfer.moving.distances import REACH_RHO
 from kpt_dask.organ_transfer.moving.ransac import fit_affines
 
 NEGLIGIBLE = 0.05
-"""Of an organ's vote weight, the share that mode `across` leaves out: its lightest moves, most of
-them. No share of the votes changes by more."""
+"""Mode `across` drops an organ's lightest moves, which are most of them, up to this part of its
+total weight; no probability changes by more."""
 
 
 @dataclass(frozen=True, eq=False)
-class Moves:
+class OrganMoves:
     """Organs of atlases, moved by whole voxels or by affines.
 
     Attributes
@@ -37,12 +38,12 @@ class Moves:
     weight : float64 array (n)
         Sums of the weights of the matches that propose a move.
     low, high : int64 arrays (n, 3)
-        Where the organ comes to lie: first voxels of the scan, and the ones past the last.
+        Voxels of the scan that the organ's bounding box covers when moved: the first, and the one
+        past the last.
     voxels : int64 array (n)
         Voxels of the organ.
     affine : int64 array (n)
-        Which of `inverse` a move is by, or −1: then the organ's bounding box comes to lie between
-        `low` and `high`.
+        Row of `inverse` by which the organ moves; −1 if it moves by whole voxels.
     inverse : float64 array (k, 3, 4)
         Affines, from voxels of the scan to those of an organ's bounding box.
     """
@@ -56,9 +57,9 @@ class Moves:
     affine: NDArray[np.int64]
     inverse: NDArray[np.float64]
 
-    def take(self, index: NDArray[np.int64]) -> "Moves":
+    def take(self, index: NDArray[np.int64]) -> "OrganMoves":
         """Keep some moves, given by their indices, in that order."""
-        return Moves(
+        return OrganMoves(
             self.atlas[index],
             self.organ[index],
             self.weight[index],
@@ -74,35 +75,35 @@ class Moves:
         ahead = (np.diff(self.atlas) != 0) | (np.diff(self.organ) != 0)
         return np.flatnonzero(np.append(self.atlas.size > 0, ahead))
 
-    def bent(self) -> NDArray[np.bool_]:
-        """Whether each move is by an affine (n)."""
+    def by_affine(self) -> NDArray[np.bool_]:
+        """Tell which moves are by an affine: bool (n)."""
         return self.affine >= 0
 
     def reach(self, box: Box) -> NDArray[np.bool_]:
-        """Whether each move reaches a box (n)."""
+        """Tell which moves reach a box: bool (n)."""
         reached = np.empty(self.atlas.size, np.bool_)
         _reach(self.low, self.high, np.array(box), reached)
         return reached
 
     def visited_in(self, box: Box) -> NDArray[np.float64]:
-        """About how many voxels of a box each move visits (n).
+        """Estimate how many voxels of a box each move visits: float (n).
 
-        Those of the organ, as if it were round: half of a ball lies in its middle third. By an
-        affine, all where it may come to lie.
+        By whole voxels, those of the organ, which counts as a ball: 48 % of it lie in its middle
+        third. By an affine, all voxels that its moved bounding box covers.
         """
         visited = np.empty(self.atlas.size)
-        _visit(self.low, self.high, self.voxels, self.bent(), np.array(box), visited)
+        _visit(self.low, self.high, self.voxels, self.by_affine(), np.array(box), visited)
         return visited
 
     def reaches(self) -> dict[int, Box]:
-        """Box around where each organ comes to lie that any of them moves."""
-        found: dict[int, Box] = {}
+        """Box around all moves of each organ, by index of the organ."""
+        boxes: dict[int, Box] = {}
         for o in np.unique(self.organ).tolist():
-            own = self.organ == o
-            low, high = self.low[own].min(axis=0), self.high[own].max(axis=0)
+            chosen = self.organ == o
+            low, high = self.low[chosen].min(axis=0), self.high[chosen].max(axis=0)
             z, y, x = zip(low.tolist(), high.tolist(), strict=True)
-            found[o] = z, y, x
-        return found
+            boxes[o] = z, y, x
+        return boxes
 
 
 @kernel
@@ -114,18 +115,18 @@ def _reach(low: Any, high: Any, box: Any, out: Any) -> None:
 
 
 @kernel
-def _visit(low: Any, high: Any, voxels: Any, bent: Any, box: Any, out: Any) -> None:
-    """Do what `Moves.visited_in` does."""
+def _visit(low: Any, high: Any, voxels: Any, by_affine: Any, box: Any, out: Any) -> None:
+    """Do what `OrganMoves.visited_in` does."""
     for n in range(low.shape[0]):
         share = inside = 1.0
         for axis in range(3):
             size = high[n, axis] - low[n, axis]
             begin = min(max(box[axis, 0] - low[n, axis], 0), size) / size
             end = min(max(box[axis, 1] - low[n, axis], 0), size) / size
-            # Of a ball of height 1, what lies below each.
+            # Volume of a ball of height 1 below `end`, less that below `begin`.
             share *= end * end * (3 - 2 * end) - begin * begin * (3 - 2 * begin)
             inside *= (end - begin) * size
-        out[n] = inside if bent[n] else share * voxels[n]
+        out[n] = inside if by_affine[n] else share * voxels[n]
 
 
 @dataclass(frozen=True)
@@ -146,8 +147,7 @@ class Proposals:
 
 
 def propose(
-    matches: xr.Dataset,
-    votes: xr.Dataset,
+    evidence: Evidence,
     atlases: Sequence[Atlas],
     organs: OrganTable,
     across: Mapping[str, Sequence[str]],
@@ -158,51 +158,50 @@ def propose(
 
     Parameters
     ----------
-    matches, votes : xarray.Dataset
-        From `kpt_dask.match` and `kpt_dask.vote`.
+    evidence : Evidence
+        Its matches and votes.
     atlases, organs
         What the indices of the matches and the columns of the votes stand for.
     across : mapping of str to sequence of str
-        By organ, in which organs matches must lie to move it; else in the organ itself. Those
-        whose atlas label equals their test keypoint's move it, with weight p(L) · p(m)
+        By organ, in which organs matches must lie to move it; in the organ itself otherwise. Those
+        whose atlas label equals their test keypoint's label move it, with weight p(L) · p(m)
         (eqs. 8–10).
     distance : float32 array (match, organ), optional
         mm from the match's atlas keypoint to the atlas's organ. If given, organs that `across`
-        does not name are moved by all matches with d < `REACH` · ρ, in an organ or not, with
+        does not name are moved by all matches with d < `REACH_RHO` · ρ, in an organ or not, with
         weight p(m) · exp(−d² / 2ρ²).
     rho : float
         ρ, mm.
     """
-    label = matches.label.values
-    keypoint = matches.keypoint.values
-    atlas = matches.atlas.values
+    _, matches, votes = evidence
+    label, keypoint = matches.label.values, matches.keypoint.values
     probability = matches.probability.values.astype(np.float64)
     agreeing = np.flatnonzero((label > 0) & (label == votes.label.values[keypoint]))
     names = organs.names
     organ_of = np.zeros(1 << 16, np.int64)
     organ_of[list(organs.values)] = np.arange(len(names))
-    moving = organ_of[label[agreeing]]
-    shares = votes.posterior.values[keypoint[agreeing], moving].astype(np.float64)
-    weights = shares * probability[agreeing]
+    lies_in = organ_of[label[agreeing]]
+    posterior = votes.posterior.values[keypoint[agreeing], lies_in].astype(np.float64)
+    agreeing_weight = posterior * probability[agreeing]
     shown = np.array([[name in a.organs for name in names] for a in atlases], bool)
-    shown = shown.reshape(-1, len(names))[atlas[agreeing]]
-    found: list[tuple[NDArray[np.int64], NDArray[np.float64]]] = []
+    shown = shown.reshape(-1, len(names))[matches.atlas.values[agreeing]]
+    match_of: list[NDArray[np.int64]] = []
+    weight_of: list[NDArray[np.float64]] = []
     for o, name in enumerate(names):
         if distance is not None and name not in across:
-            own = np.flatnonzero(distance[:, o] < REACH * rho)
-            nearness = np.exp(-(distance[own, o].astype(np.float64) ** 2) / (2 * rho**2))
-            weight = probability[own] * nearness
+            match = np.flatnonzero(distance[:, o] < REACH_RHO * rho)
+            nearness = np.exp(-(distance[match, o].astype(np.float64) ** 2) / (2 * rho**2))
+            weight = probability[match] * nearness
         else:
-            here = moving == o
-            if name in across:
-                here = np.isin(moving, [names.index(mover) for mover in across[name]])
-            here &= shown[:, o]
-            own, weight = agreeing[here], weights[here]
-        found.append((own[weight > 0], weight[weight > 0]))
+            movers = [names.index(mover) for mover in across.get(name, [name])]
+            moving = np.isin(lies_in, movers) & shown[:, o]
+            match, weight = agreeing[moving], agreeing_weight[moving]
+        match_of.append(match[weight > 0])
+        weight_of.append(weight[weight > 0])
     return Proposals(
-        np.concatenate([own for own, _ in found]),
-        np.repeat(np.arange(len(organs)), [own.size for own, _ in found]),
-        np.concatenate([weight for _, weight in found]),
+        np.concatenate(match_of),
+        np.repeat(np.arange(len(organs)), [match.size for match in match_of]),
+        np.concatenate(weight_of),
     )
 
 
@@ -212,7 +211,7 @@ def plan_moves(
     atlases: Sequence[Atlas],
     organs: OrganTable,
     grid: Grid,
-) -> Moves:
+) -> OrganMoves:
     """Move organs by the translation of each match, rounded to voxels.
 
     Matches that propose the same move are one move; those of an organ are ordered by shift.
@@ -225,13 +224,20 @@ def plan_moves(
     first, inverse = _distinct(np.column_stack([atlas, proposals.organ, shift]))
     weights = np.bincount(inverse, proposals.weight, minlength=first.size)
     atlas, organ, shift = atlas[first], proposals.organ[first], shift[first]
-    bounds, voxels = _organs(atlas, organ, atlases, organs)
-    low, high = bounds[..., 0] + shift, bounds[..., 1] + shift
-    none = np.full(atlas.size, -1), np.empty((0, 3, 4))
-    return Moves(atlas, organ, weights.astype(np.float64), low, high, voxels, *none)
+    bounds, voxels = _boxes_of(atlas, organ, atlases, organs)
+    return OrganMoves(
+        atlas,
+        organ,
+        weights.astype(np.float64),
+        bounds[..., 0] + shift,
+        bounds[..., 1] + shift,
+        voxels,
+        affine=np.full(atlas.size, -1),
+        inverse=np.empty((0, 3, 4)),
+    )
 
 
-def _organs(
+def _boxes_of(
     atlas: NDArray[np.int64],
     organ: NDArray[np.int64],
     atlases: Sequence[Atlas],
@@ -247,9 +253,9 @@ def _organs(
 
 
 def _distinct(rows: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """Where each distinct row is first, in their order, and which of them each row is.
+    """Find distinct rows, in their order: where each is first, and which of them each row is.
 
-    Several times faster than numpy, which compares whole rows to sort them.
+    Several times faster than `numpy.unique`, which compares whole rows to sort them.
     """
     order = np.lexsort(rows.T[::-1])
     ordered = rows[order]
@@ -262,60 +268,61 @@ def _distinct(rows: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.in
 
 def plan_affines(
     proposals: Proposals,
-    keypoints: xr.Dataset,
-    matches: xr.Dataset,
+    evidence: Evidence,
     atlases: Sequence[Atlas],
     organs: OrganTable,
     grid: Grid,
-) -> Moves:
+) -> OrganMoves:
     """Move each atlas's organ by one affine where its matches support one, else as `plan_moves`.
 
-    The affine counts as much as the matches that agree with it; the others have no say.
+    The affine's weight is the sum over the matches that agree with it; the others of that organ
+    and atlas do not count.
     """
-    atlas = matches.atlas.values[proposals.match].astype(np.int64)
+    keypoints, matches, _ = evidence
+    match_atlas = matches.atlas.values[proposals.match].astype(np.int64)
     position = keypoints.position.values[matches.keypoint.values[proposals.match]]
     position = position.astype(np.float64)
-    before = position - matches.translation.values[proposals.match]
-    first, pair = _distinct(np.column_stack([atlas, proposals.organ]))
+    in_atlas = position - matches.translation.values[proposals.match]
+    first, pair = _distinct(np.column_stack([match_atlas, proposals.organ]))
     order = np.argsort(pair, kind="stable")
     counts = np.bincount(pair, minlength=first.size)
-    # Here: to hand so little work to others takes as long as to do it.
-    affines, agree = fit_affines(before[order], position[order], np.cumsum(counts))
-    bent = np.flatnonzero(~np.isnan(affines[:, 0, 0]))
-    moved = np.zeros(first.size, np.bool_)
-    moved[bent] = True
-    moved = moved[pair]
-    weights = np.bincount(pair[order], agree * proposals.weight[order], minlength=first.size)[bent]
-    rest = Proposals(proposals.match[~moved], proposals.organ[~moved], proposals.weight[~moved])
+    # In this process: to send so little work elsewhere would take as long as to do it.
+    affines, agree = fit_affines(in_atlas[order], position[order], np.cumsum(counts))
+    fitted = np.flatnonzero(~np.isnan(affines[:, 0, 0]))
+    by_affine = np.zeros(first.size, np.bool_)
+    by_affine[fitted] = True
+    others = ~by_affine[pair]
+    weights = np.bincount(pair[order], agree * proposals.weight[order], minlength=first.size)
+    rest = Proposals(proposals.match[others], proposals.organ[others], proposals.weight[others])
     shifted = plan_moves(rest, matches, atlases, organs, grid)
-    who = atlas[first[bent]], proposals.organ[first[bent]]
-    bounds, voxels = _organs(*who, atlases, organs)
-    origins = np.array([a.info.origin for a in atlases]).reshape(-1, 3)[who[0]]
-    low, high, inverse = _in_voxels(affines[bent], bounds, origins, grid)
-    both = Moves(
-        np.append(who[0], shifted.atlas),
-        np.append(who[1], shifted.organ),
-        np.append(weights, shifted.weight),
+    atlas, organ = match_atlas[first[fitted]], proposals.organ[first[fitted]]
+    bounds, voxels = _boxes_of(atlas, organ, atlases, organs)
+    origins = np.array([a.info.origin for a in atlases]).reshape(-1, 3)[atlas]
+    low, high, inverse = _in_voxels(affines[fitted], bounds, origins, grid)
+    both = OrganMoves(
+        np.append(atlas, shifted.atlas),
+        np.append(organ, shifted.organ),
+        np.append(weights[fitted], shifted.weight),
         np.concatenate([low, shifted.low]),
         np.concatenate([high, shifted.high]),
         np.append(voxels, shifted.voxels),
-        np.append(np.arange(bent.size), shifted.affine),
+        np.append(np.arange(fitted.size), shifted.affine),
         inverse,
     )
     return both.take(np.lexsort((both.organ, both.atlas)))
 
 
-def without_negligible(moves: Moves, n_organs: int) -> Moves:
-    """Leave out the lightest moves of each organ, `NEGLIGIBLE` of its weight at most.
+def without_negligible(moves: OrganMoves, n_organs: int) -> OrganMoves:
+    """Drop the lightest moves of each organ, up to `NEGLIGIBLE` of its weight.
 
-    Without a part ε of the weights, K + D of W becomes K of W − ε W, with 0 ≤ D ≤ ε W: no share
-    changes by more than ε.
+    A share (K + D) / W becomes K / (W − εW), where εW is the weight that is dropped and
+    0 ≤ D ≤ εW: it changes by at most ε.
     """
     kept = np.ones(moves.atlas.size, bool)
     for o in range(n_organs):
-        own = np.flatnonzero(moves.organ == o)
-        order = own[np.argsort(moves.weight[own], kind="stable")]
-        light = np.cumsum(moves.weight[order]) <= NEGLIGIBLE * moves.weight[own].sum()
+        of_organ = np.flatnonzero(moves.organ == o)
+        order = of_organ[np.argsort(moves.weight[of_organ], kind="stable")]
+        light = np.cumsum(moves.weight[order]) <= NEGLIGIBLE * moves.weight[of_organ].sum()
         kept[order[light]] = False
     return moves.take(np.flatnonzero(kept))
 
@@ -342,7 +349,7 @@ def _in_voxels(
     -------
     low, high : int64 arrays (k, 3)
     inverse : float64 array (k, 3, 4)
-        Where the organs come to lie, and the way back: see `Moves`.
+        Where the organs come to lie, and the way back: see `OrganMoves`.
     """
     spacing = float(grid.spacing[0])
     linear, size = affines[..., :3], bounds[..., 1] - bounds[..., 0]

@@ -14,15 +14,14 @@ from numpy.typing import NDArray
 from atlas_store import AtlasStore
 from atlas_store.arrays.boxes import Box
 from kpt_dask.options import MODES, TransferOptions
-from kpt_dask.organ_transfer import decision as share_module
-from kpt_dask.organ_transfer.decision import create_probability
-from kpt_dask.organ_transfer.moving import schedule as module
+from kpt_dask.organ_transfer.job import Evidence, TransferJob
 from kpt_dask.organ_transfer.moving.distances import organ_distances
-from kpt_dask.organ_transfer.moving.plan import Moves
+from kpt_dask.organ_transfer.moving.plan import OrganMoves
 from kpt_dask.organ_transfer.moving.schedule import move_organs
+from kpt_dask.organ_transfer.probability import TILING, Tiling, create_probability
 from kpt_dask.runtime import cluster
 from kpt_dask.volumes.volume import Volume
-from tests.helpers import ATLASES, ORGANS, SCAN, SPACING, clear, create_labels, files, onto
+from tests.helpers import ATLASES, ORGANS, SCAN, SMALL, SPACING, clear, create_labels, files, onto
 from tests.naive import moving as naive
 from tests.naive.moving import Match
 from tests.naive.stations import decide
@@ -73,7 +72,7 @@ def bent(seed: int, turn: float, wrong: int = 2, n: int = 11) -> list[Match]:
     return found
 
 
-def tables(matches: Sequence[Match]) -> tuple[xr.Dataset, xr.Dataset, xr.Dataset]:
+def tables(matches: Sequence[Match]) -> Evidence:
     """The keypoints, matches and votes that the stations before would give."""
     matches = sorted(matches, key=lambda m: m.atlas)
     n, values = len(matches), list(ORGANS.values)
@@ -100,7 +99,7 @@ def tables(matches: Sequence[Match]) -> tuple[xr.Dataset, xr.Dataset, xr.Dataset
     votes = xr.Dataset(
         {"posterior": (("keypoint", "organ"), posterior), "label": ("keypoint", voted)}
     )
-    return keypoints, found, votes
+    return Evidence(keypoints, found, votes)
 
 
 def run(
@@ -112,23 +111,15 @@ def run(
     mode: str,
     across: Mapping[str, Sequence[str]] | None = None,
     memory: int = 1 << 30,
+    tiling: Tiling = TILING,
 ) -> tuple[Array, Array]:
     """Probabilities and label map."""
     group = zarr.create_group(str(path))
-    probability = create_probability(group, volume.grid, store.organs, mode)
-    labels = create_labels(group, volume.grid.shape)
-    move_organs(
-        volume,
-        store,
-        store.ids(),
-        *tables(matches),
-        probability,
-        labels,
-        mode=mode,
-        options=TransferOptions(rho=RHO, across=across or {}),
-        memory=memory,
-        client=client,
-    )
+    probability = create_probability(group, volume.grid, store.organs, mode, tiling)
+    labels = create_labels(group, volume.grid.shape, tiling)
+    options = TransferOptions(rho=RHO, across=across or {})
+    job = TransferJob(volume, store.organs, probability, labels, mode, options, memory, tiling)
+    move_organs(job, store.atlases(store.ids()), tables(matches), client)
     return np.asarray(probability[...]), labels[...]
 
 
@@ -169,12 +160,7 @@ CASES: dict[str, tuple[str, list[Match], dict[str, tuple[str, ...]]]] = {
 
 @pytest.mark.parametrize("case", CASES)
 def test_shares_are_what_the_equations_say_in_any_blocks(
-    monkeypatch: pytest.MonkeyPatch,
-    tmp_path: Path,
-    volume: Volume,
-    store: AtlasStore,
-    one_process: Client,
-    case: str,
+    tmp_path: Path, volume: Volume, store: AtlasStore, one_process: Client, case: str
 ) -> None:
     mode, matches, across = CASES[case]
     whole, labels = run(volume, store, matches, tmp_path / "whole", one_process, mode, across)
@@ -184,12 +170,10 @@ def test_shares_are_what_the_equations_say_in_any_blocks(
     np.testing.assert_allclose(whole[:, sure], shares[:, sure], atol=3e-6)
     sure &= clear(shares)
     np.testing.assert_array_equal(labels[sure], decide(shares, ORGANS.values)[sure])
-    for i, (block, chunks) in enumerate([((8, 12, 10), (4, 6, 5)), ((1, 128, 9), (1, 64, 9))]):
-        monkeypatch.setattr(module, "SHARD", block)
-        monkeypatch.setattr(share_module, "SHARD", block)
-        monkeypatch.setattr(share_module, "CHUNKS", chunks)
-        path = tmp_path / f"blocks{i}"
-        found, cut = run(volume, store, matches, path, one_process, mode, across)
+    tilings = Tiling((8, 12, 10), (4, 6, 5)), Tiling((1, 128, 9), (1, 64, 9))
+    for i, tiling in enumerate(tilings):
+        what = volume, store, matches, tmp_path / f"blocks{i}", one_process, mode, across
+        found, cut = run(*what, tiling=tiling)
         np.testing.assert_array_equal(found.view(np.uint32), whole.view(np.uint32))
         np.testing.assert_array_equal(cut, labels)
 
@@ -218,7 +202,6 @@ def test_any_team_gives_the_same_bytes(
 
 @pytest.mark.parametrize("case", ["across", "affine"])
 def test_processes_give_the_same_bytes_as_threads(
-    monkeypatch: pytest.MonkeyPatch,
     tmp_path: Path,
     volume: Volume,
     store: AtlasStore,
@@ -226,12 +209,9 @@ def test_processes_give_the_same_bytes_as_threads(
     two_processes: Client,
     case: str,
 ) -> None:
-    monkeypatch.setattr(module, "SHARD", (8, 8, 16))
-    monkeypatch.setattr(share_module, "SHARD", (8, 8, 16))
-    monkeypatch.setattr(share_module, "CHUNKS", (8, 8, 8))
     mode, matches, across = CASES[case]
-    run(volume, store, matches, tmp_path / "threads", one_process, mode, across)
-    run(volume, store, matches, tmp_path / "processes", two_processes, mode, across)
+    run(volume, store, matches, tmp_path / "threads", one_process, mode, across, tiling=SMALL)
+    run(volume, store, matches, tmp_path / "processes", two_processes, mode, across, tiling=SMALL)
     threads, processes = (files(tmp_path / name) for name in ("threads", "processes"))
     assert threads == processes
     assert len(threads) > 5
@@ -242,14 +222,14 @@ def test_slabs_share_the_voxels_of_an_organ() -> None:
     low = rng.integers(-20, 40, (50, 3))
     one, no_affines = np.ones(50, np.int64), np.empty((0, 3, 4))
     high = low + rng.integers(1, 30, (50, 3))
-    moves = Moves(one, one, one * 1.0, low, high, rng.integers(1, 999, 50), -one, no_affines)
+    moves = OrganMoves(one, one, one * 1.0, low, high, rng.integers(1, 999, 50), -one, no_affines)
     slabs: list[Box] = [((z, z + 16), (-100, 100), (-100, 100)) for z in range(-32, 80, 16)]
     found = np.array([moves.visited_in(slab) for slab in slabs])
     np.testing.assert_allclose(found.sum(axis=0), moves.voxels)
     np.testing.assert_array_equal(found > 0, [moves.reach(slab) for slab in slabs])
     # A ball has more in its middle, and as much below it as above.
     one, low = one[:1], 0 * low[:1]
-    ball = Moves(one, one, one, low, low + 30, one * 100, -one, no_affines)
+    ball = OrganMoves(one, one, one, low, low + 30, one * 100, -one, no_affines)
     thirds = [ball.visited_in(((z, z + 10), (0, 30), (0, 30)))[0] for z in (0, 10, 20)]
     np.testing.assert_allclose(thirds, [26, 48, 26], rtol=0.01)
 

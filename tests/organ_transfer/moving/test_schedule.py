@@ -12,16 +12,17 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from atlas_store import AtlasKeypoints, AtlasStore
-from kpt_dask.organ_transfer import decision as share_module
-from kpt_dask.organ_transfer.decision import Decision, create_probability
-from kpt_dask.organ_transfer.moving import schedule as module
+from kpt_dask.organ_transfer.decision import BoxLabels
+from kpt_dask.organ_transfer.job import Evidence, TransferJob
 from kpt_dask.organ_transfer.moving.plan import plan_moves, propose
 from kpt_dask.organ_transfer.moving.schedule import move_organs
+from kpt_dask.organ_transfer.probability import TILING, Tiling, create_probability
 from kpt_dask.volumes.volume import Volume
 from tests.helpers import (
     ATLASES,
     ORGANS,
     SCAN,
+    SMALL,
     SPACING,
     clear,
     create_labels,
@@ -69,16 +70,19 @@ def run(
     path: Path,
     client: Client,
     memory: int = 1 << 30,
+    tiling: Tiling = TILING,
 ) -> tuple[Array, Array]:
     """Probabilities and label map."""
     matches, votes = tables(proposals)
     group = zarr.create_group(str(path), overwrite=True)
-    probability = create_probability(group, volume.grid, store.organs, "organ")
+    probability = create_probability(group, volume.grid, store.organs, "organ", tiling)
+    labels = create_labels(group, volume.grid.shape, tiling)
+    job = TransferJob(
+        volume, store.organs, probability, labels, "organ", memory=memory, tiling=tiling
+    )
     # Where keypoints lie plays no part in mode organ.
-    keypoints = xr.Dataset()
-    labels = create_labels(group, volume.grid.shape)
-    what = keypoints, matches, votes, probability, labels
-    move_organs(volume, store, store.ids(), *what, memory=memory, client=client)
+    evidence = Evidence(xr.Dataset(), matches, votes)
+    move_organs(job, store.atlases(store.ids()), evidence, client)
     return probability[...], labels[...]
 
 
@@ -109,35 +113,27 @@ def several(seed: int, n: int = 24, reach: int = 7) -> list[Proposal]:
     return proposals
 
 
-BLOCKS = [
-    ((128, 128, 128), (64, 64, 64)),
-    ((8, 8, 8), (8, 8, 8)),
-    ((8, 12, 10), (4, 6, 5)),
-    ((1, 128, 128), (1, 64, 64)),
-    ((128, 9, 128), (64, 3, 64)),
+TILINGS = [
+    Tiling((128, 128, 128), (64, 64, 64)),
+    Tiling((8, 8, 8), (8, 8, 8)),
+    Tiling((8, 12, 10), (4, 6, 5)),
+    Tiling((1, 128, 128), (1, 64, 64)),
+    Tiling((128, 9, 128), (64, 3, 64)),
 ]
 
 
-@pytest.mark.parametrize(("block", "chunks"), BLOCKS)
+@pytest.mark.parametrize("tiling", TILINGS)
 def test_blocks_give_what_the_equations_give(
-    monkeypatch: pytest.MonkeyPatch,
-    tmp_path: Path,
-    volume: Volume,
-    store: AtlasStore,
-    one_process: Client,
-    block: tuple[int, ...],
-    chunks: tuple[int, ...],
+    tmp_path: Path, volume: Volume, store: AtlasStore, one_process: Client, tiling: Tiling
 ) -> None:
     proposals = several(7)
     whole = run(volume, store, proposals, tmp_path / "whole", one_process)
-    monkeypatch.setattr(module, "SHARD", block)
-    monkeypatch.setattr(share_module, "SHARD", block)
-    monkeypatch.setattr(share_module, "CHUNKS", chunks)
-    found, labels = run(volume, store, proposals, tmp_path / "blocks", one_process)
+    how: Any = {"tiling": tiling}
+    found, labels = run(volume, store, proposals, tmp_path / "blocks", one_process, **how)
     np.testing.assert_array_equal(found.view(np.uint32), whole[0].view(np.uint32))
     np.testing.assert_array_equal(labels, whole[1])
     # Each atlas's organs are read again for each slab.
-    scarce, labels = run(volume, store, proposals, tmp_path / "scarce", one_process, memory=1)
+    scarce, labels = run(volume, store, proposals, tmp_path / "scarce", one_process, 1, **how)
     np.testing.assert_array_equal(scarce.view(np.uint32), whole[0].view(np.uint32))
     np.testing.assert_array_equal(labels, whole[1])
     shares, decided = expected(proposals)
@@ -165,37 +161,28 @@ def test_any_moves(
 
 
 def test_slabs_that_would_share_a_chunk_of_labels_are_refused(
-    monkeypatch: pytest.MonkeyPatch,
-    tmp_path: Path,
-    volume: Volume,
-    store: AtlasStore,
-    one_process: Client,
+    tmp_path: Path, volume: Volume, store: AtlasStore, one_process: Client
 ) -> None:
     labels = zarr.create_array(
         store=str(tmp_path / "labels"), shape=volume.grid.shape, dtype=np.uint16, chunks=(12, 8, 8)
     )
-    monkeypatch.setattr(module, "SHARD", (8, 8, 16))
-    monkeypatch.setattr(share_module, "SHARD", (8, 8, 16))
     group = zarr.create_group(str(tmp_path / "p"))
-    probability = create_probability(group, volume.grid, store.organs, "organ")
-    what = xr.Dataset(), *tables(several(8)), probability, labels
+    probability = create_probability(group, volume.grid, store.organs, "organ", SMALL)
+    job = TransferJob(volume, store.organs, probability, labels, "organ", tiling=SMALL)
+    evidence = Evidence(xr.Dataset(), *tables(several(8)))
     with pytest.raises(ValueError, match="destroy a neighbour"):
-        move_organs(volume, store, store.ids(), *what, client=one_process)
+        move_organs(job, store.atlases(store.ids()), evidence, one_process)
 
 
 def test_processes_give_the_same_bytes_as_threads(
-    monkeypatch: pytest.MonkeyPatch,
     tmp_path: Path,
     volume: Volume,
     store: AtlasStore,
     one_process: Client,
     two_processes: Client,
 ) -> None:
-    monkeypatch.setattr(module, "SHARD", (8, 8, 16))
-    monkeypatch.setattr(share_module, "SHARD", (8, 8, 16))
-    monkeypatch.setattr(share_module, "CHUNKS", (8, 8, 8))
-    run(volume, store, several(8), tmp_path / "threads", one_process)
-    run(volume, store, several(8), tmp_path / "processes", two_processes)
+    run(volume, store, several(8), tmp_path / "threads", one_process, tiling=SMALL)
+    run(volume, store, several(8), tmp_path / "processes", two_processes, tiling=SMALL)
     threads, processes = (files(tmp_path / name) for name in ("threads", "processes"))
     assert threads == processes
     assert len(threads) > 10
@@ -263,7 +250,7 @@ def test_the_weight_of_a_move_is_p_label_times_p_match(
     ]
     matches, votes = tables(proposals)
     atlases = store.atlases(["a0", "a1", "a2"])
-    found = propose(matches, votes, atlases, ORGANS, {})
+    found = propose(Evidence(xr.Dataset(), matches, votes), atlases, ORGANS, {})
     moves = plan_moves(found, matches, atlases, ORGANS, volume.grid)
     assert moves.atlas.tolist() == moves.organ.tolist() == [0, 0]
     assert moves.weight.tolist() == [0.5, 0.75]
@@ -306,10 +293,10 @@ def decided(shares: Sequence[Any], values: Sequence[int]) -> Array:
 def decided_all(shares: Array, values: Sequence[int]) -> Array:
     z, y, x = shares.shape[1:]
     everywhere = ((0, z), (0, y), (0, x))
-    decision = Decision(everywhere, 0.15, np.uint16)
+    found = BoxLabels(everywhere, 0.15, np.uint16)
     for value, share in zip(values, shares, strict=True):
-        decision.claim(value, everywhere, share, np.zeros(4, np.int64))
-    return decision.labels
+        found.update(value, everywhere, share, np.zeros(4, np.int64))
+    return found.labels
 
 
 def test_fifteen_percent_and_ties() -> None:
