@@ -1,7 +1,8 @@
-"""What the transfer reads of an atlas: HU and labels of the box around its organs.
+"""Crop of an atlas: HU and labels of the box around its organs, which the transfer reads.
 
-One number per voxel for both, in chunks of whole planes: few reads, each unpacked where it
-belongs. Derived from image and label map when the atlas is added.
+Array ``surroundings`` (z, y, x): one number per voxel for both, in chunks of whole planes, so that
+few reads suffice and each is decompressed in its place. Written from image and label map when the
+atlas is added.
 """
 
 import json
@@ -9,7 +10,7 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 import zarr
@@ -24,36 +25,36 @@ from atlas_store.arrays.regions import Region, open_array, regions, write_region
 from atlas_store.marker import check_encoding
 from atlas_store.storage.guard import MAX_CHUNK
 
-AROUND = 40.0
-"""How far beyond the box around all its organs an atlas is kept for the transfer, mm."""
+CROP_MARGIN_MM = 40.0
+"""Margin of the crop around the box of all organs, mm."""
 
 PLANES = 16
-"""Of a chunk; blocks of the transfer are slabs, so few planes are read in vain."""
+"""Planes per chunk. Blocks of the transfer are slabs: few planes are read that none needs."""
 
 NAME = "surroundings"
 ENCODING_TYPE = "kpt-atlas-crop"
 ENCODING_VERSION = "1"
 _UNMARKED = {"encoding-type": ENCODING_TYPE, "encoding-version": "1", "first_hu": -1000}
-"""What the array of an earlier program does not say of itself, as it was always so."""
+"""Attributes of arrays that earlier versions wrote without any: there was one encoding."""
 
 _COMPRESSOR = BloscCodec(cname="lz4hc", clevel=5, shuffle="shuffle")
-"""Packed once and unpacked for every scan: slower to pack than others, and faster to unpack."""
+"""Compressed once, decompressed for every scan: slow to compress, fast to decompress."""
 
 
 @dataclass(frozen=True)
 class Coding:
-    """How one number holds HU and label of a voxel.
+    """Bits of the number that holds HU and label of a voxel.
 
     Attributes
     ----------
     dtype : numpy.dtype
         Of the number n.
     hu : (int, int, int)
-        Shift, mask and first: HU are ``(n >> shift & mask) + first``.
+        Shift, mask and first HU: HU = ``(n >> shift & mask) + first``.
     label : (int, int)
-        Shift and mask, likewise.
+        Shift and mask: code of the label = ``n >> shift & mask``.
     labels : tuple of int, optional
-        Labels that 1, 2, … stand for; a label stands for itself if not given.
+        Labels with the codes 1, 2, …; if not given, a label is its own code.
     """
 
     dtype: np.dtype[Any]
@@ -62,37 +63,46 @@ class Coding:
     labels: tuple[int, ...] | None = None
 
     def number_of(self, label: int) -> int:
-        """Give what stands for a label; for one that does not occur, what no voxel has."""
+        """Code of a label; `ABSENT`, which no voxel has, for a label that does not occur."""
         if self.labels is None:
             return label
         return self.labels.index(label) + 1 if label in self.labels else ABSENT
 
 
 WIDE = Coding(np.dtype(np.int32), (16, -1, 0), (0, 0xFFFF))
-"""Takes whatever a volume may hold."""
+"""32 bits: any HU and any label of a volume."""
 ABSENT = 0xFFFF
-"""Stands for labels that a `narrow` one does not name."""
+"""Code of labels that a `narrow` coding does not have."""
 
 
 def narrow(labels: Sequence[int], air_hu: int) -> Coding:
-    """Code in half the memory, which is what the transfer spends most of its time on.
+    """Coding of 16 bits: up to 15 labels, and 12 bits of HU from `air_hu` on.
 
-    Takes 15 labels, and 12 bits of HU from that of air on: what scanners give, but for those that
-    tell apart metals.
+    Half the memory of `WIDE`, and reading memory takes most of the transfer's time. Enough for
+    scanners without an extended HU scale.
     """
     return Coding(np.dtype(np.uint16), (0, 0xFFF, air_hu), (12, 0xF), tuple(labels))
 
 
-def box_around(organs: Mapping[str, OrganInfo], shape: tuple[int, int, int], spacing: float) -> Box:
-    """Box around all organs, `AROUND` wider on each side, in voxels of the atlas."""
+def crop_box(atlas: Atlas) -> Box:
+    """Box of an atlas's crop, in voxels of the atlas: what `read_planes` can read."""
+    return _box_around(atlas.organs, atlas.info.shape, float(atlas.info.spacing[0]))
+
+
+def _box_around(
+    organs: Mapping[str, OrganInfo], shape: tuple[int, int, int], spacing: float
+) -> Box:
+    """Box around all organs, `CROP_MARGIN_MM` wider on each side, within the atlas."""
     box = enclosing([info.bounding_box for info in organs.values()])
     assert box is not None
-    wider = math.ceil(AROUND / spacing)
-    z, y, x = ((max(a - wider, 0), min(b + wider, n)) for (a, b), n in zip(box, shape, strict=True))
+    margin = math.ceil(CROP_MARGIN_MM / spacing)
+    z, y, x = (
+        (max(a - margin, 0), min(b + margin, n)) for (a, b), n in zip(box, shape, strict=True)
+    )
     return z, y, x
 
 
-def write_surroundings(
+def write_crop(
     group: zarr.Group,
     image: zarr.Array[Any],
     labels: zarr.Array[Any],
@@ -101,7 +111,7 @@ def write_surroundings(
     spacing: float,
     air_hu: int,
 ) -> tuple[Box, Coding]:
-    """Write ``surroundings`` (z, y, x) of an atlas, one number for HU and label of a voxel.
+    """Write the crop of an atlas: array ``surroundings`` (z, y, x).
 
     Parameters
     ----------
@@ -116,19 +126,19 @@ def write_surroundings(
     spacing : float
         Of the working grid, mm.
     air_hu : int
-        The least HU that a volume holds.
+        Least HU of a volume.
 
     Returns
     -------
     Box
-        The voxels of the atlas that it holds.
+        The crop, in voxels of the atlas.
     Coding
-        How.
+        Of its numbers.
     """
     depth, height, width = image.shape
-    box = box_around(found, (depth, height, width), spacing)
+    box = _box_around(found, (depth, height, width), spacing)
     shape = shape_of(box)
-    places = [
+    parts = [
         (
             tuple(slice(a + r.start, a + r.stop) for (a, _), r in zip(box, region, strict=True)),
             region,
@@ -137,7 +147,7 @@ def write_surroundings(
     ]
     coding = narrow([organs.by_name(name).value for name in found], air_hu)
     if len(found) > coding.label[1] or not all(
-        _fits(chunk_io.read(image, part), coding) for part, _ in places
+        _fits(chunk_io.read(image, part), coding) for part, _ in parts
     ):
         coding = WIDE
     attributes: dict[str, Any] = {
@@ -155,12 +165,12 @@ def write_surroundings(
         compressors=_COMPRESSOR,
         dimension_names=("z", "y", "x"),
         attributes=attributes,
-        # A chunk that is not there is damage, never nothing.
+        # A missing chunk is damage, never 0.
         config={"write_empty_chunks": True},
     )
-    for part, region in places:
-        voxels = chunk_io.read(image, part), chunk_io.read(labels, part)
-        write_region(array, region, _packed(*voxels, coding))
+    for part, region in parts:
+        hu, values = chunk_io.read(image, part), chunk_io.read(labels, part)
+        write_region(array, region, _coded(hu, values, coding))
     return box, coding
 
 
@@ -170,40 +180,40 @@ def _fits(hu: Any, coding: Coding) -> bool:
     return bool(values.min() >= first and values.max() <= first + mask)
 
 
-def _packed(hu: Any, labels: Any, coding: Coding) -> NDArray[Any]:
-    """Pack HU, which are whole, and labels of voxels."""
-    numbers = np.asarray(labels).astype(np.uint16)
+def _coded(hu: Any, labels: Any, coding: Coding) -> NDArray[Any]:
+    """Code whole HU and labels of voxels."""
+    codes = np.asarray(labels).astype(np.uint16)
     if coding.labels is not None:
         table = np.zeros(1 << 16, np.uint16)
         table[list(coding.labels)] = np.arange(1, len(coding.labels) + 1)
-        numbers = table[numbers]
-    packed = (np.asarray(hu).astype(np.int32) - coding.hu[2]) << coding.hu[0]
-    packed |= numbers.astype(np.int32) << coding.label[0]
-    return packed.astype(coding.dtype)
+        codes = table[codes]
+    coded = (np.asarray(hu).astype(np.int32) - coding.hu[2]) << coding.hu[0]
+    coded |= codes.astype(np.int32) << coding.label[0]
+    return coded.astype(coding.dtype)
 
 
 def read_planes(
-    atlas: Atlas, first: int, stop: int, room: "Room | None" = None
+    atlas: Atlas, first: int, stop: int, buffer: "CropBuffer | None" = None
 ) -> tuple[NDArray[Any], Box, Coding]:
-    """Read the chunks of an atlas's `surroundings_of` that hold planes ``first`` to ``stop``.
+    """Read the chunks of an atlas's crop that hold planes ``first`` to ``stop``.
 
-    Atlases of earlier versions have no such chunks: theirs are made from image and label map.
+    Atlases of earlier versions have no crop: it is made from image and label map.
 
     Parameters
     ----------
     first, stop : int
-        Planes of the atlas's volume, inside the box.
-    room : Room, optional
-        Where to put them.
+        Planes of the atlas's volume, inside `crop_box`.
+    buffer : CropBuffer, optional
+        Memory to use again; its planes of before are overwritten.
 
     Returns
     -------
     planes : uint16 or int32 array (z, y, x)
-        HU and labels.
+        HU and labels; planes beyond `held` are padding.
     held : Box
-        The voxels that `planes` begins with; what lies beyond is no voxel of the box.
+        Box of `planes`, without padding, in voxels of the atlas.
     coding : Coding
-        How `planes` holds them.
+        Of the numbers in `planes`.
 
     Raises
     ------
@@ -212,7 +222,7 @@ def read_planes(
     StoreFormatError
         If what is there is damaged.
     """
-    (begin, end), *sides = box = surroundings_of(atlas)
+    (begin, end), *sides = box = crop_box(atlas)
     shape = shape_of(box)
     depth, *plane = chunks = _chunks(shape)
     low, high = (first - begin) // depth, -((begin - stop) // depth)
@@ -222,15 +232,15 @@ def read_planes(
     z = begin + low * depth, min(begin + high * depth, end)
     with reading(atlas, NAME):
         if WIDE.dtype.itemsize * math.prod(chunks) > MAX_CHUNK:
-            raise ValueError(f"its organs tell of chunks of {chunks}")
+            raise ValueError(f"its organs need chunks of {chunks}")
         description = json.loads(atlas.sealed.read(f"{folder}/zarr.json") or b"null")
         stored = _coding(description, shape, chunks, f"{atlas.objects.url}/{folder}")
         coding = stored or WIDE
         size = (high - low) * math.prod(chunks) * coding.dtype.itemsize
-        planes = (room or Room()).of(size).view(coding.dtype).reshape(-1, *plane)
+        planes = (buffer or CropBuffer()).take(size).view(coding.dtype).reshape(-1, *plane)
         if stored is None:
             region = slice(*z), slice(*sides[0]), slice(*sides[1])
-            planes[: z[1] - z[0]] = _packed(*_image_and_labels(atlas, region), coding)
+            planes[: z[1] - z[0]] = _from_volume(atlas, region, coding)
         else:
             atlas.sealed.unpack(wanted, planes)
     return planes, (z, sides[0], sides[1]), coding
@@ -255,32 +265,32 @@ def _coding(
     return narrow(labels, first)
 
 
-def _image_and_labels(atlas: Atlas, region: Region) -> tuple[Any, Any]:
+def _from_volume(atlas: Atlas, region: Region, coding: Coding) -> NDArray[Any]:
+    """Make a part of the crop from image and label map."""
     image = open_array(atlas.image, "0")
-    return chunk_io.read(image, region), chunk_io.read(atlas.labels, region)
+    return _coded(chunk_io.read(image, region), chunk_io.read(atlas.labels, region), coding)
 
 
-class Room:
-    """Memory that reading one atlas after another uses again: new pages cost as much as reading."""
+class CropBuffer:
+    """Memory for one crop after another: to fault in new pages costs as much as to read them."""
 
     def __init__(self) -> None:
         self._bytes = np.empty(0, np.uint8)
 
-    def of(self, size: int) -> NDArray[np.uint8]:
-        """Give room for so many bytes; what it held before is lost."""
+    def take(self, size: int) -> NDArray[np.uint8]:
+        """Give so many bytes; what they held before is lost."""
         if self._bytes.size < size:
             self._bytes = np.empty(size, np.uint8)
         return self._bytes[:size]
 
 
-def surroundings_of(atlas: Atlas) -> Box:
-    """Box of an atlas's voxels that `read_planes` can read."""
-    return box_around(atlas.organs, atlas.info.shape, float(atlas.info.spacing[0]))
+Room: TypeAlias = CropBuffer
+surroundings_of = crop_box
 
 
 @contextmanager
 def reading(atlas: Atlas, what: str) -> Iterator[None]:
-    """Say of an atlas's voxels that cannot be read what to do about it.
+    """Name the atlas, and what to do, where its voxels cannot be read.
 
     Raises
     ------

@@ -1,7 +1,7 @@
-"""What modes that move whole organs read of an atlas: each organ's voxels, in strips along x.
+"""Strips of an atlas's organs: their voxels in runs along x, for modes that move whole organs.
 
-A strip is `STRIP` voxels of a row, so that a kernel adds an organ without asking where its rows
-begin and end, and reads nothing around it. Cut out of the surroundings when the atlas is added.
+A strip is `STRIP` voxels of a row, which a kernel adds as one vector: no test for the ends of rows,
+and no voxel around the organ is read. Cut out of the crop when the atlas is added.
 """
 
 import json
@@ -21,7 +21,7 @@ from atlas_store.arrays.boxes import Box, enclosing, joined, overlap, shape_of, 
 from atlas_store.arrays.chunk_io import misfit
 from atlas_store.arrays.jit import kernel
 from atlas_store.arrays.regions import open_array, write_region
-from atlas_store.crop import NAME as SURROUNDINGS
+from atlas_store.crop import NAME as CROP
 from atlas_store.crop import Coding, read_planes, reading
 from atlas_store.marker import check_encoding
 from atlas_store.storage.guard import MAX_CHUNK
@@ -29,23 +29,23 @@ from atlas_store.storage.guard import MAX_CHUNK
 STRIP = 16
 """Voxels of a strip."""
 SHORT = 8
-"""Voxels of a short strip: two of them fill as much as one that is not."""
+"""Voxels of a short strip: two of them fill one vector."""
 HEADER_COLUMNS = 3
-"""Columns of a strip before its voxels: z, y and x of the first, in the organ's bounding box."""
+"""Columns of a strip before its voxels: z, y and x of the first one in the organ's bounding box."""
 NOT_ORGAN = np.iinfo(np.int16).min
-"""No HU: volumes are clipped well above it."""
+"""Value of a strip's voxels outside of the organ. No HU: volumes are clipped well above it."""
 
 NAME = "strips"
 ENCODING_TYPE = "kpt-atlas-organ-strips"
 ENCODING_VERSION = "1"
 _UNMARKED = {"encoding-type": ENCODING_TYPE, "encoding-version": "1"}
-"""What the array of an earlier program does not say of itself."""
+"""Attributes of arrays that earlier versions wrote without any."""
 CHUNK = 1 << 15
-"""Strips of a chunk: most atlases have few. To open a file takes as long as to read 1000."""
+"""Strips per chunk: few chunks, as opening a file takes as long as reading 1000 strips."""
 PLANES = 64
-"""Planes that are cut into strips at a time."""
+"""Planes of the crop that are cut into strips at a time."""
 _COMPRESSOR = BloscCodec(cname="lz4", clevel=0)
-"""Copied, not packed: every block reads them, and they are a twentieth of an atlas."""
+"""Stored uncompressed: every block reads strips, and they are 5 % of an atlas."""
 
 
 class Strips(NamedTuple):
@@ -54,13 +54,13 @@ class Strips(NamedTuple):
     Attributes
     ----------
     values : int16 array (n, `HEADER_COLUMNS` + `STRIP`)
-        Of each strip its place, then HU, `NOT_ORGAN` where a voxel is not the organ's. All that was
-        read together; of an organ plane by plane.
+        One row per strip: z, y and x of its first voxel, then HU, or `NOT_ORGAN`. An organ's
+        strips are ordered by plane; `values` may hold those of other organs too.
     planes : int64 array (depth + 1)
-        Where in `values` the strips of each plane of the organ's bounding box begin; those of
-        planes that were not asked for are not there.
+        Strips ``planes[p]:planes[p + 1]`` are those of plane p of the organ's bounding box; none
+        where a plane was not read.
     short_strips : int64 array (depth + 1)
-        Where in each plane those begin, if any, after which none has more than `SHORT` voxels.
+        Strips of plane p from ``short_strips[p]`` on have at most `SHORT` voxels.
     """
 
     values: NDArray[np.int16]
@@ -68,7 +68,7 @@ class Strips(NamedTuple):
     short_strips: NDArray[np.int64]
 
     def dense(self, shape: tuple[int, int, int]) -> NDArray[np.int16]:
-        """Fill the organ's bounding box: HU, `NOT_ORGAN` where the organ is not.
+        """Fill the organ's bounding box: HU, and `NOT_ORGAN` outside of the organ.
 
         Parameters
         ----------
@@ -78,7 +78,7 @@ class Strips(NamedTuple):
         Returns
         -------
         int16 array (z, y, x + `STRIP`), C order
-            Beside the box there is none of the organ.
+            Columns past the box hold `NOT_ORGAN`.
         """
         out = np.empty((*shape[:2], shape[2] + STRIP), np.int16)
         fill(self.values[self.planes[0] : self.planes[-1]], 0, out)
@@ -97,31 +97,31 @@ def write_strips(
     Parameters
     ----------
     group : zarr.Group
-        The atlas's data, with its surroundings.
+        The atlas's data, with its crop.
     held, coding
-        The voxels that these hold, and how, from `atlas_store.crop.write_surroundings`.
+        Box and coding of the crop, from `atlas_store.crop.write_crop`.
     found : mapping of str to OrganInfo
         Bounding boxes by organ name.
     organs : OrganTable
         What the labels stand for.
     """
     (begin, end), *sides = held
-    surroundings = open_array(group, SURROUNDINGS)
+    crop = open_array(group, CROP)
     parts: dict[str, list[NDArray[np.int16]]] = {name: [] for name in found}
     for first in range(begin, end, PLANES):
         slab = (first, min(first + PLANES, end)), sides[0], sides[1]
-        packed = chunk_io.read(surroundings, within(slab, held))
+        packed = chunk_io.read(crop, within(slab, held))
         for name, info in found.items():
             box = overlap(info.bounding_box, slab)
             if box is not None:
                 value, start = organs.by_name(name).value, box[0][0] - info.bounding_box[0][0]
                 parts[name].append(_cut_out(packed[within(box, slab)], coding, start, value))
-    owns = [_ordered(np.concatenate(parts[name])) for name in found]
-    values = np.concatenate(owns)
-    ends = np.cumsum([0, *map(len, owns)]).tolist()
+    strips = [_ordered(np.concatenate(parts[name])) for name in found]
+    values = np.concatenate(strips)
+    ends = np.cumsum([0, *map(len, strips)]).tolist()
     shapes = [shape_of(info.bounding_box) for info in found.values()]
     begins = _planes_of(values, list(pairwise(ends)), shapes)
-    planes = {name: _checked(own)[0].tolist() for name, own in zip(found, begins, strict=True)}
+    planes = {name: _checked(both)[0].tolist() for name, both in zip(found, begins, strict=True)}
     array = group.create_array(
         NAME,
         shape=values.shape,
@@ -133,15 +133,14 @@ def write_strips(
             "encoding-version": ENCODING_VERSION,
             "planes": planes,
         },
-        # A chunk that is not there is damage, never nothing.
+        # A missing chunk is damage, never nothing.
         config={"write_empty_chunks": True},
     )
     write_region(array, tuple(slice(0, size) for size in values.shape), values)
 
 
 Wanted = Mapping[str, Sequence[tuple[int, int]]]
-"""Organs that an atlas shows, and of each which planes of its bounding box: in order and apart, the
-first of some and the one after their last."""
+"""Planes wanted of each organ: sorted, disjoint half-open ranges within its bounding box."""
 
 
 def read_strips(
@@ -149,12 +148,12 @@ def read_strips(
 ) -> list[dict[str, Strips]]:
     """Read organs of atlases, all into one array.
 
-    Those of atlases of earlier versions are cut out of their surroundings.
+    Atlases of earlier versions have no strips: these are cut out of the crop.
 
     Parameters
     ----------
     wanted : sequence of (Atlas, Wanted)
-        Atlases, and what of each.
+        Atlases, and the organs and planes of each.
     organs : OrganTable
         What the atlases' labels stand for.
 
@@ -169,7 +168,7 @@ def read_strips(
     for atlas, planes in wanted:
         with reading(atlas, NAME):
             stored = _find(atlas, planes)
-        sources.append(_from_surroundings(atlas, planes, organs) if stored is None else stored)
+        sources.append(_from_crop(atlas, planes, organs) if stored is None else stored)
     rows = [
         source.rows if isinstance(source, _Stored) else sum(map(len, source.values()))
         for source in sources
@@ -204,7 +203,17 @@ def read_strips(
 
 @dataclass(frozen=True)
 class _Stored:
-    """Strips of an atlas: rows of chunks, how many, and where among these each organ lies."""
+    """Strips of an atlas in its store.
+
+    Attributes
+    ----------
+    chunks : list of Rows
+        Rows to read of each chunk.
+    rows : int
+        Their number.
+    spans : dict of str to (int, int)
+        Range of each organ among these rows.
+    """
 
     chunks: list[chunk_io.Rows]
     rows: int
@@ -212,7 +221,7 @@ class _Stored:
 
 
 def _find(atlas: Atlas, wanted: Wanted) -> _Stored | None:
-    """Find the rows that hold what is wanted; nothing if the atlas has no strips."""
+    """Find the rows that hold what is wanted; None if the atlas has no strips."""
     folder = f"{atlas.path}/{NAME}"
     description = atlas.sealed.read(f"{folder}/zarr.json")
     if description is None:
@@ -249,9 +258,7 @@ def _find(atlas: Atlas, wanted: Wanted) -> _Stored | None:
     return _Stored(chunks, rows, spans)
 
 
-def _from_surroundings(
-    atlas: Atlas, wanted: Wanted, organs: OrganTable
-) -> dict[str, NDArray[np.int16]]:
+def _from_crop(atlas: Atlas, wanted: Wanted, organs: OrganTable) -> dict[str, NDArray[np.int16]]:
     parts: dict[str, list[tuple[int, Box]]] = {}
     for name, planes in wanted.items():
         (begin, _), y, x = atlas.organs[name].bounding_box
@@ -262,8 +269,8 @@ def _from_surroundings(
         packed, held, coding = read_planes(atlas, *whole[0])
         for name, own in parts.items():
             value = organs.by_name(name).value
-            cuts = ((packed[within(box, held)], coding, first, value) for first, box in own)
-            found[name] += [_cut_out(*each) for each in cuts]
+            for first, box in own:
+                found[name].append(_cut_out(packed[within(box, held)], coding, first, value))
     return {name: np.concatenate(parts) for name, parts in found.items()}
 
 
@@ -272,17 +279,18 @@ def _planes_of(
     spans: Sequence[tuple[int, int]],
     shapes: Sequence[tuple[int, int, int]],
 ) -> list[NDArray[np.int64] | None]:
-    """Find where the planes of organs begin, and the short strips in them, in one go: see `Strips`.
+    """Find `Strips.planes` and `Strips.short_strips` of several organs, in one call.
 
     Parameters
     ----------
+    values : int16 array (n, `HEADER_COLUMNS` + `STRIP`)
     spans, shapes
-        Of each organ, where in `values` it begins and ends, and the size of its bounding box.
+        Range of each organ's strips in `values`, and shape of its bounding box.
 
     Returns
     -------
     list of int64 array (2, depth + 1) or None
-        None if strips lie outside of the box, or are not in order.
+        None where strips lie outside of the box, or are not ordered by plane.
     """
     ends = np.cumsum([0, *(shape[0] + 1 for shape in shapes)])
     planes, good = np.empty((2, ends[-1]), np.int64), np.empty(len(shapes), np.bool_)
@@ -293,7 +301,7 @@ def _planes_of(
 
 
 def _checked(planes: NDArray[np.int64] | None) -> NDArray[np.int64]:
-    """Refuse an organ that is not whole: kernels believe that places lie in the bounding box."""
+    """Refuse damaged strips: kernels do not test that voxels lie in the bounding box."""
     if planes is None:
         raise ValueError("strips lie outside of the organ, or are not in order")
     return planes
@@ -312,7 +320,7 @@ def _find_planes(
     for n in range(spans.shape[0]):
         begin, stop = spans[n, 0], spans[n, 1]
         depth, height, width = shapes[n, 0], shapes[n, 1], shapes[n, 2]
-        own, short_strips = planes[0, ends[n] : ends[n + 1]], planes[1, ends[n] : ends[n + 1]]
+        begins, short_strips = planes[0, ends[n] : ends[n + 1]], planes[1, ends[n] : ends[n + 1]]
         plane = 0
         good[n] = True
         for i in range(begin, stop):
@@ -321,20 +329,20 @@ def _find_planes(
                 good[n] = False
                 break
             for _ in range(plane, z + 1):
-                own[plane] = i
+                begins[plane] = i
                 plane += 1
-        own[plane:] = stop
+        begins[plane:] = stop
         short_strips[depth] = stop
         for plane in range(depth if good[n] else 0):
-            half = own[plane + 1]
-            while half > own[plane] and _is_short(values, half - 1):
-                half -= 1
-            short_strips[plane] = half
+            short = begins[plane + 1]
+            while short > begins[plane] and _is_short(values, short - 1):
+                short -= 1
+            short_strips[plane] = short
 
 
 @kernel
 def _is_short(values: NDArray[np.int16], strip: int) -> bool:
-    """Whether a strip has none but its first `SHORT` voxels."""
+    """Tell whether a strip has voxels of the organ among its first `SHORT` ones only."""
     more = False
     for lane in range(SHORT, STRIP):
         more |= values[strip, HEADER_COLUMNS + lane] != NOT_ORGAN
@@ -342,17 +350,18 @@ def _is_short(values: NDArray[np.int16], strip: int) -> bool:
 
 
 def _ordered(strips: NDArray[np.int16]) -> NDArray[np.int16]:
-    """Put the short ones of each plane last, so that two of them can be added in one vector."""
+    """Put the short strips of each plane last: a kernel adds two of them as one vector."""
     short = (strips[:, HEADER_COLUMNS + SHORT :] == NOT_ORGAN).all(axis=1)
     return strips[np.lexsort((short, strips[:, 0]))]
 
 
 def _cut_out(packed: NDArray[Any], coding: Coding, first: int, value: int) -> NDArray[np.int16]:
     """Cut an organ out of planes of its bounding box, from the `first` on."""
-    how = coding.hu, coding.label, coding.number_of(value)
-    nothing = np.empty((0, HEADER_COLUMNS + STRIP), np.int16)
-    out = np.empty((_strips(packed, *how, first, nothing), HEADER_COLUMNS + STRIP), np.int16)
-    _strips(packed, *how, first, out)
+    number = coding.number_of(value)
+    none = np.empty((0, HEADER_COLUMNS + STRIP), np.int16)
+    count = _strips(packed, coding.hu, coding.label, number, first, none)
+    out = np.empty((count, HEADER_COLUMNS + STRIP), np.int16)
+    _strips(packed, coding.hu, coding.label, number, first, out)
     return out
 
 
@@ -365,7 +374,7 @@ def _strips(
     first: int,
     out: NDArray[np.int16],
 ) -> int:
-    """Cut voxels of a label into strips; counts them, and writes those that `out` has room for."""
+    """Cut voxels of a label into strips; count them, and write as many as `out` has rows."""
     depth, height, width = packed.shape
     n = 0
     for z in range(depth):
@@ -392,7 +401,7 @@ def _strips(
 
 @kernel
 def fill(strips: NDArray[np.int16], first: int, out: NDArray[np.int16]) -> None:
-    """Do what `Strips.dense` does, of planes from the `first` on."""
+    """Do what `Strips.dense` does for planes from the `first` on."""
     out[...] = NOT_ORGAN
     for i in range(strips.shape[0]):
         z, y, x = strips[i, 0] - first, strips[i, 1], strips[i, 2]

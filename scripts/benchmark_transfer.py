@@ -32,7 +32,7 @@ from confined import Confined, client
 from memory import resident_mib
 
 from atlas_store import AtlasKeypoints, AtlasStore, load_organs
-from atlas_store.crop import NAME as SURROUNDINGS
+from atlas_store.crop import NAME as CROP
 from kpt_dask.atlases.add import add_atlas, store_parameters
 from kpt_dask.demo import run as demo
 from kpt_dask.demo.phantom import write_phantom
@@ -216,7 +216,7 @@ def prepared(
 
 def surroundings(store: AtlasStore, ids: Sequence[str]) -> int:
     """Bytes of HU and labels around all atlases' organs: what mode `local` must touch."""
-    paths = (f"{store.url}/{atlas.path}/{SURROUNDINGS}" for atlas in store.atlases(ids))
+    paths = (f"{store.url}/{atlas.path}/{CROP}" for atlas in store.atlases(ids))
     return sum(zarr.open_array(path, mode="r").nbytes for path in paths)
 
 

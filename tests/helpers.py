@@ -10,7 +10,7 @@ import zarr
 from numpy.typing import NDArray
 
 from atlas_store import AtlasStore, Organ, OrganInfo, OrganTable
-from atlas_store.crop import write_surroundings
+from atlas_store.crop import write_crop
 from atlas_store.organ_strips import write_strips
 from kpt_dask.grid import Grid
 from kpt_dask.organ_transfer import decision
@@ -135,9 +135,7 @@ def make_store(path: Path, atlases: Sequence[AnnotatedImage]) -> AtlasStore:
             labels = image["labels/organs/0"]
             assert isinstance(labels, zarr.Array)
             what = found, ORGANS
-            stored = write_surroundings(
-                draft.group, volume.levels[0], labels, *what, SPACING, -1000
-            )
+            stored = write_crop(draft.group, volume.levels[0], labels, *what, SPACING, -1000)
             write_strips(draft.group, *stored, *what)
             draft.commit(
                 no_keypoints(),

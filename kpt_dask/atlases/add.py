@@ -23,7 +23,7 @@ from atlas_store import (
     ParameterMismatchError,
 )
 from atlas_store.arrays.regions import Region, open_array
-from atlas_store.crop import write_surroundings
+from atlas_store.crop import write_crop
 from atlas_store.organ_strips import write_strips
 from kpt_dask.atlases.profiles import organ_profiles
 from kpt_dask.atlases.same_scan import KnownScans
@@ -165,7 +165,7 @@ def add_atlas(
             )
         wanted = _surviving(labelled, wanted, organs, annotated is not None, made_with["spacing"])
         what = organs, store.organs
-        held, coding = write_surroundings(
+        held, coding = write_crop(
             draft.group, volume.levels[0], voxels, *what, float(volume.grid.spacing[0]), int(AIR_HU)
         )
         write_strips(draft.group, held, coding, *what)

@@ -13,7 +13,7 @@ from zarr.codecs import BloscCodec
 
 from atlas_store import AtlasStore, Organ, OrganInfo, OrganTable, StoreFormatError, crop
 from atlas_store.arrays.boxes import slices
-from atlas_store.crop import Coding, read_planes, surroundings_of, write_surroundings
+from atlas_store.crop import Coding, crop_box, read_planes, write_crop
 from tests.atlas_store.resealed import reseal
 from tests.helpers import ATLASES, SPACING, data_of, make_store
 
@@ -22,7 +22,7 @@ from tests.helpers import ATLASES, SPACING, data_of, make_store
 def store(tmp_path_factory: pytest.TempPathFactory) -> AtlasStore:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(crop, "PLANES", 5)
-        patch.setattr(crop, "AROUND", 2 * SPACING)
+        patch.setattr(crop, "CROP_MARGIN_MM", 2 * SPACING)
         return make_store(tmp_path_factory.mktemp("surroundings") / "s", ATLASES)
 
 
@@ -30,12 +30,12 @@ def test_hu_and_labels_around_the_organs_are_the_atlas_s(
     store: AtlasStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(crop, "PLANES", 5)
-    monkeypatch.setattr(crop, "AROUND", 2 * SPACING)
+    monkeypatch.setattr(crop, "CROP_MARGIN_MM", 2 * SPACING)
     for atlas, body in zip(store.atlases(store.ids()), ATLASES, strict=True):
         where = np.argwhere(body.labels > 0)
         low = np.maximum(where.min(axis=0) - 2, 0)
         high = np.minimum(where.max(axis=0) + 3, body.labels.shape)
-        held = surroundings_of(atlas)
+        held = crop_box(atlas)
         assert held == tuple(zip(low.tolist(), high.tolist(), strict=True))
         (first, stop), *sides = held
         for begin, end in ((first, stop), (first + 1, stop - 2), (first + 4, first + 5)):
@@ -76,7 +76,7 @@ def test_whatever_a_volume_holds_is_kept(
     group = zarr.create_group({})
     image = group.create_array("image", data=hu.astype(np.float32))
     label_map = group.create_array("labels", data=labels.astype(np.uint16))
-    box, coding = write_surroundings(group, image, label_map, found, table, 2.0, -1000)
+    box, coding = write_crop(group, image, label_map, found, table, 2.0, -1000)
     stored = group[crop.NAME]
     assert isinstance(stored, zarr.Array)
     for there, here in zip(decoded(np.asarray(stored[...]), coding), (hu, labels), strict=True):
@@ -92,7 +92,7 @@ def test_whatever_a_volume_holds_is_kept(
 def test_atlases_of_earlier_versions_give_the_same(tmp_path: Path, earlier: str) -> None:
     made = make_store(tmp_path / "s", ATLASES[:1])
     [atlas] = made.atlases(made.ids())
-    (first, stop), *_ = surroundings_of(atlas)
+    (first, stop), *_ = crop_box(atlas)
     asked = first + 1, stop - 3
     planes, held, coding = read_planes(atlas, *asked)
     n = held[0][1] - held[0][0]
@@ -152,7 +152,7 @@ def test_what_it_does_not_know_is_refused_by_name(
     reseal(made, "a0")
     [atlas] = made.atlases()
     with pytest.raises(StoreFormatError, match=complaint):
-        read_planes(atlas, *surroundings_of(atlas)[0])
+        read_planes(atlas, *crop_box(atlas)[0])
 
 
 @pytest.mark.parametrize("sealed", [False, True])
@@ -177,4 +177,4 @@ def test_damaged_chunks_are_named(tmp_path: Path, damage: str, sealed: bool) -> 
         [atlas] = made.atlases()
         complaint = "surroundings of the atlas 'a0' cannot be read"
     with pytest.raises(StoreFormatError, match=complaint):
-        read_planes(atlas, *surroundings_of(atlas)[0])
+        read_planes(atlas, *crop_box(atlas)[0])

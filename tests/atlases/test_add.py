@@ -188,7 +188,7 @@ def test_an_interrupted_add_leaves_nothing(
     def interrupted(*_: object) -> None:
         raise failure
 
-    monkeypatch.setattr(add, "write_surroundings", interrupted)
+    monkeypatch.setattr(add, "write_crop", interrupted)
     with pytest.raises(failure):
         add_atlas(store, small / "s1_ct.nii.gz", small / "s1_seg.nii.gz")
     assert files_of(small.parent) == before
