@@ -20,7 +20,7 @@ from atlas_store.keypoints import first_frames
 from kpt_dask.atlases.add import labels_at, survey
 from kpt_dask.atlases.same_scan import KnownScans
 from kpt_dask.errors import ParameterError
-from kpt_dask.matching.selection import check_selection
+from kpt_dask.matching.selection import check_selection, how_many
 from kpt_dask.options import DEFAULTS, TransferOptions
 from kpt_dask.resampling.labels_on_scan import labels_onto
 from kpt_dask.runtime import cluster, notices, progress, witness
@@ -183,7 +183,7 @@ def evaluate(
                     results[name] = _evaluate_atlas(store[name], group, way)
             advance(1)
         _doubt_left_out(store, left_out)
-    summary = _summary(results, store, mode, options, most if select is None else min(most, select))
+    summary = _summary(results, store, mode, options, how_many(select, most))
     return summary | {"left_out": left_out, "warnings": list(doubts)}
 
 

@@ -41,14 +41,17 @@ _WHOLE = (
     "scan's intensity there"
 )
 _BY_FIELDS = (
-    "share of the votes for the organ at a voxel, among the atlases that annotate the organ; a "
-    "vote counts as much as matches support its atlas's displacement there and as its intensity "
-    "agrees with the scan's; averaged over neighbouring voxels"
+    "share of the organ at a voxel, beside the background: of the votes among the atlases that "
+    "annotate the organ, which count the more, the better the warped atlas agrees with the scan "
+    "there; then of what the organ's HU in the scan and neighbouring voxels say"
 )
 
 MODES: Mapping[str, Mode] = {
     "local": Mode(
-        "warps each atlas by a smooth field through all its matches", 0.36, 100.0, _BY_FIELDS
+        "warps each atlas by a field through all its matches, refined by intensities",
+        0.4,
+        0.0,
+        _BY_FIELDS,
     ),
     "across": Mode("moves organs whole, by all matches near them", 0.15, 100.0, _WHOLE),
     "affine": Mode(
@@ -62,9 +65,7 @@ MODES: Mapping[str, Mode] = {
 """Ways to transfer, the most accurate first on OpenKBP. The 0.15 of `organ` and `affine` and the
 organs' own ν are the paper's. Those of `across`, and `RHO`, are the best mean Dice of a dozen
 settings on ten patients with 40 atlases; figures on patients that include these flatter it a
-little. Those of `local` are the best of two dozen on thirty patients (the 21st to the 50th) with 40
-atlases; there `SIGMA_X` and `SIGMA_T`, which came from a prototype, could be changed by a quarter
-without any gain."""
+little. Those of `local` come from a prototype on head-and-neck and abdominal CT."""
 
 SPACINGS = (0.1, 100.0)
 """Least and largest spacing of a store's working grid, mm: no scan is finer, no organ larger."""
@@ -93,6 +94,8 @@ class TransferOptions:
         Widths of kernels, mm; see `RHO`, `SIGMA_X`, `SIGMA_T`.
     across : mapping of str to sequence of str
         By organ, in which organs matches must lie to move it, in all modes but `local`.
+    fast : bool
+        Whether mode `local` ends its refinement at 6 mm instead of 3 mm.
 
     Raises
     ------
@@ -106,6 +109,7 @@ class TransferOptions:
     sigma_x: float = SIGMA_X
     sigma_t: float = SIGMA_T
     across: Mapping[str, Sequence[str]] = field(default_factory=dict)
+    fast: bool = False
 
     def __post_init__(self) -> None:
         """Check the ranges."""
@@ -141,6 +145,7 @@ class TransferOptions:
             "sigma_x": self.sigma_x,
             "sigma_t": self.sigma_t,
             "across": {name: list(movers) for name, movers in self.across.items()},
+            "fast": self.fast,
         }
 
     def check(self, mode: str, organs: "OrganTable") -> None:
@@ -166,6 +171,10 @@ class TransferOptions:
         if self.across and mode == "local":
             raise ParameterError(
                 "In mode local all matches move all organs; use another mode with --across."
+            )
+        if self.fast and mode != "local":
+            raise ParameterError(
+                f"--fast is for mode local, whose fields are refined; mode {mode} has none."
             )
 
 

@@ -34,6 +34,7 @@ from kpt_dask.keypoints.parameters import CHOICES, PARAMETERS
 from kpt_dask.matching.first_pass import match
 from kpt_dask.matching.selection import (
     check_selection,
+    how_many,
     propose_atlases,
     restrict_to,
     select_atlases,
@@ -161,8 +162,8 @@ def segment(
     exclude : sequence of str
         Ids of atlases to leave out.
     select : int, optional
-        Use only so many atlases, those that agree best with the scan; see
-        `kpt_dask.matching.selection`.
+        Use only so many atlases, those that agree best with the scan, and all if there are no
+        more; `kpt_dask.matching.selection.USUAL` if not given.
     index : str
         How to find them: one of `atlas_store.index.search.MODES`.
     labels : str or Path, optional
@@ -304,13 +305,14 @@ def _label(
     how: _How,
 ) -> Stations:
     """Go from keypoints to the label map; done again, nothing of the first time is left."""
-    mode, select, client = how.mode, how.select, how.client
-    if select is not None:
-        atlas_ids = propose_atlases(keypoints, store, atlas_ids, select, mode=mode, index=how.index)
+    mode, client = how.mode, how.client
+    kept = how_many(how.select, len(atlas_ids))
+    if kept < len(atlas_ids):
+        atlas_ids = propose_atlases(keypoints, store, atlas_ids, kept, mode=mode, index=how.index)
     atlases = AtlasKeypoints.load(store, atlas_ids)
     matches = match(keypoints, atlases, client=client)
-    if select is not None and select < len(atlases):
-        chosen = select_atlases(matches, keypoints, atlases, store, select, mode=mode)
+    if kept < len(atlases):
+        chosen = select_atlases(matches, keypoints, atlases, store, kept, mode=mode)
         matches = restrict_to(matches, chosen, len(atlases))
         atlas_ids = [atlas_ids[i] for i in chosen]
         atlases = atlases.only(chosen)

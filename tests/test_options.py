@@ -19,7 +19,7 @@ def nus(mode: str, nu: Any = 1.0) -> dict[str, float]:
 
 def test_nu_is_a_factor_or_what_is_said_of_an_organ() -> None:
     assert nus("organ") == {organ.name: organ.nu for organ in ORGANS}
-    assert nus("local")["larynx"] == MODES["local"].least_nu > nus("organ")["larynx"]
+    assert nus("across")["larynx"] == MODES["across"].least_nu > nus("organ")["larynx"]
     assert nus("local")["mandible"] == nus("organ")["mandible"] == 300
     assert nus("local", 0.5) == {name: 0.5 * nu for name, nu in nus("local").items()}
     assert nus("local", {"larynx": 70.0}) == nus("local") | {"larynx": 70.0}

@@ -210,10 +210,11 @@ def transfer_options(command: F) -> F:
         rho: float,
         sigma_x: float,
         sigma_t: float,
+        fast: bool,
         **others: Any,
     ) -> Any:
         options = TransferOptions(
-            threshold, parse_nu(nu), rho, sigma_x, sigma_t, parse_across(across)
+            threshold, parse_nu(nu), rho, sigma_x, sigma_t, parse_across(across), fast
         )
         return command(options=options, **others)
 
@@ -288,13 +289,20 @@ _TRANSFER = (
         help="Mode local: matches whose translation is t mm from what the others agree on count"
         " exp(-t²/2σ_t²).",
     ),
+    click.option(
+        "--fast",
+        is_flag=True,
+        help="Mode local: refine the atlases' fields down to 6 mm instead of 3 mm; a few times as"
+        " fast, and about a hundredth of Dice less.",
+    ),
 )
 
 select_option = click.option(
     "--select",
     type=int,
     metavar="K",
-    help="Use only the K atlases whose keypoints agree best with the scan.",
+    help="Use only the K atlases whose keypoints agree best with the scan; all, if the store has no"
+    " more.  [default: 20]",
 )
 index_option = click.option(
     "--index",

@@ -74,16 +74,6 @@ class Field:
             found[:, 3] += np.float32(AFFINE_SUPPORT)
         return found
 
-    def around(
-        self, low: NDArray[np.float64], high: NDArray[np.float64], widths: Widths
-    ) -> "Field":
-        """Keep the matches that have a say between two corners (3), mm."""
-        # A millimetre more, whatever is rounded.
-        reach = REACH * widths[0] + 1
-        near = (self.position >= low - reach) & (self.position <= high + reach)
-        kept = near.all(axis=1)
-        return Field(self.position[kept], self.rest[kept], self.trend)
-
 
 def regress(
     points: NDArray[Any],

@@ -26,6 +26,9 @@ from kpt_dask.runtime import progress
 
 BY_ORGANS = ("organ", "affine")
 """Modes in which only matches in organs move an atlas."""
+USUAL = 20
+"""Atlases that are kept of a larger store, unless told otherwise: more gained nothing on real
+patients, and time would grow with the store."""
 PROPOSED = 3
 """Atlases that are matched for each one that is kept."""
 PROPOSAL_BANDWIDTH = 15.0
@@ -44,6 +47,11 @@ def check_selection(select: int | None, index: str) -> None:
         raise ParameterError(f"The number of atlases to select must be at least 1, not {select}.")
     if index not in MODES:
         raise ParameterError(f"The index {index!r} is unknown; use {', '.join(MODES)}.")
+
+
+def how_many(select: int | None, atlases: int) -> int:
+    """Say how many of so many atlases are used: all, if they are not more than are to be kept."""
+    return min(USUAL if select is None else select, atlases)
 
 
 def propose_atlases(

@@ -120,9 +120,6 @@ class OrganCounts:
         )
 
 
-Tally = OrganCounts
-
-
 def levels_of(threshold: float) -> tuple[np.float32, ...]:
     """Shares from which on voxels are counted, `LEVELS` times the threshold."""
     return tuple(np.float32(min(level * threshold, 1.0)) for level in LEVELS)

@@ -16,7 +16,7 @@ from kpt_dask.options import DEFAULTS, TransferOptions
 from kpt_dask.organ_transfer.job import Evidence, TransferJob
 from kpt_dask.organ_transfer.measures import OrganCounts
 from kpt_dask.organ_transfer.moving.schedule import move_organs
-from kpt_dask.organ_transfer.warping.block import warp_atlases
+from kpt_dask.organ_transfer.warping.schedule import warp_atlases
 from kpt_dask.volumes.volume import Volume
 
 
@@ -41,7 +41,7 @@ def transfer(
     Modes `organ`, `affine` and `across` move organs whole; their equations stand in
     `kpt_dask.organ_transfer.moving`. Mode `local` matches the keypoints
     again, near where a first field expects them, and warps each atlas by a smooth field; its
-    equations stand at `kpt_dask.organ_transfer.warping.block.warp_atlases`.
+    equations stand at `kpt_dask.organ_transfer.warping.schedule.warp_atlases`.
 
     Parameters
     ----------

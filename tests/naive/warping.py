@@ -1,13 +1,13 @@
 """Mode `local` the plain way, written from the equations in the docstrings, in float64."""
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from itertools import product
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.interpolate import RegularGridInterpolator
-from scipy.ndimage import minimum_filter
+from scipy.ndimage import gaussian_filter1d, map_coordinates
 
 from tests.naive.stations import AnnotatedImage
 
@@ -68,20 +68,6 @@ def regression(
     return np.array([*u, weight.sum()])
 
 
-def field(scan: AnnotatedImage, spacing: float, position: Array, translation: Array) -> Array:
-    """u and the support at every voxel, linear between nodes about 16 mm apart."""
-    shape = scan.image.shape
-    node = round(16 / spacing) * spacing
-    axes = [node * np.arange(int(n * spacing / node) + 2) for n in shape]
-    nodes = np.zeros([*map(len, axes), 4])
-    for k, j, i in np.ndindex(*nodes.shape[:3]):
-        mm = np.array([axes[0][k], axes[1][j], axes[2][i]])
-        nodes[k, j, i] = displacement(mm + scan.origin, position, translation)
-    voxels = np.stack(np.meshgrid(*[spacing * np.arange(n) for n in shape], indexing="ij"), -1)
-    found: Array = RegularGridInterpolator(axes, nodes)(voxels)
-    return found
-
-
 def domain(
     box: Any, scan: AnnotatedImage, atlas: AnnotatedImage, spacing: float, p: Array, t: Array
 ) -> Array:
@@ -95,24 +81,34 @@ def domain(
     return np.array(moved).reshape(-1, 3)
 
 
-def shares(
+@dataclass(frozen=True)
+class Map:
+    """Of an atlas: y − x (mm) and √weight at the points of a lattice, and ρ^¼ of each organ."""
+
+    values: Array
+    step: float
+    first: Any
+    correlation: Any
+
+    def at(self, x: Array) -> Array:
+        """The same at voxels (3, n) of the scan."""
+        where = (x - np.array(self.first)[:, None]) / self.step
+        return np.array(
+            [map_coordinates(one, where, order=1, mode="nearest") for one in self.values]
+        )
+
+
+def inside(
     scan: AnnotatedImage,
     atlases: Sequence[AnnotatedImage],
     boxes: Sequence[dict[int, Any]],
     matches: Sequence[tuple[Array, Array]],
     values: Sequence[int],
-    nus: Sequence[float],
     spacing: float,
-) -> tuple[Array, Array]:
-    """Share of each organ at each voxel (organ, z, y, x), and whether a voxel is clear.
-
-    A voxel that falls between two voxels of an atlas, within rounding, is not, nor its neighbours.
-    """
-    shape = scan.image.shape
+) -> Array:
+    """Where each organ is looked for (organ, z, y, x): whole cells about 16 mm wide."""
     step = round(16 / spacing)
-    clear = np.ones(shape, bool)
-    out = np.zeros((len(values), *shape))
-    inside = np.zeros((len(values), *shape), bool)
+    out = np.zeros((len(values), *scan.image.shape), bool)
     for o, value in enumerate(values):
         moved = [
             domain(box[value], scan, atlas, spacing, *m)
@@ -121,30 +117,79 @@ def shares(
         ]
         points = np.concatenate([*moved, np.zeros((0, 3))])
         if len(points):
-            # Whole cells between nodes.
             low = np.maximum(np.floor(points.min(0) - 15 / spacing), 0).astype(int) // step * step
             high = np.maximum(np.ceil(points.max(0) + 15 / spacing) + 1, 0).astype(int)
             high = -(-high // step) * step
-            inside[o][tuple(slice(a, b) for a, b in zip(low, high, strict=True))] = True
-    fields = [field(scan, spacing, *m) for m in matches]
-    votes, totals = np.zeros_like(out), np.zeros_like(out)
-    for atlas, box, u in zip(atlases, boxes, fields, strict=True):
-        for x in np.ndindex(*shape):
-            mm = np.array(x) * spacing + scan.origin - u[x][:3]
-            y = (mm - atlas.origin) / spacing
-            if (np.abs(y - np.floor(y) - 0.5) < 1e-4).any():
-                clear[x] = False
-            at = tuple(np.floor(y + 0.5).astype(int).tolist())
-            if not all(0 <= a < n for a, n in zip(at, atlas.image.shape, strict=True)):
-                continue
-            difference = scan.image[x] - atlas.image[at]
-            for o, value in enumerate(values):
-                if value in box:
-                    weight = u[x][3] * np.exp(-(difference**2) / (2 * nus[o] ** 2))
-                    totals[(o, *x)] += weight
-                    votes[(o, *x)] += weight * (atlas.labels[at] == value)
-    np.divide(votes, totals, out=out, where=(totals > 0) & inside)
-    return np.where(inside, smoothed(out), 0), minimum_filter(clear, 3, mode="nearest")
+            out[o][tuple(slice(a, b) for a, b in zip(low, high, strict=True))] = True
+    return out
+
+
+def shares(
+    scan: AnnotatedImage,
+    atlases: Sequence[AnnotatedImage],
+    maps: Sequence[Map],
+    where: Array,
+    values: Sequence[int],
+    nus: Sequence[float],
+    spacing: float,
+) -> Array:
+    """Share of each organ of the votes (organ, z, y, x)."""
+    shape = scan.image.shape
+    votes, totals = np.zeros(where.shape), np.zeros(where.shape)
+    for atlas, one in zip(atlases, maps, strict=True):
+        x = np.indices(shape).reshape(3, -1)
+        *u, root = one.at(x.astype(float))
+        mm = x * spacing + np.array(scan.origin)[:, None] + u
+        y = (mm - np.array(atlas.origin)[:, None]) / spacing
+        at = np.floor(y + 0.5).astype(int)
+        held = ((at >= 0) & (at < np.array(atlas.image.shape)[:, None])).all(axis=0)
+        nearest = tuple(np.clip(at, 0, np.array(atlas.image.shape)[:, None] - 1))
+        hu = map_coordinates(atlas.image.astype(float), y, order=1, mode="nearest")
+        difference = scan.image.ravel() - hu
+        for o, value in enumerate(values):
+            if (atlas.labels == value).any():
+                weight = np.exp(-(difference**2) / (2 * nus[o] ** 2)) + 1e-6
+                weight *= root**2 * one.correlation[o] ** 4 * held
+                totals[o] += weight.reshape(shape)
+                votes[o] += (weight * (atlas.labels[nearest] == value)).reshape(shape)
+    out = np.zeros(where.shape)
+    np.divide(votes, totals, out=out, where=(totals > 0) & where)
+    return np.where(where, smoothed(out), 0)
+
+
+def by_hu(shares: Array, hu: Array) -> Array:
+    """Logits shifted by what the HU of the whole scan say."""
+    out = shares.astype(float)
+    bins = np.clip(np.floor((hu + 1000) / 20).astype(int), 0, 199)
+    for share in out:
+        some = share > 0.02
+        p, at = share[some], bins[some]
+        own = np.bincount(at, p * (p > 0.5), 200)
+        rest = np.bincount(at, 1 - p, 200)
+        own, rest = (gaussian_filter1d(h, 1, mode="constant") + 0.2 for h in (own, rest))
+        odds = p * ((own / own.sum()) / (rest / rest.sum()))[at] ** 0.3
+        share[some] = odds / (odds + 1 - p)
+    return out
+
+
+def agreed(shares: Array, hu: Array, theta: float, strength: float, sweeps: int = 5) -> Array:
+    """Mean field over organs and background, as a share against the background alone."""
+    some = shares > 0
+    background = np.maximum(1 - shares.sum(axis=0), 1e-3) * theta / (1 - theta)
+    u = np.concatenate([np.where(some, np.maximum(shares, 1e-4), 0), background[None]])
+    q = u / u.sum(axis=0)
+    for _ in range(sweeps):
+        total = np.zeros_like(q)
+        for axis in range(3):
+            for way in (-1, 1):
+                other = np.roll(hu, way, axis).astype(float)
+                weight = strength * np.exp(-((hu - other) ** 2) / (2 * 25**2))
+                # What comes around from the other end is no neighbour.
+                np.moveaxis(weight, axis, 0)[0 if way == 1 else -1] = 0
+                total += weight * np.roll(q, way, axis + 1)
+        q = u * np.exp(total)
+        q /= q.sum(axis=0)
+    return np.asarray(theta * q[:-1] / (theta * q[:-1] + (1 - theta) * q[-1]))
 
 
 def smoothed(shares: Array) -> Array:
@@ -158,7 +203,7 @@ def smoothed(shares: Array) -> Array:
     return out
 
 
-def decide(shares: Array, values: Sequence[int], smallest: float = 0.36) -> Array:
+def decide(shares: Array, values: Sequence[int], smallest: float = 0.4) -> Array:
     labels = np.zeros(shares.shape[1:], np.uint16)
     for x in np.ndindex(*labels.shape):
         at = [float(share[x]) for share in shares]

@@ -1,8 +1,7 @@
 """The cells of a block that organs may reach, and room for the votes in them: mode `local`.
 
-A cell is the voxels between eight nodes of the fields' lattice. It holds votes only for the
-organs that may be there, and one total for all organs that share it, so that a block takes
-memory where organs are and nowhere else.
+A cell is a cube of voxels, some 16 mm wide. It holds votes only for the organs that may be there,
+so that a block takes memory where organs are and nowhere else.
 """
 
 from collections.abc import Sequence
@@ -23,7 +22,7 @@ from kpt_dask.organ_transfer.warping.landing import in_cells
 class Cells:
     """Cells in C order; their groups and, within these, organs are numbered one after another.
 
-    Organs of one group share the total of their votes.
+    Organs of one group share the likelihood of intensities.
 
     Attributes
     ----------
@@ -46,11 +45,6 @@ class Cells:
     organ: NDArray[np.int64]
 
     @cached_property
-    def group_of(self) -> NDArray[np.int64]:
-        """Which of the groups each organ is in (organs)."""
-        return np.repeat(np.arange(self.group.size), np.diff(self.organs))
-
-    @cached_property
     def cell_of(self) -> NDArray[np.int64]:
         """Which cell each organ is in (organs)."""
         return np.repeat(np.arange(len(self.index)), np.diff(self.organs[self.groups]))
@@ -63,21 +57,6 @@ class Cells:
         )
         return z, y, x
 
-    def nodes(self) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-        """Lattice indices of the nodes around the cells, sorted, and each cell's (cell, 8).
-
-        The last axis is that of a cell's nodes, the one along x fastest.
-        """
-        corners = np.indices((2, 2, 2)).reshape(3, 8).T
-        around = self.index[:, None] + corners
-        low, high = around.min(axis=(0, 1)), around.max(axis=(0, 1)) + 1
-        flat = np.ravel_multi_index(tuple((around - low).reshape(-1, 3).T), high - low)
-        used = np.zeros(int(np.prod(high - low)), bool)
-        used[flat] = True
-        number = np.cumsum(used) - 1
-        nodes = np.argwhere(used.reshape(high - low)) + low
-        return nodes, number[flat].reshape(-1, 8)
-
 
 def plan_cells(domains: Sequence[Box | None], groups: Sequence[int], box: Box, step: int) -> Cells:
     """Find the cells that touch a box of voxels and lie in any organ's domain.
@@ -87,7 +66,7 @@ def plan_cells(domains: Sequence[Box | None], groups: Sequence[int], box: Box, s
     domains : sequence of Box or None
         Of each organ, in cells.
     groups : sequence of int
-        Of each organ, whose total it shares.
+        Of each organ, whose likelihood it shares.
     box : Box
         In voxels.
     step : int
@@ -120,15 +99,6 @@ def width_of(step: int) -> int:
     return -(-(step**3) // LANES) * LANES
 
 
-def positions(step: int) -> NDArray[np.float32]:
-    """Where the voxels of a plane of a cell lie in it: x, y and yx of each (3, step²).
-
-    Fractions of the way from node to node.
-    """
-    y, x = np.indices((step, step)).reshape(2, -1).astype(np.float32) / np.float32(step)
-    return np.stack([x, y, y * x])
-
-
 @kernel
 def gather(values: Any, corner: Any, index: Any, step: Any, out: Any) -> None:
     """Take apart an array into cells.
@@ -157,17 +127,15 @@ def gather(values: Any, corner: Any, index: Any, step: Any, out: Any) -> None:
 
 @kernel
 def spread(
-    votes: Any, totals: Any, total_of: Any, slots: Any, index: Any, corner: Any, step: Any, out: Any
+    votes: Any, totals: Any, slots: Any, index: Any, corner: Any, step: Any, out: Any
 ) -> None:
     """Put together the shares of one organ from its cells: votes over totals, 0 over 0 is 0.
 
     Parameters
     ----------
-    votes, totals : float32 arrays (slot, n), (group, n)
-    total_of : int64 array (slot)
-        The row of `totals`.
+    votes, totals : float32 arrays (slot, n)
     slots : int64 array (n)
-        The organ's rows of `votes`.
+        The organ's rows of both.
     index : int64 array (n, 3)
         Lattice indices of their cells.
     corner : int64 array (3)
@@ -177,8 +145,7 @@ def spread(
     """
     depth, height, width = out.shape
     for c in range(index.shape[0]):
-        vote = votes[slots[c]]
-        total = totals[total_of[slots[c]]]
+        vote, total = votes[slots[c]], totals[slots[c]]
         for i in range(step):
             z = index[c, 0] * step + i - corner[0]
             for j in range(step):

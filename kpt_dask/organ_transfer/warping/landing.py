@@ -1,14 +1,13 @@
-"""Where organs land, and the displacement fields that bring them there: plans of mode `local`.
+"""Where organs land in the scan by the fields of their atlases: plans of mode `local`.
 
-Fields live on one lattice that begins at the scan's first voxel, so a part of a field is the
-same whatever block asks for it. Between eight nodes lies a cell. Reads no voxel.
+What is planned for is cells, cubes of voxels of which the first begins at the scan's first voxel,
+so that a cell is the same whatever block it is in. Reads no voxel.
 """
 
 from collections.abc import Sequence
 
 import numpy as np
 import xarray as xr
-from numpy.typing import NDArray
 
 from atlas_store import Atlas, OrganTable
 from atlas_store.arrays.boxes import Box, enclosing, overlap
@@ -16,11 +15,8 @@ from kpt_dask.grid import Grid
 from kpt_dask.matching.displacement import Field, Widths
 from kpt_dask.matching.first_pass import slices_by_atlas
 
-NODE = 16.0
-"""Distance between the nodes of the fields' lattice, mm, rounded to whole voxels.
-
-On real patients 10 mm are no better, 20 mm hardly worse.
-"""
+CELL = 16.0
+"""Edge of a cell, mm, rounded to whole voxels."""
 MARGIN = 15.0
 """How far beyond where the corners of its box land an organ may reach, mm."""
 
@@ -30,12 +26,6 @@ def by_atlas(keypoints: xr.Dataset, matches: xr.Dataset, n: int) -> list[Field]:
     position = keypoints.position.values[matches.keypoint.values]
     translation = matches.translation.values
     return [Field.of(position[own], translation[own]) for own in slices_by_atlas(matches, n)]
-
-
-def around(field: Field, cells: Box, grid: Grid, widths: Widths) -> Field:
-    """Keep of a field what has a say at the nodes of a box of cells: no block needs the rest."""
-    ends = grid.origin[:, None] + grid.spacing[:, None] * step_of(grid) * np.array(cells)
-    return field.around(ends[:, 0], ends[:, 1], widths)
 
 
 def landing_boxes(
@@ -72,7 +62,7 @@ def landing_boxes(
 
 
 def domains_of(landed: Sequence[Sequence[Box | None]], step: int) -> list[Box | None]:
-    """Enclose what each atlas says of each organ, in cells of the lattice."""
+    """Enclose what each atlas says of each organ, in cells."""
     found = []
     for boxes in zip(*landed, strict=True):
         box = enclosing([b for b in boxes if b is not None])
@@ -101,27 +91,5 @@ def in_grid(box: Box, grid: Grid, step: int) -> Box:
 
 
 def step_of(grid: Grid) -> int:
-    """Voxels between the nodes of the lattice: as near to `NODE` as whole voxels come."""
-    return max(round(NODE / float(grid.spacing[0])), 1)
-
-
-def fit(
-    atlas: Atlas, field: Field, grid: Grid, nodes: NDArray[np.int64], widths: Widths
-) -> NDArray[np.float32]:
-    """Regress an atlas's field at nodes of the lattice.
-
-    Parameters
-    ----------
-    nodes : int64 array (n, 3)
-        Lattice indices (z, y, x), sorted.
-
-    Returns
-    -------
-    ndarray (n, 4), float32
-        What to add to a voxel index of the scan to get the atlas's, (z, y, x), and the support.
-    """
-    spacing = float(grid.spacing[0])
-    points = grid.origin + spacing * step_of(grid) * nodes
-    found = field.at(points, widths)
-    found[:, :3] = (grid.origin - np.array(atlas.info.origin) - found[:, :3]) / spacing
-    return found
+    """Voxels along the edge of a cell: as near to `CELL` as whole voxels come."""
+    return max(round(CELL / float(grid.spacing[0])), 1)

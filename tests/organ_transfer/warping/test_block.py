@@ -14,8 +14,10 @@ from atlas_store import AtlasStore, load_organs
 from kpt_dask.atlases.add import add_atlas, store_parameters
 from kpt_dask.organ_transfer import decision as share_module
 from kpt_dask.organ_transfer.decision import create_probability
+from kpt_dask.organ_transfer.refinement.atlas import PER_MM, WEIGHT
 from kpt_dask.organ_transfer.warping import block as module
-from kpt_dask.organ_transfer.warping.block import warp_atlases
+from kpt_dask.organ_transfer.warping import border, schedule
+from kpt_dask.organ_transfer.warping.schedule import warp_atlases
 from kpt_dask.runtime import cluster
 from kpt_dask.segmentation import segment
 from kpt_dask.volumes.volume import Volume
@@ -97,19 +99,50 @@ def whole(
     return run(volume, store, MATCHES, tmp_path_factory.mktemp("w") / "whole", one_process)
 
 
-def test_shares_are_what_the_equations_say(whole: tuple[Array, Array]) -> None:
+def test_shares_are_what_the_equations_say(
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    volume: Volume,
+    store: AtlasStore,
+    one_process: Client,
+    whole: tuple[Array, Array],
+) -> None:
+    maps = []
+
+    def refine(scan: Any, atlases: Any, fields: Any, out: Any, *others: Any) -> Any:
+        """Note what the fields have become."""
+        found = schedule_refine(scan, atlases, fields, out, *others)
+        lattice = scan.levels[-1][0]
+        said = [np.any([one.labels == o + 1 for one in found], axis=0) for o in range(3)]
+        for stored, one in zip(np.asarray(out[...]).astype(float), found, strict=True):
+            means = [one.correlation[where].mean() / 255 for where in said]
+            values = stored / np.array([PER_MM] * 3 + [WEIGHT])[:, None, None, None]
+            values[:3] += np.array(one.base)[:, None, None, None]
+            maps.append(warping.Map(values, lattice.step, lattice.first, means))
+        return found
+
+    schedule_refine = schedule.refine
+    monkeypatch.setattr(schedule, "refine", refine)
+    found, labels = run(volume, store, MATCHES, tmp_path / "noted", one_process)
+    np.testing.assert_array_equal(found, whole[0])
     boxes = [
         {ORGANS.by_name(n).value: info.bounding_box for n, info in extents(a.labels).items()}
         for a in ATLASES
     ]
-    nus = [max(organ.nu, 100) for organ in ORGANS]
-    expected, clear = warping.shares(SCAN, ATLASES, boxes, MATCHES, ORGANS.values, nus, SPACING)
-    found, labels = whole
-    assert clear.mean() > 0.9
+    nus = [organ.nu for organ in ORGANS]
+    where = warping.inside(SCAN, ATLASES, boxes, MATCHES, ORGANS.values, SPACING)
+    voted = warping.shares(SCAN, ATLASES, maps, where, ORGANS.values, nus, SPACING)
+    strength = border.AGREEMENT
+    expected = warping.agreed(warping.by_hu(voted, SCAN.image), SCAN.image, 0.4, strength)
+    expected = np.where(where, expected, 0)
     assert (expected > 0).sum() > 1000
-    np.testing.assert_allclose(found[:, clear], expected[:, clear], atol=2e-4)
+    # A voxel between two of an atlas may fall to either, and neighbours ask one another.
+    close = abs(found - expected) < 2e-3
+    assert close.mean() > 0.99
     ordered = np.sort(expected, axis=0)
-    sure = clear & (abs(ordered[-1] - 0.36) > 1e-3) & (ordered[-1] - ordered[-2] > 1e-3)
+    sure = close.all(axis=0) & (abs(ordered[-1] - 0.4) > 4e-3)
+    sure &= (ordered[-1] - ordered[-2] > 4e-3) | (ordered[-1] < 0.4)
+    assert sure.mean() > 0.9
     np.testing.assert_array_equal(labels[sure], warping.decide(expected, ORGANS.values)[sure])
     assert set(np.unique(labels)) == {0, *ORGANS.values}
 
@@ -134,9 +167,10 @@ def test_blocks_give_what_the_whole_gives(
     pieces: int,
     chunks: tuple[int, ...],
 ) -> None:
-    monkeypatch.setattr(module, "SHARD", block)
-    monkeypatch.setattr(share_module, "SHARD", block)
-    monkeypatch.setattr(module, "PIECES", pieces)
+    for one in (module, schedule, border, share_module):
+        monkeypatch.setattr(one, "SHARD", block)
+    monkeypatch.setattr(border, "TILE", chunks)
+    monkeypatch.setattr(schedule, "PIECES", pieces)
     monkeypatch.setattr(share_module, "CHUNKS", chunks)
     monkeypatch.setattr(module, "TOGETHER", 2)
     monkeypatch.setattr(module, "CELLS", 3)
@@ -178,17 +212,6 @@ def test_an_atlas_that_cannot_be_read_ends_the_transfer(
     monkeypatch.setattr(module, "read_planes", gone)
     with pytest.raises(OSError, match="gone"):
         run(volume, store, MATCHES, tmp_path / "p", one_process)
-
-
-def test_an_atlas_without_the_organ_abstains(
-    tmp_path: Path, volume: Volume, store: AtlasStore, one_process: Client
-) -> None:
-    first, second, third = MATCHES
-    beside, _ = run(volume, store, [first, second, third], tmp_path / "beside", one_process)
-    alone, _ = run(volume, store, [first, NONE, third], tmp_path / "alone", one_process)
-    # The second atlas does not annotate the liver, but the other organs.
-    np.testing.assert_array_equal(beside[0], alone[0])
-    assert (beside[1:] != alone[1:]).any()
 
 
 def test_without_matches_everything_is_background(

@@ -1,0 +1,106 @@
+"""Where the refinement works: lattices over the part of the scan where organs may be.
+
+A lattice begins at the first voxel of that part, so that those of all levels share their first
+point. Reads no voxel.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from atlas_store import Atlas
+from atlas_store.arrays.boxes import Box, begin_of, shape_of
+from kpt_dask.grid import Grid
+from kpt_dask.organ_transfer.refinement.kernels import BOX
+
+Level = tuple[float, int]
+"""Spacing of a lattice, mm, and iterations on it."""
+
+FULL: tuple[Level, ...] = ((12.0, 15), (8.0, 10), (6.0, 8), (4.0, 6), (3.0, 5))
+"""Levels, the coarsest first."""
+FAST: tuple[Level, ...] = ((12.0, 12), (8.0, 8), (6.0, 8))
+"""Those that give most of what `FULL` gives, in a third of its time."""
+COARSE = 6.0
+"""mm; levels from here on are taken whatever the size of the organs."""
+BOXES = 2
+"""Boxes of local correlation along an organ that a coarser level needs."""
+MOST_POINTS = 2_000_000
+"""Of a lattice. Where the part of the scan is so large that a level had more, as in whole bodies
+with ten organs, the finest levels are left out: so a task takes at most some 150 MB, whatever the
+scan."""
+
+
+@dataclass(frozen=True)
+class Lattice:
+    """Points over a box of the scan's voxels.
+
+    Attributes
+    ----------
+    first : (int, int, int)
+        Voxel of the scan at the first point.
+    spacing : float
+        mm from one point to the next.
+    step : float
+        The same in voxels.
+    shape : (int, int, int)
+        Points along each axis; the last ones lie at or beyond the last voxel of the box.
+    """
+
+    first: tuple[int, int, int]
+    spacing: float
+    step: float
+    shape: tuple[int, int, int]
+
+    @classmethod
+    def over(cls, box: Box, grid: Grid, spacing: float) -> "Lattice":
+        """Cover a box of voxels."""
+        step = spacing / float(grid.spacing[0])
+        depth, height, width = (math.ceil((n - 1) / step) + 1 for n in shape_of(box))
+        z, y, x = begin_of(box).tolist()
+        return cls((z, y, x), spacing, step, (depth, height, width))
+
+    @property
+    def size(self) -> int:
+        """Number of points."""
+        return math.prod(self.shape)
+
+    def origin(self, grid: Grid) -> NDArray[np.float64]:
+        """First point, mm."""
+        first: NDArray[np.float64] = grid.origin + grid.spacing * np.array(self.first)
+        return first
+
+
+def typical_size(atlases: Sequence[Atlas]) -> float:
+    """Median of the longest sides of all organs' bounding boxes in atlases, mm; 0 of none."""
+    sides = [
+        float(atlas.info.spacing[0]) * max(b - a for a, b in organ.bounding_box)
+        for atlas in atlases
+        for organ in atlas.organs.values()
+    ]
+    return float(np.median(sides)) if sides else 0.0
+
+
+def fitting(levels: Sequence[Level], size: float) -> list[Level]:
+    """Leave out the levels that are too coarse for organs of a size, mm.
+
+    Local correlation looks at boxes of 5 × 5 × 5 points. Where organs are hardly larger than
+    that, as in the head and neck, it would compare what is beside them. Where they are larger, as
+    in the trunk, they also start farther off, and need to be found.
+    """
+    points = 2 * BOX + 1
+    return [one for one in levels if one[0] <= max(size / (BOXES * points), COARSE)]
+
+
+def lattices(box: Box, grid: Grid, levels: Sequence[Level]) -> list[tuple[Lattice, int]]:
+    """Lay lattices over a box of voxels: those of the levels, as far as `MOST_POINTS` allows.
+
+    Returns
+    -------
+    list of (Lattice, int)
+        Each with its iterations; one at least.
+    """
+    found = [(Lattice.over(box, grid, spacing), n) for spacing, n in levels]
+    return [found[0], *(one for one in found[1:] if one[0].size <= MOST_POINTS)]

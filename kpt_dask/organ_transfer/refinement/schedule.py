@@ -1,0 +1,165 @@
+"""Refine the fields of all atlases, side by side: one task for each."""
+
+import math
+from collections.abc import Sequence
+from contextlib import contextmanager
+from threading import Condition
+from typing import Any
+
+import numpy as np
+import zarr
+from distributed import Client
+from numpy.typing import NDArray
+from zarr.codecs import BloscCodec
+
+from atlas_store import Atlas, OrganTable
+from atlas_store.arrays import chunk_io
+from atlas_store.arrays.boxes import Box
+from atlas_store.crop import surroundings_of
+from kpt_dask.matching.displacement import Field, Widths
+from kpt_dask.organ_transfer.refinement import kernels
+from kpt_dask.organ_transfer.refinement.atlas import (
+    HU,
+    UNITS,
+    Comparison,
+    Refined,
+    intensity_table,
+    refine_atlas,
+)
+from kpt_dask.organ_transfer.refinement.lattice import Level, lattices
+from kpt_dask.runtime import cluster
+from kpt_dask.volumes.volume import Volume
+
+SLAB = 32
+"""Planes of the scan that are read at a time."""
+DEPTH = 16
+"""Planes of a stored field that are read together."""
+POINT_BYTES = 84
+"""Of a task, for each point of its finest lattice, with the coarser ones, about."""
+VOXEL_BYTES = 4
+"""For each voxel that is read of an atlas."""
+
+
+def compare_with(
+    volume: Volume, box: Box, organs: OrganTable, widths: Widths, levels: Sequence[Level]
+) -> Comparison:
+    """Sample the scan's intensities over a box of its voxels, on the lattice of each level.
+
+    The scan is read in slabs; what lies beyond the box is as its edge.
+    """
+    laid = lattices(box, volume.grid, levels)
+    images = [np.empty(lattice.shape, np.float32) for lattice, _ in laid]
+    (begin, end), *sides = box
+    y, x = (slice(*side) for side in sides)
+    table = intensity_table().astype(np.float32) / np.float32(UNITS)
+    for z in range(begin, end, SLAB):
+        stop = min(z + SLAB + 1, end)
+        hu = np.asarray(chunk_io.read(volume.levels[0], (slice(z, stop), y, x)))
+        slab = np.empty(hu.shape, np.float32)
+        kernels.look_up(hu.reshape(-1), 0, -1, -int(HU[0]), table, slab.reshape(-1))
+        last = stop == end
+        for (lattice, _), image in zip(laid, images, strict=True):
+            # Points from this plane up to the next slab's first one; the last ones lie beyond.
+            first = math.ceil((z - begin) / lattice.step)
+            after = len(image) if last else math.ceil((z + SLAB - begin) / lattice.step)
+            corner = np.array([begin + first * lattice.step - z, 0, 0], np.float32)
+            own = image[None, first:after]
+            kernels.spread(slab[None], corner, np.float32(lattice.step), own)
+        if last:
+            break
+    return Comparison(volume.grid, laid, images, organs, widths)
+
+
+def create_fields(group: zarr.Group, scan: Comparison, n: int) -> "zarr.Array[Any]":
+    """Make room for the refined fields of n atlases; see `refine_atlas`."""
+    shape = scan.levels[-1][0].shape
+    return group.create_array(
+        "fields",
+        shape=(n, 4, *shape),
+        dtype=np.int16,
+        chunks=(1, 4, min(DEPTH, shape[0]), *shape[1:]),
+        compressors=BloscCodec(cname="lz4", shuffle="shuffle"),
+        fill_value=0,
+        config={"write_empty_chunks": True},
+    )
+
+
+def refine(
+    scan: Comparison,
+    atlases: Sequence[Atlas],
+    fields: Sequence[Field],
+    out: "zarr.Array[Any]",
+    memory: int,
+    client: Client,
+) -> list[Refined | None]:
+    """Refine the fields of atlases; of each that reaches the lattice, its part of `out` is filled.
+
+    Parameters
+    ----------
+    scan : Comparison
+        From `compare_with`.
+    atlases, fields
+        The fields from atlas to scan.
+    out : zarr.Array
+        From `create_fields`.
+    memory : int
+        Bytes that all tasks of a process may take together, down to one task.
+    client : distributed.Client
+    """
+    found: list[Refined | None] = [None] * len(atlases)
+    scattered = cluster.share(client, scan)
+    points = POINT_BYTES * scan.levels[-1][0].size
+    tasks = []
+    for i, (atlas, field) in enumerate(zip(atlases, fields, strict=True)):
+        voxels = math.prod(b - a for a, b in surroundings_of(atlas))
+        needed = points + VOXEL_BYTES * voxels
+        tasks.append((scattered, atlas, field, out, i, needed, memory))
+    for i, one in cluster.run(client, _refine, tasks, "Refining"):
+        found[i] = one
+    return found
+
+
+def agreement(refined: Sequence[Refined], organs: int) -> NDArray[np.float64]:
+    """Mean of each atlas's cc where any atlas says an organ is (atlas, organ); 0 if none does."""
+    found = np.zeros((len(refined), organs))
+    if not refined:
+        return found
+    said = np.zeros((refined[0].labels.size, -(-organs // 64)), np.uint64)
+    for one in refined:
+        kernels.note_organs(one.labels.reshape(-1), said)
+    for i, one in enumerate(refined):
+        sums, counts = np.zeros((2, 64 * said.shape[1]), np.int64)
+        kernels.sum_by_organ(one.correlation.reshape(-1), said, sums, counts)
+        found[i] = (sums / (255 * np.maximum(counts, 1)))[:organs]
+    return found
+
+
+def _refine(
+    scan: Comparison,
+    atlas: Atlas,
+    field: Field,
+    out: "zarr.Array[Any]",
+    number: int,
+    needed: int,
+    memory: int,
+) -> Refined | None:
+    with _room(needed, memory):
+        return refine_atlas(scan, atlas, field, out, number)
+
+
+_TAKEN = [0]
+_CHANGED = Condition()
+
+
+@contextmanager
+def _room(needed: int, memory: int) -> Any:
+    """Wait until the tasks of this process that run leave room for one more, or none does."""
+    with _CHANGED:
+        _CHANGED.wait_for(lambda: _TAKEN[0] == 0 or _TAKEN[0] + needed <= memory)
+        _TAKEN[0] += needed
+    try:
+        yield
+    finally:
+        with _CHANGED:
+            _TAKEN[0] -= needed
+            _CHANGED.notify_all()
