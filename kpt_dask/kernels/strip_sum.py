@@ -1,14 +1,19 @@
 """Strips of an organ's voxels, added to its share."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from llvmlite import ir
 from numba import types
 
-from kpt_dask.kernels.exponential import exp2_code
 from kpt_dask.kernels.simd import FUSED, LANES, VECTOR, broadcast, check_order, declare, llvm
 
+_ROUNDING = 1.5 * 2.0**23
+"""Added to a float32, leaves the nearest whole number in its last bits."""
+_MANTISSA = 23
+"""Bits of a float32 below its exponent."""
+_POWERS = (1.0, 0.693146978, 0.240222421, 0.0555073374, 0.00967151279, 0.00132647273)
+"""Of the polynomial that is 2^x for −½ ≤ x ≤ ½, to 1e-7, and exactly 1 at 0."""
 _SHORTS = ir.VectorType(ir.IntType(16), LANES)
 
 
@@ -100,7 +105,7 @@ def _adding(parts: int) -> Callable[..., Any]:
         squared = [b.fmul(d, d) for d in apart]
         lower = [b.fmul(slope, d, flags=FUSED) for d in squared]
         counts = [b.fcmp_ordered("<", d, most) for d in squared]
-        powers = exp2_code(b, [b.fsub(height, d, flags=FUSED) for d in lower])
+        powers = _exp2(b, [b.fsub(height, d, flags=FUSED) for d in lower])
         out = places(0, values[2], reals)
         before = load(out, 4)
         sums = [b.fadd(*both, flags=FUSED) for both in zip(before, powers, strict=True)]
@@ -108,3 +113,25 @@ def _adding(parts: int) -> Callable[..., Any]:
         return context.get_dummy_value()
 
     return code
+
+
+def _exp2(b: Any, x: Sequence[Any]) -> list[Any]:
+    """Raise 2 to powers, float32 or vectors of them: see `exp2`. Each step of all together."""
+    kind = x[0].type
+    lanes = getattr(kind, "count", 0)
+    bits = ir.VectorType(ir.IntType(32), lanes) if lanes else ir.IntType(32)
+
+    def number(value: float, kind: Any = kind) -> Any:
+        return ir.Constant(kind, lanes * [value] if lanes else value)
+
+    moved = [b.fadd(one, number(_ROUNDING)) for one in x]
+    whole = [b.fsub(one, number(_ROUNDING)) for one in moved]
+    rest = [b.fsub(*both) for both in zip(x, whole, strict=True)]
+    factor = len(x) * [number(_POWERS[-1])]
+    for coefficient in _POWERS[-2::-1]:
+        product = [b.fmul(*both, flags=FUSED) for both in zip(factor, rest, strict=True)]
+        factor = [b.fadd(one, number(coefficient), flags=FUSED) for one in product]
+    # The whole number is added to the exponent.
+    exponent = [b.shl(b.bitcast(one, bits), number(_MANTISSA, bits)) for one in moved]
+    power = [b.add(b.bitcast(one, bits), e) for one, e in zip(factor, exponent, strict=True)]
+    return [b.bitcast(one, kind) for one in power]
