@@ -1,4 +1,11 @@
-"""How this package compiles kernels."""
+"""One way to compile kernels, for both packages, so that all of them share the same guarantees.
+
+Kernels release the GIL (Dask threads run them side by side), are cached on disk, and
+never run numba's own threads (its workqueue layer aborts the process inside Dask tasks).
+`contract` alone is allowed of the fast-math flags: a fused multiply-add is the same
+operation for every voxel, while reassociation would make a voxel's value depend on where
+its block begins. Two kinds of loop need more to be vectorised, and may ask for it.
+"""
 
 from collections.abc import Callable
 from typing import Any, TypeVar, cast
@@ -11,5 +18,23 @@ F = TypeVar("F", bound=Callable[..., Any])
 
 
 def kernel(function: F) -> F:
-    """Compile `function` without the GIL, cached on disk."""
-    return cast(F, cached(numba.njit(nogil=True)(function)))
+    """Compile `function` without the GIL, cached, value-preserving but for fused multiply-adds."""
+    return _compile(function, {"contract"})
+
+
+def summing_kernel(function: F) -> F:
+    """Compile like `kernel`, but sums may be split among the lanes of a vector.
+
+    Only for sums over a list that does not depend on how the work was cut.
+    """
+    return _compile(function, {"contract", "reassoc", "nsz"})
+
+
+def comparing_kernel(function: F) -> F:
+    """Compile like `kernel`, but for numbers without NaN, so that a minimum is vectorised."""
+    return _compile(function, {"nnan", "nsz"})
+
+
+def _compile(function: F, fastmath: set[str]) -> F:
+    compiled = numba.njit(nogil=True, fastmath=fastmath, error_model="numpy")(function)
+    return cast(F, cached(compiled))

@@ -4,13 +4,10 @@ Plain arrays in, plain arrays out. Descriptors are ranks, so their squared dista
 numbers that float32 holds exactly, in whatever order BLAS adds; both kernels give the same.
 """
 
-from typing import Any, cast
-
-import numba
 import numpy as np
 from numpy.typing import NDArray
 
-from atlas_store.arrays.jit import kernel
+from atlas_store.arrays.jit import comparing_kernel, kernel
 
 Best = tuple[
     NDArray[np.int64],
@@ -55,6 +52,7 @@ def _offer(
         seconds[i, k] = second
 
 
+@comparing_kernel
 def _lowest(row: NDArray[np.float32], half: NDArray[np.float32]) -> np.float32:
     """Lowest ``half - row``; many at a time, as none is NaN."""
     lowest = np.float32(np.inf)
@@ -62,9 +60,6 @@ def _lowest(row: NDArray[np.float32], half: NDArray[np.float32]) -> np.float32:
         d = half[j] - row[j]
         lowest = d if d < lowest else lowest
     return lowest
-
-
-_lowest = cast(Any, numba.njit(nogil=True, cache=True, fastmath={"nnan", "nsz"})(_lowest))
 
 
 @kernel

@@ -1,36 +1,26 @@
-"""One way to compile kernels, so that all of them share the same guarantees.
+"""How kernels of this package are compiled, and whether they use LLVM's language.
 
-Kernels release the GIL (Dask threads run them side by side), are cached on disk, and
-never run numba's own threads (its workqueue layer aborts the process inside Dask tasks).
-`contract` alone is allowed of the fast-math flags: a fused multiply-add is the same
-operation for every voxel, while reassociation would make a voxel's value depend on where
-its block begins. A kernel that sums the same numbers in the same loop, whatever the block, may
-ask for it all the same: `summing_kernel`.
+A few pieces of kernels are written in LLVM's language, for speed alone. Each has a twin in plain
+numba that gives the same bytes: its test, and its fallback where a release of llvmlite breaks it.
 """
 
+import os
 from collections.abc import Callable
-from typing import Any, TypeVar, cast
+from typing import Any, TypeVar
 
-import numba
+from atlas_store.arrays.jit import kernel, summing_kernel
 
-from atlas_store.arrays.kernel_cache import cached
+__all__ = ["PLAIN", "either", "kernel", "summing_kernel"]
 
 F = TypeVar("F", bound=Callable[..., Any])
 
-
-def kernel(function: F) -> F:
-    """Compile `function` without the GIL, cached, value-preserving but for fused multiply-adds."""
-    return _compile(function, {"contract"})
+PLAIN = os.environ.get("KPT_PLAIN_KERNELS", "") not in ("", "0")
+"""Whether the program runs on the twins: ``KPT_PLAIN_KERNELS=1`` in the environment."""
 
 
-def summing_kernel(function: F) -> F:
-    """Compile like `kernel`, but sums may be split among the lanes of a vector.
+def either(llvm: Callable[..., Any], plain: F) -> F:
+    """Choose what kernels call: a piece in LLVM's language, or its twin.
 
-    Only for sums over a list that does not depend on how the work was cut.
+    Kernels are cached by what they call, so the two choices never share compiled code.
     """
-    return _compile(function, {"contract", "reassoc", "nsz"})
-
-
-def _compile(function: F, fastmath: set[str]) -> F:
-    compiled = numba.njit(nogil=True, fastmath=fastmath, error_model="numpy")(function)
-    return cast(F, cached(compiled))
+    return plain if PLAIN else llvm  # type: ignore[return-value]

@@ -198,7 +198,7 @@ def test_all_that_kernels_refer_to_is_known_by_content() -> None:
         for part in kernel_cache._parts(kernel, set())
         if isinstance(part, str) and part.startswith("object ")
     }
-    assert named <= {"typing", "llvmlite", "kpt_dask", "atlas_store"}
+    assert named <= {"typing", "numba", "llvmlite", "kpt_dask", "atlas_store"}
 
 
 def test_stamps_know_arrays_and_nested_values() -> None:
