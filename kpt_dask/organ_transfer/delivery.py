@@ -1,7 +1,7 @@
-"""The label map on the scan's own grid, as a file: decided and packed in tasks, written in order.
+"""Label map on the scan's own grid, as a file: decided and compressed in tasks, written in order.
 
-What a task sends back is packed, some hundredth of what it decided, so a cluster's workers can
-be anywhere that the output can be read from.
+A task returns compressed labels, about 1 % of their size, so a cluster's workers may be wherever
+the probabilities can be read.
 """
 
 from collections.abc import Iterator
@@ -19,17 +19,17 @@ from kpt_dask.runtime.memory import budget
 from kpt_dask.scans.label_file import LabelFile, Packed, pack, planes_at_once
 
 VOXEL_BYTES = 16
-"""Memory that deciding a voxel takes: its label, the largest share, and its share of what is read
-of the working grid, decompressed."""
+"""Peak per voxel that is decided: its label, the largest share, and what is read of the working
+grid, decompressed."""
 
 TASKS_PER_THREAD = 3
-"""At least, where a scan is large enough: all threads end at about the same time."""
+"""Least number of tasks, where a scan is large enough, so that threads end together."""
 
 DTYPE = np.dtype(np.uint16)
 
 
 class Decision(NamedTuple):
-    """How labels are decided on a grid.
+    """Decision of labels on a grid.
 
     Attributes
     ----------
@@ -62,13 +62,13 @@ def fill(
         Of the target's shape, uint16.
     decision : Decision
     memory : int, optional
-        Bytes that may be taken in each process.
+        Budget of each process, bytes.
     client : distributed.Client
 
     Returns
     -------
     int64 array (organ)
-        Voxels of each organ in the file, in the order of the table.
+        Voxels of each organ in the file.
     """
     shape = decision.target.shape
     step = planes_per_task(shape, cluster.threads(client), budget(memory))
@@ -82,7 +82,7 @@ def fill(
 
 
 def planes_per_task(shape: tuple[int, int, int], threads: list[int], memory: int) -> int:
-    """Choose how many planes a task decides: whole pieces, as many as memory and threads allow."""
+    """Choose the planes of a task: whole pieces, as many as memory and threads allow."""
     piece = planes_at_once(shape, DTYPE)
     voxels = min(SLAB_VOXELS, memory // (max(threads, default=1) * VOXEL_BYTES))
     fair = -(-shape[0] // (TASKS_PER_THREAD * max(sum(threads), 1)))
@@ -100,7 +100,7 @@ def _decide(decision: Decision, first: int, last: int) -> tuple[list[Packed], ND
 
 
 def _in_order(results: Iterator[tuple[int, Any]]) -> Iterator[Any]:
-    """Yield results by index; those that come too early wait."""
+    """Yield results in the order of their indices; early ones wait."""
     early: dict[int, Any] = {}
     following = 0
     for index, result in results:

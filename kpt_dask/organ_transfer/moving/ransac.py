@@ -1,4 +1,7 @@
-"""Affines from matches that are partly wrong: RANSAC. Knows points in mm; no atlases, no organs."""
+"""RANSAC of affines: fits to matches of which some are wrong.
+
+Knows points in mm; no atlases, no organs. Deterministic: the samples are drawn once, from a seed.
+"""
 
 from typing import Any
 
@@ -9,47 +12,47 @@ from kpt_dask.kernels.jit import kernel
 from kpt_dask.runtime.team import map_in_threads
 
 LEAST = 8
-"""Matches that must agree, at least: twice the 4 that any affine fits exactly."""
-TOLERANCE = 5.0
-"""How far from where the affine maps it a point may lie to agree, mm."""
+"""Least number of matches that must agree: twice the 4 that any affine fits exactly."""
+TOLERANCE_MM = 5.0
+"""A match agrees with an affine that maps its source less than this from its target."""
 SCALES = (0.7, 1.4)
-"""Smallest and largest stretch of a plausible affine, in any direction."""
+"""Least and largest singular value of a plausible affine."""
 TRIALS = 500
-"""Affines that are tried, each through 4 matches."""
+"""Samples of 4 matches, at most, through each of which an affine is tried."""
 SEED = 0
-"""Of the choice of matches, where there are more than `TRIALS` ways to choose."""
+"""Seed of the samples, where there are more than `TRIALS` ways to choose 4 matches."""
 
 _DRAWN = np.random.default_rng(SEED).random((TRIALS, 4))
 _PARTS = 4
-"""That may be fitted side by side."""
-_AGREE = TOLERANCE * TOLERANCE
-_FLAT = 1.0
-"""mm³; four points that span less lie in a plane."""
+"""Parts of the groups that are fitted in threads of their own."""
+_SQUARED_TOLERANCE = TOLERANCE_MM * TOLERANCE_MM
+_LEAST_VOLUME = 1.0
+"""mm³; determinant of the edges below which 4 points count as lying in a plane."""
 
 
 def fit_affines(
     source: NDArray[np.float64], target: NDArray[np.float64], ends: NDArray[np.int64]
 ) -> tuple[NDArray[np.float64], NDArray[np.bool_]]:
-    """Find, of each group of points, the plausible affine that most of them agree with.
+    """Find the plausible affine of each group of points that most of them agree with.
 
     Parameters
     ----------
     source, target : float64 arrays (n, 3)
-        Points before and after, mm, group by group.
+        Points before and after, mm; those of a group follow each other.
     ends : int64 array (g)
         Where each group ends.
 
     Returns
     -------
     affines : float64 array (g, 3, 4)
-        Least squares over those that agree with the best of the affines through 4 pairs, the
-        first in a tie: x becomes ``affine[:, :3] @ x + affine[:, 3]``. NaN if fewer than `LEAST`
-        agree, or if it is implausible: mirrored, or with a singular value outside of `SCALES`.
+        x becomes ``affine[:, :3] @ x + affine[:, 3]``. Least squares over the pairs that agree
+        with the best affine through 4 pairs, the first in a tie. NaN if fewer than `LEAST` agree,
+        or if it is implausible: mirrored, or with a singular value outside of `SCALES`.
     agree : bool array (n)
-        Which points their group's affine maps less than `TOLERANCE` from their targets.
+        Whether a pair agrees with its group's affine.
     """
     found, agree = np.empty((len(ends), 4, 3)), np.zeros(len(source), np.bool_)
-    # Those of many points lie together: each part gets as many.
+    # Interleaved: large groups follow each other, so each part gets as many.
     points = source, target, _DRAWN, ends
     map_in_threads(_fit_groups, ((*points, i, _PARTS, found, agree) for i in range(_PARTS)))
     return found.transpose(0, 2, 1), agree
@@ -66,12 +69,12 @@ def _fit_groups(
     out: NDArray[np.float64],
     agree: NDArray[np.bool_],
 ) -> None:
-    """Do what `fit_affines` does, for every so-manieth group; x becomes ``(x, 1) @ out[g]``."""
+    """Fit every `step`-th group from `first` on, one thread's part; x becomes (x, 1) @ out[g]."""
     chosen = np.empty((TRIALS, 4), np.int64)
     for g in range(first, ends.size, step):
         begin = ends[g - 1] if g > 0 else 0
         n = ends[g] - begin
-        # Axis by axis: so many are looked at together.
+        # Axis by axis, so that loops over points are vectorised.
         before, after, apart = np.empty((3, n)), np.empty((3, n)), np.empty(n)
         for m in range(n):
             for axis in range(3):
@@ -80,19 +83,19 @@ def _fit_groups(
         samples = chosen[: _choose(n, drawn, chosen)]
         if _fit(before, after, samples, out[g], apart):
             for m in range(n):
-                agree[begin + m] = apart[m] < _AGREE
+                agree[begin + m] = apart[m] < _SQUARED_TOLERANCE
         else:
             out[g] = np.nan
 
 
 @kernel
 def _choose(n: int, drawn: NDArray[np.float64], chosen: NDArray[np.int64]) -> int:
-    """Choose 4 of n: all ways, in order, or as many as there are numbers drawn from 0 to 1.
+    """Choose samples of 4 out of n: all of them in order, or as many as `drawn` has rows.
 
     Returns
     -------
     int
-        How many ways `chosen` (m, 4) has received.
+        Number of samples; they are written to `chosen` (m, 4).
     """
     count = 0
     if n * (n - 1.0) * (n - 2.0) * (n - 3.0) <= 24 * drawn.shape[0]:
@@ -107,7 +110,7 @@ def _choose(n: int, drawn: NDArray[np.float64], chosen: NDArray[np.int64]) -> in
     before = np.empty(4, np.int64)
     for s in range(drawn.shape[0]):
         for k in range(4):
-            # The i-th of those that are left, so that none is chosen twice.
+            # The i-th of those not chosen yet, so that none is chosen twice.
             i = int(drawn[s, k] * (n - k))
             at = 0
             while at < k and i >= before[at]:
@@ -128,22 +131,22 @@ def _fit(
     out: NDArray[np.float64],
     apart: NDArray[np.float64],
 ) -> bool:
-    """Find the affine of a group, if there is one.
+    """Fit the affine of a group.
 
     Parameters
     ----------
     source, target : float64 arrays (3, n)
     samples : int64 array (m, 4)
-        Which pairs are tried.
+        Indices of the pairs through which affines are tried.
     out : float64 array (4, 3)
-        Receives it.
+        Receives the affine.
     apart : float64 array (n)
-        Receives how far from its target it maps each point, mm².
+        Receives each point's squared distance from its target, mm².
 
     Returns
     -------
     bool
-        Whether it is plausible, and enough agree.
+        Whether the affine is plausible, and enough pairs agree with it.
     """
     if source.shape[1] < LEAST or _best(source, target, samples, out) < LEAST:
         return False
@@ -164,7 +167,7 @@ def _best(
     Returns
     -------
     int
-        How many agree; 0 if none is plausible.
+        Number of pairs that agree; 0 if no affine is plausible.
     """
     edges, moved, inverse = np.empty((3, 3)), np.empty((3, 3)), np.empty((3, 3))
     found, apart = np.empty((4, 3)), np.empty(source.shape[1])
@@ -175,7 +178,7 @@ def _best(
             for a in range(3):
                 edges[k, a] = source[a, samples[s, k + 1]] - source[a, first]
                 moved[k, a] = target[a, samples[s, k + 1]] - target[a, first]
-        if not abs(_invert(edges, inverse)) > _FLAT:
+        if not abs(_invert(edges, inverse)) > _LEAST_VOLUME:
             continue
         _through(inverse, moved, source[:, first], target[:, first], found)
         if not _is_plausible(found):
@@ -196,19 +199,19 @@ def _least_squares(
     apart: NDArray[np.float64],
     out: NDArray[np.float64],
 ) -> None:
-    """Fit an affine to the pairs that agree, of which four do not lie in a plane."""
+    """Fit an affine to the pairs that agree by least squares; four of them span a volume."""
     before, after = np.zeros(3), np.zeros(3)
     squares, products, inverse = np.zeros((3, 3)), np.zeros((3, 3)), np.empty((3, 3))
     n = 0
     for m in range(apart.size):
-        if apart[m] < _AGREE:
+        if apart[m] < _SQUARED_TOLERANCE:
             before += source[:, m]
             after += target[:, m]
             n += 1
     before /= n
     after /= n
     for m in range(apart.size):
-        if apart[m] < _AGREE:
+        if apart[m] < _SQUARED_TOLERANCE:
             for i in range(3):
                 for j in range(3):
                     d = source[i, m] - before[i]
@@ -233,10 +236,7 @@ def _through(inverse: Any, moved: Any, before: Any, after: Any, out: Any) -> Non
 
 @kernel
 def _agree(source: Any, target: Any, affine: Any, apart: Any) -> int:
-    """Count the points that an affine maps less than `TOLERANCE` from their targets.
-
-    `apart` (n) receives how far from there it maps each point, squared.
-    """
+    """Count the pairs that agree with an affine; `apart` (n) receives squared distances, mm²."""
     for a in range(3):
         z, y, x, end = affine[0, a], affine[1, a], affine[2, a], affine[3, a]
         for m in range(apart.size):
@@ -247,17 +247,17 @@ def _agree(source: Any, target: Any, affine: Any, apart: Any) -> int:
             apart[m] = d * d + (apart[m] if a > 0 else 0.0)
     count = 0
     for m in range(apart.size):
-        count += apart[m] < _AGREE
+        count += apart[m] < _SQUARED_TOLERANCE
     return count
 
 
 @kernel
 def _is_plausible(affine: Any) -> bool:
-    """Whether an affine is not mirrored, and stretches nothing beyond `SCALES`."""
+    """Tell whether an affine is not mirrored and has singular values within `SCALES`."""
     linear = affine[:3]
     if not _determinant(linear) > 0:
         return False
-    # All squared stretches, the eigenvalues of L Lᵀ, lie between two bounds.
+    # Squared singular values are the eigenvalues of L Lᵀ.
     least, most = SCALES[0] ** 2, SCALES[1] ** 2
     a, d, f = _dot(linear, 0, 0), _dot(linear, 1, 1), _dot(linear, 2, 2)
     b, c, e = _dot(linear, 0, 1), _dot(linear, 0, 2), _dot(linear, 1, 2)
@@ -273,7 +273,7 @@ def _dot(m: Any, i: int, j: int) -> Any:
 
 @kernel
 def _invert(m: Any, out: Any) -> float:
-    """Invert a matrix; gives its determinant."""
+    """Invert a matrix into `out`; return its determinant."""
     determinant: float = _determinant(m)
     for i in range(3):
         for j in range(3):
@@ -294,10 +294,7 @@ def _determinant(m: NDArray[np.float64]) -> float:
 
 @kernel
 def _is_positive(a: float, b: float, c: float, d: float, e: float, f: float) -> bool:
-    """Whether all eigenvalues of a symmetric matrix are over 0: Sylvester's criterion.
-
-    Its rows: a b c, b d e, c e f.
-    """
+    """Tell whether the matrix (a b c, b d e, c e f) is positive definite: Sylvester's criterion."""
     corner = a * d - b * b
     return (
         a > 0 and corner > 0 and a * (d * f - e * e) - b * (b * f - e * c) + c * (b * e - d * c) > 0

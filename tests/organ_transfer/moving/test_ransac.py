@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kpt_dask.organ_transfer.moving import ransac
-from kpt_dask.organ_transfer.moving.ransac import LEAST, SCALES, TOLERANCE, TRIALS, fit_affines
+from kpt_dask.organ_transfer.moving.ransac import LEAST, SCALES, TOLERANCE_MM, TRIALS, fit_affines
 
 
 @given(
@@ -39,12 +39,12 @@ def test_the_best_of_the_tries_is_found(
         plausible = SCALES[0] < stretches.min() and stretches.max() < SCALES[1]
         plausible &= np.linalg.det(tried[:3]) > 0 and abs(np.linalg.det(rows[four])) > 1
         apart = np.linalg.norm(rows @ tried - target, axis=1)
-        counts.append((apart < TOLERANCE).sum() if plausible else 0)
+        counts.append((apart < TOLERANCE_MM).sum() if plausible else 0)
     out = np.empty((4, 3))
     by_axis = np.ascontiguousarray(source.T), np.ascontiguousarray(target.T)
     assert ransac._best(*by_axis, samples_of(n), out) == max(counts)
     if max(counts) > 0:
-        assert (np.linalg.norm(rows @ out - target, axis=1) < TOLERANCE).sum() == max(counts)
+        assert (np.linalg.norm(rows @ out - target, axis=1) < TOLERANCE_MM).sum() == max(counts)
     # Beside another, and one that is empty.
     everything = np.concatenate([source, source + 3]), np.concatenate([target, target + 4])
     affines, agreeing = fit_affines(*everything, np.array([n, n, 2 * n]))
@@ -53,9 +53,9 @@ def test_the_best_of_the_tries_is_found(
     if max(counts) < LEAST:
         assert found is None
         return
-    best = np.linalg.norm(rows @ out - target, axis=1) < TOLERANCE
+    best = np.linalg.norm(rows @ out - target, axis=1) < TOLERANCE_MM
     expected, *_ = np.linalg.lstsq(rows[best], target[best], rcond=None)
-    agree = np.linalg.norm(rows @ expected - target, axis=1) < TOLERANCE
+    agree = np.linalg.norm(rows @ expected - target, axis=1) < TOLERANCE_MM
     stretches = np.linalg.svd(expected[:3], compute_uv=False)
     plausible = SCALES[0] < stretches.min() and stretches.max() < SCALES[1]
     plausible &= np.linalg.det(expected[:3]) > 0
