@@ -17,7 +17,16 @@ from typing import Any
 from atlas_store.storage.objects import Objects, finish_writes
 from kpt_dask.errors import OutputVanishedError, ParameterError, naming
 from kpt_dask.output.interruption import uninterrupted
-from kpt_dask.output.partial import Partial, Turn, abandoned, leftovers, remove
+from kpt_dask.output.partial import (
+    Partial,
+    Turn,
+    abandoned,
+    is_own,
+    leftovers,
+    lock_of,
+    noted,
+    remove,
+)
 from kpt_dask.output.places import (
     Kind,
     check_place,
@@ -87,13 +96,13 @@ def replacing_together(
 
 
 def sweep(folder: Path) -> None:
-    """Remove what runs left in a folder that were killed; finish what they had begun to move."""
+    """Remove what killed runs of this user left in a folder; finish what they had begun to move."""
     for lock, file, lines in abandoned(folder):
         with uninterrupted():
             try:
                 if len(lines) > 1:
                     _finish(lines[1].get("moves", []))
-                # What another user left in a shared folder may not be ours to remove.
+                # The folder may have been forbidden meanwhile.
                 with suppress(OSError):
                     for path in leftovers(lock):
                         remove(path)
@@ -112,7 +121,7 @@ def _close(partials: Sequence[Partial], *, failed: bool) -> None:
 
 def _commit(partials: Sequence[Partial], *, overwrite: bool) -> None:
     for partial in partials:
-        if not partial.path.exists():
+        if not partial.path.exists() or partial.path.is_symlink():
             raise OutputVanishedError(
                 f"{printable(partial.path)} is gone: something deleted it during the run; run it"
                 " again, to a folder that nobody cleans."
@@ -184,6 +193,8 @@ def _finish(moves: Any) -> None:
     """Move what a killed run had not moved yet, unless the targets have changed since."""
     with ExitStack() as stack:
         try:
+            if not all(_is_done(move) or _is_vouched_for(move, moves) for move in moves):
+                return
             for folder in sorted({Path(move["to"]).parent for move in moves}):
                 stack.callback(Turn(folder).end)
             for move in moves:
@@ -194,9 +205,30 @@ def _finish(moves: Any) -> None:
                     now = move["old"]
                 if _identity(source) == move["new"] and now == move["old"]:
                     _move(move)
-        except (KeyError, TypeError, OSError):
+        except (KeyError, TypeError, ValueError, AttributeError, OSError):
             # What cannot be finished stays as it is: nothing of it is the old output.
             return
+
+
+def _is_vouched_for(move: dict[str, Any], moves: Any) -> bool:
+    """Tell whether a lock of this user, beside what is moved, says the same and means the target.
+
+    Whoever may write a lock into one folder must not move anything in another.
+    """
+    source, target, aside = (Path(move[end]) for end in ("from", "to", "aside"))
+    lock = lock_of(source)
+    lines = noted(lock)
+    return (
+        len(lines) > 1
+        and lines[1].get("moves") == moves
+        and target == lock.with_name(lines[0]["target"])
+        and aside == lock.with_suffix(_ASIDE)
+        and all(is_own(path) for path in (source, aside) if os.path.lexists(path))
+    )
+
+
+def _is_done(move: dict[str, Any]) -> bool:
+    return _identity(Path(move["to"])) == move["new"]
 
 
 def _exchange(one: Path, other: Path) -> bool:

@@ -3,7 +3,8 @@
 A partial output is ``.kpt-<id>.partial`` in the folder of its target. Beside it lies
 ``.kpt-<id>.lock``, held locked as long as the run lives, which says what it is a lock of. What
 nobody holds any more is removed by the next run that writes to the folder; what has no lock
-beside it is not this program's.
+beside it is not this program's. In a folder that users share, each trusts and removes only what
+is the user's own.
 """
 
 import errno
@@ -13,6 +14,7 @@ import os
 import re
 import shutil
 import socket
+import stat
 import time
 import uuid
 from contextlib import suppress
@@ -32,8 +34,10 @@ UNWRITTEN_SECONDS = 60.0
 """Seconds after which a lock that says nothing counts as abandoned: its run was killed as it made
 it."""
 
-_TURN = f".kpt-{0:016x}.lock"
-"""Who holds it puts outputs in their places; who waits for it minds that it is removed."""
+_TURN = ".kpt-turn-{}.lock"
+"""Who holds it puts outputs in their places; who waits for it minds that it is removed. Each user
+has an own one: what others made, they could hold for ever."""
+_OPEN = os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK
 _LOCAL = frozenset({"ext2", "ext3", "ext4", "xfs", "btrfs", "tmpfs", "overlay", "zfs", "f2fs"})
 """File systems of one machine: what can be locked there is held by nobody."""
 _UNSUPPORTED = frozenset({errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP, errno.EINVAL})
@@ -84,7 +88,7 @@ class Partial:
 
 
 class Turn:
-    """Only one process at a time puts outputs in their places in a folder.
+    """Only one process of a user at a time puts outputs in their places in a folder.
 
     Parameters
     ----------
@@ -93,29 +97,38 @@ class Turn:
     """
 
     def __init__(self, folder: Path) -> None:
-        path = folder / _TURN
-        while True:
-            self._file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
-            _lock(self._file, wait=True)
-            if _is_at(self._file, path):
-                break
-            os.close(self._file)
-        self._path = path
+        self._path = folder / _TURN.format(os.geteuid())
+        self._file: int | None = None
+        while self._file is None:
+            try:
+                file = os.open(self._path, _OPEN | os.O_CREAT, 0o666)
+            except OSError:
+                # Somebody else's, or a link: nobody's turn.
+                return
+            if not _is_own(file):
+                os.close(file)
+                return
+            _lock(file, wait=True)
+            if _is_at(file, self._path):
+                self._file = file
+            else:
+                os.close(file)
 
     @staticmethod
     def forget(folder: Path) -> None:
         """Remove what is left if somebody died at it."""
-        if (folder / _TURN).exists():
+        if (folder / _TURN.format(os.geteuid())).exists():
             Turn(folder).end()
 
     def end(self) -> None:
         """Let the next one begin."""
-        self._path.unlink(missing_ok=True)
-        os.close(self._file)
+        if self._file is not None:
+            self._path.unlink(missing_ok=True)
+            os.close(self._file)
 
 
 def abandoned(folder: Path) -> list[tuple[Path, int, list[dict[str, Any]]]]:
-    """Find locks of a folder whose runs have ended without removing them.
+    """Find this user's locks of a folder whose runs have ended without removing them.
 
     Returns
     -------
@@ -124,12 +137,15 @@ def abandoned(folder: Path) -> list[tuple[Path, int, list[dict[str, Any]]]]:
     """
     found = []
     for name in _names(folder):
-        if not NAME.fullmatch(name) or name == _TURN:
+        if not NAME.fullmatch(name):
             continue
         path = folder / name
         try:
-            file = os.open(path, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
+            file = os.open(path, _OPEN)
         except OSError:
+            continue
+        if not _is_own(file):
+            os.close(file)
             continue
         locked = _lock(file, wait=False)
         lines = _lines(file)
@@ -139,6 +155,31 @@ def abandoned(folder: Path) -> list[tuple[Path, int, list[dict[str, Any]]]]:
         else:
             os.close(file)
     return found
+
+
+def noted(lock: Path) -> list[dict[str, Any]]:
+    """Read the lines of a lock; none if it is not this user's."""
+    try:
+        file = os.open(lock, _OPEN)
+    except OSError:
+        return []
+    try:
+        return _lines(file) if _is_own(file) else []
+    finally:
+        os.close(file)
+
+
+def lock_of(path: Path) -> Path:
+    """Name the lock of a partial output, or of an old one set aside."""
+    return path.with_name(f".{path.name.removeprefix('.').partition('.')[0]}.lock")
+
+
+def is_own(path: Path) -> bool:
+    """Tell whether something is this user's."""
+    try:
+        return path.lstat().st_uid == os.geteuid()
+    except OSError:
+        return False
 
 
 def remove(path: Path) -> None:
@@ -159,9 +200,10 @@ def remove(path: Path) -> None:
 
 
 def leftovers(lock: Path) -> list[Path]:
-    """Everything that has the name of a lock: partial outputs, and old ones set aside."""
+    """This user's files with the name of a lock: partial outputs, and old ones set aside."""
     names = [name for name in _names(lock.parent) if name.startswith(lock.stem + ".")]
-    return [lock.with_name(name) for name in names if name != lock.name]
+    paths = [lock.with_name(name) for name in names if name != lock.name]
+    return [path for path in paths if is_own(path)]
 
 
 def _ending(name: str) -> str:
@@ -207,6 +249,12 @@ def _is_at(file: int, path: Path) -> bool:
         return os.path.samestat(os.fstat(file), os.lstat(path))
     except FileNotFoundError:
         return False
+
+
+def _is_own(file: int) -> bool:
+    """Tell whether an open file is a regular one of this user."""
+    status = os.fstat(file)
+    return stat.S_ISREG(status.st_mode) and status.st_uid == os.geteuid()
 
 
 def _is_abandoned(file: int, lines: list[dict[str, Any]], locked: bool) -> bool:

@@ -235,6 +235,94 @@ def test_only_what_is_surely_abandoned_is_swept(
     assert len(left) == (1 if swept else 3)
 
 
+def killed(folder: Path, **changed: object) -> Path:
+    """Leave what a run leaves that is killed before its first move; return its lock."""
+    new, target = folder / f".kpt-{1:016x}.partial.zarr", folder / "o.zarr"
+    write(new, "new")
+    move = {
+        "from": str(new),
+        "to": str(target),
+        "aside": str(new.with_suffix("").with_suffix(".replaced")),
+        "new": commit._identity(new),
+        "old": commit._identity(target),
+        **changed,
+    }
+    lock = folder / f".kpt-{1:016x}.lock"
+    about = {**partial.ENCODING, **partial._machine(), "pid": 1, "locked": True, "target": "o.zarr"}
+    lock.write_text(f"{json.dumps(about)}\n{json.dumps({'moves': [move]})}\n")
+    return lock
+
+
+def test_what_was_begun_is_finished(tmp_path: Path) -> None:
+    killed(tmp_path)
+    sweep(tmp_path)
+    assert names(tmp_path) == ["o.zarr"]
+
+
+def test_what_another_user_left_is_neither_trusted_nor_removed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    killed(tmp_path)
+    (tmp_path / partial._TURN.format(os.geteuid() + 1)).touch()
+    before = names(tmp_path)
+    user = os.geteuid() + 1
+    monkeypatch.setattr(os, "geteuid", lambda: user)
+    sweep(tmp_path)
+    assert names(tmp_path) == before
+    with replacing(tmp_path / "p.zarr") as out:
+        write(out, "new")
+    assert names(tmp_path) == sorted([*before, "p.zarr"])
+
+
+@pytest.mark.parametrize("end", ["from", "to", "aside"])
+def test_a_lock_moves_nothing_in_other_folders(tmp_path: Path, end: str) -> None:
+    shared, home = tmp_path / "shared", tmp_path / "home"
+    for folder in (shared, home):
+        folder.mkdir()
+    (home / "thesis").write_text("mine")
+    (home / ".kpt-thesis").write_text("mine")
+    identities = {
+        "from": {"new": commit._identity(home / "thesis")},
+        "to": {"old": commit._identity(home / "thesis")},
+        "aside": {"old": commit._identity(home / "thesis")},
+    }
+    killed(shared, **{end: str(home / "thesis")}, **identities[end])
+    sweep(shared)
+    assert names(home) == [".kpt-thesis", "thesis"]
+    assert (home / "thesis").read_text() == "mine"
+    assert names(shared) == []
+
+
+@pytest.mark.parametrize("kind", ["pipe", "link", "folder"])
+def test_what_has_the_name_of_a_lock_and_is_none_stays(tmp_path: Path, kind: str) -> None:
+    lock = tmp_path / f".kpt-{1:016x}.lock"
+    victim = tmp_path / "victim"
+    if kind == "pipe":
+        os.mkfifo(lock)
+        os.mkfifo(tmp_path / partial._TURN.format(os.geteuid()))
+    elif kind == "link":
+        lock.symlink_to(victim)
+        (tmp_path / partial._TURN.format(os.geteuid())).symlink_to(victim)
+    else:
+        lock.mkdir()
+        (tmp_path / partial._TURN.format(os.geteuid())).mkdir()
+    before = names(tmp_path)
+    run(tmp_path, "new")
+    assert names(tmp_path) == sorted([*before, "o.nii.gz", "o.zarr"])
+
+
+def test_a_partial_output_that_became_a_link_is_not_taken(tmp_path: Path) -> None:
+    write(tmp_path / "theirs", "theirs")
+
+    def run() -> None:
+        with replacing(tmp_path / "o.zarr") as out:
+            out.symlink_to("theirs")
+
+    with pytest.raises(OutputVanishedError):
+        run()
+    assert names(tmp_path) == ["theirs"]
+
+
 def test_runs_at_once_do_not_mix(tmp_path: Path) -> None:
     threads = [
         Thread(target=lambda n=n: [run(tmp_path, str(n)) for _ in range(10)]) for n in range(4)
