@@ -55,3 +55,7 @@ class KeypointsFormatError(StoreFormatError):
 
 class MissingChunkError(AtlasStoreError, ValueError):
     """A part of an array that was written is not there any more."""
+
+
+class DamagedChunkError(AtlasStoreError, ValueError):
+    """A part of an array cannot be unpacked."""

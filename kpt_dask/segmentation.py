@@ -48,7 +48,7 @@ from kpt_dask.organ_transfer.probability import TILING, create_probability
 from kpt_dask.output.commit import replacing_together
 from kpt_dask.output.places import check_outputs
 from kpt_dask.runtime import cluster, notices, witness
-from kpt_dask.scans.label_file import LabelFile
+from kpt_dask.scans.label_file import RUN, LabelFile
 from kpt_dask.scans.scan import Scan, check_ending, open_scan
 from kpt_dask.volumes.identity import digest_of
 from kpt_dask.volumes.omezarr import create_label_image, finish_label_image
@@ -221,7 +221,7 @@ def segment(
             smallest = options.smallest_share(mode)
             decision = Decision(found.probability, store.organs, smallest, volume.grid, source.grid)
             with LabelFile(partial, source.file.header, source.grid.shape, DTYPE) as label_file:
-                label_file.description = f"kpt-dask run {said['run']}"
+                label_file.description = f"{RUN}{said['run']}"
                 counts = fill(label_file, decision, memory=memory, client=session)
             organs, volume_grid = as_delivered(organs, counts, source.grid), "scan"
         finished = Segmentation(

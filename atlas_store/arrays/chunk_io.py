@@ -12,6 +12,7 @@ import os
 import struct
 import sys
 import uuid
+import zlib
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from io import BufferedWriter
@@ -29,7 +30,7 @@ from zarr.storage import LocalStore
 from atlas_store.arrays.chunk_layout import Layout, layout_of
 from atlas_store.arrays.flat import flat
 from atlas_store.arrays.jit import kernel
-from atlas_store.errors import MissingChunkError
+from atlas_store.errors import DamagedChunkError, MissingChunkError
 
 _HEADER = 16
 _COPIED = 2
@@ -47,6 +48,9 @@ _REMEMBERED = 64
 COMPLETE = "all_chunks_written"
 """Attribute of arrays of which every chunk, or shard, is a file, also if it holds only 0: one
 that is missing was deleted, and is no data."""
+
+_UNPACKING = (ValueError, RuntimeError, EOFError, zlib.error)
+"""What Zarr's codecs say of damaged chunks."""
 
 Region = tuple[slice, ...]
 """One slice with plain bounds per axis."""
@@ -189,7 +193,7 @@ def read(array: "zarr.Array[Any]", region: Region, out: NDArray[Any] | None = No
 
     Raises
     ------
-    ValueError
+    DamagedChunkError
         If a chunk is damaged.
     MissingChunkError
         If a chunk is missing of an array that says it has all.
@@ -198,7 +202,10 @@ def read(array: "zarr.Array[Any]", region: Region, out: NDArray[Any] | None = No
         out = np.empty([part.stop - part.start for part in region], array.dtype)
     layout = _layout(array)
     if layout is None:
-        out[...] = array[region]
+        try:
+            out[...] = array[region]
+        except _UNPACKING as error:
+            raise _damaged(f"{array.store_path}", error) from error
         return out
     for numbers, within, outside in _cut(region, layout.unit):
         path, target = layout.path(numbers), out[outside]
@@ -211,7 +218,16 @@ def read(array: "zarr.Array[Any]", region: Region, out: NDArray[Any] | None = No
             if array.metadata.attributes.get(COMPLETE):
                 raise _gone(path) from None
             target[...] = 0
+        except ValueError as error:
+            raise _damaged(path, error) from error
     return out
+
+
+def _damaged(path: str, error: Exception) -> DamagedChunkError:
+    return DamagedChunkError(
+        f"{path} is damaged ({str(error) or type(error).__name__}): restore it from a copy, or"
+        " make anew what holds it."
+    )
 
 
 def check_complete(array: "zarr.Array[Any]") -> None:

@@ -13,8 +13,10 @@ from typing import Any, NamedTuple
 from distributed import Client
 
 from atlas_store.errors import AtlasStoreError
-from kpt_dask.errors import KptError, ParameterError
+from kpt_dask.errors import KptError, OutputExistsError, ParameterError
+from kpt_dask.output import places
 from kpt_dask.runtime import notices
+from kpt_dask.scans import label_file
 from kpt_dask.scans.scan import scan_name
 
 log = logging.getLogger(__name__)
@@ -36,8 +38,14 @@ class Output(NamedTuple):
 
     @property
     def complete(self) -> bool:
-        """Whether both are there; each appears only when it is finished."""
-        return self.segmentation.exists() and self.labels.exists()
+        """Whether both are there, of the same run; each appears only when it is finished."""
+        run = places.run_of(self.segmentation)
+        return run is not None and run == label_file.run_of(self.labels)
+
+    @property
+    def foreign(self) -> bool:
+        """Whether the label map is there, and not by this program."""
+        return self.labels.exists() and label_file.run_of(self.labels) is None
 
 
 def outputs(scans: Iterable[Path], out_dir: Path) -> Mapping[Path, Output]:
@@ -100,6 +108,11 @@ def segment_batch(
             continue
         log.info("%s: begins", scan)
         try:
+            if output.foreign:
+                raise OutputExistsError(
+                    f"{output.labels} exists and is not by kpt segment: move it away, or choose"
+                    " another folder for the output."
+                )
             # Overwriting, because one of the two may be left from an interrupted batch.
             with notices.shown(partial(log.warning, "%s")):
                 segment(

@@ -177,6 +177,13 @@ def encoding_of(folder: Path) -> str | None:
     return kind if isinstance(kind, str) else None
 
 
+def run_of(folder: Path) -> str | None:
+    """Tell which run an output folder of this program is of, if it is complete."""
+    said = (_attributes(folder) or {}).get("kpt")
+    run = said.get("run") if isinstance(said, dict) else None
+    return run if isinstance(run, str) else None
+
+
 def _foreign(folder: Path) -> str | None:
     """Say why a folder is not this program's alone, if it is not."""
     entries = set(os.listdir(folder)) - _LITTER

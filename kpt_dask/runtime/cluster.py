@@ -132,8 +132,8 @@ def run(
         except KilledWorker as error:
             raise ClusterError(
                 f"{description}: {error.allowed_failures + 1} workers died one after another at "
-                "the same task, most often for lack of memory: give each more memory or fewer "
-                "threads."
+                "the same task, most often for lack of memory: see their logs, then give each more "
+                "memory, fewer threads, or the environment that you have here."
             ) from error
         except CancelledError as error:
             raise lost(client, description) from error

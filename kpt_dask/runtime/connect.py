@@ -16,8 +16,18 @@ from weakref import WeakSet
 
 import dask.config
 from dask.system import CPU_COUNT
-from distributed import Client, LocalCluster, Security, Worker, default_client, get_worker
+from distributed import (
+    Client,
+    LocalCluster,
+    Security,
+    Worker,
+    default_client,
+    get_worker,
+    rejoin,
+    secede,
+)
 from distributed.comm.core import connect
+from distributed.threadpoolexecutor import thread_state
 from distributed.versions import VersionMismatchWarning
 
 from kpt_dask.errors import ClusterError, ParameterError
@@ -49,7 +59,8 @@ def session(client: Client | None = None, scheduler: str | None = None) -> Itera
         The given one; else one connected to `scheduler`; else the process's current one;
         else a new one whose worker is this process, with a thread for every core that the
         process may use. Inside a Dask task, whose worker has threads of its own, it is always
-        a new one, with a single thread.
+        a new one, with a single thread. A client that is given there gets the thread of the task
+        as well, which waits until the session ends.
 
     Raises
     ------
@@ -68,7 +79,8 @@ def session(client: Client | None = None, scheduler: str | None = None) -> Itera
     if client is None and scheduler is None and not in_task:
         client = _current()
     if client is not None:
-        yield client
+        with _stepping_aside(client):
+            yield client
     elif scheduler is not None:
         with _connect(scheduler) as connected:
             yield connected
@@ -178,6 +190,19 @@ def _collecting_rarely() -> Iterator[None]:
         yield
     finally:
         gc.set_threshold(*before)
+
+
+@contextmanager
+def _stepping_aside(client: Client) -> Iterator[None]:
+    """In a Dask task, leave its thread to the tasks that it waits for, as `worker_client` does."""
+    if is_own(client) or not (_in_task() and getattr(thread_state, "proceed", False)):
+        yield
+        return
+    secede()
+    try:
+        yield
+    finally:
+        rejoin()
 
 
 def _in_task() -> bool:

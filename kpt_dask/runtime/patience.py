@@ -35,8 +35,9 @@ ASKED_EVERY = 1.0
 SILENT_AFTER = 10.0
 """Seconds without a word from a worker, which usually sends one or two each second."""
 
-_BUSY = ("executing", "long-running", "flight")
-"""States of tasks on a worker that does something."""
+_BUSY = ("executing", "flight")
+"""States of tasks on a worker that does something. Those that left their thread to others, as whose
+own tasks are waited for here, may just wait."""
 
 LOST = (OSError, CancelledError, TimeoutError)
 """What a client raises whose scheduler went away."""

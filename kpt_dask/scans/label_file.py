@@ -14,15 +14,19 @@ from types import TracebackType
 from typing import Any, BinaryIO, NamedTuple, Self
 
 import isal.isal_zlib
+import nibabel
 import numpy as np
 from numpy.typing import NDArray
 
 _isal_zlib: Any = isal.isal_zlib
+_nib: Any = nibabel
 
 PIECE_BYTES = 4 << 20
 """About how much is packed at once; the file's size suffers below some hundred kB."""
 
 DESCRIPTION = "kpt-dask label map"
+RUN = "kpt-dask run "
+"""Begins the description of a label map that belongs to an OME-Zarr of the same run."""
 
 # Deflate without names or times: the same labels give the same bytes.
 _GZIP_HEADER = b"\x1f\x8b\x08" + bytes(6) + b"\xff"
@@ -160,6 +164,17 @@ class LabelFile:
             yield
         except OSError as error:
             raise OSError(error.errno, error.strerror, str(self._path)) from error
+
+
+def run_of(path: Path) -> str | None:
+    """Tell which run a label map is of; None if it is none of this program's, or of no run."""
+    try:
+        said: bytes = _nib.load(path).header["descrip"].item()
+    # Whatever libraries make of what is no NIfTI.
+    except Exception:
+        return None
+    description = said.decode("utf-8", "replace")
+    return description.removeprefix(RUN) if description.startswith(RUN) else None
 
 
 def write_nifti(

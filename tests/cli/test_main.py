@@ -245,6 +245,22 @@ def test_interrupted_it_leaves_nothing(
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_signal_that_is_ignored_at_the_start_stays_ignored(
+    bodies: Path, body_store: AtlasStore, tmp_path: Path
+) -> None:
+    """As nohup has it: the terminal may go, the work goes on."""
+    scan = bodies / "body_4_ct.nii.gz"
+    command = [*KPT, "segment", scan, body_store.url, tmp_path / "out.zarr"]
+    process = subprocess.Popen(
+        ["nohup", *map(str, command)], stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL
+    )
+    while not list(tmp_path.iterdir()) and process.poll() is None:
+        time.sleep(0.01)
+    process.send_signal(signal.SIGHUP)
+    assert process.wait(timeout=120) == 0
+    assert [path.name for path in tmp_path.iterdir()] == ["out.zarr"]
+
+
 def test_wrong_usage_ends_with_2(tmp_path: Path) -> None:
     run("segment", "scan.nii.gz", code=2)
     for memory in ("much", "-1GiB", "0"):

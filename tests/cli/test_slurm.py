@@ -13,10 +13,14 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import dask.config
+import nibabel
+import numpy as np
 import psutil
 import pytest
+import zarr
 from click.testing import CliRunner
 from distributed import Client, LocalCluster, Security
 from distributed.comm.core import connect
@@ -25,6 +29,7 @@ from kpt_dask.cli.batch import outputs, segment_batch
 from kpt_dask.cli.slurm import Resources, job_script, main, submit, worker_cluster, workers
 from kpt_dask.errors import ClusterError, ParameterError, ScanFormatError
 from kpt_dask.runtime import cluster
+from kpt_dask.scans.label_file import LabelFile, pack
 
 RESOURCES = Resources(3, 16, "32GB", "4GB", "02:30:00", "long jobs", "radiology")
 PRINT_ARGUMENTS = [sys.executable, "-c", "import sys; print(sys.argv[1:])"]
@@ -146,11 +151,23 @@ def test_batch_goes_on_after_a_bad_scan(
 def test_batch_goes_on_where_it_stopped(
     processes: Client, segmentation: list[Path], tmp_path: Path
 ) -> None:
-    scans = [Path("complete.nii.gz"), Path("half.nii.gz")]
-    for name in ("complete.zarr", "complete.nii.gz", "half.zarr"):
-        (tmp_path / name).mkdir()
-    assert segment_batch(scans, "store", tmp_path, processes) == {}
-    assert segmentation == [scans[1]]
+    scans = [Path(f"{name}.nii.gz") for name in ("complete", "half", "mixed", "mine")]
+    for name in ("complete", "half", "mixed"):
+        zarr.create_group(tmp_path / f"{name}.zarr", attributes={"kpt": {"run": "1"}})
+    write_labels(tmp_path / "complete.nii.gz", "kpt-dask run 1")
+    write_labels(tmp_path / "mixed.nii.gz", "kpt-dask run 2")
+    write_labels(tmp_path / "mine.nii.gz", "a thesis")
+    [(mine, why)] = segment_batch(scans, "store", tmp_path, processes).items()
+    assert mine == scans[3]
+    assert "mine.nii.gz exists and is not by kpt segment" in why
+    assert segmentation == scans[1:3]
+
+
+def write_labels(path: Path, description: str) -> None:
+    header: Any = nibabel.Nifti1Header()
+    with LabelFile(path, header, (1, 1, 1), np.dtype(np.uint16)) as file:
+        file.description = description
+        file.write(pack(np.zeros((1, 1, 1), np.uint16)))
 
 
 def test_job_script_asks_for_what_was_said(tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 from dask.system import CPU_COUNT
-from distributed import Client, LocalCluster, Worker
+from distributed import Client, LocalCluster, Worker, get_client
 
 from kpt_dask.errors import ClusterError, ParameterError, ScanNotFoundError
 from kpt_dask.runtime import cluster, connect, patience, progress
@@ -201,6 +201,18 @@ def test_session_finds_the_current_client(threads: Client) -> None:
     with threads.as_current(), cluster.session() as client:
         assert client is threads
     assert threads.status == "running"
+
+
+def add_on_the_same_cluster(n: int) -> dict[int, int]:
+    with cluster.session(get_client()) as client:
+        return dict(cluster.run(client, operator.add, [(n, 2)] * 3, "Adding"))
+
+
+def test_a_task_may_use_the_cluster_that_it_runs_on(processes: Client) -> None:
+    """It would wait for ever for the thread that it holds itself."""
+    futures = processes.map(add_on_the_same_cluster, range(4), pure=False)
+    found = processes.gather(futures)
+    assert found == [dict.fromkeys(range(3), n + 2) for n in range(4)]
 
 
 def test_sessions_side_by_side_do_not_share_what_one_of_them_closes() -> None:
