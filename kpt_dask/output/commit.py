@@ -220,7 +220,7 @@ def _is_vouched_for(move: dict[str, Any], moves: Any) -> bool:
     lines = noted(lock)
     return (
         len(lines) > 1
-        and lines[1].get("moves") == moves
+        and bool(lines[1].get("moves") == moves)
         and target == lock.with_name(lines[0]["target"])
         and aside == lock.with_suffix(_ASIDE)
         and all(is_own(path) for path in (source, aside) if os.path.lexists(path))

@@ -200,7 +200,7 @@ def remove(path: Path) -> None:
 
 
 def leftovers(lock: Path) -> list[Path]:
-    """This user's files with the name of a lock: partial outputs, and old ones set aside."""
+    """List this user's files with the name of a lock: partial outputs, and old ones set aside."""
     names = [name for name in _names(lock.parent) if name.startswith(lock.stem + ".")]
     paths = [lock.with_name(name) for name in names if name != lock.name]
     return [path for path in paths if is_own(path)]
