@@ -228,7 +228,7 @@ def _is_vouched_for(move: dict[str, Any], moves: Any) -> bool:
 
 
 def _is_done(move: dict[str, Any]) -> bool:
-    return _identity(Path(move["to"])) == move["new"]
+    return bool(_identity(Path(move["to"])) == move["new"])
 
 
 def _exchange(one: Path, other: Path) -> bool:
