@@ -21,7 +21,14 @@ _MAGIC = b"\x1f\x8b"
 
 
 class GzipStream(io.RawIOBase):
-    """Read a gzip file.
+    """Read a gzip file, from a place on.
+
+    Parameters
+    ----------
+    path : Path
+        The file.
+    start : int
+        Where in it the first member begins, bytes.
 
     Attributes
     ----------
@@ -42,10 +49,11 @@ class GzipStream(io.RawIOBase):
         On reading, if it is damaged.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, start: int = 0) -> None:
         self.produced = 0
         self.verified = 0
         self._file = path.open("rb", buffering=0)
+        self._file.seek(start)
         self._ahead = b""
         self._member: Any = None
         self._begun = False
@@ -106,3 +114,14 @@ class GzipStream(io.RawIOBase):
         if first and self._ahead:
             raise BadGzipFile(f"Not a gzipped file ({self._ahead[:2]!r})")
         return False
+
+
+class ZlibStream(GzipStream):
+    """Read one zlib stream, as MetaImage files hold it; what follows it is not looked at."""
+
+    def _begin_member(self) -> bool:
+        if self._begun:
+            return False
+        self._member = _igzip_lib.IgzipDecompressor(flag=_igzip_lib.DECOMP_ZLIB)
+        self._begun = True
+        return True

@@ -17,12 +17,23 @@ from kpt_dask.grid import Grid
 from kpt_dask.output.commit import replacing
 from kpt_dask.output.places import check_outputs
 from kpt_dask.runtime import notices
+from kpt_dask.scans.contract import ScanFile
 from kpt_dask.scans.intensities import Intensities
 from kpt_dask.scans.label_file import write_nifti
-from kpt_dask.scans.nifti import NiftiFile, open_nifti
+from kpt_dask.scans.nifti import open_nifti
 
-READERS: dict[str, Callable[[Path], NiftiFile]] = {".nii": open_nifti, ".nii.gz": open_nifti}
+READERS: dict[str, Callable[[Path], ScanFile]] = {
+    ".nii": open_nifti,
+    ".nii.gz": open_nifti,
+    ".hdr": open_nifti,
+    ".img": open_nifti,
+    ".hdr.gz": open_nifti,
+    ".img.gz": open_nifti,
+}
 """Which reader opens which file name."""
+
+LABEL_ENDINGS = ".nii", ".nii.gz"
+"""Names under which label maps are written."""
 
 ROUNDING, MOST_ROUNDING = 0.05, 0.25
 """How far a stored label may be from a whole number: programs that write numbers with decimals into
@@ -42,14 +53,14 @@ class Scan:
         Where its voxels lie; axes (k, j, i) in stored order, slowest first.
     dtype : dtype
         Of a stored voxel.
-    file : NiftiFile
+    file : ScanFile
         The reader's view of the file.
     """
 
     path: Path
     grid: Grid
     dtype: np.dtype[Any]
-    file: NiftiFile
+    file: ScanFile
 
     @property
     def doubts(self) -> tuple[str, ...]:
@@ -160,16 +171,11 @@ def open_labels(path: str | Path) -> Scan:
     if not path.exists():
         raise ScanNotFoundError(f"{path} does not exist.")
     if not path.is_file():
-        raise ScanFormatError(
-            f"{path} is a folder; give a {_known()} file (dcm2niix makes one of a DICOM series)."
-        )
+        raise ScanFormatError(f"{path} is a folder; give a file: {_known()}.")
     name = path.name.lower()
     reader = next((READERS[end] for end in READERS if name.endswith(end)), None)
     if reader is None:
-        raise ScanFormatError(
-            f"{path} has an unknown extension; convert it to a {_known()} file (dcm2niix makes one"
-            " of a DICOM series)."
-        )
+        raise ScanFormatError(f"{path} has an unknown extension; known are {_known()}.")
     file = reader(path)
     return Scan(path, file.grid, file.dtype, file)
 
@@ -211,11 +217,11 @@ def check_ending(path: str | Path) -> None:
     ScanFormatError
         If the extension is unknown.
     """
-    if not Path(path).name.lower().endswith(tuple(READERS)):
+    if not Path(path).name.lower().endswith(LABEL_ENDINGS):
         raise ScanFormatError(
-            f"{path} has an unknown extension; write labels to a {_known()} file."
+            f"{path} has an unknown extension; write labels to a {' or '.join(LABEL_ENDINGS)} file."
         )
 
 
 def _known() -> str:
-    return " or ".join(READERS)
+    return ", ".join(READERS)
