@@ -80,6 +80,19 @@ class AtlasKeypoints:
         atlases = store.atlases(ids)
         if not atlases:
             raise EmptyStoreError(f"{store.url} has no atlas to use: add one.")
+        return cls.of(atlases)
+
+    @classmethod
+    def of(cls, atlases: Sequence[Atlas]) -> Self:
+        """Load the keypoints of atlases, at least one.
+
+        Raises
+        ------
+        AtlasNotFoundError
+            If an atlas was removed meanwhile.
+        KeypointsFormatError
+            If keypoints are damaged.
+        """
         with ThreadPoolExecutor(_THREADS) as threads:
             loaded = list(threads.map(Atlas.keypoint_arrays, atlases))
         counts = [len(arrays["label"]) for arrays in loaded]

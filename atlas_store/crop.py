@@ -10,7 +10,7 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, TypeAlias
+from typing import Any
 
 import numpy as np
 import zarr
@@ -282,10 +282,6 @@ class CropBuffer:
         if self._bytes.size < size:
             self._bytes = np.empty(size, np.uint8)
         return self._bytes[:size]
-
-
-Room: TypeAlias = CropBuffer
-surroundings_of = crop_box
 
 
 @contextmanager

@@ -42,6 +42,7 @@ from kpt_dask.matching.selection import (
 from kpt_dask.matching.voting import vote
 from kpt_dask.options import DEFAULTS, SPACINGS, TransferOptions
 from kpt_dask.organ_transfer.delivery import DTYPE, Decision, fill
+from kpt_dask.organ_transfer.job import Evidence, TransferJob
 from kpt_dask.organ_transfer.measures import OrganMeasures, as_delivered, organ_measures
 from kpt_dask.organ_transfer.modes import transfer
 from kpt_dask.organ_transfer.probability import TILING, create_probability
@@ -321,20 +322,10 @@ def _label(
     levels = create_label_image(group, "organs", volume.grid, store.organs, TILING.shard)
     # Blocks that no organ reaches are not computed.
     chunk_io.write_empty(levels[0])
+    job = TransferJob(volume, store.organs, probability, levels[0], mode, how.options, how.memory)
+    evidence = Evidence(keypoints, matches, votes)
     counts = transfer(
-        volume,
-        store,
-        atlas_ids,
-        keypoints,
-        matches,
-        votes,
-        probability,
-        levels[0],
-        mode=mode,
-        options=how.options,
-        atlases=atlases,
-        memory=how.memory,
-        client=client,
+        job, store.atlases(atlas_ids), evidence, atlas_keypoints=atlases, client=client
     )
     finish_label_image(group, "organs", levels, volume.grid, store.organs)
     organs = organ_measures(counts, store.organs, volume.grid, keypoints, votes)

@@ -34,6 +34,7 @@ from kpt_dask.keypoints.extraction import extract
 from kpt_dask.matching.first_pass import match
 from kpt_dask.matching.voting import vote
 from kpt_dask.options import DEFAULTS
+from kpt_dask.organ_transfer.job import Evidence, TransferJob
 from kpt_dask.organ_transfer.modes import transfer
 from kpt_dask.organ_transfer.probability import TILING, create_probability
 from kpt_dask.resampling.labels_on_scan import labels_onto
@@ -185,8 +186,9 @@ def stations(scan: Path, store_path: Path, out: Path) -> dict[str, dict[str, flo
         with watched(figures, "transfer", base):
             probability = create_probability(group, volume.grid, store.organs, "organ")
             levels = create_label_image(group, "organs", volume.grid, store.organs, TILING.shard)
-            found = keypoints, matches, votes, probability, levels[0]
-            transfer(volume, store, used, *found, mode="organ", client=client)
+            job = TransferJob(volume, store.organs, probability, levels[0], "organ")
+            evidence = Evidence(keypoints, matches, votes)
+            transfer(job, store.atlases(used), evidence, client=client)
         with watched(figures, "write", base):
             finish_label_image(group, "organs", levels, volume.grid, store.organs)
             write_keypoints(group.create_group("keypoints"), keypoints)

@@ -41,6 +41,7 @@ from kpt_dask.keypoints.extraction import extract
 from kpt_dask.matching.first_pass import match
 from kpt_dask.matching.voting import vote
 from kpt_dask.options import MODES
+from kpt_dask.organ_transfer.job import Evidence, TransferJob
 from kpt_dask.organ_transfer.modes import transfer
 from kpt_dask.organ_transfer.probability import TILING, create_probability
 from kpt_dask.scans.scan import open_scan
@@ -191,14 +192,15 @@ def peak(scan: Scan, mode: str) -> float:
 
 def transferred(scan: Scan, mode: str, memory: int = 1 << 30) -> None:
     """Transfer organs to a scan, in this process; removed with the folder, when nobody waits."""
-    volume, store, atlases, keypoints, matches, votes = prepared(scan)
+    volume, store, atlas_keypoints, keypoints, matches, votes = prepared(scan)
     group = zarr.create_group(tempfile.mkdtemp(dir=scan.folder, suffix=".zarr"))
     probability = create_probability(group, volume.grid, store.organs, mode)
     dtype = np.min_scalar_type(max(store.organs.values))
     labels = create_array(group, "labels", volume.grid.shape, dtype, TILING.shard)
-    how: dict[str, Any] = {"memory": memory, "client": client()}
-    found = keypoints, matches, votes, probability, labels
-    transfer(volume, store, scan.atlases, *found, mode=mode, atlases=atlases, **how)
+    job = TransferJob(volume, store.organs, probability, labels, mode, memory=memory)
+    evidence = Evidence(keypoints, matches, votes)
+    atlases = store.atlases(scan.atlases)
+    transfer(job, atlases, evidence, atlas_keypoints=atlas_keypoints, client=client())
 
 
 @cache

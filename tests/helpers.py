@@ -13,8 +13,7 @@ from atlas_store import AtlasStore, Organ, OrganInfo, OrganTable
 from atlas_store.crop import write_crop
 from atlas_store.organ_strips import write_strips
 from kpt_dask.grid import Grid
-from kpt_dask.organ_transfer import decision
-from kpt_dask.organ_transfer.probability import Tiling
+from kpt_dask.organ_transfer.probability import TILING, Tiling
 from kpt_dask.volumes.blur import blur_planes, blur_scratch
 from kpt_dask.volumes.omezarr import write_label_image
 from kpt_dask.volumes.volume import Volume, create_volume
@@ -153,10 +152,9 @@ SMALL = Tiling((8, 8, 16), (8, 8, 8))
 """Many small shards, so that there are many blocks."""
 
 
-def create_labels(group: zarr.Group, shape: tuple[int, ...], tiling: Tiling | None = None) -> Any:
+def create_labels(group: zarr.Group, shape: tuple[int, ...], tiling: Tiling = TILING) -> Any:
     """A label map of which a slab has several chunks, however these are cut."""
-    shard = tiling.shard if tiling else decision.SHARD
-    sizes = [min(n, size) for n, size in zip(shape, shard, strict=True)]
+    sizes = [min(n, size) for n, size in zip(shape, tiling.shard, strict=True)]
     chunks = (sizes[0], *(size // 2 if size % 2 == 0 else size for size in sizes[1:]))
     return group.create_array("labels", shape=shape, dtype=np.uint16, chunks=chunks, fill_value=0)
 

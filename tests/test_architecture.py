@@ -76,9 +76,7 @@ MANY_PARAMETERS = {
     "kpt_dask.evaluation.evaluate": FACE,
     "kpt_dask.kernels.row_filter.sum_row": INTRINSIC,
     "kpt_dask.kernels.row_filter.sum_two_rows": INTRINSIC,
-    "kpt_dask.organ_transfer.modes.transfer": TO_BUNDLE,
     "kpt_dask.organ_transfer.warping.kernels.accumulate": TO_BUNDLE,
-    "kpt_dask.organ_transfer.warping.schedule.warp_atlases": TO_BUNDLE,
     "kpt_dask.segmentation.segment": FACE,
     "kpt_dask.segmentation.segment_volume": FACE,
 }

@@ -7,88 +7,55 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
-import zarr
 from distributed import Client
 from numpy.typing import NDArray
 
-from atlas_store import OrganTable
 from atlas_store.arrays import chunk_io
 from atlas_store.arrays.boxes import Box, begin_of, box_of, overlap, shape_of, slices, within
 from atlas_store.arrays.flat import Flat, flat
 from atlas_store.arrays.regions import Region, write_region
 from kpt_dask.kernels.jit import kernel
 from kpt_dask.kernels.views import row_of
-from kpt_dask.organ_transfer import probability as _probability
-from kpt_dask.organ_transfer.likelihood import VANISHING as VANISHING
+from kpt_dask.organ_transfer.job import TransferJob
 from kpt_dask.organ_transfer.measures import OrganCounts, count_labels, count_row, levels_of
-from kpt_dask.organ_transfer.probability import TILING, Tiling
 from kpt_dask.runtime import cluster
-
-SHARD, CHUNKS = TILING
 
 Share = tuple[int, Box, NDArray[np.float32]]
 """Index of an organ, the box where it may be, and its share of the votes there, (z, y, x)."""
 
 
-def create_probability(group: Any, grid: Any, organs: OrganTable, mode: str) -> Any:
-    """Create it as `warping` cuts it."""
-    return _probability.create_probability(group, grid, organs, mode, Tiling(SHARD, CHUNKS))
-
-
-def slabs(region: Region) -> list[Region]:
-    """Cut a region as `warping` cuts it."""
-    return Tiling(SHARD).slabs(region)
-
-
-def cut_in_slabs(box: Box, shape: tuple[int, int, int]) -> list[Box]:
-    """Cut a box as `warping` cuts it."""
-    return Tiling(SHARD).cut_in_slabs(box, shape)
-
-
 def run_blocks(
     function: Callable[..., OrganCounts],
+    job: TransferJob,
     tasks: Sequence[tuple[Any, ...]],
-    organs: OrganTable,
     client: Client,
 ) -> OrganCounts:
-    """Compute blocks of a transfer, each by a team of threads, and add up what they count.
+    """Compute blocks of a job, each by a team of threads, and add up what they count.
 
     Raises
     ------
     AtlasNotFoundError
         If an atlas was removed meanwhile.
     """
-    total = OrganCounts.empty(len(organs))
+    total = OrganCounts.empty(len(job.organs))
     for _, counts in cluster.run_in_teams(client, function, tasks, "Transferring organs"):
         total += counts
     return total
 
 
 def finish_slab(
-    probability: zarr.Array[Any],
-    labels: zarr.Array[Any],
-    shares: Iterable[Share],
-    organs: OrganTable,
-    threshold: float,
-    region: Region,
-    scan: tuple[Box, NDArray[Any]],
+    job: TransferJob, shares: Iterable[Share], region: Region, scan: tuple[Box, NDArray[Any]]
 ) -> OrganCounts:
     """Write the shares of a slab, decide its labels, write these too, and count them.
 
     Parameters
     ----------
-    probability : zarr.Array
-        From `kpt_dask.organ_transfer.probability.create_probability`.
-    labels : zarr.Array (z, y, x)
-        The label map.
+    job : TransferJob
     shares : iterable of Share
         At most one for each organ, in the order of the table, inside the region. Each is finished
         before the next one is asked for, which may overwrite it.
-    organs : OrganTable
-    threshold : float
-        As for `BoxLabels`.
     region : tuple of slice
-        The slab: whole shards of `probability`, and whole chunks of `labels`.
+        The slab: whole shards of the probabilities, and whole chunks of the label map.
     scan : (Box, ndarray (z, y, x))
         A box that holds those of the shares, some of it in the slab, and its HU.
 
@@ -97,14 +64,15 @@ def finish_slab(
     OrganCounts
         Of the slab.
     """
+    organs, labels = job.organs, job.labels
     counts = OrganCounts.empty(len(organs))
     box_of_scan, hu = scan
     slab = box_of(region)
     inside = overlap(box_of_scan, slab)
     assert inside is not None
-    decided = BoxLabels(inside, threshold, labels.dtype)
+    decided = BoxLabels(inside, job.threshold, labels.dtype)
     # No other slab touches these shards.
-    with chunk_io.writing(probability) as writer:
+    with chunk_io.writing(job.probability) as writer:
         for organ, box, share in shares:
             rows = decided.update(organs.values[organ], box, share, counts.above[organ])
             if rows.any():

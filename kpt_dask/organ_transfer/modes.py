@@ -1,82 +1,67 @@
-"""One door to the four modes: what is asked for is checked, then done.
+"""One door to the four modes of the transfer; the job is checked when it is made.
 
-What moves whole organs and what warps atlases lies in rooms of their own, `moving` and `warping`.
+`moving` moves organs whole, `warping` warps atlases; neither knows of the other.
 """
 
 from collections.abc import Sequence
-from typing import Any
 
-import xarray as xr
-import zarr
 from distributed import Client
 
-from atlas_store import AtlasKeypoints, AtlasStore
+from atlas_store import Atlas, AtlasKeypoints
 from kpt_dask.matching.second_pass import rematch
-from kpt_dask.options import DEFAULTS, TransferOptions
 from kpt_dask.organ_transfer.job import Evidence, TransferJob
 from kpt_dask.organ_transfer.measures import OrganCounts
 from kpt_dask.organ_transfer.moving.schedule import move_organs
 from kpt_dask.organ_transfer.warping.schedule import warp_atlases
-from kpt_dask.volumes.volume import Volume
 
 
 def transfer(
-    volume: Volume,
-    store: AtlasStore,
-    atlas_ids: Sequence[str],
-    keypoints: xr.Dataset,
-    matches: xr.Dataset,
-    votes: xr.Dataset,
-    probability: zarr.Array[Any],
-    labels: zarr.Array[Any],
+    job: TransferJob,
+    atlases: Sequence[Atlas],
+    evidence: Evidence,
     *,
-    mode: str = "local",
-    options: TransferOptions = DEFAULTS,
-    atlases: AtlasKeypoints | None = None,
-    memory: int | None = None,
+    atlas_keypoints: AtlasKeypoints | None = None,
     client: Client | None = None,
 ) -> OrganCounts:
     """Transfer the atlases' organs to the scan: fill the probabilities, decide each voxel's organ.
 
     Modes `organ`, `affine` and `across` move organs whole; their equations stand in
-    `kpt_dask.organ_transfer.moving`. Mode `local` matches the keypoints
-    again, near where a first field expects them, and warps each atlas by a smooth field; its
-    equations stand at `kpt_dask.organ_transfer.warping.schedule.warp_atlases`.
+    `kpt_dask.organ_transfer.moving`. Mode `local` matches the keypoints again, near where a first
+    field expects them, and warps each atlas by a smooth field; its equations stand at
+    `kpt_dask.organ_transfer.warping.schedule.warp_atlases`.
 
     Parameters
     ----------
-    volume : Volume
-        The scan.
-    store, atlas_ids
-        The atlases, in the order of the matches' indices.
-    keypoints, matches, votes : xarray.Dataset
-        From `kpt_dask.extract`, `kpt_dask.match` and `kpt_dask.vote`. Mode `local` does not look
-        at the votes.
-    probability : zarr.Array (organ, z, y, x), float32
-        From `kpt_dask.organ_transfer.probability.create_probability`, made for the same mode.
-    labels : zarr.Array (z, y, x)
-        Level 0 of the label map, filled with 0, from `kpt_dask.volumes.omezarr.create_label_image`.
-    mode : str
-        One of `kpt_dask.options.MODES`.
-    options : TransferOptions
-        Threshold, ν, widths of kernels, and which organs move which.
-    atlases : AtlasKeypoints, optional
-        The keypoints of these atlases, where they are in memory already; only mode `local` needs
-        them, and loads them if they are not given.
-    memory : int, optional
-        Bytes that all blocks of a process may take together, down to one chunk a block.
+    job : TransferJob
+        The scan, the arrays to fill, the mode and its options.
+    atlases : sequence of Atlas
+        In the order of the matches' indices.
+    evidence : Evidence
+        Keypoints, matches and votes, from `kpt_dask.extract`, `kpt_dask.match` and
+        `kpt_dask.vote`. Mode `local` does not use the votes.
+    atlas_keypoints : AtlasKeypoints, optional
+        Keypoints of these atlases, if they are in memory already. Only mode `local` needs them,
+        and loads them otherwise.
     client : distributed.Client, optional
         Where the blocks are computed; threads of this process if there is no current one.
 
     Returns
     -------
     OrganCounts
-        What is counted of the labels and their shares.
+        Counts of each organ's voxels, from which
+        `kpt_dask.organ_transfer.measures.organ_measures` measures the organs.
 
     Raises
     ------
-    ParameterError
-        If there is no such mode, or the options do not fit it or the store.
+    AtlasNotFoundError
+        If an atlas was removed meanwhile.
+    StoreFormatError
+        If an atlas is damaged.
+
+    References
+    ----------
+    Wachinger et al., Keypoint Transfer Segmentation, IPMI 2015,
+    https://doi.org/10.1007/978-3-319-19992-4_18.
 
     Examples
     --------
@@ -85,28 +70,18 @@ def transfer(
     ...     group, volume.grid, store.organs, "affine"
     ... )  # doctest: +SKIP
     >>> [labels, *_] = create_label_image(
-    ...     group, "organs", volume.grid, store.organs, SHARD
+    ...     group, "organs", volume.grid, store.organs, TILING.shard
     ... )  # doctest: +SKIP
-    >>> transfer(volume, store, store.ids(), keypoints, matches, votes, probability, labels,
-    ...          mode="affine")  # doctest: +SKIP
+    >>> job = TransferJob(
+    ...     volume, store.organs, probability, labels, "affine"
+    ... )  # doctest: +SKIP
+    >>> counts = transfer(
+    ...     job, store.atlases(), Evidence(keypoints, matches, votes)
+    ... )  # doctest: +SKIP
     """
-    options.check(mode, store.organs)
-    if mode == "local":
-        if atlases is None:
-            atlases = AtlasKeypoints.load(store, atlas_ids)
-        widths = options.sigma_x, options.sigma_t
-        nearer = rematch(keypoints, atlases, matches, widths=widths, client=client)
-        return warp_atlases(
-            volume,
-            store,
-            atlas_ids,
-            keypoints,
-            nearer,
-            probability,
-            labels,
-            options=options,
-            memory=memory,
-            client=client,
-        )
-    job = TransferJob(volume, store.organs, probability, labels, mode, options, memory)
-    return move_organs(job, store.atlases(atlas_ids), Evidence(keypoints, matches, votes), client)
+    if job.mode != "local":
+        return move_organs(job, atlases, evidence, client)
+    known = atlas_keypoints or AtlasKeypoints.of(atlases)
+    widths = job.options.sigma_x, job.options.sigma_t
+    nearer = rematch(evidence.keypoints, known, evidence.matches, widths=widths, client=client)
+    return warp_atlases(job, atlases, evidence._replace(matches=nearer), client)

@@ -11,7 +11,7 @@ from zarr.codecs import BloscCodec
 
 from atlas_store import OrganTable
 from atlas_store.arrays import chunk_io
-from atlas_store.arrays.boxes import Box, aligned, box_of, overlap
+from atlas_store.arrays.boxes import Box, aligned, box_of, overlap, shape_of
 from atlas_store.arrays.regions import Region
 from kpt_dask.grid import Grid
 from kpt_dask.options import MODES
@@ -45,6 +45,11 @@ class Tiling(NamedTuple):
         z, y, x = region
         begins = range(z.start, z.stop, self.shard[0])
         return [(slice(a, min(a + self.shard[0], z.stop)), y, x) for a in begins]
+
+    def slab_shape(self, box: Box) -> tuple[int, int, int]:
+        """Shape of the slabs of a box that begins where a shard does."""
+        depth, height, width = shape_of(box)
+        return min(depth, self.shard[0]), height, width
 
     def cut_in_slabs(self, box: Box, shape: tuple[int, int, int]) -> list[Box]:
         """Cut a box of a volume of a shape where its slabs end."""

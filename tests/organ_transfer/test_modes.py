@@ -12,10 +12,12 @@ import kpt_dask
 from atlas_store import AtlasKeypoints, AtlasStore
 from kpt_dask.errors import ParameterError
 from kpt_dask.options import MODES, TransferOptions
+from kpt_dask.organ_transfer.job import Evidence, TransferJob
 from kpt_dask.organ_transfer.probability import TILING, create_probability
 from kpt_dask.segmentation import segment
 from kpt_dask.volumes.omezarr import create_label_image
 from kpt_dask.volumes.volume import Volume
+from tests.helpers import create_labels
 
 
 @pytest.fixture(scope="module")
@@ -39,9 +41,10 @@ def transferred(
     group = zarr.create_group(str(path), attributes={"ome": volume.group.attrs["ome"]})
     probability = create_probability(group, volume.grid, store.organs, mode)
     labels = create_label_image(group, "organs", volume.grid, store.organs, TILING.shard)[0]
-    found = keypoints, matches, votes, probability, labels
     options = options or TransferOptions()
-    kpt_dask.transfer(volume, store, store.ids(), *found, mode=mode, options=options, client=client)
+    job = TransferJob(volume, store.organs, probability, labels, mode, options)
+    evidence = Evidence(keypoints, matches, votes)
+    kpt_dask.transfer(job, store.atlases(), evidence, client=client)
     return np.asarray(labels[...])
 
 
@@ -65,12 +68,15 @@ def test_the_public_stations_do_what_segment_does(
 def test_what_cannot_be_done_is_refused(
     body_store: AtlasStore, volume: Volume, tmp_path: Path
 ) -> None:
-    nothing = None, None, None, None, None
+    organs = body_store.organs
+    group = zarr.create_group(str(tmp_path / "s.zarr"))
+    probability = create_probability(group, volume.grid, organs, "local")
+    labels = create_labels(group, volume.grid.shape)
     with pytest.raises(ParameterError, match="mode 'magic' is unknown"):
-        kpt_dask.transfer(volume, body_store, ["body_1"], *nothing, mode="magic")  # type: ignore[arg-type]
+        TransferJob(volume, organs, probability, labels, "magic")
     across = TransferOptions(across={"spleen": ["liver"]})
     with pytest.raises(ParameterError, match="In mode local"):
-        kpt_dask.transfer(volume, body_store, ["body_1"], *nothing, mode="local", options=across)  # type: ignore[arg-type]
+        TransferJob(volume, organs, probability, labels, "local", across)
 
 
 def test_public_names_stay_functions() -> None:

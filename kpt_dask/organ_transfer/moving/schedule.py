@@ -96,7 +96,7 @@ def move_organs(
                         ),
                     )
                 )
-        return run_blocks(fill_slabs, tasks, job.organs, session)
+        return run_blocks(fill_slabs, job, tasks, session)
 
 
 def _plan(
@@ -277,18 +277,10 @@ class _SlabTeam:
         hu = scan()
         if atlases_read:
             atlases_read()
-        job, buffer = self._job, self._buffers.pop()
-        self.counts.append(
-            finish_slab(
-                job.probability,
-                job.labels,
-                self._organ_shares(i, around, hu, buffer),
-                job.organs,
-                job.threshold,
-                self._task.regions[i],
-                (around, hu[..., LANES:-LANES]),
-            )
-        )
+        buffer = self._buffers.pop()
+        shares = self._organ_shares(i, around, hu, buffer)
+        scan_of_slab = around, hu[..., LANES:-LANES]
+        self.counts.append(finish_slab(self._job, shares, self._task.regions[i], scan_of_slab))
         self._buffers.append(buffer)
 
     def _organ_shares(

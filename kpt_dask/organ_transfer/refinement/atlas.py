@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from atlas_store import Atlas, OrganTable
 from atlas_store.arrays.regions import write_region
-from atlas_store.crop import Coding, read_planes, surroundings_of
+from atlas_store.crop import Coding, crop_box, read_planes
 from kpt_dask.grid import Grid
 from kpt_dask.matching.displacement import Field, Widths
 from kpt_dask.organ_transfer.refinement import kernels
@@ -163,7 +163,7 @@ class _Moved:
         nodes = nodes_of(field, scan)
         spacing = float(scan.grid.spacing[0])
         finest = scan.levels[-1][0]
-        (begin, end), *_ = surroundings_of(atlas)
+        (begin, end), *_ = crop_box(atlas)
         start = _start(nodes, finest, scan.grid)
         if not start[3].any():
             return None

@@ -15,7 +15,7 @@ from zarr.codecs import BloscCodec
 from atlas_store import Atlas, OrganTable
 from atlas_store.arrays import chunk_io
 from atlas_store.arrays.boxes import Box
-from atlas_store.crop import surroundings_of
+from atlas_store.crop import crop_box
 from kpt_dask.matching.displacement import Field, Widths
 from kpt_dask.organ_transfer.refinement import kernels
 from kpt_dask.organ_transfer.refinement.atlas import (
@@ -111,7 +111,7 @@ def refine(
     points = POINT_BYTES * scan.levels[-1][0].size
     tasks = []
     for i, (atlas, field) in enumerate(zip(atlases, fields, strict=True)):
-        voxels = math.prod(b - a for a, b in surroundings_of(atlas))
+        voxels = math.prod(b - a for a, b in crop_box(atlas))
         needed = points + VOXEL_BYTES * voxels
         tasks.append((scattered, atlas, field, out, i, needed, memory))
     for i, one in cluster.run(client, _refine, tasks, "Refining"):

@@ -14,7 +14,7 @@ import numpy as np
 import zarr
 from numpy.typing import NDArray
 
-from atlas_store import Atlas, OrganTable
+from atlas_store import Atlas
 from atlas_store.arrays import chunk_io
 from atlas_store.arrays.boxes import (
     Box,
@@ -27,10 +27,11 @@ from atlas_store.arrays.boxes import (
     within,
 )
 from atlas_store.arrays.regions import Region
-from atlas_store.crop import Room, read_planes, surroundings_of
+from atlas_store.crop import CropBuffer, crop_box, read_planes
 from kpt_dask.grid import Grid
 from kpt_dask.kernels.exponential import LOG2_E
-from kpt_dask.organ_transfer.decision import SHARD, Share, cut_in_slabs, slabs
+from kpt_dask.organ_transfer.decision import Share
+from kpt_dask.organ_transfer.job import TransferJob
 from kpt_dask.organ_transfer.refinement.atlas import PER_MM, WEIGHT
 from kpt_dask.organ_transfer.refinement.lattice import Lattice
 from kpt_dask.organ_transfer.warping.cells import Cells, gather, plan_cells, spread, width_of
@@ -82,10 +83,7 @@ class Votes:
 
     Attributes
     ----------
-    image : zarr.Array (z, y, x)
-        The scan.
-    grid : Grid
-        Its grid, the working grid.
+    job : TransferJob
     atlases : sequence of Warped
     fields : zarr.Array
         From `kpt_dask.organ_transfer.refinement.schedule.create_fields`.
@@ -93,25 +91,24 @@ class Votes:
         That of the fields.
     domains
         Of each organ, where it is looked for, in cells.
-    organs : OrganTable
-    nus : sequence of float
-        Of each organ, HU.
     shares : zarr.Array (organ, z, y, x)
         What the blocks fill.
     room : float
         Bytes that a block may take, if so few do; more are used to read several atlases at once.
     """
 
-    image: "zarr.Array[Any]"
-    grid: Grid
+    job: TransferJob
     atlases: Sequence[Warped]
     fields: "zarr.Array[Any]"
     lattice: Lattice
     domains: Sequence[Box | None]
-    organs: OrganTable
-    nus: Sequence[float]
     shares: "zarr.Array[Any]"
     room: float
+
+    @property
+    def grid(self) -> Grid:
+        """The working grid."""
+        return self.job.volume.grid
 
 
 def vote_in_block(votes: Votes, region: Region, threads: int = 1) -> NDArray[np.int64]:
@@ -130,20 +127,21 @@ def vote_in_block(votes: Votes, region: Region, threads: int = 1) -> NDArray[np.
         How many voxels of each HU are the organ, and are not: see `count_hu`.
     """
     grid, domains = votes.grid, votes.domains
-    known = list(dict.fromkeys(votes.nus))
-    groups = [known.index(nu) for nu in votes.nus]
+    nus, tiling = votes.job.nus, votes.job.tiling
+    known = list(dict.fromkeys(nus))
+    groups = [known.index(nu) for nu in nus]
     step = step_of(grid)
     # With the neighbours of its voxels.
     cells = plan_cells(domains, groups, wider(box_of(region), grid.shape), step)
     block = _Block(votes, cells, known)
     found = {o: in_voxels(domain, step) for o, domain in enumerate(domains) if domain is not None}
-    looked_for = [(slab, overlaps(found, box_of(slab))) for slab in slabs(region)]
+    looked_for = [(slab, overlaps(found, box_of(slab))) for slab in tiling.slabs(region)]
     counts = []
 
     def finish(boxes: dict[int, Box]) -> None:
         counts.append(_finish_slab(votes, block.shares(boxes), (block.box, block.scan)))
 
-    taken = block.nbytes + threads * SLAB_BYTES * math.prod(slab_of(box_of(region)))
+    taken = block.nbytes + threads * SLAB_BYTES * math.prod(tiling.slab_shape(box_of(region)))
     per_atlas = 4 * per_plane(one.atlas for one in votes.atlases)
     per_atlas = per_atlas * (shape_of(block.box)[0] + BEND) + block.field_bytes
     together = int(min((votes.room - taken) / max(per_atlas, 1), threads * TOGETHER))
@@ -155,14 +153,14 @@ def vote_in_block(votes: Votes, region: Region, threads: int = 1) -> NDArray[np.
                 yield partial(finish, boxes)
 
     run_jobs(jobs(), threads)
-    return sum(counts, start=np.zeros((len(votes.organs), 2, BINS), np.int64))
+    return sum(counts, start=np.zeros((len(votes.job.organs), 2, BINS), np.int64))
 
 
 def _finish_slab(
     votes: Votes, shares: Iterable[Share], scan: tuple[Box, NDArray[np.float32]]
 ) -> NDArray[np.int64]:
     """Write the shares of a slab, each before the next is asked for, and count their HU."""
-    counts = np.zeros((len(votes.organs), 2, BINS), np.int64)
+    counts = np.zeros((len(votes.job.organs), 2, BINS), np.int64)
     around, hu = scan
     with chunk_io.writing(votes.shares) as writer:
         for organ, box, share in shares:
@@ -219,14 +217,14 @@ class _Block:
     def votes_of(self, together: int) -> Jobs:
         """Give jobs that let all atlases vote, of which so many are read together."""
         ready: list[Callable[[], None]] = []
-        for slab in cut_in_slabs(self.box, self._all.grid.shape):
+        for slab in self._all.job.tiling.cut_in_slabs(self.box, self._all.grid.shape):
             job, wait = deferred(partial(self._read_scan, slab))
             ready.append(wait)
             yield job
         n = len(self._here)
         parts = [(begin, min(begin + CELLS, n)) for begin in range(0, n, CELLS)]
         # Some cells for all these atlases, so that their votes stay in the cache.
-        rooms = [Room() for _ in range(together)]
+        rooms = [CropBuffer() for _ in range(together)]
         for first in range(0, max(len(self._all.atlases), 1), together):
             atlases = []
             of = self._all.atlases[first : first + together]
@@ -264,9 +262,11 @@ class _Block:
             yield o, box, share
 
     def _read_scan(self, part: Box) -> None:
-        chunk_io.read(self._all.image, slices(part), self.scan[within(part, self.box)])
+        chunk_io.read(
+            self._all.job.volume.levels[0], slices(part), self.scan[within(part, self.box)]
+        )
 
-    def _read_atlas(self, one: Warped, room: Room, free: Sequence[Callable[[], None]]) -> Any:
+    def _read_atlas(self, one: Warped, room: CropBuffer, free: Sequence[Callable[[], None]]) -> Any:
         """Read what an atlas's field brings to the cells, when the room for it is free."""
         lattice = self._read_field(one)
         planes = self._planes(one.atlas, lattice)
@@ -275,7 +275,7 @@ class _Block:
         if planes is None:
             return None
         packed, there, coding = read_planes(one.atlas, *planes, room)
-        organs = self._all.organs
+        organs = self._all.job.organs
         numbers = np.array([coding.number_of(value) for value in organs.values], np.uint16)
         says = np.array([name in one.atlas.annotated for name in organs.names])
         rho = np.where(says, one.correlation, 0.0) ** AGREEMENT
@@ -302,7 +302,7 @@ class _Block:
         (origin, _), per, (first, *_), field = lattice
         z = origin[0] + (first + np.arange(field.shape[1])) / per
         at = field[0].reshape(len(z), -1)
-        begin, end = surroundings_of(atlas)[0]
+        begin, end = crop_box(atlas)[0]
         first = max(int(np.floor((z + at.min(axis=1)).min())) - 1, begin)
         stop = min(int(np.ceil((z + at.max(axis=1)).max())) + 2, end)
         return (first, stop) if first < stop else None
@@ -329,12 +329,6 @@ class _Block:
                 accumulate(part, where, says, *what)
 
 
-def slab_of(box: Box) -> tuple[int, int, int]:
-    """Shape of a slab of a block."""
-    depth, height, width = shape_of(box)
-    return min(depth, SHARD[0]), height, width
-
-
 def per_plane(atlases: Iterable[Atlas]) -> int:
     """Count the voxels of a plane of the largest atlas."""
-    return max((math.prod(shape_of(surroundings_of(a))[1:]) for a in atlases), default=0)
+    return max((math.prod(shape_of(crop_box(a))[1:]) for a in atlases), default=0)

@@ -13,13 +13,13 @@ import numpy as np
 import zarr
 from numpy.typing import NDArray
 
-from atlas_store import OrganTable
 from atlas_store.arrays import chunk_io
 from atlas_store.arrays.boxes import Box, box_of, enclosing, overlap, shape_of, slices, within
 from atlas_store.arrays.regions import Region
 from kpt_dask.grid import Grid
 from kpt_dask.kernels.exponential import LOG2_E
-from kpt_dask.organ_transfer.decision import SHARD, Share, finish_slab
+from kpt_dask.organ_transfer.decision import Share, finish_slab
+from kpt_dask.organ_transfer.job import TransferJob
 from kpt_dask.organ_transfer.measures import OrganCounts
 from kpt_dask.organ_transfer.warping.block import BIN, FIRST_HU
 from kpt_dask.organ_transfer.warping.kernels import relax, tell_by_hu
@@ -44,41 +44,36 @@ class Borders:
 
     Attributes
     ----------
-    image : zarr.Array (z, y, x)
-        The scan.
-    grid : Grid
+    job : TransferJob
+        Its probabilities and labels are what the tasks fill.
     domains
         Of each organ, where it is looked for, in cells.
-    organs : OrganTable
     shares : zarr.Array (organ, z, y, x)
         Of the votes.
     by_hu : float32 array (organ, bin)
         From `kpt_dask.organ_transfer.warping.schedule.log_ratios`.
-    threshold : float
-        θ: share below which a voxel is background.
-    probability, labels : zarr.Array
-        What the tasks fill.
     """
 
-    image: "zarr.Array[Any]"
-    grid: Grid
+    job: TransferJob
     domains: Sequence[Box | None]
-    organs: OrganTable
     shares: "zarr.Array[Any]"
     by_hu: NDArray[np.float32]
-    threshold: float
-    probability: "zarr.Array[Any]"
-    labels: "zarr.Array[Any]"
+
+    @property
+    def grid(self) -> Grid:
+        """The working grid."""
+        return self.job.volume.grid
 
 
-def plan_borders(domains: Sequence[Box | None], grid: Grid) -> list[Region]:
+def plan_borders(job: TransferJob, domains: Sequence[Box | None]) -> list[Region]:
     """Find the shards in which any organ may be."""
+    grid, shard = job.volume.grid, job.tiling.shard
     known = [in_voxels(domain, step_of(grid)) for domain in domains if domain is not None]
     found = []
-    cuts = (range(0, n, size) for n, size in zip(grid.shape, SHARD, strict=True))
+    cuts = (range(0, n, size) for n, size in zip(grid.shape, shard, strict=True))
     for corner in product(*cuts):
         z, y, x = (
-            (a, min(a + size, n)) for a, size, n in zip(corner, SHARD, grid.shape, strict=True)
+            (a, min(a + size, n)) for a, size, n in zip(corner, shard, grid.shape, strict=True)
         )
         if any(overlap((z, y, x), box) for box in known):
             found.append(slices((z, y, x)))
@@ -90,7 +85,7 @@ def draw_borders(borders: Borders, region: Region) -> OrganCounts:
     shard = box_of(region)
     around = _wider(shard, borders.grid.shape)
     scan = np.empty(shape_of(around), np.float32)
-    chunk_io.read(borders.image, slices(around), scan)
+    chunk_io.read(borders.job.volume.levels[0], slices(around), scan)
     shares = dict(_read(borders, around, scan))
     step = step_of(borders.grid)
     out = {}
@@ -104,8 +99,7 @@ def draw_borders(borders: Borders, region: Region) -> OrganCounts:
     whole = enclosing([box for box, _ in out.values()])
     assert whole is not None
     hu = np.ascontiguousarray(scan[within(whole, around)])
-    what = borders.organs, borders.threshold, region, (whole, hu)
-    return finish_slab(borders.probability, borders.labels, found, *what)
+    return finish_slab(borders.job, found, region, (whole, hu))
 
 
 def _read(
@@ -147,7 +141,7 @@ def _relax(
     for i, (_, here, own) in enumerate(parts):
         near[i][within(here, wide)] = own
     around, hu = scan
-    theta = borders.threshold
+    theta = borders.job.threshold
     # Votes at exactly 1 would leave no odds.
     odds = np.float32(min(theta, 0.999))
     r = max(float(borders.grid.spacing[0]), USUAL)

@@ -10,16 +10,14 @@ from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
-import xarray as xr
 import zarr
 from distributed import Client
 from numpy.typing import NDArray
 from scipy.ndimage import gaussian_filter1d
 
-from atlas_store import AtlasStore
+from atlas_store import Atlas
 from atlas_store.arrays.boxes import (
     Box,
-    aligned,
     enclosing,
     overlap,
     shape_of,
@@ -28,9 +26,9 @@ from atlas_store.arrays.boxes import (
     within,
 )
 from kpt_dask.grid import Grid
-from kpt_dask.options import DEFAULTS, TransferOptions
-from kpt_dask.organ_transfer.decision import SHARD, create_probability
+from kpt_dask.organ_transfer.job import Evidence, TransferJob
 from kpt_dask.organ_transfer.measures import OrganCounts
+from kpt_dask.organ_transfer.probability import Tiling, create_probability
 from kpt_dask.organ_transfer.refinement.lattice import FAST, FULL, fitting, typical_size
 from kpt_dask.organ_transfer.refinement.schedule import (
     agreement,
@@ -45,7 +43,6 @@ from kpt_dask.organ_transfer.warping.block import (
     Votes,
     Warped,
     per_plane,
-    slab_of,
     vote_in_block,
 )
 from kpt_dask.organ_transfer.warping.border import Borders, draw_borders, plan_borders
@@ -63,7 +60,6 @@ from kpt_dask.runtime import cluster
 from kpt_dask.runtime.balance import cut
 from kpt_dask.runtime.memory import budget
 from kpt_dask.runtime.team import map_in_threads
-from kpt_dask.volumes.volume import Volume
 
 PIECES = 1
 """Blocks for each team, so that all end at about the same time."""
@@ -80,17 +76,7 @@ SCRATCH = "warping"
 
 
 def warp_atlases(
-    volume: Volume,
-    store: AtlasStore,
-    atlas_ids: Sequence[str],
-    keypoints: xr.Dataset,
-    matches: xr.Dataset,
-    probability: zarr.Array[Any],
-    labels: zarr.Array[Any],
-    *,
-    options: TransferOptions = DEFAULTS,
-    memory: int | None = None,
-    client: Client | None = None,
+    job: TransferJob, atlases: Sequence[Atlas], evidence: Evidence, client: Client | None = None
 ) -> OrganCounts:
     """Fill the probabilities by warped atlases, and decide each voxel's organ.
 
@@ -118,21 +104,12 @@ def warp_atlases(
 
     Parameters
     ----------
-    volume : Volume
-        The scan.
-    store, atlas_ids
-        The atlases, in the order of the matches' indices.
-    keypoints, matches : xarray.Dataset
-        From `kpt_dask.extract`, and from `kpt_dask.match` or `second_pass.rematch`.
-    probability : zarr.Array
-        From `kpt_dask.organ_transfer.decision.create_probability`.
-    labels : zarr.Array (z, y, x)
-        Level 0 of the label map, filled with 0, from `kpt_dask.volumes.omezarr.create_label_image`.
-    options : TransferOptions
-        The threshold, ν, σ_x and σ_t, and whether to be fast.
-    memory : int, optional
-        Bytes that all blocks of a process may take together, down to one chunk a block; by
-        default as `kpt_dask.runtime.memory.budget` says.
+    job : TransferJob
+        Of mode `local`.
+    atlases : sequence of Atlas
+        In the order of the matches' indices.
+    evidence : Evidence
+        Its matches from `kpt_dask.match` or `second_pass.rematch`; votes play no part.
     client : distributed.Client, optional
         Where the blocks are computed.
 
@@ -141,21 +118,21 @@ def warp_atlases(
     OrganCounts
         What is counted of the labels and their shares.
     """
-    atlases, organs, grid = store.atlases(atlas_ids), store.organs, volume.grid
+    organs, grid, options = job.organs, job.volume.grid, job.options
     step = step_of(grid)
     widths = options.sigma_x, options.sigma_t
-    fields = by_atlas(keypoints, matches, len(atlases))
+    fields = by_atlas(evidence.keypoints, evidence.matches, len(atlases))
     own = zip(atlases, fields, strict=True)
     landed = map_in_threads(landing_boxes, ((*one, organs, grid, widths) for one in own))
     domains = domains_of(landed, step)
     whole = enclosing([domain for domain in domains if domain is not None])
     if whole is None:
         return OrganCounts.empty(len(organs))
-    with cluster.session(client) as session, _scratch(probability) as group:
+    with cluster.session(client) as session, _scratch(job.probability) as group:
         levels = fitting(FAST if options.fast else FULL, typical_size(atlases))
-        scan = compare_with(volume, in_grid(whole, grid, step), organs, widths, levels)
+        scan = compare_with(job.volume, in_grid(whole, grid, step), organs, widths, levels)
         stored = create_fields(group, scan, len(atlases))
-        refined = refine(scan, atlases, fields, stored, budget(memory), session)
+        refined = refine(scan, atlases, fields, stored, budget(job.memory), session)
         reached = [i for i, one in enumerate(refined) if one is not None]
         known = [one for one in refined if one is not None]
         means = agreement(known, len(organs))
@@ -165,43 +142,23 @@ def warp_atlases(
         ]
         del refined, known
         at_once, threads = cluster.teams(max(cluster.threads(session)))
-        room = RETURNED * budget(memory) / at_once
-        shares = create_probability(group, grid, organs, "local")
-        votes = Votes(
-            volume.levels[0],
-            grid,
-            warped,
-            stored,
-            scan.levels[-1][0],
-            domains,
-            organs,
-            options.nus("local", organs),
-            shares,
-            room,
-        )
+        room = RETURNED * budget(job.memory) / at_once
+        shares = create_probability(group, grid, organs, job.mode, job.tiling)
+        votes = Votes(job, warped, stored, scan.levels[-1][0], domains, shares, room)
         pieces = PIECES * cluster.count_teams(session)
-        blocks = plan_blocks(domains, grid, step, per_plane(atlases), pieces, threads, room)
-        tasks = [(votes, aligned(block, SHARD, grid.shape)) for block in blocks]
+        largest = per_plane(atlases)
+        blocks = plan_blocks(domains, grid, step, job.tiling, largest, pieces, threads, room)
+        tasks = [(votes, job.tiling.region(block, grid.shape)) for block in blocks]
         counts = np.zeros((len(organs), 2, BINS), np.int64)
         for _, counted in cluster.run_in_teams(
             session, vote_in_block, tasks, "Transferring organs"
         ):
             counts += counted
-        borders = Borders(
-            volume.levels[0],
-            grid,
-            domains,
-            organs,
-            shares,
-            log_ratios(counts),
-            options.smallest_share("local"),
-            probability,
-            labels,
-        )
-        regions = [(borders, region) for region in plan_borders(domains, grid)]
+        borders = Borders(job, domains, shares, log_ratios(counts))
+        regions = [(borders, region) for region in plan_borders(job, domains)]
         total = OrganCounts.empty(len(organs))
-        for _, tally in cluster.run(session, draw_borders, regions, "Drawing borders"):
-            total += tally
+        for _, of_shard in cluster.run(session, draw_borders, regions, "Drawing borders"):
+            total += of_shard
     return total
 
 
@@ -229,6 +186,7 @@ def plan_blocks(
     domains: Sequence[Box | None],
     grid: Grid,
     step: int,
+    tiling: Tiling,
     per_plane: int,
     pieces: int,
     threads: int,
@@ -240,6 +198,8 @@ def plan_blocks(
     ----------
     domains
         Of each organ, where it is looked for, in cells.
+    tiling : Tiling
+        Blocks are whole shards.
     per_plane : int
         Voxels of a plane of the largest atlas.
     pieces : int
@@ -270,11 +230,13 @@ def plan_blocks(
     def fits(piece: Box) -> bool:
         box = wider(piece, grid.shape)
         votes = sum(volume_of(overlap(in_voxels(domain, step), box)) for domain in known)
-        finished = threads * SLAB_BYTES * math.prod(slab_of(box))
+        finished = threads * SLAB_BYTES * math.prod(tiling.slab_shape(box))
         summed = 4 * (2 * cells(box) * step**3 + 2 * votes + planes(box))
         return summed + finished <= room
 
-    return [b for b in cut(in_grid(whole, grid, step), SHARD, pieces, time, fits) if cells(b)]
+    return [
+        b for b in cut(in_grid(whole, grid, step), tiling.shard, pieces, time, fits) if cells(b)
+    ]
 
 
 @contextmanager

@@ -12,8 +12,8 @@ from numpy.typing import NDArray
 
 from atlas_store import AtlasStore, load_organs
 from kpt_dask.atlases.add import add_atlas, store_parameters
-from kpt_dask.organ_transfer import decision as share_module
-from kpt_dask.organ_transfer.decision import create_probability
+from kpt_dask.organ_transfer.job import Evidence, TransferJob
+from kpt_dask.organ_transfer.probability import TILING, Tiling, create_probability
 from kpt_dask.organ_transfer.refinement.atlas import PER_MM, WEIGHT
 from kpt_dask.organ_transfer.warping import block as module
 from kpt_dask.organ_transfer.warping import border, schedule
@@ -75,13 +75,15 @@ def run(
     path: Path,
     client: Client,
     memory: int = 1 << 30,
+    tiling: Tiling = TILING,
 ) -> tuple[Array, Array]:
     """Probabilities and label map."""
     group = zarr.create_group(str(path))
-    probability = create_probability(group, volume.grid, store.organs, "local")
-    labels = create_labels(group, volume.grid.shape)
-    what = *tables(found), probability, labels
-    warp_atlases(volume, store, store.ids(), *what, memory=memory, client=client)
+    probability = create_probability(group, volume.grid, store.organs, "local", tiling)
+    labels = create_labels(group, volume.grid.shape, tiling)
+    job = TransferJob(volume, store.organs, probability, labels, memory=memory, tiling=tiling)
+    evidence = Evidence(*tables(found), votes=xr.Dataset())
+    warp_atlases(job, store.atlases(store.ids()), evidence, client)
     return np.asarray(probability[...]), labels[...]
 
 
@@ -148,12 +150,12 @@ def test_shares_are_what_the_equations_say(
 
 
 @pytest.mark.parametrize(
-    ("block", "pieces", "chunks"),
+    ("tiling", "pieces"),
     [
-        ((8, 8, 8), 50, (8, 8, 8)),
-        ((8, 12, 10), 7, (4, 6, 5)),
-        ((1, 128, 128), 1000, (1, 64, 64)),
-        ((128, 9, 128), 3, (64, 3, 64)),
+        (Tiling((8, 8, 8), (8, 8, 8)), 50),
+        (Tiling((8, 12, 10), (4, 6, 5)), 7),
+        (Tiling((1, 128, 128), (1, 64, 64)), 1000),
+        (Tiling((128, 9, 128), (64, 3, 64)), 3),
     ],
 )
 def test_blocks_give_what_the_whole_gives(
@@ -163,20 +165,16 @@ def test_blocks_give_what_the_whole_gives(
     store: AtlasStore,
     one_process: Client,
     whole: tuple[Array, Array],
-    block: tuple[int, ...],
+    tiling: Tiling,
     pieces: int,
-    chunks: tuple[int, ...],
 ) -> None:
-    for one in (module, schedule, border, share_module):
-        monkeypatch.setattr(one, "SHARD", block)
-    monkeypatch.setattr(border, "TILE", chunks)
+    monkeypatch.setattr(border, "TILE", tiling.chunk)
     monkeypatch.setattr(schedule, "PIECES", pieces)
-    monkeypatch.setattr(share_module, "CHUNKS", chunks)
     monkeypatch.setattr(module, "TOGETHER", 2)
     monkeypatch.setattr(module, "CELLS", 3)
     for memory in (1 << 30, 1):
         path = tmp_path / f"{memory}"
-        found, labels = run(volume, store, MATCHES, path, one_process, memory)
+        found, labels = run(volume, store, MATCHES, path, one_process, memory, tiling)
         np.testing.assert_array_equal(found.view(np.uint32), whole[0].view(np.uint32))
         np.testing.assert_array_equal(labels, whole[1])
 
