@@ -177,7 +177,13 @@ def evaluate(
 
                 if name in pairs:
                     results[name] = _evaluate_pair(
-                        pairs[name], group, store, way, options.smallest_share(mode), session
+                        pairs[name],
+                        group,
+                        store,
+                        way,
+                        options.smallest_share(mode),
+                        memory,
+                        session,
                     )
                 else:
                     results[name] = _evaluate_atlas(store[name], group, way)
@@ -282,6 +288,7 @@ def _evaluate_pair(
     store: AtlasStore,
     way: Way,
     threshold: float,
+    memory: int | None,
     client: Client,
 ) -> ScanResult:
     scan, labels = open_pair(pair.scan, pair.labels)
@@ -289,7 +296,8 @@ def _evaluate_pair(
     annotated = labelled_organs(labels, organs)
     start = time.perf_counter()
     with progress.recorded() as seconds:
-        volume = convert_into(scan, group, spacing=store.parameters["spacing"], client=client)
+        spacing: float = store.parameters["spacing"]
+        volume = convert_into(scan, group, spacing=spacing, memory=memory, client=client)
         found = way(volume, group)
     total = time.perf_counter() - start
     blocks = label_blocks(labels, volume)

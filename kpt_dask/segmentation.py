@@ -174,7 +174,7 @@ def segment(
         complete. Both are then exchanged one right after the other. The attribute ``kpt`` of the
         one has the ``run`` that the header field ``descrip`` of the other names.
     memory : int, optional
-        Bytes that extraction and the transfer may take in each process.
+        Bytes that each station may take in each process.
     client : distributed.Client, optional
         Where blocks are computed; threads of this process if there is no current one.
 
@@ -201,7 +201,8 @@ def segment(
         partials = stack.enter_context(replacing_together(targets, overwrite=overwrite))
         group = zarr.create_group(str(partials[0]), zarr_format=3)
         stack.enter_context(witness.shared(session, group, store.documents()))
-        volume = convert_into(source, group, spacing=store.parameters["spacing"], client=session)
+        spacing: float = store.parameters["spacing"]
+        volume = convert_into(source, group, spacing=spacing, memory=memory, client=session)
         atlases = [atlas for atlas in store.atlases() if atlas.id in used]
         _doubt_itself(source, volume, store, atlases)
         found = segment_volume(

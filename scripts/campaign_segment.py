@@ -4,8 +4,9 @@
 Each round segments a phantom over the outputs of the round before, in one of two ways whose
 answers are known, and something happens at a random moment or as the outputs are put in their
 places. Afterwards both outputs must be there, whole, of one run, and one of the two known; who
-ended with 0 must have left the right one; who was interrupted nothing else. With root's rights,
-rounds on a disk that is too small follow.
+ended with 0 must have left the right one; who was interrupted nothing else. Rounds follow on two
+workers of which one is killed, and with a store whose third atlas others remove and replace
+meanwhile; with root's rights, also on a disk that is too small.
 """
 
 import argparse
@@ -19,16 +20,18 @@ import tempfile
 import time
 from collections import Counter
 from pathlib import Path
+from threading import Event, Thread
 from typing import Any
 
-import nibabel
 import zarr
+from distributed import LocalCluster
 
 from atlas_store import AtlasStore, load_organs
 from kpt_dask.atlases.add import add_atlas, store_parameters
 from kpt_dask.demo.phantom import write_phantom
 from kpt_dask.output.commit import sweep
 from kpt_dask.runtime import cluster
+from kpt_dask.scans.label_file import run_of
 
 SHAPE, SPACING = (80, 65, 80), 4.0
 WAYS = (("--threshold", "0.3"), ("--threshold", "0.6"))
@@ -48,60 +51,128 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as name:
         place = Path(name)
         make(place)
-        faults = campaign(place, options.rounds, rng)
+        campaign = Campaign(place, rng)
+        campaign.interrupt(options.rounds)
+        few = -(-options.rounds // 5)
+        campaign.kill_workers(few)
+        campaign.move_store(few)
         full = full_disks(place)
-    print(f"{options.rounds} rounds, {full}: {dict(faults) or 'no fault'}")
-    sys.exit(bool(faults))
+    told = f"{options.rounds} rounds, {few} with workers, {few} with a moving store, {full}"
+    print(f"{told}: {dict(campaign.faults) or 'no fault'}")
+    sys.exit(bool(campaign.faults))
 
 
 def make(place: Path) -> None:
-    """Make a store of two phantoms, and a third, which is segmented."""
+    """Make a store of two phantoms, a third, which is segmented, and a fourth, which moves."""
     store = AtlasStore.create(place / "store", load_organs("visceral"), store_parameters(SPACING))
     with cluster.session() as client:
-        for seed in (1, 2, 3):
+        for seed in (1, 2, 3, 4):
             files = [place / f"{seed}_{what}.nii.gz" for what in ("ct", "seg")]
             write_phantom(files[0], files[1], seed, SHAPE, SPACING)
             if seed < 3:
                 add_atlas(store, files[0], files[1], atlas_id=str(seed), client=client)
 
 
-def campaign(place: Path, rounds: int, rng: random.Random) -> Counter[str]:
-    """Count what went wrong."""
-    out = place / "out"
-    answers = []
-    for way in WAYS:
-        start = time.perf_counter()
-        assert start_run(place, out, way).wait(HANGS) == 0
-        long = time.perf_counter() - start
-        answers.append(content(out))
-    faults: Counter[str] = Counter()
-    for turn in range(rounds):
-        event, way = EVENTS[turn % len(EVENTS)], rng.randrange(2)
-        before = content(out)
-        process = start_run(place, out, WAYS[way])
-        wait_for_moment(process, out, long, rng)
-        happen(event, process, out, rng)
+class Campaign:
+    """Segmentations that are disturbed, and what went wrong.
+
+    Attributes
+    ----------
+    faults : Counter
+        How often, by kind.
+    """
+
+    def __init__(self, place: Path, rng: random.Random) -> None:
+        self.faults: Counter[str] = Counter()
+        self._place, self._rng, self._out = place, rng, place / "out"
+        self._answers = []
+        for way in WAYS:
+            start = time.perf_counter()
+            assert start_run(place, self._out, way).wait(HANGS) == 0
+            self._long = time.perf_counter() - start
+            self._answers.append(content(self._out))
+
+    def interrupt(self, rounds: int) -> None:
+        """Kill, interrupt, and delete what is written."""
+        for turn in range(rounds):
+            event, way = EVENTS[turn % len(EVENTS)], self._rng.randrange(2)
+            before = content(self._out)
+            process = start_run(self._place, self._out, WAYS[way])
+            wait_for_moment(process, self._out, self._long, self._rng)
+            happen(event, process, self._out, self._rng)
+            self._judge(process, event, before, self._answers[way])
+
+    def kill_workers(self, rounds: int) -> None:
+        """Kill a worker of two, in place of which another is started."""
+        with LocalCluster(
+            n_workers=2, threads_per_worker=1, dashboard_address="127.0.0.1:0", silence_logs=50
+        ) as workers:
+            for _ in range(rounds):
+                way = self._rng.randrange(2)
+                before = content(self._out)
+                options = (*WAYS[way], "--scheduler", workers.scheduler_address)
+                process = start_run(self._place, self._out, options)
+                wait_for_moment(process, self._out, self._long, self._rng)
+                worker = self._rng.choice(list(workers.workers.values()))
+                if worker.pid:
+                    os.kill(worker.pid, signal.SIGKILL)
+                self._judge(process, "a worker's death", before, self._answers[way])
+
+    def move_store(self, rounds: int) -> None:
+        """Segment while others remove and replace an atlas."""
+        store = AtlasStore.open(self._place / "store")
+        files = [self._place / f"4_{what}.nii.gz" for what in ("ct", "seg")]
+        known = [self._answers[0]["o.nii.gz"]]
+        enough = Event()
+
+        def move() -> None:
+            with cluster.session() as client:
+                while not enough.is_set():
+                    add_atlas(store, files[0], files[1], atlas_id="4", replace=True, client=client)
+                    if self._rng.random() < 0.5:
+                        store.remove("4")
+
+        with cluster.session() as client:
+            add_atlas(store, files[0], files[1], atlas_id="4", client=client)
+        assert start_run(self._place, self._out, WAYS[0]).wait(HANGS) == 0
+        known.append(content(self._out)["o.nii.gz"])
+        mover = Thread(target=move)
+        mover.start()
+        try:
+            for _ in range(rounds):
+                process = start_run(self._place, self._out, WAYS[0])
+                if process.wait(HANGS) != 0:
+                    self.faults["ended by others who changed the store"] += 1
+                elif content(self._out)["o.nii.gz"] not in known:
+                    self.faults["silently wrong"] += 1
+        finally:
+            enough.set()
+            mover.join()
+
+    def _judge(
+        self, process: "subprocess.Popen[bytes]", event: str, before: Answer, right: Answer
+    ) -> None:
         try:
             code = process.wait(HANGS)
         except subprocess.TimeoutExpired:
-            faults["hung"] += 1
+            self.faults["hung"] += 1
             process.kill()
             code = process.wait()
-        names = sorted(os.listdir(out))
+        names = sorted(os.listdir(self._out))
         if code != -signal.SIGKILL and names != ["o.nii.gz", "o.zarr"]:
-            faults[f"litter after {event}"] += 1
-        sweep(out)
-        if sorted(os.listdir(out)) != ["o.nii.gz", "o.zarr"]:
-            faults["litter, or lost"] += 1
-            continue
-        found = content(out)
-        if run_of_labels(out) != zarr.open_group(out / "o.zarr", mode="r").attrs["kpt"]["run"]:
-            faults["mismatched"] += 1
-        if code == 0 and found != answers[way]:
-            faults["silently wrong"] += 1
-        if code != 0 and found not in (before, answers[way]):
-            faults["half-written"] += 1
-    return faults
+            self.faults[f"litter after {event}"] += 1
+        sweep(self._out)
+        if sorted(os.listdir(self._out)) != ["o.nii.gz", "o.zarr"]:
+            self.faults["litter, or lost"] += 1
+            return
+        found = content(self._out)
+        said: Any = zarr.open_group(self._out / "o.zarr", mode="r").attrs["kpt"]
+        if run_of(self._out / "o.nii.gz") != said["run"]:
+            self.faults["mismatched"] += 1
+        if code == 0 and found != right:
+            self.faults["silently wrong"] += 1
+        if code != 0 and found not in (before, right):
+            self.faults["half-written"] += 1
 
 
 def start_run(place: Path, out: Path, way: tuple[str, ...]) -> "subprocess.Popen[bytes]":
@@ -189,11 +260,6 @@ def full_disks(place: Path) -> str:
 
 def content(out: Path) -> Answer:
     return {str(p.relative_to(out)): p.read_bytes() for p in out.rglob("*") if p.is_file()}
-
-
-def run_of_labels(out: Path) -> str:
-    image: Any = nibabel.load(out / "o.nii.gz")
-    return str(image.header["descrip"].item().decode().removeprefix("kpt-dask run "))
 
 
 if __name__ == "__main__":

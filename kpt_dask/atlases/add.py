@@ -144,7 +144,8 @@ def add_atlas(
         wanted = _annotated(labelled, store.organs, annotated)
         image = draft.group.create_group("image")
         with cluster.session(client) as session, witness.shared(session, image):
-            volume = convert_into(source, image, spacing=made_with["spacing"], client=session)
+            spacing: float = made_with["spacing"]
+            volume = convert_into(source, image, spacing=spacing, memory=memory, client=session)
             digest = digest_of(image)
             _doubt_twice(store, name, source, digest, volume.grid.shape)
             blocks = _only(label_blocks(labelled, volume), store.organs, wanted)

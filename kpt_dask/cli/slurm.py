@@ -55,6 +55,9 @@ WAIT = "2h"
 TOLD_EVERY = 60.0
 """Seconds between two lines of the log that say what is waited for."""
 
+TOLD_FIRST = 5.0
+"""Seconds until the first: until then the jobs are being submitted."""
+
 # Compiled kernels are kept on the node: shared home folders are slow and lock badly. A folder
 # that somebody else made there first could bring foreign code with it.
 NUMBA_CACHE = """\
@@ -200,7 +203,7 @@ def _await_first(cluster: SLURMCluster, client: Client, resources: Resources) ->
     """Wait for the first worker job, and say in the log why it does not begin."""
     wait, start = wait_seconds(), time.monotonic()
     asked = f"{resources.workers} jobs of {resources.cores} cores and {resources.memory}"
-    next_told = start
+    next_told = start + min(TOLD_FIRST, wait / 2)
     while not client.nthreads():
         now = time.monotonic()
         if now >= next_told:
