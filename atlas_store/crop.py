@@ -18,10 +18,10 @@ from numpy.typing import NDArray
 from zarr.codecs import BloscCodec
 
 from atlas_store import Atlas, OrganInfo, OrganTable, StoreFormatError
-from atlas_store.arrays import chunk_io
+from atlas_store.arrays import chunk_io, chunk_rows
 from atlas_store.arrays.boxes import Box, enclosing, shape_of
-from atlas_store.arrays.chunk_io import misfit
-from atlas_store.arrays.regions import Region, open_array, regions, write_region
+from atlas_store.arrays.chunk_rows import describe_mismatch
+from atlas_store.arrays.regions import Region, blocks_of, open_array, write_region
 from atlas_store.marker import check_encoding
 from atlas_store.storage.guard import MAX_CHUNK
 
@@ -143,7 +143,7 @@ def write_crop(
             tuple(slice(a + r.start, a + r.stop) for (a, _), r in zip(box, region, strict=True)),
             region,
         )
-        for region in regions(shape, _chunks(shape))
+        for region in blocks_of(shape, _chunks(shape))
     ]
     coding = narrow([organs.by_name(name).value for name in found], air_hu)
     if len(found) > coding.label[1] or not all(
@@ -228,7 +228,7 @@ def read_planes(
     low, high = (first - begin) // depth, -((begin - stop) // depth)
     folder = f"{atlas.path}/{NAME}"
     chunk = [(0, depth)]
-    wanted = [chunk_io.Rows(f"{folder}/c/{c}/0/0", depth, chunk) for c in range(low, high)]
+    wanted = [chunk_rows.ChunkRows(f"{folder}/c/{c}/0/0", depth, chunk) for c in range(low, high)]
     z = begin + low * depth, min(begin + high * depth, end)
     with reading(atlas, NAME):
         if WIDE.dtype.itemsize * math.prod(chunks) > MAX_CHUNK:
@@ -250,8 +250,8 @@ def _coding(
     document: Any, shape: tuple[int, int, int], chunks: tuple[int, int, int], where: str
 ) -> Coding | None:
     """Find how the stored crop is coded, from a parsed ``zarr.json``; None if there is none."""
-    wide = misfit(document, shape, chunks, WIDE.dtype) is None
-    if not wide and misfit(document, shape, chunks, np.dtype(np.uint16)) is not None:
+    wide = describe_mismatch(document, shape, chunks, WIDE.dtype) is None
+    if not wide and describe_mismatch(document, shape, chunks, np.dtype(np.uint16)) is not None:
         return None
     attributes = _UNMARKED | document["attributes"]
     check_encoding(attributes, ENCODING_TYPE, ENCODING_VERSION, where)

@@ -17,7 +17,7 @@ import zarr
 from numpy.typing import DTypeLike, NDArray
 from zarr.codecs import BloscCodec
 
-from atlas_store.arrays.chunk_io import misfit, unpack_into
+from atlas_store.arrays.chunk_rows import describe_mismatch, unpack_into
 from atlas_store.errors import KeypointsFormatError
 from atlas_store.storage.objects import Objects
 
@@ -251,7 +251,7 @@ def _check_description(name: str, document: dict[str, Any], count: int, where: s
     """Refuse an array whose description differs from what `write_keypoints` writes."""
     variable = VARIABLES[name]
     shape = variable.shape(count)
-    what = misfit(document, shape, (max(count, 1), *shape[1:]), variable.dtype)
+    what = describe_mismatch(document, shape, (max(count, 1), *shape[1:]), variable.dtype)
     if what is not None:
         raise _damaged(where, f"{name!r} has {what}")
 

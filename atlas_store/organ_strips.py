@@ -16,9 +16,9 @@ from numpy.typing import NDArray
 from zarr.codecs import BloscCodec
 
 from atlas_store import Atlas, OrganInfo, OrganTable
-from atlas_store.arrays import chunk_io
+from atlas_store.arrays import chunk_io, chunk_rows
 from atlas_store.arrays.boxes import Box, enclosing, joined, overlap, shape_of, within
-from atlas_store.arrays.chunk_io import misfit
+from atlas_store.arrays.chunk_rows import describe_mismatch
 from atlas_store.arrays.jit import kernel
 from atlas_store.arrays.regions import open_array, write_region
 from atlas_store.crop import NAME as CROP
@@ -215,7 +215,7 @@ class _Stored:
         Range of each organ among these rows.
     """
 
-    chunks: list[chunk_io.Rows]
+    chunks: list[chunk_rows.ChunkRows]
     rows: int
     spans: dict[str, tuple[int, int]]
 
@@ -231,7 +231,7 @@ def _find(atlas: Atlas, wanted: Wanted) -> _Stored | None:
     check_encoding(attributes, ENCODING_TYPE, ENCODING_VERSION, f"{atlas.objects.url}/{folder}")
     n, columns = document["shape"][0], HEADER_COLUMNS + STRIP
     chunk: int = document["chunk_grid"]["configuration"]["chunk_shape"][0]
-    if fault := misfit(document, (n, columns), (chunk, columns), np.dtype(np.int16)):
+    if fault := describe_mismatch(document, (n, columns), (chunk, columns), np.dtype(np.int16)):
         raise ValueError(f"it is described with {fault}")
     if not 0 < 2 * chunk * columns <= MAX_CHUNK:
         raise ValueError(f"it has chunks of {chunk}")
@@ -254,7 +254,9 @@ def _find(atlas: Atlas, wanted: Wanted) -> _Stored | None:
         if rows - before > atlas.organs[name].voxels:
             raise ValueError("it has more strips than its organs have voxels")
         spans[name] = before, rows
-    chunks = [chunk_io.Rows(f"{folder}/c/{c}/0", chunk, joined(own)) for c, own in parts.items()]
+    chunks = [
+        chunk_rows.ChunkRows(f"{folder}/c/{c}/0", chunk, joined(own)) for c, own in parts.items()
+    ]
     return _Stored(chunks, rows, spans)
 
 

@@ -37,8 +37,7 @@ from atlas_store.marker import (
 )
 from atlas_store.organs import OrganTable
 from atlas_store.storage.objects import MAX_DOCUMENT, Objects
-from atlas_store.verify import Problem, verify_index
-from atlas_store.verify import verify as verify_store
+from atlas_store.verify import Problem, verify_index, verify_store
 
 ENCODING_TYPE = "kpt-atlas-store"
 ENCODING_VERSION = "1"

@@ -63,7 +63,7 @@ class Problem:
         return f"{subject}{self.what}: {'removed' if self.repaired else self.remedy}."
 
 
-def verify(
+def verify_store(
     objects: Objects, organs: OrganTable, parameters: Mapping[str, Json], *, repair: bool = False
 ) -> list[Problem]:
     """Read everything in a store again and say what is wrong.

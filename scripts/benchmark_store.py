@@ -238,7 +238,7 @@ def compile_graph(index: AtlasIndex) -> float:
     def first() -> None:
         from pynndescent import NNDescent
 
-        few = index.segments[0].sides[0].descriptor[:1000].astype(np.float32)
+        few = index.segments[0].by_sign[0].descriptor[:1000].astype(np.float32)
         graph = NNDescent(few, random_state=0)
         graph.prepare()
         graph.query(few, k=10)

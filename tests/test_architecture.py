@@ -63,8 +63,6 @@ INTRINSIC = "an LLVM intrinsic takes its arrays apart; its callers are few"
 TO_BUNDLE = "to be bundled"
 
 MANY_PARAMETERS = {
-    "atlas_store.index.nearest.of_every_atlas": TO_BUNDLE,
-    "atlas_store.index.nearest.of_listed_atlases": TO_BUNDLE,
     "kpt_dask.atlases.add.add_folder": FACE,
     "kpt_dask.cli.atlas.add": COMMAND,
     "kpt_dask.cli.atlas.add_folder": COMMAND,
@@ -83,13 +81,8 @@ MANY_PARAMETERS = {
 """Functions of more than eight parameters, and why."""
 
 NAMED_ALIKE = {
-    "atlas_store.arrays.flat": "to be renamed",
-    "atlas_store.arrays.regions": "to be renamed",
-    "atlas_store.verify": "to be renamed",
     "kpt_dask.cli.atlas": "the click group of `kpt atlas`",
     "kpt_dask.cli.main": "an entry point is called main",
-    "kpt_dask.cli.printable": "to be renamed",
-    "kpt_dask.demo.phantom": "to be renamed",
 }
 """Rooms and files named like what their package exports, and why."""
 

@@ -25,7 +25,7 @@ from atlas_store import (
 )
 from kpt_dask import segmentation
 from kpt_dask.atlases.add import store_parameters
-from kpt_dask.demo.phantom import phantom
+from kpt_dask.demo.phantom import make_phantom
 from kpt_dask.errors import (
     KptError,
     KptWarning,
@@ -248,7 +248,7 @@ def test_anisotropic_voxels_give_the_same_labels_up_to_resampling(
 ) -> None:
     # In mode organ: a hundred keypoints are too few for fields that hardly change.
     plain = segment(ct, store, tmp_path / "plain.zarr", mode="organ", client=one_process)
-    image, _, _ = phantom(SEED, (220, 130, 160), SPACING / 2)
+    image, _, _ = make_phantom(SEED, (220, 130, 160), SPACING / 2)
     # Fine along one axis only: average pairs along the others.
     for axis in {0, 1, 2} - {fine}:
         even, odd = (np.take(image, range(k, image.shape[axis], 2), axis) for k in (0, 1))

@@ -1,4 +1,4 @@
-"""Boxes of voxels: pure functions, half-open, (z, y, x)."""
+"""Boxes and regions of voxels: pure functions, half-open, (z, y, x)."""
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
@@ -6,7 +6,8 @@ from collections.abc import Iterable, Mapping, Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from atlas_store.arrays.chunk_io import Region
+Region = tuple[slice, ...]
+"""One slice with plain bounds per axis."""
 
 Box = tuple[tuple[int, int], tuple[int, int], tuple[int, int]]
 """(start, stop) along z, y, x, half-open."""
@@ -24,10 +25,10 @@ def enclosing(boxes: Sequence[Box]) -> Box | None:
 
 
 def overlap(box: Box | None, other: Box) -> Box | None:
-    """Box of what two boxes share, None if that is nothing."""
+    """Intersection of two boxes; None if it is empty."""
     if box is None:
         return None
-    # Written out, as in `shape_of`: they are asked for by the thousand.
+    # Written out, as in `shape_of`: called thousands of times.
     (a, b), (c, d), (e, f) = box
     (g, h), (i, j), (k, m) = other
     z, y, x = (max(a, g), min(b, h)), (max(c, i), min(d, j)), (max(e, k), min(f, m))
@@ -35,13 +36,13 @@ def overlap(box: Box | None, other: Box) -> Box | None:
 
 
 def overlaps(boxes: Mapping[int, Box], other: Box) -> dict[int, Box]:
-    """Boxes of what each of some boxes shares with another, without those that share nothing."""
+    """Intersections of several boxes with another, without the empty ones."""
     found = {key: overlap(box, other) for key, box in boxes.items()}
     return {key: box for key, box in found.items() if box is not None}
 
 
 def joined(ranges: Iterable[tuple[int, int]]) -> list[tuple[int, int]]:
-    """Ranges, half-open, that cover what some others cover, in order and apart."""
+    """Union of half-open ranges, as sorted, disjoint ranges."""
     found: list[tuple[int, int]] = []
     for first, stop in sorted(ranges):
         if found and first <= found[-1][1]:
@@ -52,7 +53,7 @@ def joined(ranges: Iterable[tuple[int, int]]) -> list[tuple[int, int]]:
 
 
 def wider(box: Box, shape: tuple[int, int, int]) -> Box:
-    """Box of a box's voxels and their neighbours, in an array of a shape."""
+    """Box one voxel larger on each side, within an array of this shape."""
     z, y, x = ((max(a - 1, 0), min(b + 1, n)) for (a, b), n in zip(box, shape, strict=True))
     return z, y, x
 
@@ -64,17 +65,17 @@ def box_of(region: Region) -> Box:
 
 
 def within(box: Box, outer: Box) -> tuple[slice, ...]:
-    """Where a box lies in an array that holds the voxels of another."""
+    """Index of a box in an array that holds the voxels of `outer`."""
     return tuple(slice(a - c, b - c) for (a, b), (c, _) in zip(box, outer, strict=True))
 
 
 def slices(box: Box) -> tuple[slice, ...]:
-    """Where a box lies in the whole array."""
+    """Index of a box in the whole array."""
     return tuple(slice(a, b) for a, b in box)
 
 
 def volume_of(box: Box | None) -> int:
-    """Count the voxels of a box, or of none."""
+    """Count the voxels of a box; 0 for None."""
     return 0 if box is None else math.prod(shape_of(box))
 
 
@@ -90,7 +91,7 @@ def begin_of(box: Box) -> NDArray[np.int64]:
 
 
 def aligned(box: Box, unit: tuple[int, int, int], shape: tuple[int, int, int]) -> Region:
-    """Smallest region of whole units around a box, within an array of a shape."""
+    """Smallest region of whole units around a box, within an array of this shape."""
     z, y, x = (
         slice(a // u * u, min(-(-b // u) * u, n))
         for (a, b), u, n in zip(box, unit, shape, strict=True)

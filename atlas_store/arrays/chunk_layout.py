@@ -1,8 +1,8 @@
 """How the chunks of an array lie in files, decided from its ``zarr.json`` alone.
 
-The specification names what may be there, and how it is written; how a library holds it in
-memory changes with each release. Zarr can be extended in each field of a description and by
-more of them, so whatever is not known here is left to Zarr itself.
+The specification fixes how a description is written; how a library holds it in memory changes
+with each release. Every field may be extended, so an array with anything unknown here is left to
+Zarr itself.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -34,23 +34,23 @@ _FIELDS = {
     "dimension_names",
     "storage_transformers",
 }
-"""That the description of an array may have."""
+"""Fields that the description of an array may have."""
 
 
 class Layout(NamedTuple):
-    """How chunks of little-endian numbers, packed by blosc, lie in files; missing ones are 0.
+    """How chunks of little-endian numbers, compressed by blosc, lie in files; missing ones are 0.
 
     Attributes
     ----------
     prefix, separator : str
-        A chunk's file is the prefix, then its number along each axis, all with the separator.
+        A chunk's file is the prefix and its number along each axis, joined by the separator.
     dtype : dtype
     chunks : tuple of int
         Shape of a chunk.
     shards : tuple of int, optional
         Shape of a shard, if chunks lie together in shards.
     pack : callable
-        Packs a chunk.
+        Compresses a chunk: ndarray → bytes.
     """
 
     prefix: str
@@ -62,7 +62,7 @@ class Layout(NamedTuple):
 
     @property
     def unit(self) -> tuple[int, ...]:
-        """Shape of what a file holds."""
+        """Shape of the part of the array in one file: a shard, or a chunk."""
         return self.shards or self.chunks
 
     @property
@@ -71,12 +71,12 @@ class Layout(NamedTuple):
         return tuple(unit // chunk for unit, chunk in zip(self.unit, self.chunks, strict=True))
 
     def path(self, numbers: tuple[int, ...]) -> str:
-        """Give the file of a chunk, or of a shard."""
+        """Path of the file of a chunk, or of a shard."""
         return self.separator.join((self.prefix, *map(str, numbers)))
 
 
 def layout_of(document: Mapping[str, Any]) -> Layout | None:
-    """Say how an array's chunks lie, in no folder yet; nothing if anything of it is unknown.
+    """Decide how an array's chunks lie, without its folder; None if anything is unknown.
 
     Parameters
     ----------
@@ -122,7 +122,7 @@ def layout_of(document: Mapping[str, Any]) -> Layout | None:
 
 
 def _packer(codecs: list[Any], dtype: np.dtype[Any]) -> Callable[[NDArray[Any]], bytes] | None:
-    """Give what packs little-endian numbers with blosc; nothing if the codecs are others."""
+    """Make a blosc compressor of little-endian numbers; None if the codecs are others."""
     blosc = _configuration(codecs[1], "blosc") if len(codecs) == 2 else None
     if blosc is None or blosc.keys() != _BLOSC:
         return None
@@ -140,12 +140,12 @@ def _packer(codecs: list[Any], dtype: np.dtype[Any]) -> Callable[[NDArray[Any]],
     ):
         return None
     level, typesize, block = sizes
-    how = names[0].encode(), level, _SHUFFLES[names[1]], block, typesize
-    return lambda chunk: cast(bytes, compress(chunk, *how))
+    settings = names[0].encode(), level, _SHUFFLES[names[1]], block, typesize
+    return lambda chunk: cast(bytes, compress(chunk, *settings))
 
 
 def _configuration(extension: Any, name: str) -> dict[str, Any] | None:
-    """Get what configures an extension of this name; nothing if it is another."""
+    """Get the configuration of an extension of this name; None if it is another."""
     if not isinstance(extension, dict) or extension.get("name") != name:
         return None
     found = extension.get("configuration", {})

@@ -1,4 +1,4 @@
-"""Parts of arrays, given to kernels so that they know each row to be in one piece."""
+"""Flat views of arrays, from which kernels know that each row is contiguous."""
 
 from typing import Any
 
@@ -6,19 +6,31 @@ import numpy as np
 from numpy.typing import NDArray
 
 Flat = tuple[NDArray[Any], tuple[int, ...]]
-"""The memory that an array spans, as one row, and the array's strides in it."""
+"""The memory that an array spans, 1-D, and the array's strides in it, in elements."""
 
 
-def flat(array: NDArray[Any]) -> Flat:
-    """Give the memory of an array, and its strides.
+def as_flat_view(array: NDArray[Any]) -> Flat:
+    """View the memory that an array spans as 1-D.
 
-    Kernels do not know of an array that is cut out of another that each of its rows is in one
-    piece; told so, they do many voxels of a row at once.
+    Compilers cannot see that the rows of a part of an array are contiguous; in a 1-D view they
+    are, so loops over a row are vectorised.
+
+    Parameters
+    ----------
+    array : ndarray
+        With contiguous rows, along the last axis.
+
+    Returns
+    -------
+    memory : ndarray (n)
+        From the first element to the last, with what lies between.
+    strides : tuple of int
+        Of the axes of `array`, in elements of `memory`.
 
     Raises
     ------
     ValueError
-        If its rows are not in one piece, or an axis runs backwards.
+        If the rows are not contiguous, or an axis runs backwards.
     """
     strides = tuple(stride // array.itemsize for stride in array.strides)
     odd = any(stride % array.itemsize for stride in array.strides)

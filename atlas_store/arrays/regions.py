@@ -8,7 +8,7 @@ import zarr
 from numpy.typing import NDArray
 
 from atlas_store.arrays import chunk_io
-from atlas_store.arrays.chunk_io import Region as Region
+from atlas_store.arrays.boxes import Region as Region
 
 
 def write_region(array: zarr.Array[Any], region: Region, data: NDArray[Any]) -> None:
@@ -47,8 +47,8 @@ def write_region(array: zarr.Array[Any], region: Region, data: NDArray[Any]) -> 
     chunk_io.write(array, region, data)
 
 
-def regions(shape: Sequence[int], block: Sequence[int]) -> Iterator[tuple[slice, slice, slice]]:
-    """Cut an array (z, y, x) into blocks, the last of each axis possibly smaller, in C order."""
+def blocks_of(shape: Sequence[int], block: Sequence[int]) -> Iterator[tuple[slice, slice, slice]]:
+    """Cut an array (z, y, x) into blocks, in C order; the last of each axis may be smaller."""
     cuts = (
         [slice(first, min(first + step, n)) for first in range(0, n, step)]
         for n, step in zip(shape, block, strict=True)

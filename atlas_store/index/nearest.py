@@ -1,60 +1,124 @@
 """The atlases with the nearest keypoints, under the constraints of eq. 2.
 
 Plain arrays in, plain arrays out. Descriptors are ranks, so their squared distances are whole
-numbers that float32 holds exactly, in whatever order BLAS adds; both kernels give the same.
+numbers that float32 holds exactly whatever the order in which BLAS adds: both kernels give the
+same result.
 """
+
+from typing import Any, NamedTuple, Self
 
 import numpy as np
 from numpy.typing import NDArray
 
 from atlas_store.arrays.jit import comparing_kernel, kernel
 
-Best = tuple[
-    NDArray[np.int64],
-    NDArray[np.int64],
-    NDArray[np.int64],
-    NDArray[np.float32],
-    NDArray[np.float32],
-]
-"""The nearest atlases of n keypoints, nearest first, k for each: which atlas (-1 for none), in
-which segment, which row of it is the nearest, squared distances of the nearest and the second
-nearest of the atlas (infinite for none). Ties go to the lower atlas. Each (n, k)."""
+
+class Best(NamedTuple):
+    """The k nearest atlases of n keypoints, nearest first; ties go to the lower atlas.
+
+    Attributes
+    ----------
+    atlas : int64 array (n, k)
+        Number of the atlas; -1 for none.
+    segment, row : int64 arrays (n, k)
+        Segment and row of the atlas's nearest keypoint.
+    first, second : float32 arrays (n, k)
+        Squared distances of the atlas's nearest and second nearest keypoint; infinite for none.
+    """
+
+    atlas: NDArray[np.int64]
+    segment: NDArray[np.int64]
+    row: NDArray[np.int64]
+    first: NDArray[np.float32]
+    second: NDArray[np.float32]
+
+    @classmethod
+    def none(cls, n: int, k: int) -> Self:
+        """Make the start of a search: no atlas for any of n keypoints."""
+        missing = np.full((n, k), -1, np.int64)
+        far = np.full((n, k), np.inf, np.float32)
+        return cls(missing, missing.copy(), missing.copy(), far, far.copy())
 
 
-def nothing(n: int, k: int) -> Best:
-    """No atlas is known for any of n keypoints yet."""
-    none = np.full((n, k), -1, np.int64)
-    far = np.full((n, k), np.inf, np.float32)
-    return none, none.copy(), none.copy(), far, far.copy()
+class Query(NamedTuple):
+    """Keypoints of a scan, n of one sign, for which the nearest atlases are searched.
+
+    Attributes
+    ----------
+    descriptor : uint8 array (n, 64)
+        Ranks.
+    low, high : float32 arrays (n)
+        Lowest and highest scale that a match may have, mm.
+    """
+
+    descriptor: NDArray[np.uint8]
+    low: NDArray[np.float32]
+    high: NDArray[np.float32]
+
+
+class Candidates(NamedTuple):
+    """Keypoints of a atlases, m of one sign, among which is searched.
+
+    Attributes
+    ----------
+    descriptor : uint8 array (m, 64)
+        Ranks.
+    scale : float32 array (m)
+        mm.
+    offsets : int64 array (a + 1)
+        Keypoints of atlas i are ``offsets[i]`` to ``offsets[i + 1]``.
+    """
+
+    descriptor: NDArray[np.uint8]
+    scale: NDArray[np.float32]
+    offsets: NDArray[np.int64]
+
+
+class Numbers(NamedTuple):
+    """How results are numbered in `Best`.
+
+    Attributes
+    ----------
+    atlas : int64 array (a)
+        Number of each atlas; negative for atlases to skip.
+    segment : int
+        Number of the segment.
+    first_row : int
+        Row, in the segment, of the first candidate.
+    """
+
+    atlas: NDArray[np.int64]
+    segment: int
+    first_row: int = 0
 
 
 @kernel
-def _offer(
-    best: Best, i: int, atlas: int, segment: int, row: int, first: np.float32, second: np.float32
-) -> None:
-    """Put an atlas where it belongs among the nearest of keypoint i, if it does."""
-    atlases, segments, rows, firsts, seconds = best
-    k = atlases.shape[1]
+def _offer(best: Best, i: int, candidate: Any) -> None:
+    """Insert an atlas (first, second, atlas, segment, row) in the list of keypoint i, if near."""
+    first, second, atlas, segment, row = candidate
+    size = best.atlas.shape[1]
+    k = size
     while k > 0 and (
-        first < firsts[i, k - 1] or (first == firsts[i, k - 1] and atlas < atlases[i, k - 1])
+        first < best.first[i, k - 1]
+        or (first == best.first[i, k - 1] and atlas < best.atlas[i, k - 1])
     ):
         k -= 1
-        if k + 1 < atlases.shape[1]:
-            atlases[i, k + 1] = atlases[i, k]
-            segments[i, k + 1] = segments[i, k]
-            rows[i, k + 1] = rows[i, k]
-            firsts[i, k + 1] = firsts[i, k]
-            seconds[i, k + 1] = seconds[i, k]
-        atlases[i, k] = atlas
-        segments[i, k] = segment
-        rows[i, k] = row
-        firsts[i, k] = first
-        seconds[i, k] = second
+        if k + 1 < size:
+            best.atlas[i, k + 1] = best.atlas[i, k]
+            best.segment[i, k + 1] = best.segment[i, k]
+            best.row[i, k + 1] = best.row[i, k]
+            best.first[i, k + 1] = best.first[i, k]
+            best.second[i, k + 1] = best.second[i, k]
+        best.atlas[i, k] = atlas
+        best.segment[i, k] = segment
+        best.row[i, k] = row
+        best.first[i, k] = first
+        best.second[i, k] = second
 
 
 @comparing_kernel
 def _lowest(row: NDArray[np.float32], half: NDArray[np.float32]) -> np.float32:
-    """Lowest ``half - row``; many at a time, as none is NaN."""
+    """Lowest ``half - row``; vectorised, as none is NaN."""
     lowest = np.float32(np.inf)
     for j in range(row.size):
         d = half[j] - row[j]
@@ -63,15 +127,12 @@ def _lowest(row: NDArray[np.float32], half: NDArray[np.float32]) -> np.float32:
 
 
 @kernel
-def of_every_atlas(
+def search_every_atlas(
     products: NDArray[np.float32],
     squares: tuple[NDArray[np.float32], NDArray[np.float32]],
-    limits: tuple[NDArray[np.float32], NDArray[np.float32]],
-    scale: NDArray[np.float32],
-    offsets: NDArray[np.int64],
-    place: NDArray[np.int64],
-    segment: int,
-    start: int,
+    query: Query,
+    candidates: Candidates,
+    numbers: Numbers,
     best: Best,
 ) -> None:
     """Search all atlases, given all scalar products.
@@ -79,40 +140,36 @@ def of_every_atlas(
     Parameters
     ----------
     products : float32 array (n, m)
-        Of n descriptors of the scan with m of the atlases.
+        Scalar products of the descriptors of query and candidates.
     squares : float32 arrays (n) and (m)
         Squared lengths of both.
-    limits : float32 arrays (n)
-        The lowest and highest scale that a match may have.
-    scale : float32 array (m)
-        Scales of the atlases' keypoints.
-    offsets : int64 array (a + 1)
-        Columns of atlas i are ``offsets[i]`` to ``offsets[i + 1]``.
-    place : int64 array (a)
-        What to call each atlas; those below 0 are passed over.
-    segment, start : int
-        What to call the segment, and the first column.
+    query : Query
+        n keypoints of a scan.
+    candidates : Candidates
+        m keypoints of atlases.
+    numbers : Numbers
+        How to number the results.
     best : Best
-        Receives what is nearer than what it holds.
+        Updated with what is nearer than its entries.
     """
-    low, high = limits
-    here, there = squares
-    farthest = best[3][:, -1]
-    half = there / np.float32(2)
+    scan_squares, atlas_squares = squares
+    scale, offsets = candidates.scale, candidates.offsets
+    farthest = best.first[:, -1]
+    half = atlas_squares / np.float32(2)
     for i in range(products.shape[0]):
         row = products[i]
         for a in range(offsets.size - 1):
             # Most atlases are too far away whatever their scales.
-            own = slice(offsets[a], offsets[a + 1])
-            bound = (farthest[i] - here[i]) / np.float32(2)
-            if place[a] < 0 or _lowest(row[own], half[own]) > bound:
+            columns = slice(offsets[a], offsets[a + 1])
+            bound = (farthest[i] - scan_squares[i]) / np.float32(2)
+            if numbers.atlas[a] < 0 or _lowest(row[columns], half[columns]) > bound:
                 continue
             nearest = np.float32(np.inf)
             next_nearest = np.float32(np.inf)
             index = -1
             for j in range(offsets[a], offsets[a + 1]):
-                d = there[j] - np.float32(2) * row[j]
-                if d >= next_nearest or scale[j] < low[i] or scale[j] > high[i]:
+                d = atlas_squares[j] - np.float32(2) * row[j]
+                if d >= next_nearest or scale[j] < query.low[i] or scale[j] > query.high[i]:
                     continue
                 if d < nearest:
                     next_nearest = nearest
@@ -121,48 +178,43 @@ def of_every_atlas(
                 else:
                     next_nearest = d
             if index >= 0:
-                first, second = here[i] + nearest, here[i] + next_nearest
-                _offer(best, i, place[a], segment, start + index, first, second)
+                first, second = scan_squares[i] + nearest, scan_squares[i] + next_nearest
+                row_number = numbers.first_row + index
+                _offer(best, i, (first, second, numbers.atlas[a], numbers.segment, row_number))
 
 
 @kernel
-def of_listed_atlases(
+def search_listed_atlases(
     listed: NDArray[np.int32],
-    descriptor: NDArray[np.uint8],
-    limits: tuple[NDArray[np.float32], NDArray[np.float32]],
-    other: NDArray[np.uint8],
-    scale: NDArray[np.float32],
     atlas_of: NDArray[np.int32],
-    offsets: NDArray[np.int64],
-    place: NDArray[np.int64],
-    segment: int,
+    query: Query,
+    candidates: Candidates,
+    numbers: Numbers,
     best: Best,
 ) -> None:
-    """Search only the atlases that a list of neighbours names, but these exactly.
+    """Search exactly, but only the atlases that a list of neighbours names.
 
-    Where a list ends before an atlas's second nearest, nothing has to be assumed of it. An
-    atlas that is not listed has no keypoint nearer than the last of the list, if the list is
-    right.
+    The second nearest of an atlas need not be in the list. An atlas that is not listed has no
+    keypoint nearer than the last of the list, if the list is right.
 
     Parameters
     ----------
     listed : int32 array (n, k)
-        Columns that are near each descriptor of the scan, -1 where there are fewer.
-    descriptor, other : uint8 arrays (n, 64) and (m, 64)
-        Of the scan and of the atlases.
+        Candidates near each keypoint of the query; -1 where there are fewer.
     atlas_of : int32 array (m)
-        Atlas of each column.
-    limits, scale, offsets, place, segment, best
-        As for `of_every_atlas`.
+        Atlas of each candidate.
+    query, candidates, numbers, best
+        As for `search_every_atlas`.
     """
-    low, high = limits
+    scale, offsets = candidates.scale, candidates.offsets
     seen = np.full(offsets.size - 1, -1, np.int64)
     for i in range(listed.shape[0]):
+        low, high = query.low[i], query.high[i]
         for column in listed[i]:
-            if column < 0 or scale[column] < low[i] or scale[column] > high[i]:
+            if column < 0 or scale[column] < low or scale[column] > high:
                 continue
             a = atlas_of[column]
-            if place[a] < 0 or seen[a] == i:
+            if numbers.atlas[a] < 0 or seen[a] == i:
                 continue
             seen[a] = i
             far = np.int32(2**30)
@@ -170,11 +222,13 @@ def of_listed_atlases(
             next_nearest = far
             index = -1
             for j in range(offsets[a], offsets[a + 1]):
-                if scale[j] < low[i] or scale[j] > high[i]:
+                if scale[j] < low or scale[j] > high:
                     continue
                 d = np.int32(0)
-                for b in range(descriptor.shape[1]):
-                    difference = np.int32(descriptor[i, b]) - np.int32(other[j, b])
+                for b in range(query.descriptor.shape[1]):
+                    difference = np.int32(query.descriptor[i, b]) - np.int32(
+                        candidates.descriptor[j, b]
+                    )
                     d += difference * difference
                 if d < nearest:
                     next_nearest = nearest
@@ -183,4 +237,6 @@ def of_listed_atlases(
                 elif d < next_nearest:
                     next_nearest = d
             second = np.float32(next_nearest) if next_nearest < far else np.float32(np.inf)
-            _offer(best, i, place[a], segment, index, np.float32(nearest), second)
+            row_number = numbers.first_row + index
+            candidate = np.float32(nearest), second, numbers.atlas[a], numbers.segment, row_number
+            _offer(best, i, candidate)

@@ -1,11 +1,11 @@
 """Which atlases have keypoints like those of a scan: an index over their descriptors.
 
 An atlas is represented by its keypoints in organs and, where these are few, by its largest
-others: they are found again most often, and there are enough of them to tell atlases apart.
+other keypoints, which recur most often in other scans of the same body.
 
-Derived data. It is made from a store's keypoints when it is opened, kept as a few segments in
-the user's own cache, and joined as it grows (`atlas_store.index.segments`). Nothing of it lies in
-the store, so that a store cannot run code and adding an atlas writes nothing shared.
+The index is derived data. It is built from a store's keypoints when it is opened, cached as a few
+segments in the user's own folder, and merged as it grows (`atlas_store.index.segments`). Nothing
+of it lies in the store: so a store cannot run code, and adding an atlas writes nothing shared.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -18,43 +18,44 @@ import numpy as np
 from numpy.typing import NDArray
 
 from atlas_store.errors import AtlasNotFoundError
-from atlas_store.index.nearest import Best, nothing
-from atlas_store.index.segments import Segment, Side, merges
+from atlas_store.index.nearest import Best, Numbers, Query
+from atlas_store.index.segments import Segment, SignedKeypoints, merges
 from atlas_store.storage.cache import forget, index_folder, keep, recall
 from atlas_store.store import AtlasStore
 
 MODES = ("auto", "pynndescent", "exact")
-"""Ways to search: `auto` asks pynndescent where a segment is so large that it pays."""
+"""Ways to search: `auto` uses pynndescent for segments large enough to gain from it."""
 LISTED_ATLASES = 32
-"""For each keypoint of a scan, the atlases with the nearest keypoints that a query gives."""
+"""Atlases that a query returns for each keypoint of a scan, those with the nearest keypoints."""
 
 REPRESENTED_BY = 128
-"""Keypoints of an atlas in the index: all that lie in organs, and others up to this number.
+"""Keypoints of an atlas in the index: all in organs, and others up to this number.
 
 For 51 scans and 100 atlases of 16 organ keypoints each: of the 20 atlases that agree best by
 all their keypoints, the index has 79 % among its first 60 by organ keypoints alone, 96 % with
 the largest up to 128, 95 % with the strongest, 92 % with those nearest to organs."""
 
 _THREADS = 4
+"""Threads that read atlases."""
 _BATCH = 4096
-"""Atlases read before their keypoints are joined."""
+"""Atlases read before their keypoints are joined to a segment."""
 
 
 @dataclass(frozen=True, eq=False)
 class Neighbours:
-    """What atlases have nearest to each of n keypoints; k at most for each.
+    """The atlases with the nearest keypoints to each of n keypoints, at most k for each.
 
     Attributes
     ----------
     atlas : ndarray (n, k), int64
-        Index of the atlas in the ids that were asked for, nearest first; -1 for none.
+        Index of the atlas in the queried ids, nearest first; -1 for none.
     keypoint : ndarray (n, k), int64
-        Which keypoint of that atlas is the nearest of those in the index whose sign and scale
-        fit (eq. 2).
+        Index, in that atlas, of its nearest keypoint with the same sign and a similar scale
+        (eq. 2).
     label : ndarray (n, k), uint16
-        Label value of its organ; 0 for none.
+        Label value of the organ of that keypoint; 0 for none.
     position : ndarray (n, k, 3), float32
-        Its position, (z, y, x) in mm.
+        Position of that keypoint, (z, y, x) in mm.
     first, second : ndarray (n, k), float32
         Squared distances of the descriptors of the nearest and the second nearest of them,
         both exact; infinite for none.
@@ -71,7 +72,7 @@ class Neighbours:
 class AtlasIndex:
     """An index over the keypoints that represent the atlases of a store.
 
-    `open` it anew to see what was added, replaced or removed since.
+    It shows the store as it was when the index was opened.
 
     Attributes
     ----------
@@ -91,9 +92,9 @@ class AtlasIndex:
 
     @classmethod
     def open(cls, store: AtlasStore, mode: str = "auto") -> Self:
-        """Bring what the user's cache holds of this store's index up to date.
+        """Open the index of a store, from the user's cache as far as that is up to date.
 
-        Only atlases that the cache does not know are read from the store.
+        Only atlases that are missing in the cache are read from the store.
 
         Raises
         ------
@@ -107,23 +108,23 @@ class AtlasIndex:
         folder = index_folder(store.uuid)
         uuids = store.uuids()
         cached = {path: _load(path) for path in sorted(folder.glob("*.npz"))}
-        kept, loose = _alive([s for s in cached.values() if s is not None], uuids)
-        known = {atlas for segment in (*kept, *loose) for atlas in segment.atlases}
+        current, stale = _sort_out([s for s in cached.values() if s is not None], uuids)
+        known = {atlas for segment in (*current, *stale) for atlas in segment.atlases}
         missing = [i for i, uuid in uuids.items() if (i, uuid) not in known]
-        loose += list(_read(store, missing))
-        if loose:
-            kept.append(Segment.join(loose))
-        segments = _joined(kept)
+        stale += list(_read(store, missing))
+        if stale:
+            current.append(Segment.join(stale))
+        segments = _merge(current)
         names = {segment.name for segment in segments}
-        there = set()
+        on_disk = set()
         for path in folder.glob("*"):
             name = path.name.partition("-")[0]
             if name not in names or (path in cached and cached[path] is None):
                 forget(path)
             elif path in cached:
-                there.add(name)
+                on_disk.add(name)
         for segment in segments:
-            if segment.name not in there:
+            if segment.name not in on_disk:
                 keep(folder, segment.name, ".npz", segment.dump())
         return cls(segments, uuids, mode, folder)
 
@@ -143,10 +144,9 @@ class AtlasIndex:
         """Find, for each keypoint of a scan, the atlases with the nearest keypoints.
 
         The constraints are inside the argmin, as in eq. 2: equal signs, and scales that
-        differ by at most `scale_ratio`. `exact` looks at every atlas. pynndescent proposes
-        atlases, and these are then searched exactly: so nearest and second nearest need no
-        bound where its list ends, and an atlas that is not in the list counts as farther
-        away than all that are.
+        differ by at most the factor `scale_ratio`. The mode ``exact`` searches every atlas.
+        pynndescent proposes atlases, which are then searched exactly; an atlas that it does
+        not propose counts as farther away than all others.
 
         Parameters
         ----------
@@ -163,22 +163,19 @@ class AtlasIndex:
         AtlasNotFoundError
             If one of them was not in the store when the index was opened.
         """
-        places = self._places(ids)
+        atlas_numbers = self._atlas_numbers(ids)
         scale = np.asarray(scale, np.float32)
         ratio = np.float32(scale_ratio)
         columns = _columns(len(scale))
         for s in (-1, 1):
             rows = np.flatnonzero(np.asarray(sign) == s)
-            best = nothing(rows.size, LISTED_ATLASES)
-            limits = scale[rows] / ratio, scale[rows] * ratio
-            for number, (segment, place) in enumerate(zip(self.segments, places, strict=True)):
-                if (place >= 0).any():
-                    segment.query(
-                        *(descriptor[rows], limits, s, place, number, best),
-                        *(self.mode, self._folder),
-                    )
-            sides = [segment.sides[s > 0] for segment in self.segments]
-            for name, values in _look_up(best, sides).items():
+            best = Best.none(rows.size, LISTED_ATLASES)
+            query = Query(descriptor[rows], scale[rows] / ratio, scale[rows] * ratio)
+            for i, (segment, numbers) in enumerate(zip(self.segments, atlas_numbers, strict=True)):
+                if (numbers >= 0).any():
+                    segment.search(query, s, Numbers(numbers, i), best, self.mode, self._folder)
+            found = _look_up(best, [segment.by_sign[s > 0] for segment in self.segments])
+            for name, values in found.items():
                 columns[name][rows] = values
         return Neighbours(**columns)
 
@@ -190,15 +187,15 @@ class AtlasIndex:
         AtlasNotFoundError
             If one of them was not in the store when the index was opened.
         """
-        places = self._places(ids)
+        atlas_numbers = self._atlas_numbers(ids)
         organs = max((segment.annotated.shape[1] for segment in self.segments), default=0)
         annotated = np.zeros((len(ids), organs), np.bool_)
-        for segment, place in zip(self.segments, places, strict=True):
-            annotated[place[place >= 0]] = segment.annotated[place >= 0]
+        for segment, numbers in zip(self.segments, atlas_numbers, strict=True):
+            annotated[numbers[numbers >= 0]] = segment.annotated[numbers >= 0]
         return annotated
 
-    def _places(self, ids: Sequence[str]) -> list[NDArray[np.int64]]:
-        """Where among `ids` each atlas of each segment is; -1 if it is not."""
+    def _atlas_numbers(self, ids: Sequence[str]) -> list[NDArray[np.int64]]:
+        """Index in `ids` of each atlas of each segment; -1 if it is not wanted."""
         order = {atlas_id: i for i, atlas_id in enumerate(ids)}
         for atlas_id in order:
             if atlas_id not in self._uuids:
@@ -213,7 +210,8 @@ class AtlasIndex:
 
 
 def _columns(n: int) -> dict[str, NDArray[Any]]:
-    atlas, _, _, first, second = nothing(n, LISTED_ATLASES)
+    """Make the arrays of `Neighbours` for n keypoints, without a neighbour."""
+    atlas, _, _, first, second = Best.none(n, LISTED_ATLASES)
     return {
         "atlas": atlas,
         "keypoint": atlas.copy(),
@@ -224,14 +222,14 @@ def _columns(n: int) -> dict[str, NDArray[Any]]:
     }
 
 
-def _look_up(best: Best, sides: Sequence[Side]) -> dict[str, NDArray[Any]]:
-    """Say which keypoints of which atlases were found."""
-    atlas, segment, row, first, second = best
-    columns = _columns(len(atlas)) | {"atlas": atlas, "first": first, "second": second}
-    for number, side in enumerate(sides):
-        here = segment == number
+def _look_up(best: Best, segments: Sequence[SignedKeypoints]) -> dict[str, NDArray[Any]]:
+    """Look up the keypoints that were found in the segments."""
+    columns = _columns(len(best.atlas))
+    columns |= {"atlas": best.atlas, "first": best.first, "second": best.second}
+    for number, keypoints in enumerate(segments):
+        found = best.segment == number
         for name in ("keypoint", "label", "position"):
-            columns[name][here] = getattr(side, name)[row[here]]
+            columns[name][found] = getattr(keypoints, name)[best.row[found]]
     return columns
 
 
@@ -240,39 +238,39 @@ def _load(path: Path) -> Segment | None:
     return None if data is None else Segment.load(data)
 
 
-def _alive(
+def _sort_out(
     segments: Sequence[Segment], uuids: Mapping[str, str]
 ) -> tuple[list[Segment], list[Segment]]:
-    """Tell segments that are good as they are from what is worth keeping of the others."""
+    """Separate segments that can stay from what is still valid of the others."""
     seen: set[tuple[str, str]] = set()
-    kept, loose = [], []
+    current, stale = [], []
     for segment in sorted(segments, key=len, reverse=True):
         alive = [
             i
             for i, (atlas_id, uuid) in enumerate(segment.atlases)
             if uuids.get(atlas_id) == uuid and (atlas_id, uuid) not in seen
         ]
-        # A few removed atlases are passed over when searching; many would cost too much. Two
-        # processes that brought the cache up to date at once may have left atlases twice.
+        # Skipping a few removed atlases in each search is cheap, skipping many is not. Two
+        # processes that updated the cache at the same time may have written atlases twice.
         whole = seen.isdisjoint(segment.atlases)
         seen.update(segment.atlases[i] for i in alive)
         if whole and 4 * len(alive) >= 3 * len(segment.atlases):
-            kept.append(segment)
+            current.append(segment)
         elif alive:
-            loose.append(segment.only(alive))
-    return kept, loose
+            stale.append(segment.only(alive))
+    return current, stale
 
 
-def _joined(segments: Sequence[Segment]) -> list[Segment]:
+def _merge(segments: Sequence[Segment]) -> list[Segment]:
     """Join segments as `merges` plans it."""
     plan = merges([len(segment) for segment in segments])
-    moved = {i for group in plan for i in group}
-    left = [segment for i, segment in enumerate(segments) if i not in moved]
-    return left + [Segment.join([segments[i] for i in group]) for group in plan]
+    merged = {i for group in plan for i in group}
+    others = [segment for i, segment in enumerate(segments) if i not in merged]
+    return others + [Segment.join([segments[i] for i in group]) for group in plan]
 
 
 def _read(store: AtlasStore, ids: Sequence[str]) -> Iterator[Segment]:
-    """Read keypoints from a store; atlases that are removed meanwhile are left out."""
+    """Read keypoints from a store; atlases removed meanwhile are left out."""
     with ThreadPoolExecutor(_THREADS) as threads:
         for start in range(0, len(ids), _BATCH):
             batch = ids[start : start + _BATCH]
@@ -295,18 +293,18 @@ def represent(
     atlas: tuple[str, str], annotated: Sequence[bool], arrays: Mapping[str, NDArray[Any]]
 ) -> Segment:
     """Make a segment of one atlas, given its id, uuid, annotated organs and keypoints."""
-    # Those in organs first, then the largest; ties go to the first.
+    # Keypoints in organs first, then the largest; ties go to the first.
     order = np.lexsort((-arrays["scale"], arrays["label"] == 0))
     organ = np.count_nonzero(arrays["label"])
     chosen = np.sort(order[: max(organ, REPRESENTED_BY)])
-    sides = []
+    by_sign = []
     for sign in (-1, 1):
         rows = chosen[arrays["sign"][chosen] == sign]
-        sides.append(
-            Side(
+        by_sign.append(
+            SignedKeypoints(
                 np.array([0, rows.size], np.int64),
                 rows.astype(np.int32),
                 *(arrays[name][rows] for name in ("label", "position", "scale", "descriptor")),
             )
         )
-    return Segment((atlas,), np.array([annotated], np.bool_), (sides[0], sides[1]))
+    return Segment((atlas,), np.array([annotated], np.bool_), (by_sign[0], by_sign[1]))

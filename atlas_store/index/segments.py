@@ -1,7 +1,7 @@
-"""A segment of the index: keypoints of some atlases, never changed once made.
+"""A segment of the index: keypoints of several atlases, immutable.
 
-Small segments are searched exactly, by BLAS. Large ones by a graph of neighbours
-(pynndescent), which proposes atlases that are then searched exactly.
+Small segments are searched exactly, by BLAS. In large ones a graph of neighbours (pynndescent)
+proposes atlases, which are then searched exactly.
 """
 
 import io
@@ -20,7 +20,14 @@ from typing import Any, Self
 import numpy as np
 from numpy.typing import NDArray
 
-from atlas_store.index.nearest import Best, of_every_atlas, of_listed_atlases
+from atlas_store.index.nearest import (
+    Best,
+    Candidates,
+    Numbers,
+    Query,
+    search_every_atlas,
+    search_listed_atlases,
+)
 from atlas_store.keypoints import DESCRIPTOR_BINS
 from atlas_store.marker import canonical, digest
 from atlas_store.storage.cache import keep, recall
@@ -31,35 +38,34 @@ PAYS_FROM = 1 << 24
 """Descriptors of one sign from which a graph beats BLAS, although pynndescent compiles for a
 minute in every process; see scripts/benchmark_store.py."""
 LISTED = 512
-"""Neighbours that a graph is asked for: among the keypoints of 100 patients it then finds 99.97 %
-of the matches that pass the ratio test, with half as many 99.2 %."""
+"""Neighbours asked of a graph. Among the keypoints of 100 patients it then finds 99.97 % of the
+matches that pass the ratio test, with half as many 99.2 %."""
 
 _FEWEST = 512
-"""Descriptors of which a graph can be made."""
+"""Fewest descriptors of which a graph can be made."""
 _COLUMNS = 8192
-"""Descriptors whose distances are held at a time."""
+"""Descriptors of atlases whose scalar products are in memory at a time."""
 _FIRST_LEVEL = 4096
+"""Descriptors from which a segment is of level 1; see `merges`."""
 _FANOUT = 4
+"""Segments of a level that are joined to one of the next."""
 
 _FIELDS = ("keypoint", "label", "position", "scale", "descriptor")
 
 _one_at_a_time = threading.Lock()
 """pynndescent 0.7.0 gives wrong neighbours to two threads that query one graph."""
 
-Limits = tuple[NDArray[np.float32], NDArray[np.float32]]
-"""The lowest and the highest scale that the match of each keypoint may have, mm."""
-
 
 @dataclass(frozen=True, eq=False)
-class Side:
+class SignedKeypoints:
     """Keypoints of one sign, n of them, atlas by atlas.
 
     Attributes
     ----------
     offsets : ndarray (A + 1), int64
-        Those of atlas i are ``offsets[i]`` to ``offsets[i + 1]``.
+        Keypoints of atlas i are ``offsets[i]`` to ``offsets[i + 1]``.
     keypoint : ndarray (n), int32
-        Which keypoint of its atlas it is.
+        Index of the keypoint in its atlas.
     label : ndarray (n), uint16
         Label value of its organ, 0 for none.
     position : ndarray (n, 3), float32
@@ -83,36 +89,32 @@ class Side:
         counts = np.diff(self.offsets)
         return np.repeat(np.arange(counts.size, dtype=np.int32), counts)
 
-    def only(self, atlases: NDArray[np.int64]) -> "Side":
-        """Those of some atlases, in that order."""
+    def only(self, atlases: NDArray[np.int64]) -> "SignedKeypoints":
+        """Keypoints of these atlases, in this order."""
         counts = np.diff(self.offsets)[atlases]
         offsets = np.concatenate([[0], np.cumsum(counts)]).astype(np.int64)
         rows = np.arange(offsets[-1]) + np.repeat(self.offsets[atlases] - offsets[:-1], counts)
-        return Side(offsets, *(getattr(self, name)[rows] for name in _FIELDS))
+        return SignedKeypoints(offsets, *(getattr(self, name)[rows] for name in _FIELDS))
 
     def search(
-        self,
-        descriptor: NDArray[np.uint8],
-        limits: Limits,
-        place: NDArray[np.int64],
-        segment: int,
-        best: Best,
+        self, query: Query, atlas_number: NDArray[np.int64], segment_number: int, best: Best
     ) -> None:
         """Search all atlases exactly; see `atlas_store.index.nearest`."""
-        here = descriptor.astype(np.float32)
-        squared = (here**2).sum(axis=1)
+        wanted = query.descriptor.astype(np.float32)
+        squares = (wanted**2).sum(axis=1)
         for a, b in _runs(self.offsets):
             columns = slice(int(self.offsets[a]), int(self.offsets[b]))
-            there = self.descriptor[columns].astype(np.float32)
-            of_every_atlas(
-                here @ there.T,
-                (squared, (there**2).sum(axis=1)),
-                limits,
-                self.scale[columns],
-                self.offsets[a : b + 1] - columns.start,
-                place[a:b],
-                segment,
-                columns.start,
+            known = self.descriptor[columns].astype(np.float32)
+            search_every_atlas(
+                wanted @ known.T,
+                (squares, (known**2).sum(axis=1)),
+                query,
+                Candidates(
+                    self.descriptor[columns],
+                    self.scale[columns],
+                    self.offsets[a : b + 1] - columns.start,
+                ),
+                Numbers(atlas_number[a:b], segment_number, columns.start),
                 best,
             )
 
@@ -126,31 +128,34 @@ class Segment:
     atlases : tuple of (str, str)
         Id and uuid of each; a uuid names content that never changes.
     annotated : bool ndarray (A, O)
-        Which organs of the store's table each of them annotates.
-    sides : tuple of Side
-        Those of sign -1, and those of sign 1.
+        Which organs of the store's table each atlas annotates.
+    by_sign : tuple of SignedKeypoints
+        Keypoints of sign -1, and of sign 1.
     """
 
     atlases: tuple[tuple[str, str], ...]
     annotated: NDArray[np.bool_]
-    sides: tuple[Side, Side]
+    by_sign: tuple[SignedKeypoints, SignedKeypoints]
 
     def __len__(self) -> int:
         """Count the keypoints."""
-        return sum(len(side.scale) for side in self.sides)
+        return sum(len(keypoints.scale) for keypoints in self.by_sign)
 
     @classmethod
     def join(cls, parts: Sequence[Self]) -> Self:
-        """One segment of several."""
+        """Join several segments."""
 
-        def joined(sides: Sequence[Side]) -> Side:
-            counts = np.concatenate([np.diff(side.offsets) for side in sides])
-            return Side(
+        def joined(by_sign: Sequence[SignedKeypoints]) -> SignedKeypoints:
+            counts = np.concatenate([np.diff(keypoints.offsets) for keypoints in by_sign])
+            return SignedKeypoints(
                 np.concatenate([[0], np.cumsum(counts)]).astype(np.int64),
-                *(np.concatenate([getattr(side, name) for side in sides]) for name in _FIELDS),
+                *(
+                    np.concatenate([getattr(keypoints, name) for keypoints in by_sign])
+                    for name in _FIELDS
+                ),
             )
 
-        first, second = (joined([part.sides[i] for part in parts]) for i in (0, 1))
+        first, second = (joined([part.by_sign[i] for part in parts]) for i in (0, 1))
         return cls(
             tuple(atlas for part in parts for atlas in part.atlases),
             np.concatenate([part.annotated for part in parts]),
@@ -158,23 +163,23 @@ class Segment:
         )
 
     def only(self, atlases: Sequence[int]) -> "Segment":
-        """Those of some atlases, in that order."""
+        """Take these atlases, in this order."""
         rows = np.asarray(atlases, np.int64)
-        first, second = (side.only(rows) for side in self.sides)
-        own = tuple(self.atlases[i] for i in atlases)
-        return Segment(own, self.annotated[rows], (first, second))
+        first, second = (keypoints.only(rows) for keypoints in self.by_sign)
+        chosen = tuple(self.atlases[i] for i in atlases)
+        return Segment(chosen, self.annotated[rows], (first, second))
 
     @cached_property
     def name(self) -> str:
-        """Names its content, as far as the uuids of the atlases do."""
+        """SHA-256 of its atlases' ids and uuids: the name of its content."""
         return digest(canonical([ENCODING, self.atlases]))
 
     def dump(self) -> bytes:
         """Write it as an ``.npz`` without pickles."""
         about = json.dumps(ENCODING | {"atlases": self.atlases}).encode()
         arrays = {
-            f"{name}_{i}": getattr(side, name)
-            for i, side in enumerate(self.sides)
+            f"{name}_{i}": getattr(keypoints, name)
+            for i, keypoints in enumerate(self.by_sign)
             for name in ("offsets", *_FIELDS)
         }
         arrays["annotated"] = self.annotated
@@ -190,18 +195,17 @@ class Segment:
             if any(about.get(key) != value for key, value in ENCODING.items()):
                 return None
             first, second = (
-                Side(*(arrays[f"{name}_{i}"] for name in ("offsets", *_FIELDS))) for i in (0, 1)
+                SignedKeypoints(*(arrays[f"{name}_{i}"] for name in ("offsets", *_FIELDS)))
+                for i in (0, 1)
             )
             annotated = arrays["annotated"]
         return cls(tuple((i, uuid) for i, uuid in about["atlases"]), annotated, (first, second))
 
-    def query(
+    def search(
         self,
-        descriptor: NDArray[np.uint8],
-        limits: Limits,
+        query: Query,
         sign: int,
-        place: NDArray[np.int64],
-        number: int,
+        numbers: Numbers,
         best: Best,
         mode: str,
         folder: Path,
@@ -210,45 +214,45 @@ class Segment:
 
         Parameters
         ----------
-        descriptor : uint8 array (n, 64)
-        limits : float32 arrays (n)
-            The lowest and highest scale that a match may have.
-        place : int64 array (A)
-            What to call each atlas; those below 0 are passed over.
-        number : int
-            What to call this segment.
+        query : Query
+            Keypoints of a scan.
+        sign : int
+            -1 or 1.
+        numbers : Numbers
+            How to number atlases and this segment.
         best : Best
-            Receives what is nearer than what it holds, which is of other segments.
+            Updated with what is nearer than its entries, which are of other segments.
         mode : str
             ``auto``, ``pynndescent`` or ``exact``.
         folder : Path
             Where graphs are cached.
         """
-        side = self.sides[sign > 0]
+        keypoints = self.by_sign[sign > 0]
+        atlas_number, segment_number = numbers.atlas, numbers.segment
         fewest = {"auto": PAYS_FROM, "pynndescent": _FEWEST}.get(mode, math.inf)
-        if 2 * np.count_nonzero(place >= 0) < place.size:
-            # A list that mostly names atlases nobody wants would say too little.
-            wanted = np.flatnonzero(place >= 0)
-            some = side.only(wanted)
-            some.search(descriptor, limits, place[wanted], number, best)
-            moved = side.offsets[wanted] - some.offsets[:-1]
-            own = best[1] == number
-            best[2][own] += moved[some.atlas_of[best[2][own]]]
-        elif len(side.scale) < fewest:
-            side.search(descriptor, limits, place, number, best)
+        if 2 * np.count_nonzero(atlas_number >= 0) < atlas_number.size:
+            # Most atlases that a graph lists would be unwanted ones.
+            wanted = np.flatnonzero(atlas_number >= 0)
+            part = keypoints.only(wanted)
+            part.search(query, atlas_number[wanted], segment_number, best)
+            shift = keypoints.offsets[wanted] - part.offsets[:-1]
+            found = best.segment == segment_number
+            best.row[found] += shift[part.atlas_of[best.row[found]]]
+        elif len(keypoints.scale) < fewest:
+            keypoints.search(query, atlas_number, segment_number, best)
         else:
             stem = f"{self.name}-{max(sign, 0)}-pynndescent-{version('pynndescent')}"
-            listed = _listed(side.descriptor, descriptor, folder, stem)
-            known = side.descriptor, side.scale, side.atlas_of, side.offsets
-            of_listed_atlases(listed, descriptor, limits, *known, place, number, best)
+            listed = _listed(keypoints.descriptor, query.descriptor, folder, stem)
+            candidates = Candidates(keypoints.descriptor, keypoints.scale, keypoints.offsets)
+            search_listed_atlases(listed, keypoints.atlas_of, query, candidates, numbers, best)
 
 
 def merges(sizes: Sequence[int]) -> list[list[int]]:
     """Plan which segments to join, as log-structured stores do.
 
-    Segments of a like size, within a factor of `_FANOUT`, are joined as soon as there are
+    Segments of similar size, within a factor of `_FANOUT`, are joined as soon as there are
     `_FANOUT` of them. So a store of n descriptors has O(log n) segments, and each descriptor
-    is moved O(log n) times while they grow.
+    is copied O(log n) times while they grow.
 
     Parameters
     ----------
@@ -304,12 +308,12 @@ def _listed(
 
 
 _graphs: dict[str, Any] = {}
-"""Graphs of this process by name: reading one takes longer than asking it."""
+"""Graphs of this process by name: loading one takes longer than a query."""
 
 
 def _graph(known: NDArray[np.uint8], folder: Path, stem: str) -> Any:
-    """Get a graph: of this process, of the user's cache, or made now."""
-    # Imported where it pays: it takes seconds, and a minute the first time on a machine.
+    """Get a graph: from this process, from the user's cache, or built now."""
+    # Imported only where needed: it takes seconds, and a minute the first time on a machine.
     from pynndescent import NNDescent
 
     graph = _graphs.get(stem)

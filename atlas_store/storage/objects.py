@@ -20,7 +20,7 @@ from zarr.core.buffer import Buffer, default_buffer_prototype
 from zarr.core.sync import sync
 from zarr.storage import FsspecStore, LocalStore
 
-from atlas_store.arrays import chunk_io
+from atlas_store.arrays import chunk_rows
 from atlas_store.errors import StoreFormatError
 
 PARTIAL_SUFFIX = ".partial"
@@ -105,7 +105,7 @@ class Objects:
 
         return sync(gather())
 
-    def unpack(self, wanted: Sequence[chunk_io.Rows], out: NDArray[Any]) -> None:
+    def unpack(self, wanted: Sequence[chunk_rows.ChunkRows], out: NDArray[Any]) -> None:
         """Unpack rows of blosc chunks one after another, along the first axis of `out`.
 
         Raises
@@ -116,9 +116,9 @@ class Objects:
         if isinstance(self.store, LocalStore):
             root = self.store.root
             files = [rows._replace(key=f"{root}/{rows.key}") for rows in wanted]
-            chunk_io.unpack_files(files, out)
+            chunk_rows.unpack_files(files, out)
         else:
-            chunk_io.unpack_all(wanted, self.read_many(rows.key for rows in wanted), out)
+            chunk_rows.unpack_all(wanted, self.read_many(rows.key for rows in wanted), out)
 
     def write(self, key: str, data: bytes) -> None:
         """Write an object atomically, replacing what was there."""

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from zarr.abc.store import ByteRequest, Store
 from zarr.core.buffer import Buffer, BufferPrototype
 
-from atlas_store.arrays import chunk_io
+from atlas_store.arrays import chunk_rows
 from atlas_store.errors import StoreFormatError
 from atlas_store.layout import ROOT
 from atlas_store.marker import digest, parse_json
@@ -75,7 +75,7 @@ class Sealed(Objects):
         each = zip(keys, super().read_many(keys, limit), strict=True)
         return [self.checked(key, data) for key, data in each]
 
-    def unpack(self, wanted: Sequence[chunk_io.Rows], out: NDArray[Any]) -> None:
+    def unpack(self, wanted: Sequence[chunk_rows.ChunkRows], out: NDArray[Any]) -> None:
         """Unpack rows of blosc chunks one after another, along the first axis of `out`.
 
         A file of which only a part is wanted is compared as a whole when a process first reads
@@ -92,10 +92,10 @@ class Sealed(Objects):
             path = self.path_of(rows.key)
             state = None if path is None else _state(path)
             if path is not None and state is not None and _checked.get(path) == state:
-                chunk_io.unpack_files([rows._replace(key=path)], out[begin:end])
+                chunk_rows.unpack_files([rows._replace(key=path)], out[begin:end])
             else:
                 chunk = self.checked(rows.key, Objects.read(self, rows.key))
-                chunk_io.unpack_all([rows], [chunk], out[begin:end])
+                chunk_rows.unpack_all([rows], [chunk], out[begin:end])
                 if path is not None and state is not None and _state(path) == state:
                     _checked.keep(path, state)
             begin = end

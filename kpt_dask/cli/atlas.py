@@ -19,7 +19,7 @@ from kpt_dask.cli.common import (
     table,
     working,
 )
-from kpt_dask.cli.printable import printable
+from kpt_dask.cli.plain_text import printable
 
 if TYPE_CHECKING:
     from atlas_store import AtlasInfo, AtlasStore

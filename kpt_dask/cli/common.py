@@ -19,7 +19,7 @@ from typing import IO, TYPE_CHECKING, Any, NoReturn, TypeVar, cast
 
 import click
 
-from kpt_dask.cli.printable import printable, printable_json
+from kpt_dask.cli.plain_text import printable, printable_json
 from kpt_dask.options import (
     MEMORY,
     MODES,

@@ -1,4 +1,4 @@
-"""Rows of arrays that are given to kernels as `atlas_store.arrays.flat.flat` gives them."""
+"""Rows of arrays that are given to kernels as `atlas_store.arrays.flat.as_flat_view` gives them."""
 
 from typing import Any
 

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from atlas_store.arrays import chunk_io
 from atlas_store.arrays.boxes import Box, begin_of, box_of, overlap, shape_of, slices, within
-from atlas_store.arrays.flat import Flat, flat
+from atlas_store.arrays.flat import Flat, as_flat_view
 from atlas_store.arrays.regions import Region, write_region
 from kpt_dask.kernels.jit import kernel
 from kpt_dask.kernels.views import row_of
@@ -130,10 +130,10 @@ class BoxLabels:
             Whether any share of a row is over 0.
         """
         where = within(box, self._box)
-        decided = _Decided(flat(self.labels[where]), flat(self._largest[where]))
+        decided = _Decided(as_flat_view(self.labels[where]), as_flat_view(self._largest[where]))
         label = self.labels.dtype.type(value)
         rows = np.zeros(share.shape[:2], np.bool_)
-        _update(share.shape, flat(share), decided, label, self._levels, above, rows)
+        _update(share.shape, as_flat_view(share), decided, label, self._levels, above, rows)
         return rows
 
 

@@ -14,7 +14,7 @@ import xarray as xr
 from numpy.typing import NDArray
 
 from atlas_store import OrganTable
-from atlas_store.arrays.flat import flat
+from atlas_store.arrays.flat import as_flat_view
 from kpt_dask.grid import Grid
 from kpt_dask.kernels.jit import kernel
 from kpt_dask.kernels.views import row_of
@@ -163,7 +163,7 @@ def count_labels(
     organ_of = np.zeros(max(values) + 1, np.int64)
     organ_of[list(values)] = np.arange(len(values))
     sums = _Sums(counts.voxels, counts.hu, counts.indices, counts.low, counts.high)
-    _count_labels(labels.shape, flat(labels), flat(hu), organ_of, corner, sums)
+    _count_labels(labels.shape, as_flat_view(labels), as_flat_view(hu), organ_of, corner, sums)
 
 
 class _Sums(NamedTuple):

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from zarr.codecs import BloscCodec
 
 from atlas_store.arrays import chunk_io
-from atlas_store.arrays.regions import Region, regions, write_region
+from atlas_store.arrays.regions import Region, blocks_of, write_region
 from kpt_dask.grid import Grid
 
 CHUNKS = (32, 128, 128)
@@ -193,7 +193,7 @@ def finish_label_image(
 ) -> zarr.Group:
     """Fill the coarser levels from the finest, chunk by chunk, and list the label image."""
     for fine, coarse in pairwise(levels):
-        for region in regions(coarse.shape, coarse.chunks):
+        for region in blocks_of(coarse.shape, coarse.chunks):
             ends = zip(region, fine.shape, strict=True)
             wanted = tuple(slice(2 * part.start, min(2 * part.stop, n)) for part, n in ends)
             write_region(coarse, region, chunk_io.read(fine, wanted)[::2, ::2, ::2])

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from zarr.storage import MemoryStore
 
 from atlas_store.arrays import chunk_io
-from atlas_store.arrays.regions import regions, write_region
+from atlas_store.arrays.regions import blocks_of, write_region
 from kpt_dask.errors import ParameterError
 from kpt_dask.kernels.jit import kernel
 from kpt_dask.runtime import cluster
@@ -51,7 +51,7 @@ def fill_pyramid(
             slab = (CHUNKS[0], *coarse.shape[1:])
             room = budget(memory) // max(cluster.threads(session), default=1)
             planes = planes_at_once(fine.shape, octave, room, wanted=memory is not None)
-            cut = regions(coarse.shape, slab)
+            cut = blocks_of(coarse.shape, slab)
             tasks = [(fine, coarse, octave, region, planes) for region in cut]
             for _ in cluster.run(session, _fill, tasks, f"Octave {octave + 1}"):
                 pass

@@ -18,7 +18,7 @@ from distributed import Client
 from numpy.typing import NDArray
 
 from atlas_store.arrays import chunk_io
-from atlas_store.arrays.regions import Region, open_array, regions, write_region
+from atlas_store.arrays.regions import Region, blocks_of, open_array, write_region
 from kpt_dask.errors import (
     GridMismatchError,
     ParameterError,
@@ -305,7 +305,7 @@ def _working_blocks(
         with _temporary(volume.group, own, np.float32) as lowpass:
             for region, values in resample(slabs, scan.grid, own, CHUNKS):
                 write_region(lowpass, region, values)
-            for block in regions(target.shape, BLOCK):
+            for block in blocks_of(target.shape, BLOCK):
                 plan = window(own, target, block)
                 part = chunk_io.read(lowpass, plan.region)
                 yield block, _whole(interpolate(part, plan))
@@ -353,7 +353,7 @@ def label_blocks(
         with _temporary(volume.group, own, np.uint16) as lowpass:
             for region, labels in resample_labels(slabs, grid, own, CHUNKS):
                 write_region(lowpass, region, labels)
-            for block in regions(volume.grid.shape, BLOCK):
+            for block in blocks_of(volume.grid.shape, BLOCK):
                 plan = window(own, volume.grid, block)
                 yield block, interpolate_labels(chunk_io.read(lowpass, plan.region), plan)
 

@@ -22,7 +22,7 @@ from hypothesis import strategies as st
 import atlas_store
 from atlas_store import AtlasKeypoints, AtlasStore, AtlasStoreError, StoreFormatError
 from atlas_store.storage.objects import Objects
-from atlas_store.verify import verify
+from atlas_store.verify import verify_store
 
 
 class Adders:
@@ -128,7 +128,7 @@ def test_an_add_that_commits_and_ends_meanwhile_is_not_repaired_away(
         pass
     wait_for_end(process)
     outdated = Outdated(store.objects.store, store.url)
-    assert verify(outdated, store.organs, store.parameters, repair=True) == []
+    assert verify_store(outdated, store.organs, store.parameters, repair=True) == []
     assert store.verify() == []
     assert store.ids() == ["pt_1"]
 

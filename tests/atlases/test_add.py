@@ -32,7 +32,7 @@ from kpt_dask.atlases.add import (
     store_parameters,
     survey,
 )
-from kpt_dask.demo.phantom import phantom, write_phantom
+from kpt_dask.demo.phantom import make_phantom, write_phantom
 from kpt_dask.errors import GridMismatchError, LabelError, ParameterError, ScanFormatError
 from kpt_dask.grid import Grid
 from kpt_dask.runtime import notices
@@ -70,7 +70,7 @@ def shown(labels: np.ndarray) -> list[str]:
 
 
 def test_an_atlas_is_what_the_files_say(body_store: AtlasStore) -> None:
-    image, labels, grid = phantom(2, BODY, BODY_SPACING)
+    image, labels, grid = make_phantom(2, BODY, BODY_SPACING)
     atlas = body_store["body_2"]
     volume = open_volume(atlas.image)
     assert volume.grid.same_as(grid)
@@ -83,7 +83,7 @@ def test_an_atlas_is_what_the_files_say(body_store: AtlasStore) -> None:
 
 
 def test_organs_are_measured(body_store: AtlasStore) -> None:
-    _, labels, grid = phantom(2, BODY, BODY_SPACING)
+    _, labels, grid = make_phantom(2, BODY, BODY_SPACING)
     boxes = ndimage.find_objects(labels)
     for name, info in body_store["body_2"].organs.items():
         value = ORGANS.by_name(name).value
@@ -94,7 +94,7 @@ def test_organs_are_measured(body_store: AtlasStore) -> None:
 
 
 def test_keypoints_carry_the_organ_they_lie_in(body_store: AtlasStore) -> None:
-    _, labels, grid = phantom(2, BODY, BODY_SPACING)
+    _, labels, grid = make_phantom(2, BODY, BODY_SPACING)
     atlas = body_store["body_2"]
     keypoints = atlas.keypoints()
     voxel = np.rint(grid.to_index(keypoints.position.values)).astype(int)

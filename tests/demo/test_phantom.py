@@ -18,7 +18,7 @@ from atlas_store import AtlasStore
 from atlas_store.organs import load_organs
 from kpt_dask.demo.phantom import (
     NOISE,
-    phantom,
+    make_phantom,
     phantom_grid,
     phantom_slab,
     write_phantom,
@@ -52,7 +52,7 @@ Body = tuple[NDArray[np.int16], NDArray[np.uint8], Grid]
 
 @pytest.fixture(scope="module")
 def body() -> Body:
-    return phantom(3, WHOLE, 4.0)
+    return make_phantom(3, WHOLE, 4.0)
 
 
 def centre(labels: NDArray[Any], name: str, grid: Grid) -> NDArray[np.float64]:
@@ -116,7 +116,7 @@ def test_boxes_cut_nothing_off(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize("seed", range(20, 23))
 def test_every_subject_has_all_organs_in_plausible_size(seed: int) -> None:
-    _, labels, grid = phantom(seed, WHOLE, 4.0)
+    _, labels, grid = make_phantom(seed, WHOLE, 4.0)
     for name, (least, most) in PLAUSIBLE.items():
         ml = (labels == ORGANS.by_name(name).value).sum() * grid.voxel_volume / 1000
         assert least < ml < most, (name, ml)
@@ -124,7 +124,7 @@ def test_every_subject_has_all_organs_in_plausible_size(seed: int) -> None:
 
 
 def test_subjects_differ_in_form_and_contrast() -> None:
-    subjects = [phantom(seed, SMALL, 8.0) for seed in range(5)]
+    subjects = [make_phantom(seed, SMALL, 8.0) for seed in range(5)]
     centres = np.array([centre(labels, "liver", grid) for _, labels, grid in subjects])
     assert (centres.std(axis=0) > 2).all()
     aorta = [image[labels == 3].mean() for image, labels, _ in subjects]
@@ -175,8 +175,8 @@ def test_organs_are_on_their_side_in_lps(body: Body) -> None:
 
 
 def test_half_the_spacing_shows_the_same_anatomy() -> None:
-    _, fine, fine_grid = phantom(3, (150, 66, 80), 4.0)
-    _, coarse, coarse_grid = phantom(3, SMALL, 8.0)
+    _, fine, fine_grid = make_phantom(3, (150, 66, 80), 4.0)
+    _, coarse, coarse_grid = make_phantom(3, SMALL, 8.0)
     for organ in ORGANS:
         share = (fine == organ.value).reshape(75, 2, 33, 2, 40, 2).mean(axis=(1, 3, 5))
         a, b = share > 0.5, coarse == organ.value
@@ -187,7 +187,7 @@ def test_half_the_spacing_shows_the_same_anatomy() -> None:
 
 
 def test_a_tall_volume_repeats_the_body_with_the_same_density() -> None:
-    _, labels, _ = phantom(4, (350, 33, 40), 8.0)
+    _, labels, _ = make_phantom(4, (350, 33, 40), 8.0)
     bodies = labels[: 4 * 87].reshape(4, 87, 33, 40)
     for organ in ORGANS:
         counts = (bodies == organ.value).sum(axis=(1, 2, 3))
@@ -199,7 +199,7 @@ def test_a_tall_volume_repeats_the_body_with_the_same_density() -> None:
 def test_files_hold_the_phantom_in_its_place(tmp_path: Path, suffix: str) -> None:
     ct, seg = tmp_path / f"ct{suffix}", tmp_path / f"seg{suffix}"
     write_phantom(ct, seg, 5, SMALL, 8.0)
-    image, labels, grid = phantom(5, SMALL, 8.0)
+    image, labels, grid = make_phantom(5, SMALL, 8.0)
     for path, expected in ((ct, image), (seg, labels)):
         file: Any = nibabel.load(path)
         assert file.get_data_dtype() == expected.dtype

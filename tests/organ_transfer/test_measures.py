@@ -6,7 +6,7 @@ import xarray as xr
 
 from atlas_store import load_organs
 from atlas_store.arrays.boxes import box_of
-from atlas_store.arrays.regions import regions
+from atlas_store.arrays.regions import blocks_of
 from kpt_dask.grid import Grid
 from kpt_dask.organ_transfer.decision import BoxLabels
 from kpt_dask.organ_transfer.measures import (
@@ -45,7 +45,7 @@ def found(arrays: Arrays, block: tuple[int, int, int]) -> dict[str, OrganMeasure
     label = np.array([ORGANS.values[0]] * 2 + [0], np.uint16)
     votes = xr.Dataset({"label": ("keypoint", label)})
     total = OrganCounts.empty(len(ORGANS))
-    for region in regions(SHAPE, block):
+    for region in blocks_of(SHAPE, block):
         counts = OrganCounts.empty(len(ORGANS))
         decided = BoxLabels(box_of(region), THRESHOLD, np.uint16)
         for o, value in enumerate(ORGANS.values):

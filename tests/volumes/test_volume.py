@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from ome_zarr_models.v05.image import Image
 from scipy.spatial.transform import Rotation
 
-from atlas_store.arrays.regions import regions
+from atlas_store.arrays.regions import blocks_of
 from kpt_dask.errors import (
     GridMismatchError,
     OutputExistsError,
@@ -376,7 +376,7 @@ def test_a_write_touches_no_unit_in_part(
 @settings(deadline=None)
 def test_blocks_cover_an_array_once(shape: tuple[int, ...], block: tuple[int, ...]) -> None:
     seen = np.zeros(shape, int)
-    for region in regions(shape, block):
+    for region in blocks_of(shape, block):
         seen[region] += 1
     assert (seen == 1).all()
 

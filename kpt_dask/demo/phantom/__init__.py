@@ -33,7 +33,7 @@ from kpt_dask.scans.placement import FROM_IJK, FROM_RAS_XYZ
 __all__ = [
     "NOISE",
     "PERIOD",
-    "phantom",
+    "make_phantom",
     "phantom_grid",
     "phantom_slab",
     "write_phantom",
@@ -108,7 +108,7 @@ def phantom_slab(
     return image, labels
 
 
-def phantom(
+def make_phantom(
     seed: int, shape: Shape = (300, 130, 160), spacing: float = 2.0
 ) -> tuple[NDArray[np.int16], NDArray[np.uint8], Grid]:
     """Make a phantom.
@@ -156,7 +156,7 @@ def write_phantom(
     ct, labels : Path
         Where to write HU (int16) and labels (uint8); compressed if named ``.gz``.
     seed, shape, spacing
-        As for `phantom`.
+        As for `make_phantom`.
     overwrite : bool
         Replace files that exist.
 

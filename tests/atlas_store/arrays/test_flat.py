@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from atlas_store.arrays.flat import flat
+from atlas_store.arrays.flat import as_flat_view
 
 
 @given(st.tuples(*[st.integers(1, 5)] * 3), st.tuples(*[st.integers(0, 3)] * 3))
@@ -14,7 +14,7 @@ def test_a_part_of_an_array_is_found_in_its_memory(
 ) -> None:
     whole = np.arange(10 * 11 * 12).reshape(10, 11, 12)
     part = whole[tuple(slice(a, a + n) for a, n in zip(begin, shape, strict=True))]
-    memory, strides = flat(part)
+    memory, strides = as_flat_view(part)
     assert memory.flags.c_contiguous
     assert np.shares_memory(memory, whole)
     z, y, x = np.indices(shape)
@@ -26,4 +26,4 @@ def test_rows_in_pieces_are_refused() -> None:
     pairs = np.zeros((3, 4), [("a", np.int8), ("b", np.int32)])["b"]
     for part in (whole[..., ::2], whole[::-1], whole.transpose(2, 1, 0), pairs):
         with pytest.raises(ValueError, match="rows in one piece"):
-            flat(part)
+            as_flat_view(part)

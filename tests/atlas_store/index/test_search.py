@@ -138,7 +138,7 @@ def test_an_atlas_is_represented_by_its_organ_keypoints_and_its_largest_others()
     for arrays in (many, few):
         segment = search.represent(("a", "b"), [True, False], arrays)
         assert segment.annotated.tolist() == [[True, False]]
-        rows = np.concatenate([side.keypoint for side in segment.sides])
+        rows = np.concatenate([side.keypoint for side in segment.by_sign])
         organ = np.flatnonzero(arrays["label"])
         assert set(organ) <= set(rows)
         assert len(set(rows)) == len(rows) == max(len(organ), REPRESENTED_BY)
@@ -146,7 +146,7 @@ def test_an_atlas_is_represented_by_its_organ_keypoints_and_its_largest_others()
         taken = np.setdiff1d(rows, organ)
         if taken.size:
             assert arrays["scale"][taken].min() >= arrays["scale"][others].max()
-        for sign, side in zip((-1, 1), segment.sides, strict=True):
+        for sign, side in zip((-1, 1), segment.by_sign, strict=True):
             assert (arrays["sign"][side.keypoint] == sign).all()
             for name in ("label", "position", "scale", "descriptor"):
                 np.testing.assert_array_equal(getattr(side, name), arrays[name][side.keypoint])

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from atlas_store import AtlasInfo, AtlasStore
 from kpt_dask.cli.main import kpt
-from kpt_dask.cli.printable import printable, printable_json
+from kpt_dask.cli.plain_text import printable, printable_json
 
 ARCHIVED = Path(__file__).parents[1] / "atlas_store" / "archived" / "version_1.zip"
 STEERING = "\x1b[2J\x1b]0;title\x07\x9b31m\u202e\r\x7f\u2028"
