@@ -183,10 +183,10 @@ def read_strips(
             spans.append({name: (begin + a, begin + b) for name, (a, b) in source.spans.items()})
         else:
             spans.append({})
-            for name, own in source.items():
-                spans[-1][name] = begin, begin + len(own)
-                values[begin : begin + len(own)] = own
-                begin += len(own)
+            for name, strips in source.items():
+                spans[-1][name] = begin, begin + len(strips)
+                values[begin : begin + len(strips)] = strips
+                begin += len(strips)
     shapes = [
         shape_of(atlas.organs[name].bounding_box)
         for (atlas, _), each in zip(wanted, spans, strict=True)
@@ -266,12 +266,12 @@ def _from_crop(atlas: Atlas, wanted: Wanted, organs: OrganTable) -> dict[str, ND
         (begin, _), y, x = atlas.organs[name].bounding_box
         parts[name] = [(a, ((begin + a, begin + b), y, x)) for a, b in planes]
     found = {name: [np.empty((0, HEADER_COLUMNS + STRIP), np.int16)] for name in wanted}
-    whole = enclosing([box for own in parts.values() for _, box in own])
+    whole = enclosing([box for pieces in parts.values() for _, box in pieces])
     if whole is not None:
         packed, held, coding = read_planes(atlas, *whole[0])
-        for name, own in parts.items():
+        for name, pieces in parts.items():
             value = organs.by_name(name).value
-            for first, box in own:
+            for first, box in pieces:
                 found[name].append(_cut_out(packed[within(box, held)], coding, first, value))
     return {name: np.concatenate(parts) for name, parts in found.items()}
 
@@ -392,9 +392,9 @@ def _strips(
                     out[n, 2] = x
                     for lane in range(STRIP):
                         one = np.int32(packed[z, y, x + lane] if x + lane < width else 0)
-                        own = x + lane < width and one >> label[0] & label[1] == number
+                        is_organ = x + lane < width and one >> label[0] & label[1] == number
                         out[n, HEADER_COLUMNS + lane] = (
-                            (one >> hu[0] & hu[1]) + hu[2] if own else NOT_ORGAN
+                            (one >> hu[0] & hu[1]) + hu[2] if is_organ else NOT_ORGAN
                         )
                 n += 1
                 x += STRIP

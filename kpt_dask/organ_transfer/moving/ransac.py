@@ -51,11 +51,11 @@ def fit_affines(
     agree : bool array (n)
         Whether a pair agrees with its group's affine.
     """
-    found, agree = np.empty((len(ends), 4, 3)), np.zeros(len(source), np.bool_)
+    affines, agree = np.empty((len(ends), 4, 3)), np.zeros(len(source), np.bool_)
     # Interleaved: large groups follow each other, so each part gets as many.
     points = source, target, _DRAWN, ends
-    map_in_threads(_fit_groups, ((*points, i, _PARTS, found, agree) for i in range(_PARTS)))
-    return found.transpose(0, 2, 1), agree
+    map_in_threads(_fit_groups, ((*points, i, _PARTS, affines, agree) for i in range(_PARTS)))
+    return affines.transpose(0, 2, 1), agree
 
 
 @kernel
@@ -170,7 +170,7 @@ def _best(
         Number of pairs that agree; 0 if no affine is plausible.
     """
     edges, moved, inverse = np.empty((3, 3)), np.empty((3, 3)), np.empty((3, 3))
-    found, apart = np.empty((4, 3)), np.empty(source.shape[1])
+    affine, apart = np.empty((4, 3)), np.empty(source.shape[1])
     most_agree = 0
     for s in range(samples.shape[0]):
         first = samples[s, 0]
@@ -180,13 +180,13 @@ def _best(
                 moved[k, a] = target[a, samples[s, k + 1]] - target[a, first]
         if not abs(_invert(edges, inverse)) > _LEAST_VOLUME:
             continue
-        _through(inverse, moved, source[:, first], target[:, first], found)
-        if not _is_plausible(found):
+        _through(inverse, moved, source[:, first], target[:, first], affine)
+        if not _is_plausible(affine):
             continue
-        count = _agree(source, target, found, apart)
+        count = _agree(source, target, affine, apart)
         if count > most_agree:
             most_agree = count
-            out[...] = found
+            out[...] = affine
             if count == source.shape[1]:
                 break
     return most_agree
