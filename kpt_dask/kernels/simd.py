@@ -70,20 +70,3 @@ def extremum_mask(_: Any, values: Any, at: Any, before: Any, after: Any) -> Any:
         return b.or_(bits[0], b.shl(bits[1], ir.Constant(ir.IntType(32), LANES)))
 
     return signature, code
-
-
-@llvm
-def prefetch(_: Any, values: Any, at: Any) -> Any:
-    """Ask for the cache line of ``values[at]``, which need not be a voxel of the array."""
-
-    def code(context: Any, b: Any, own: Any, arguments: Any) -> Any:
-        data = context.make_array(own.args[0])(context, b, arguments[0]).data
-        byte, number = ir.IntType(8).as_pointer(), ir.IntType(32)
-        kind = ir.FunctionType(ir.VoidType(), [byte, number, number, number])
-        function = declare(b.module, kind, "llvm.prefetch.p0")
-        place = b.bitcast(b.gep(data, [arguments[1]]), byte)
-        # To read, as near as can be, data.
-        b.call(function, [place, number(0), number(3), number(1)])
-        return context.get_dummy_value()
-
-    return types.void(values, types.intp), code

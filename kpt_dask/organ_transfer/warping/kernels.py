@@ -6,10 +6,7 @@ import numpy as np
 
 from kpt_dask.kernels.exponential import exp2
 from kpt_dask.kernels.jit import kernel
-from kpt_dask.kernels.simd import prefetch
 
-AHEAD = 32
-"""Voxels of an atlas from those that are read to those that are fetched: a cache line."""
 SMALLEST = np.float32(1e-6)
 """Added to the likelihood of intensities, so that where none fits the others still decide."""
 FARTHEST = np.float32(40.0)
@@ -143,9 +140,6 @@ def accumulate(
                     at[q] = (kk * height + jj) * width + ii
         if not some:
             continue
-        # Rows of a cell lie too far apart for the processor to see where the next ones are.
-        for row_at in range(0, step * step * step, step):
-            prefetch(voxels, np.intp(at[row_at]) + AHEAD)
         for q in range(step * step * step):
             i = at[q]
             g = fx[q]
