@@ -7,7 +7,6 @@ from collections.abc import Callable
 from typing import Any
 
 from llvmlite import ir
-from numba import types
 from numba.core import cgutils
 from numba.core.errors import TypingError
 from numba.extending import intrinsic
@@ -37,36 +36,3 @@ def broadcast(b: Any, value: Any, kind: Any) -> Any:
     one = b.insert_element(nothing, value, ir.Constant(index, 0))
     first = ir.Constant(ir.VectorType(index, kind.count), kind.count * [0])
     return b.shuffle_vector(one, nothing, first)
-
-
-@llvm
-def extremum_mask(_: Any, values: Any, at: Any, before: Any, after: Any) -> Any:
-    """Compare `LANES` voxels from ``values[at]`` on with those at two distances from each.
-
-    Returns
-    -------
-    int
-        Bit i is set if voxel ``at + i`` lies above ``at + i + before`` and ``at + i + after``,
-        bit ``LANES + i`` if it lies below both.
-    """
-    check_order(values)
-    n = types.intp
-    signature = types.uint32(values, n, n, n)
-
-    def code(context: Any, b: Any, own: Any, arguments: Any) -> Any:
-        data = context.make_array(own.args[0])(context, b, arguments[0]).data
-        at = arguments[1]
-
-        def vector(first: Any) -> Any:
-            return b.load(b.bitcast(b.gep(data, [first]), VECTOR.as_pointer()), align=4)
-
-        here = vector(at)
-        others = [vector(b.add(at, distance)) for distance in arguments[2:]]
-        bits = []
-        for relation in (">", "<"):
-            each = [b.fcmp_ordered(relation, here, other) for other in others]
-            lanes = b.bitcast(b.and_(*each), ir.IntType(LANES))
-            bits.append(b.zext(lanes, ir.IntType(32)))
-        return b.or_(bits[0], b.shl(bits[1], ir.Constant(ir.IntType(32), LANES)))
-
-    return signature, code

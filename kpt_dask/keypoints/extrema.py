@@ -9,7 +9,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kpt_dask.kernels.jit import kernel
-from kpt_dask.kernels.simd import LANES, extremum_mask
 from kpt_dask.volumes.blur import TILE
 
 Planes = Annotated[NDArray[np.float32], "z y x"]
@@ -126,35 +125,44 @@ def _find_in_rows(
 ) -> int:
     """Write (level, y, x) of the extrema in part of a plane to `found`; return their number.
 
-    `LANES` voxels at a time are compared with eight of their neighbours, those along x, y, z
-    and scale; most fail the first comparison, and few pass all.
+    All voxels of a row are compared with their six neighbours in space first: few pass.
     """
     flat = differences.reshape(-1)
     ny, nx = differences.shape[2:]
     area = ny * nx
     below, above = ((z - 1) % 3 - z % 3) * area, ((z + 1) % 3 - z % 3) * area
+    passed = np.empty(max(columns[1] - columns[0], 0), np.bool_)
     count = 0
     for y in range(rows[0], rows[1]):
         for level in range(1, differences.shape[0] - 1):
-            for start in range(columns[0], columns[1], LANES):
-                at = ((level * 3 + z % 3) * ny + y) * nx + start
-                bits = extremum_mask(flat, at, -1, 1) & extremum_mask(flat, at, -nx, nx)
-                if bits == 0:
-                    continue
-                bits &= extremum_mask(flat, at, below, above)
-                if bits == 0:
-                    continue
-                bits &= extremum_mask(flat, at, -3 * area, 3 * area)
-                if bits == 0:
-                    continue
-                for i in range(min(LANES, columns[1] - start)):
-                    passed = (bits >> i | bits >> (LANES + i)) & 1
-                    if passed and _is_extremum(differences, level, z, y, start + i):
-                        found[count, 0] = level
-                        found[count, 1] = y
-                        found[count, 2] = start + i
-                        count += 1
+            at = ((level * 3 + z % 3) * ny + y) * nx + columns[0]
+            _mark_candidates(flat, at, (1, nx), (below, above), passed)
+            for i in range(passed.size):
+                if passed[i] and _is_extremum(differences, level, z, y, columns[0] + i):
+                    found[count, 0] = level
+                    found[count, 1] = y
+                    found[count, 2] = columns[0] + i
+                    count += 1
     return count
+
+
+@kernel
+def _mark_candidates(
+    flat: NDArray[np.float32], at: int, steps: Any, planes: Any, passed: NDArray[np.bool_]
+) -> None:
+    """Mark the voxels of a row that lie above, or below, all six neighbours in space."""
+    # Unsigned indices: a loop that asks whether one is negative is not vectorised.
+    here = np.uint64(at)
+    left, right = np.uint64(at - steps[0]), np.uint64(at + steps[0])
+    front, back = np.uint64(at - steps[1]), np.uint64(at + steps[1])
+    below, above = np.uint64(at + planes[0]), np.uint64(at + planes[1])
+    for i in range(np.uint64(passed.size)):
+        v = flat[here + i]
+        a, b, c, d = flat[left + i], flat[right + i], flat[front + i], flat[back + i]
+        e, f = flat[below + i], flat[above + i]
+        maximum = (v > a) & (v > b) & (v > c) & (v > d) & (v > e) & (v > f)
+        minimum = (v < a) & (v < b) & (v < c) & (v < d) & (v < e) & (v < f)
+        passed[i] = maximum | minimum
 
 
 @kernel

@@ -12,7 +12,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kpt_dask.kernels.handoff import first_steps
-from kpt_dask.kernels.simd import LANES
 from kpt_dask.keypoints.descriptors import PATCH_REACH
 from kpt_dask.volumes.scale_space import FINER_TAPS, FIRST_TAPS, LEVEL_TAPS, LEVELS
 
@@ -121,12 +120,11 @@ def plan_sweep(
 
 def allocate(plan: SweepPlan, plane_shape: tuple[int, int], threads: int) -> SweepState:
     """Allocate the buffers of a sweep that so many threads share."""
-    # In one piece, which the system maps in huge pages. The last vector of the last row of
-    # differences is read beyond its end.
+    # In one piece, which the system maps in huge pages.
     sizes = _ring_sizes(plan.taps, threads)
     differences = LEVELS + 2, 3, *plane_shape
     ends = np.cumsum([*sizes, math.prod(differences[:2])]) * math.prod(plane_shape)
-    *rings, last = np.split(np.empty(ends[-1] + LANES, np.float32), ends)[:-1]
+    *rings, last = np.split(np.empty(ends[-1], np.float32), ends[:-1])
     return SweepState(
         next_step=first_steps(len(plan.taps) + 2, plan.first_input),
         rings=tuple(ring.reshape(-1, *plane_shape) for ring in rings),

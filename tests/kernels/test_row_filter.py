@@ -13,7 +13,7 @@ from llvmlite import binding as llvm
 
 from kpt_dask.kernels.jit import kernel
 from kpt_dask.kernels.row_filter import VECTORS, sum_row, sum_two_rows
-from kpt_dask.kernels.simd import HALF, LANES, extremum_mask
+from kpt_dask.kernels.simd import HALF, LANES
 from kpt_dask.kernels.strip_sum import add_halves, add_strips
 
 WIDTHS = st.integers(1, 2 * VECTORS * LANES + LANES + 3)
@@ -27,11 +27,6 @@ def one_row(source, base, low, high, row, taps, out, at, n):  # type: ignore[no-
 @kernel
 def two_rows(source, base, low, high, row, taps, out, at, step, n):  # type: ignore[no-untyped-def]
     sum_two_rows(source, base, low, high, row, taps, out, at, step, n)
-
-
-@kernel
-def compared(values, at, before, after):  # type: ignore[no-untyped-def]
-    return extremum_mask(values, at, before, after)
 
 
 @kernel
@@ -145,18 +140,3 @@ def test_rows_are_filtered(n: int, radius: int, shift: int, seed: int) -> None:
         start = shift + row * step
         expected[start : start + n] = weights @ exact[row : row + 2 * radius + 1]
     np.testing.assert_allclose(singly, expected, rtol=1e-5, atol=5e-3)
-
-
-@given(st.integers(0, 3), st.integers(1, 40), st.integers(1, 40), st.integers(0, 99))
-@settings(max_examples=40, deadline=None)
-def test_voxels_are_compared(largest: int, before: int, after: int, seed: int) -> None:
-    """Equal ones are neither above nor below."""
-    values = np.random.default_rng(seed).integers(0, largest + 1, 100).astype(np.float32)
-    at = 41
-    bits = compared(values, at, -before, after)
-    here = values[at : at + LANES]
-    others = [values[at + d : at + d + LANES] for d in (-before, after)]
-    above = np.logical_and(*(here > other for other in others))
-    below = np.logical_and(*(here < other for other in others))
-    expected = np.concatenate([above, below])
-    np.testing.assert_array_equal([bits >> i & 1 for i in range(2 * LANES)], expected)
