@@ -72,8 +72,6 @@ MANY_PARAMETERS = {
     "kpt_dask.demo.phantom.render._paint_body": TO_BUNDLE,
     "kpt_dask.demo.phantom.render._render": TO_BUNDLE,
     "kpt_dask.evaluation.evaluate": FACE,
-    "kpt_dask.kernels.row_filter.sum_row": INTRINSIC,
-    "kpt_dask.kernels.row_filter.sum_two_rows": INTRINSIC,
     "kpt_dask.organ_transfer.warping.kernels.accumulate": TO_BUNDLE,
     "kpt_dask.segmentation.segment": FACE,
     "kpt_dask.segmentation.segment_volume": FACE,

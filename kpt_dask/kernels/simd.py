@@ -20,7 +20,8 @@ VECTOR = ir.VectorType(ir.FloatType(), LANES)
 FUSED = ("contract",)
 """Flags of an addition or a multiplication: the two may be fused, as in all kernels."""
 
-llvm: Callable[[Callable[..., Any]], Callable[..., Any]] = intrinsic
+llvm: Callable[[Callable[..., Any]], Callable[..., Any]] = intrinsic(prefer_literal=True)
+"""Decorator of what writes LLVM's language; numbers that are written in a call come as literals."""
 declare: Callable[..., Any] = cgutils.get_or_insert_function
 
 

@@ -62,6 +62,7 @@ def blur_planes(
     """
     r = taps.size - 1
     ny, nx = ring.shape[1:]
+    planes, made = ring.reshape(-1), out.reshape(-1)
     z_low, z_high = np.empty((count, r + 1), np.int64), np.empty((count, r + 1), np.int64)
     _reach(first, count, n, ring.shape[0], z_low, z_high)
     z_low *= ny * nx
@@ -83,12 +84,11 @@ def blur_planes(
         for y in range(done, min(top + rows + r, ny)):
             at = y % window * nx
             for j in range(0, count - 1, 2):
-                sum_two_rows(
-                    ring, y * nx, z_low, z_high, j, taps, scratch, j * plane + at, plane, nx
-                )
+                where = y * nx, j, j * plane + at, plane
+                sum_two_rows(planes, (z_low, z_high), taps, scratch, where, nx)
             if count % 2:
                 j = count - 1
-                sum_row(ring, y * nx, z_low, z_high, j, taps, scratch, j * plane + at, nx)
+                sum_row(planes, (z_low, z_high), taps, scratch, (y * nx, j, j * plane + at), nx)
         done = min(top + rows + r, ny)
         _reach(top, rows, ny, window, y_low, y_high)
         y_low *= nx
@@ -99,9 +99,10 @@ def blur_planes(
                 both = min(2, rows - t)
                 base = j * plane
                 if both == 2:
-                    sum_two_rows(scratch, base, y_low, y_high, t, taps, padded, MARGIN, pitch, nx)
+                    where = base, t, MARGIN, pitch
+                    sum_two_rows(scratch, (y_low, y_high), taps, padded, where, nx)
                 else:
-                    sum_row(scratch, base, y_low, y_high, t, taps, padded, MARGIN, nx)
+                    sum_row(scratch, (y_low, y_high), taps, padded, (base, t, MARGIN), nx)
                 for i in range(both):
                     left = i * pitch + MARGIN
                     right = left + nx - 1
@@ -109,4 +110,4 @@ def blur_planes(
                         padded[left - k] = padded[left]
                         padded[right + k] = padded[right]
                     at = to + (t + i) * nx
-                    sum_row(padded, i * pitch, x_low, x_high, 0, taps, out, at, nx)
+                    sum_row(padded, (x_low, x_high), taps, made, (i * pitch, 0, at), nx)
