@@ -7,7 +7,6 @@ from collections.abc import Callable
 from typing import Any
 
 from llvmlite import ir
-from numba.core import cgutils
 from numba.core.errors import TypingError
 from numba.extending import intrinsic
 
@@ -22,7 +21,6 @@ FUSED = ("contract",)
 
 llvm: Callable[[Callable[..., Any]], Callable[..., Any]] = intrinsic(prefer_literal=True)
 """Decorator of what writes LLVM's language; numbers that are written in a call come as literals."""
-declare: Callable[..., Any] = cgutils.get_or_insert_function
 
 
 def check_order(*arrays: Any) -> None:

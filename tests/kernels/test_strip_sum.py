@@ -11,48 +11,47 @@ from llvmlite import binding as llvm
 
 from kpt_dask.kernels.jit import kernel
 from kpt_dask.kernels.simd import HALF, LANES
-from kpt_dask.kernels.strip_sum import add_halves, add_strips
+from kpt_dask.kernels.strip_sum import add_strips_plain
+from kpt_dask.kernels.strip_sum_llvm import add_vectors
 
 
 @kernel
-def added(share, scan, strips, height, slope, most):  # type: ignore[no-untyped-def]
+def added(share, scan, strips, likelihood):  # type: ignore[no-untyped-def]
     size = np.uint64(LANES)
     last = np.uint64(share.size) - size
-    add_strips(share, scan, (last,), strips, (np.uint64(0),), height, slope, most)
+    add_vectors(share, scan, (last,), strips, (np.uint64(0),), likelihood, LANES)
     at = np.uint64(0), size
-    add_strips(share, scan, at, strips, (size, size + size), height, slope, most)
+    add_vectors(share, scan, at, strips, (size, size + size), likelihood, LANES)
 
 
 @kernel
-def added_in_halves(share, scan, strips, height, slope, most):  # type: ignore[no-untyped-def]
+def added_plainly(share, scan, strips, likelihood):  # type: ignore[no-untyped-def]
+    at = share.size - LANES, 0, LANES
+    add_strips_plain(share, scan, at, strips, (0, LANES, 2 * LANES), likelihood, LANES)
+
+
+@kernel
+def added_in_halves(share, scan, strips, likelihood):  # type: ignore[no-untyped-def]
     at = np.uint64(16), np.uint64(0), np.uint64(8), np.uint64(share.size - HALF)
     of = np.uint64(0), np.uint64(8), np.uint64(16), np.uint64(24)
-    add_halves(share, scan, at, strips, of, height, slope, most)
+    add_vectors(share, scan, at, strips, of, likelihood, HALF)
 
 
 @kernel
-def added_singly(share, scan, strips, height, slope, most):  # type: ignore[no-untyped-def]
-    for at, of in ((16, 0), (0, 8), (8, 16), (share.size - HALF, 24)):
-        whole = np.full(LANES, np.iinfo(np.int16).min, np.int16)
-        whole[:HALF] = strips[of : of + HALF]
-        # Beside a short strip there is none of the organ.
-        beside = np.zeros(LANES, np.float32)
-        part = np.zeros(LANES, np.int16)
-        beside[:HALF], part[:HALF] = share[at : at + HALF], scan[at : at + HALF]
-        zero = (np.uint64(0),)
-        add_strips(beside, part, zero, whole, zero, height, slope, most)
-        share[at : at + HALF] = beside[:HALF]
+def added_singly(share, scan, strips, likelihood):  # type: ignore[no-untyped-def]
+    at, of = (16, 0, 8, share.size - HALF), (0, 8, 16, 24)
+    add_strips_plain(share, scan, at, strips, of, likelihood, HALF)
 
 
 def check_halves() -> str:
-    """Two in a vector give the bytes that each gives alone: these bytes."""
+    """Two in a vector give the bytes of the plain twin: these bytes."""
     rng = np.random.default_rng(1)
     strips = rng.integers(-300, 300, 4 * HALF).astype(np.int16)
     strips[rng.random(strips.size) < 0.1] = np.iinfo(np.int16).min
     scan = rng.integers(-300, 300, 5 * HALF).astype(np.int16)
     together = rng.random(scan.size).astype(np.float32)
     singly = together.copy()
-    what = scan, strips, np.float32(-1.3), np.float32(2.0**-11), np.float32(200.0**2)
+    what = scan, strips, (np.float32(-1.3), np.float32(2.0**-11), np.float32(200.0**2))
     added_in_halves(together, *what)
     added_singly(singly, *what)
     assert together.tobytes() == singly.tobytes()
@@ -73,11 +72,14 @@ def check_strips() -> None:
         d = (scan[where].astype(int) - strips).astype(np.float64)
         power = np.where(d**2 < most, np.exp2(height - slope * d**2), 0)
         share = np.zeros(scan.size, np.float32)
-        added(share, scan, strips, height, slope, most)
+        added(share, scan, strips, (height, slope, most))
         np.testing.assert_allclose(share[where], power, rtol=3e-7)
         assert not share[2 * LANES : -LANES].any()
+        plain = np.zeros(scan.size, np.float32)
+        added_plainly(plain, scan, strips, (height, slope, most))
+        assert plain.tobytes() == share.tobytes()
         once = share.copy()
-        added(share, scan, strips, height, slope, most)
+        added(share, scan, strips, (height, slope, most))
         np.testing.assert_allclose(share, 2 * once, rtol=3e-7)
 
 

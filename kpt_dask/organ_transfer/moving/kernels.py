@@ -11,11 +11,11 @@ from numpy.typing import NDArray
 from atlas_store.organ_strips import HEADER_COLUMNS, SHORT, STRIP, Strips, fill
 from kpt_dask.kernels.exponential import LOG2_E, exp2
 from kpt_dask.kernels.jit import kernel
-from kpt_dask.kernels.simd import HALF, LANES
-from kpt_dask.kernels.strip_sum import add_halves, add_strips
+from kpt_dask.kernels.simd import LANES
+from kpt_dask.kernels.strip_sum import add_strips
 from kpt_dask.organ_transfer.likelihood import VANISHING
 
-assert (LANES, HALF) == (STRIP, SHORT), "a strip is added as one vector, two short ones likewise"
+assert LANES == STRIP == 2 * SHORT, "a strip is added as one vector, two short ones likewise"
 
 LEAST_WEIGHT = np.float32(1e-20)
 """Moves of a smaller weight are skipped: they change nothing, and their logarithm would leave the
@@ -122,7 +122,7 @@ def add_shifted_organ(
             plane = first[0] + z - shifts.low[m, 0]
             if plane < 0 or plane >= shifts.size[m, 0] or shifts.weight[m] < LEAST_WEIGHT:
                 continue
-            power = np.log2(shifts.weight[m])
+            likelihood = np.log2(shifts.weight[m]), slope, most
             down, right = shifts.low[m, 1] - first[1], shifts.low[m, 2] - first[2] + LANES
             inside = 0 <= down <= height - shifts.size[m, 1] and right >= 0
             inside = inside and right <= length - LANES - shifts.size[m, 2]
@@ -134,13 +134,13 @@ def add_shifted_organ(
                 a = np.uint64(strip) * columns + np.uint64(HEADER_COLUMNS)
                 if inside and strip + 4 <= short:
                     of, at = _four_strips(voxels, a, base, length)
-                    add_strips(out, here, at, voxels, of, power, slope, most)
+                    add_strips(out, here, at, voxels, of, likelihood, STRIP)
                     strip += 4
                     continue
                 if inside and strip >= short and strip + 8 <= stop:
                     of, at = _four_strips(voxels, a, base, length)
                     more, beyond = _four_strips(voxels, a + np.uint64(4) * columns, base, length)
-                    add_halves(out, here, at + beyond, voxels, of + more, power, slope, most)
+                    add_strips(out, here, at + beyond, voxels, of + more, likelihood, SHORT)
                     strip += 8
                     continue
                 y, x = np.int64(strips.values[strip, 1]), np.int64(strips.values[strip, 2])
@@ -148,7 +148,7 @@ def add_shifted_organ(
                 outside = outside or x < -right or x > length - LANES - right
                 if inside or not outside:
                     at_one = np.uint64(base + y * length + x)
-                    add_strips(out, here, (at_one,), voxels, (a,), power, slope, most)
+                    add_strips(out, here, (at_one,), voxels, (a,), likelihood, STRIP)
                 strip += 1
 
 
