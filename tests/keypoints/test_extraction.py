@@ -527,7 +527,7 @@ def test_local_frames_turn_with_the_volume(
 def test_power_of_two_is_exact(crop: np.ndarray, factor: float, invariant: bool) -> None:
     here = found_in(crop, invariant=invariant)
     there = found_in(factor * crop, invariant=invariant)
-    for name in ("index", "offset", "level", "descriptor", "frame"):
+    for name in ("voxel", "offset", "level", "descriptor", "frame"):
         np.testing.assert_array_equal(getattr(there, name), getattr(here, name))
     np.testing.assert_array_equal(there.response, factor * here.response)
 
