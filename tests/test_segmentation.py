@@ -322,6 +322,19 @@ def test_processes_and_a_second_run_give_the_same_bytes(
     assert labels.read_bytes() == (plain.path.parent / "plain.nii.gz").read_bytes()
 
 
+def test_scans_are_mapped_over_a_cluster(
+    tmp_path: Path, ct: Path, plain: Segmentation, store: AtlasStore, two_processes: Client
+) -> None:
+    """Each task segments with its own thread alone."""
+    outs = [tmp_path / f"{n}.zarr" for n in range(3)]
+    found = two_processes.gather(
+        two_processes.map(segment, [ct] * 3, [store.url] * 3, outs, pure=False)
+    )
+    assert [one.path for one in found] == outs
+    for out in outs:
+        assert files(out) == files(plain.path)
+
+
 def test_a_second_run_on_threads_gives_the_same_bytes(
     tmp_path: Path, ct: Path, plain: Segmentation, store: AtlasStore, one_process: Client
 ) -> None:

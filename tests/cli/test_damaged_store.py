@@ -1,10 +1,16 @@
 """What a sentence on a damaged store says to do can be done."""
 
+import re
+import shutil
+import subprocess
+import sys
 import zipfile
 from pathlib import Path
 
 from click.testing import CliRunner
+from distributed import Client
 
+from atlas_store import AtlasStore
 from kpt_dask.cli.main import kpt
 
 ARCHIVED = Path(__file__).parents[1] / "atlas_store" / "archived" / "version_1.zip"
@@ -25,3 +31,25 @@ def test_an_atlas_that_cannot_be_read_can_be_removed(tmp_path: Path) -> None:
     removed = CliRunner().invoke(kpt, ["atlas", "remove", str(tmp_path), "pt_1"])
     assert (removed.exit_code, removed.stdout) == (0, "pt_1: removed.\n")
     assert CliRunner().invoke(kpt, ["atlas", "list", str(tmp_path)]).exit_code == 0
+
+
+def test_what_a_worker_finds_damaged_is_one_line(
+    bodies: Path, body_store: AtlasStore, two_processes: Client, tmp_path: Path
+) -> None:
+    store = shutil.copytree(body_store.url, tmp_path / "store")
+    for chunk in store.glob("atlases/*/strips/c/**/*"):
+        if chunk.is_file():
+            data = bytearray(chunk.read_bytes())
+            data[len(data) // 2] ^= 1
+            chunk.write_bytes(data)
+    command = [sys.executable, "-m", "kpt_dask", "segment", bodies / "body_4_ct.nii.gz", store]
+    command += [tmp_path / "o.zarr", "--mode", "organ"]
+    command += ["--scheduler", two_processes.scheduler.address]
+    ended = subprocess.run(list(map(str, command)), capture_output=True, text=True, timeout=120)
+    assert ended.returncode == 1
+    # On a slow machine stages say how long they took, and what is waited for.
+    said = re.compile(r"[A-Z][^:]*: [\d.]+ s|.*\(ends after .*")
+    [line] = [line for line in ended.stderr.splitlines() if not said.fullmatch(line)]
+    assert re.fullmatch(r"kpt: .*strips/c/0/0 of the atlas 'body_\d' is damaged: remove .*", line)
+    assert ended.stdout == ""
+    assert [path.name for path in tmp_path.iterdir()] == ["store"]
