@@ -59,7 +59,6 @@ TOUCHING: dict[tuple[str, str], str] = {}
 
 FACE = "a user's face: flat keyword options"
 COMMAND = "a command of the command line: one parameter for each option"
-INTRINSIC = "an LLVM intrinsic takes its arrays apart; its callers are few"
 TO_BUNDLE = "to be bundled"
 
 MANY_PARAMETERS = {
@@ -178,6 +177,13 @@ def test_internals_are_touched_in_one_room(library: str) -> None:
         and not any(within(name, room) for room in INTERNALS[library])
     }
     assert sorted(touching - {name for name, one in TOUCHING if one == library}) == []
+
+
+def test_pieces_in_llvms_language_are_short() -> None:
+    for name, tree in modules().items():
+        if any(within(one, "llvmlite") for one in imports(tree)):
+            path = ROOT.joinpath(*name.split(".")).with_suffix(".py")
+            assert len(path.read_text().splitlines()) <= 100, name
 
 
 def test_no_room_or_file_is_named_like_what_its_package_exports() -> None:

@@ -1,4 +1,4 @@
-"""What the kernels that are written in LLVM's language share: the vector, and two single pieces.
+"""What the pieces in LLVM's language share: the vector, the decorator, a check of their arrays.
 
 A vector has `LANES` numbers on every processor; LLVM fits it to the registers that there are.
 """
@@ -24,7 +24,7 @@ llvm: Callable[[Callable[..., Any]], Callable[..., Any]] = intrinsic(prefer_lite
 
 
 def check_order(*arrays: Any) -> None:
-    """Refuse, while a kernel is compiled, arrays whose memory cannot be taken as it lies."""
+    """Refuse arrays that are not in C order, while a kernel is compiled."""
     if any(array.layout != "C" for array in arrays):
         raise TypingError(f"arrays must be in C order: {arrays}")
 

@@ -6,7 +6,7 @@ from kpt_dask.kernels.jit import kernel
 
 
 @kernel
-def row_of(array: Any, z: int, y: int, width: int) -> Any:
+def flat_row(array: Any, z: int, y: int, width: int) -> Any:
     """Row of a flat array (z, y, x)."""
     memory, strides = array
     begin = z * strides[0] + y * strides[1]

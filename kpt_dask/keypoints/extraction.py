@@ -13,6 +13,7 @@ import xarray as xr
 from distributed import Client
 from numpy.typing import NDArray
 
+from kpt_dask.kernels.handoff import BETWEEN_THREADS
 from kpt_dask.keypoints.blocks import Block, core_width, plan_blocks, slab_lengths
 from kpt_dask.keypoints.octaves import Octave
 from kpt_dask.keypoints.parameters import keypoint_parameters
@@ -126,14 +127,15 @@ def sweep_blocks(
     ----------
     parts : sequence of (Octave, Block)
         Swept one after the other; the last batches of one overlap with the first of the next, and
-        one thread sweeps a small one while others begin.
+        one thread sweeps a small one while others begin. So it does each without atomics.
     invariant : bool
         Whether descriptors are taken in local frames.
     threads : int
         Number of threads that share the work.
     """
     found: list[dict[int, OctaveKeypoints]] = [{} for _ in parts]
-    small = [math.prod(b - a for a, b in block.read[1:]) < MIN_SHARED_PLANE for _, block in parts]
+    areas = [math.prod(b - a for a, b in block.read[1:]) for _, block in parts]
+    small = [area < MIN_SHARED_PLANE or not BETWEEN_THREADS for area in areas]
 
     def jobs() -> Jobs:
         for i in sorted(range(len(parts)), key=lambda i: not small[i]):

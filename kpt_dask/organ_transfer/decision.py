@@ -15,7 +15,7 @@ from atlas_store.arrays.boxes import Box, begin_of, box_of, overlap, shape_of, s
 from atlas_store.arrays.flat import Flat, as_flat_view
 from atlas_store.arrays.regions import Region, write_region
 from kpt_dask.kernels.jit import kernel
-from kpt_dask.kernels.views import row_of
+from kpt_dask.kernels.views import flat_row
 from kpt_dask.organ_transfer.job import TransferJob
 from kpt_dask.organ_transfer.measures import OrganCounts, count_labels, count_row, levels_of
 from kpt_dask.runtime import cluster
@@ -152,7 +152,7 @@ def _update(
     depth, height, width = shape
     for z in range(depth):
         for y in range(height):
-            row = row_of(share, z, y, width)
+            row = flat_row(share, z, y, width)
             positive = 0
             for x in range(width):
                 positive += row[x] > 0
@@ -161,13 +161,13 @@ def _update(
                 continue
             rows[z, y] = True
             count_row(row, levels, above)
-            largest = row_of(decided.largest, z, y, width)
+            largest = flat_row(decided.largest, z, y, width)
             larger = 0
             for x in range(width):
                 larger += row[x] > largest[x]
             if larger == 0:
                 continue
-            labels = row_of(decided.labels, z, y, width)
+            labels = flat_row(decided.labels, z, y, width)
             for x in range(width):
                 if row[x] > largest[x]:
                     labels[x] = value

@@ -17,7 +17,7 @@ from atlas_store import OrganTable
 from atlas_store.arrays.flat import as_flat_view
 from kpt_dask.grid import Grid
 from kpt_dask.kernels.jit import kernel
-from kpt_dask.kernels.views import row_of
+from kpt_dask.kernels.views import flat_row
 
 SURE, POSSIBLE = 1.75, 0.375
 """Bounds of a volume's interval: voxels whose share is at least so many times the threshold. In
@@ -182,13 +182,13 @@ def _count_labels(shape: Any, labels: Any, hu: Any, organ_of: Any, corner: Any, 
     depth, height, width = shape
     for z in range(depth):
         for y in range(height):
-            row = row_of(labels, z, y, width)
+            row = flat_row(labels, z, y, width)
             labelled = 0
             for x in range(width):
                 labelled |= row[x]
             if labelled == 0:
                 continue
-            hu_of_row = row_of(hu, z, y, width)
+            hu_of_row = flat_row(hu, z, y, width)
             x = 0
             while x < width:
                 value, first, total = row[x], x, 0
