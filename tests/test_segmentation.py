@@ -565,7 +565,7 @@ def test_an_atlas_removed_meanwhile_is_left_out_and_this_is_said(
     moving = AtlasStore.open(shutil.copytree(store.url, tmp_path / "s"))
     options: dict[str, Any] = {"mode": mode, "client": one_process}
     if when == "propose_atlases":
-        options |= {"select": 3}
+        options |= {"select": 2}
     expected = segment(ct, moving, tmp_path / "expected.zarr", exclude=["body_2"], **options)
     station = getattr(segmentation, when)
 
