@@ -5,7 +5,6 @@ A table is a TOML file with one ``[[organ]]`` block per organ. The paper's ten o
 store was created with is kept in the store, so it stays what it was.
 """
 
-import math
 import re
 import tomllib
 from collections import Counter
@@ -26,6 +25,9 @@ MAX_VALUE = 65535
 
 _NAME = re.compile(r"[A-Za-z][A-Za-z0-9_]{0,63}")
 _SNOMED_CODE = re.compile(r"[1-9][0-9]{5,17}")
+LEAST_NU, LARGEST_NU = 1e-3, 1e6
+"""HU: beyond, single precision knows no difference."""
+
 _FIELDS = {"value", "name", "nu", "colour", "snomed"}
 
 
@@ -70,9 +72,10 @@ class Organ:
                 f"organ {self.name!r} has the label value {self.value!r}: "
                 f"use a whole number from 1 to {MAX_VALUE}."
             )
-        if not _is_number(self.nu) or not 0 < self.nu < math.inf:
+        if not _is_number(self.nu) or not LEAST_NU <= self.nu <= LARGEST_NU:
             raise OrganTableError(
-                f"organ {self.name!r} has nu = {self.nu!r}: use a positive number of HU."
+                f"organ {self.name!r} has nu = {self.nu!r}: use a positive number of HU, from"
+                f" {LEAST_NU:g} to {LARGEST_NU:g}."
             )
         if len(self.colour) != 3 or not all(_is_int(c) and 0 <= c <= 255 for c in self.colour):
             raise OrganTableError(

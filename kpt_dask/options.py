@@ -80,6 +80,10 @@ SIGMA_T = 10.0
 matches that disagree hardly influence each other."""
 
 
+SMALLEST, LARGEST = 1e-3, 1e6
+"""Of widths in mm and of ν in HU, or its factor: beyond, single precision knows no difference."""
+
+
 @dataclass(frozen=True)
 class TransferOptions:
     """Options of the transfer; defaults depend on the mode and the organ table.
@@ -124,6 +128,10 @@ class TransferOptions:
         for name, number in numbers.items():
             if not 0 < number < math.inf:
                 raise ParameterError(f"{name} must be a positive number, not {number:g}.")
+            if not SMALLEST <= number <= LARGEST:
+                raise ParameterError(
+                    f"{name} must lie between {SMALLEST:g} and {LARGEST:g}, not be {number:g}."
+                )
 
     def smallest_share(self, mode: str) -> float:
         """Share below which a voxel is background."""

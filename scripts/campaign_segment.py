@@ -34,17 +34,17 @@ from kpt_dask.runtime import cluster
 from kpt_dask.scans.label_file import run_of
 
 SHAPE, SPACING = (80, 65, 80), 4.0
-WAYS = (("--threshold", "0.3"), ("--threshold", "0.6"))
+WAYS = (("--mode", "organ"), ("--mode", "local"))
 HANGS = 300.0
 """Seconds after which a run counts as hung."""
-EVENTS = ("KILL", "TERM", "INT", "HUP", "USR1", "INT INT", "chunk", "folder", "nothing")
+EVENTS = ("KILL", "INT", "chunk", "TERM", "INT INT", "folder", "HUP", "USR1", "nothing")
 
 Answer = dict[str, bytes]
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--rounds", type=int, default=100)
+    parser.add_argument("--rounds", type=int, default=60)
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
     rng = random.Random(options.seed)
@@ -53,7 +53,7 @@ def main() -> None:
         make(place)
         campaign = Campaign(place, rng)
         campaign.interrupt(options.rounds)
-        few = -(-options.rounds // 5)
+        few = -(-options.rounds // 6)
         campaign.kill_workers(few)
         campaign.move_store(few)
         full = full_disks(place)

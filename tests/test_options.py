@@ -53,6 +53,8 @@ def test_syntax() -> None:
         ({"rho": float("inf")}, "rho must be a positive number"),
         ({"sigma_x": 0.0}, "sigma_x"),
         ({"sigma_t": -2.0}, "sigma_t"),
+        ({"sigma_x": 1e300}, "sigma_x must lie between 0.001 and 1e"),
+        ({"nu": 1e-300}, "nu must lie between 0.001 and 1e"),
     ],
 )
 def test_what_is_out_of_range_is_refused(given: Any, sentence: str) -> None:

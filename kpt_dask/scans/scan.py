@@ -171,7 +171,8 @@ def open_labels(path: str | Path) -> Scan:
     if not path.exists():
         raise ScanNotFoundError(f"{path} does not exist.")
     if not path.is_file():
-        raise ScanFormatError(f"{path} is a folder; give a file: {_known()}.")
+        what = "a folder" if path.is_dir() else "no regular file"
+        raise ScanFormatError(f"{path} is {what}; give a file: {_known()}.")
     name = path.name.lower()
     reader = next((READERS[end] for end in READERS if name.endswith(end)), None)
     if reader is None:
