@@ -32,6 +32,7 @@ from confined import Confined, client
 from memory import resident_mib
 
 from atlas_store import AtlasKeypoints, AtlasStore, load_organs
+from atlas_store.arrays.boxes import enclosing
 from atlas_store.crop import NAME as CROP
 from kpt_dask.atlases.add import add_atlas, store_parameters
 from kpt_dask.demo import run as demo
@@ -39,11 +40,27 @@ from kpt_dask.demo.phantom import write_phantom
 from kpt_dask.grid import Grid
 from kpt_dask.keypoints.extraction import extract
 from kpt_dask.matching.first_pass import match
+from kpt_dask.matching.second_pass import rematch
 from kpt_dask.matching.voting import vote
-from kpt_dask.options import MODES
+from kpt_dask.options import DEFAULTS, MODES, TransferOptions
 from kpt_dask.organ_transfer.job import Evidence, TransferJob
 from kpt_dask.organ_transfer.modes import transfer
 from kpt_dask.organ_transfer.probability import TILING, create_probability
+from kpt_dask.organ_transfer.refinement.lattice import (
+    FAST,
+    FULL,
+    fitting,
+    lattices,
+    typical_size,
+)
+from kpt_dask.organ_transfer.warping.landing import (
+    by_atlas,
+    domains_of,
+    in_grid,
+    landing_boxes,
+    step_of,
+)
+from kpt_dask.runtime import progress
 from kpt_dask.scans.scan import open_scan
 from kpt_dask.volumes.omezarr import create_array
 from kpt_dask.volumes.pyramid import fill_pyramid
@@ -52,6 +69,9 @@ from kpt_dask.volumes.volume import Volume, convert, create_volume, open_volume
 FEW, MANY = 19, 100
 MEMORY = 256 << 20
 STATIONS = ("extraction", "matching", *MODES)
+ARRAYS = 30
+"""Floats that an iteration of the refinement reads or writes at a point, if each array goes through
+memory once: the map and the moved image, products and sums, force, and the new map."""
 
 
 def main() -> None:
@@ -84,6 +104,7 @@ def main() -> None:
             copied = seconds_to_copy(touched[what])
             figures[f"bytes_of_{what}_C"] = touched[what]
             figures[f"{mode}_over_copying_the_{what}"] = both[mode] / copied
+        figures |= refinement(one, two, scan, repeats)
         figures["peak_mib_C"] = {mode: two.run(peak, scan, mode) for mode in MODES}
         longer = scan._replace(volume=str(stacked(volume, folder / "4C.zarr")))
         figures["peak_mib_4C"] = {mode: two.run(peak, longer, mode) for mode in MODES}
@@ -147,6 +168,53 @@ def real(server: Confined, store: AtlasStore, folder: Path, repeats: int) -> dic
     return figures
 
 
+def refinement(one: Confined, two: Confined, scan: Scan, repeats: int) -> dict[str, float]:
+    """How long the fields of mode `local` are refined, beside a pass over what that touches.
+
+    The floor is what memory allows: `ARRAYS` float32 read or written for each point of the lattices
+    and iteration.
+    """
+    found: dict[str, float] = {}
+    for name, fast in (("refine", False), ("refine_fast", True)):
+        times: list[list[float]] = [[], []]
+        for _ in range(repeats):
+            for server, own in zip((one, two), times, strict=True):
+                own.append(server.run(refining, scan, fast))
+        single, both = map(statistics.median, times)
+        per_atlas = single / len(scan.atlases)
+        found[f"{name}_seconds_per_atlas_C"] = per_atlas
+        floor = seconds_to_copy(4 * ARRAYS * one.run(visited, scan, fast) // 2)
+        found[f"{name}_over_memory_bound_C"] = per_atlas / floor
+        found[f"two_core_speedup_{name}_C"] = single / both
+    return found
+
+
+def refining(scan: Scan, fast: bool) -> float:
+    """Seconds of the stage that refines the fields, of all atlases."""
+    with progress.recorded() as seconds_of:
+        transferred(scan, "local", options=TransferOptions(fast=fast))
+    return seconds_of["Refining"]
+
+
+def visited(scan: Scan, fast: bool) -> int:
+    """Count points of the lattices times iterations, of one atlas."""
+    volume, store, atlases, keypoints, matches, _ = prepared(scan)
+    nearer = rematch(keypoints, atlases, matches, client=client())
+    found, grid = store.atlases(scan.atlases), volume.grid
+    fields = by_atlas(keypoints, nearer, len(found))
+    widths = DEFAULTS.sigma_x, DEFAULTS.sigma_t
+    landed = [
+        landing_boxes(atlas, field, store.organs, grid, widths)
+        for atlas, field in zip(found, fields, strict=True)
+    ]
+    domains = domains_of(landed, step_of(grid))
+    whole = enclosing([domain for domain in domains if domain is not None])
+    assert whole is not None
+    levels = fitting(FAST if fast else FULL, typical_size(found))
+    laid = lattices(in_grid(whole, grid, step_of(grid)), grid, levels)
+    return sum(lattice.size * iterations for lattice, iterations in laid)
+
+
 def in_turn(servers: Sequence[Confined], scan: Scan, repeats: int) -> list[dict[str, float]]:
     """Median seconds of extraction, of matching, and of each mode's transfer, on each server.
 
@@ -190,14 +258,16 @@ def peak(scan: Scan, mode: str) -> float:
     return resident_mib("VmHWM") - before
 
 
-def transferred(scan: Scan, mode: str, memory: int = 1 << 30) -> None:
+def transferred(
+    scan: Scan, mode: str, memory: int = 1 << 30, options: TransferOptions = DEFAULTS
+) -> None:
     """Transfer organs to a scan, in this process; removed with the folder, when nobody waits."""
     volume, store, atlas_keypoints, keypoints, matches, votes = prepared(scan)
     group = zarr.create_group(tempfile.mkdtemp(dir=scan.folder, suffix=".zarr"))
     probability = create_probability(group, volume.grid, store.organs, mode)
     dtype = np.min_scalar_type(max(store.organs.values))
     labels = create_array(group, "labels", volume.grid.shape, dtype, TILING.shard)
-    job = TransferJob(volume, store.organs, probability, labels, mode, memory=memory)
+    job = TransferJob(volume, store.organs, probability, labels, mode, options, memory)
     evidence = Evidence(keypoints, matches, votes)
     atlases = store.atlases(scan.atlases)
     transfer(job, atlases, evidence, atlas_keypoints=atlas_keypoints, client=client())
