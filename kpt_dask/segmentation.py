@@ -141,6 +141,7 @@ def segment(
     exclude: Sequence[str] = (),
     select: int | None = None,
     index: str = "auto",
+    series: str | None = None,
     labels: str | Path | None = None,
     overwrite: bool = False,
     memory: int | None = None,
@@ -151,7 +152,7 @@ def segment(
     Parameters
     ----------
     scan : str or Path
-        A file that `kpt_dask.scans.scan.open_scan` reads.
+        A file or folder that `kpt_dask.scans.scan.open_scan` reads.
     store : AtlasStore, str or Path
         The atlases.
     out : str or Path
@@ -167,6 +168,8 @@ def segment(
         more; `kpt_dask.matching.selection.USUAL` if not given.
     index : str
         How to find them: one of `atlas_store.index.search.MODES`.
+    series : str, optional
+        UID of the DICOM series, needed where a folder or zip holds several.
     labels : str or Path, optional
         Where to write the label map as NIfTI, on the scan's own grid.
     overwrite : bool
@@ -186,7 +189,7 @@ def segment(
     start = time.perf_counter()
     store = Snapshot(store if isinstance(store, AtlasStore) else AtlasStore.open(store))
     with notices.recorded() as doubts:
-        source = open_scan(scan)
+        source = open_scan(scan, series=series)
     options.check(mode, store.organs)
     used = choose_atlases(store, exclude)
     check_selection(select, index)

@@ -62,6 +62,7 @@ COMMAND = "a command of the command line: one parameter for each option"
 TO_BUNDLE = "to be bundled"
 
 MANY_PARAMETERS = {
+    "kpt_dask.atlases.add.add_atlas": FACE,
     "kpt_dask.atlases.add.add_folder": FACE,
     "kpt_dask.cli.atlas.add": COMMAND,
     "kpt_dask.cli.atlas.add_folder": COMMAND,

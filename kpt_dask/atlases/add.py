@@ -91,6 +91,7 @@ def add_atlas(
     *,
     atlas_id: str | None = None,
     annotated: Sequence[str] | None = None,
+    series: str | None = None,
     replace: bool = False,
     memory: int | None = None,
     client: Client | None = None,
@@ -112,6 +113,8 @@ def add_atlas(
         is warned of. What is labelled but not named here is left out of the atlas: it
         neither votes nor is transferred. What is named but not labelled is known to be
         outside the scan.
+    series : str, optional
+        UID of the DICOM series, needed where a folder or zip holds several.
     replace : bool
         Whether an atlas of this id may be there; it stays until the new one is complete.
     memory : int, optional
@@ -133,7 +136,7 @@ def add_atlas(
     KptError, AtlasStoreError
         If a file, an option or the store cannot be used. The store is left as it was.
     """
-    source, labelled = open_pair(scan, labels)
+    source, labelled = open_pair(scan, labels, series=series)
     made_with = store_parameters(
         store.parameters.get("spacing", 2.0),
         descriptor=store.parameters.get("descriptor", "upright"),

@@ -15,6 +15,7 @@ from kpt_dask.cli.common import (
     print_json,
     say,
     scheduler_option,
+    series_option,
     size,
     table,
     working,
@@ -102,6 +103,7 @@ def create(store: str, organs: str, spacing: float, descriptor: str, finer: bool
 @click.argument("labels", type=click.Path())
 @click.option("--id", "atlas_id", metavar="ID", help="Its name; the scan's name unless given.")
 @annotated_option
+@series_option
 @overwrite_option
 @memory_option
 @scheduler_option
@@ -112,6 +114,7 @@ def add(
     labels: str,
     atlas_id: str | None,
     annotated: list[str] | None,
+    series: str | None,
     overwrite: bool,
     memory: int | None,
     scheduler: str | None,
@@ -135,6 +138,7 @@ def add(
             labels,
             atlas_id=atlas_id,
             annotated=annotated,
+            series=series,
             replace=overwrite,
             memory=memory,
             client=client,

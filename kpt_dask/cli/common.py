@@ -188,6 +188,11 @@ memory_option = click.option(
     help="Memory that the large arrays may take in each process, such as 2GiB.  [default: half of"
     f" what is free on the machine or in the container, at most {MEMORY >> 30}GiB]",
 )
+series_option = click.option(
+    "--series",
+    metavar="UID",
+    help="Which DICOM series to read, where SCAN holds several; without it they are listed.",
+)
 overwrite_option = click.option(
     "--overwrite",
     is_flag=True,

@@ -21,6 +21,7 @@ from kpt_dask.cli.common import (
     print_json,
     scheduler_option,
     select_option,
+    series_option,
     size,
     table,
     transfer_options,
@@ -105,6 +106,7 @@ kpt.add_command(atlas)
 @click.option(
     "--spacing", type=float, default=2.0, show_default=True, help="Of the isotropic grid, mm."
 )
+@series_option
 @overwrite_option
 @memory_option
 @scheduler_option
@@ -113,12 +115,15 @@ def convert(
     scan: str,
     out: str,
     spacing: float,
+    series: str | None,
     overwrite: bool,
     memory: int | None,
     scheduler: str | None,
     as_json: bool,
 ) -> None:
-    """Convert SCAN (.nii, .nii.gz) to an OME-Zarr image on an isotropic grid.
+    """Convert SCAN to an OME-Zarr image on an isotropic grid.
+
+    SCAN is a DICOM series (folder, zip or file) or a NIfTI, NRRD or MetaImage file.
 
     \b
     Example:
@@ -129,7 +134,7 @@ def convert(
 
     with working(scheduler) as client:
         volume = convert_scan(
-            open_scan(scan),
+            open_scan(scan, series=series),
             out,
             spacing=spacing,
             overwrite=overwrite,
@@ -160,6 +165,7 @@ def convert(
 @click.option("--exclude", multiple=True, metavar="ID", help="Leave an atlas out; may be repeated.")
 @select_option
 @index_option
+@series_option
 @click.option(
     "--labels",
     type=click.Path(),
@@ -179,6 +185,7 @@ def segment(
     exclude: tuple[str, ...],
     select: int | None,
     index: str,
+    series: str | None,
     labels: str | None,
     overwrite: bool,
     memory: int | None,
@@ -186,6 +193,8 @@ def segment(
     as_json: bool,
 ) -> None:
     """Segment SCAN from the atlases of STORE.
+
+    SCAN is a DICOM series (folder, zip or file) or a NIfTI, NRRD or MetaImage file.
 
     OUT.zarr is an OME-Zarr image of the scan with the label map labels/organs; it also holds
     the probability of each organ, keypoints, matches and votes.
@@ -208,6 +217,7 @@ def segment(
             exclude=exclude,
             select=select,
             index=index,
+            series=series,
             labels=labels,
             overwrite=overwrite,
             memory=memory,

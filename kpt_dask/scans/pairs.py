@@ -59,7 +59,7 @@ def find_pairs(
     ParameterError
         If a pattern has no ``{id}``, leaves the folder, or both are the same.
     ScanNotFoundError
-        If the folder does not exist, or no file in it fits the pattern of the scans.
+        If the folder does not exist, or nothing in it fits the pattern of the scans.
     """
     folder = Path(folder)
     for pattern in (scan_pattern, labels_pattern):
@@ -88,8 +88,10 @@ def find_pairs(
     return sorted(found, key=lambda pair: natural_order(pair.id))
 
 
-def open_pair(scan: str | Path, labels: str | Path) -> tuple[Scan, Scan]:
-    """Open a scan and its label map.
+def open_pair(
+    scan: str | Path, labels: str | Path, *, series: str | None = None
+) -> tuple[Scan, Scan]:
+    """Open a scan and its label map; for `series` see `open_scan`.
 
     Raises
     ------
@@ -98,7 +100,7 @@ def open_pair(scan: str | Path, labels: str | Path) -> tuple[Scan, Scan]:
     ScanNotFoundError, ScanFormatError
         If one of them cannot be opened.
     """
-    source, labelled = open_scan(scan), open_labels(labels)
+    source, labelled = open_scan(scan, series=series), open_labels(labels)
     if not source.grid.same_as(labelled.grid):
         if source.grid.shape != labelled.grid.shape:
             how = f"shape {_stored_shape(labelled)} against {_stored_shape(source)}"
@@ -144,13 +146,13 @@ def _stored_shape(scan: Scan) -> str:
 
 
 def _matching(folder: Path, pattern: str) -> dict[str, Path]:
-    """Files of the folder by what stands for ``{id}``."""
+    """Files and folders of the folder by what stands for ``{id}``."""
     parts = [re.escape(part) for part in PurePath(pattern).as_posix().split(_ID)]
     expression = re.compile(f"{parts[0]}(?P<id>[^/]+){'(?P=id)'.join(parts[1:])}")
     depth = len(PurePath(pattern).parts)
     found = {}
     for path in folder.glob("/".join(["*"] * depth)):
         match = expression.fullmatch(path.relative_to(folder).as_posix())
-        if match and path.is_file():
+        if match and path.exists():
             found[match["id"]] = path
     return found

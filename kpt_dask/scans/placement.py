@@ -1,8 +1,8 @@
-"""Where a NIfTI header places its voxels, and what it leaves open.
+"""Where a header places its voxels, what it leaves open, and which grids no scan has.
 
-A header may hold two placements, the sform and the qform, each with a code that is 0 where it is
-absent; the sform is used where there is one, as nibabel does. Lengths are in the unit that the
-header names: metres, millimetres or microns.
+A NIfTI header may hold two placements, the sform and the qform, each with a code that is 0 where
+it is absent; the sform is used where there is one, as nibabel does. Lengths are in the unit that
+the header names: metres, millimetres or microns.
 """
 
 from collections.abc import Iterable
@@ -29,6 +29,9 @@ USUAL_EXTENT = 10.0, 3000.0
 DIFFERENT_SPACING = 0.1
 """Relative difference from which the sform's spacing contradicts the header's own (a shear, as of
 a tilted gantry, makes an axis a few hundredths longer)."""
+
+AT_RIGHT_ANGLES = 1e-4
+"""How far the cosine of the angle between two axes may be from 0 for a qform."""
 
 FROM_RAS_XYZ = np.array(
     [[0.0, 0, 1, 0], [0, -1.0, 0, 0], [-1.0, 0, 0, 0], [0, 0, 0, 1.0]],
@@ -94,7 +97,22 @@ def place(path: Path, header: Any) -> tuple[NDArray[np.float64], tuple[str, ...]
 
 
 def check_extent(path: Path, header: Any, grid: Grid) -> None:
+    """Refuse a grid that no scan has; see `check_grid`."""
+    unit = UNITS.get(int(header["xyzt_units"]) & 7)
+    check_grid(path, grid, f" (its unit of length is given as {unit[0]})" if unit else "")
+
+
+def check_grid(path: Path, grid: Grid, told: str = "") -> None:
     """Refuse a grid that no scan has.
+
+    Parameters
+    ----------
+    path : Path
+        Named in what is said.
+    grid : Grid
+        As the header gives it.
+    told : str
+        What else to say of a size that is absurd.
 
     Raises
     ------
@@ -108,12 +126,30 @@ def check_extent(path: Path, header: Any, grid: Grid) -> None:
         )
     extent = grid.spacing * grid.shape
     if extent.max() > LARGEST_EXTENT or np.abs(grid.origin).max() > LARGEST_EXTENT:
-        unit = UNITS.get(int(header["xyzt_units"]) & 7)
-        told = f" (its unit of length is given as {unit[0]})" if unit else ""
         raise ScanFormatError(
             f"{path} says it is {listed(extent)} mm large at {listed(grid.origin)} mm{told}, which"
             " no scan is; repair its header."
         )
+
+
+def header_of(grid: Grid) -> Any:
+    """Make the NIfTI header of a grid, for the label maps of a scan that is no NIfTI.
+
+    Returns
+    -------
+    nibabel.Nifti1Header or nibabel.Nifti2Header
+        With an sform, and a qform too unless the grid is sheared, which a qform cannot say.
+    """
+    large = max(grid.shape) > np.iinfo(np.int16).max
+    header = _nib.Nifti2Header() if large else _nib.Nifti1Header()
+    header.set_data_shape(grid.shape[::-1])
+    header.set_xyzt_units("mm")
+    affine = FROM_RAS_XYZ.T @ grid.affine @ FROM_IJK
+    cosines = affine[:3, :3] / np.sqrt((affine[:3, :3] ** 2).sum(axis=0))
+    orthogonal = np.abs(cosines.T @ cosines - np.eye(3)).max() < AT_RIGHT_ANGLES
+    header.set_qform(affine, code="scanner" if orthogonal else "unknown")
+    header.set_sform(affine, code="scanner")
+    return header
 
 
 def unusual_unit(path: Path, header: Any, grid: Grid) -> tuple[str, ...]:

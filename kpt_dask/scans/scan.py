@@ -18,9 +18,13 @@ from kpt_dask.output.commit import replacing
 from kpt_dask.output.places import check_outputs
 from kpt_dask.runtime import notices
 from kpt_dask.scans.contract import ScanFile
+from kpt_dask.scans.dicom_files import ENDINGS as DICOM_ENDINGS
+from kpt_dask.scans.dicom_files import is_dicom, is_zip
 from kpt_dask.scans.intensities import Intensities
 from kpt_dask.scans.label_file import write_nifti
+from kpt_dask.scans.metaimage import open_metaimage
 from kpt_dask.scans.nifti import open_nifti
+from kpt_dask.scans.nrrd import open_nrrd
 
 READERS: dict[str, Callable[[Path], ScanFile]] = {
     ".nii": open_nifti,
@@ -29,8 +33,12 @@ READERS: dict[str, Callable[[Path], ScanFile]] = {
     ".img": open_nifti,
     ".hdr.gz": open_nifti,
     ".img.gz": open_nifti,
+    ".nrrd": open_nrrd,
+    ".nhdr": open_nrrd,
+    ".mha": open_metaimage,
+    ".mhd": open_metaimage,
 }
-"""Which reader opens which file name."""
+"""Which reader opens which file name; what is none of these may be DICOM."""
 
 LABEL_ENDINGS = ".nii", ".nii.gz"
 """Names under which label maps are written."""
@@ -136,18 +144,28 @@ class Scan:
 
 
 def scan_name(path: Path) -> str:
-    """Name a scan after its file, without the ending that a reader knows."""
-    name = path.name
-    for ending in sorted(READERS, key=len, reverse=True):
+    """Name a scan after its file or folder, without the ending that a reader knows."""
+    # "." has no name.
+    name = path.name or path.resolve().name
+    if path.is_dir():
+        return name
+    for ending in sorted([*READERS, *DICOM_ENDINGS, ".zip"], key=len, reverse=True):
         if name.lower().endswith(ending):
             return name[: -len(ending)]
     return name
 
 
-def open_scan(path: str | Path) -> Scan:
-    """Read the header of a scan; ``.nii`` and ``.nii.gz`` are known.
+def open_scan(path: str | Path, *, series: str | None = None) -> Scan:
+    """Read the header of a scan, or the headers of its slices.
 
-    Warns of what the header leaves open.
+    Warns of what they leave open.
+
+    Parameters
+    ----------
+    path : str or Path
+        A file that `READERS` know, or DICOM: a folder with all below it, a zip, or one file.
+    series : str, optional
+        UID of the DICOM series, needed where there are several.
 
     Raises
     ------
@@ -156,13 +174,13 @@ def open_scan(path: str | Path) -> Scan:
     ScanFormatError
         If it is none that can be read, or not one 3-D volume of real numbers on a usable grid.
     """
-    scan = open_labels(path)
+    scan = open_labels(path, series=series)
     for doubt in scan.doubts:
         notices.warn(doubt)
     return scan
 
 
-def open_labels(path: str | Path) -> Scan:
+def open_labels(path: str | Path, *, series: str | None = None) -> Scan:
     """Read the header of a label map; as `open_scan`, but without a warning.
 
     It must lie on the grid of its scan, of which whoever opens that is warned.
@@ -170,14 +188,25 @@ def open_labels(path: str | Path) -> Scan:
     path = Path(path)
     if not path.exists():
         raise ScanNotFoundError(f"{path} does not exist.")
-    if not path.is_file():
-        what = "a folder" if path.is_dir() else "no regular file"
-        raise ScanFormatError(f"{path} is {what}; give a file: {_known()}.")
+    if not (path.is_file() or path.is_dir()):
+        raise ScanFormatError(f"{path} is no regular file; give a file or folder on a disk.")
     name = path.name.lower()
     reader = next((READERS[end] for end in READERS if name.endswith(end)), None)
-    if reader is None:
-        raise ScanFormatError(f"{path} has an unknown extension; known are {_known()}.")
-    file = reader(path)
+    file: ScanFile
+    if reader is not None and path.is_file():
+        if series is not None:
+            raise ScanFormatError(f"{path} is no DICOM and has no series; leave --series out.")
+        file = reader(path)
+    elif path.is_dir() or (path.is_file() and (is_zip(path) or is_dicom(path))):
+        # Importing the codecs takes as long as reading the header of any other format.
+        from kpt_dask.scans.dicom import open_dicom
+
+        file = open_dicom(path, series)
+    else:
+        raise ScanFormatError(
+            f"{path} is nothing that can be read; known are DICOM (a folder, a zip or a file),"
+            f" {', '.join(READERS)}."
+        )
     return Scan(path, file.grid, file.dtype, file)
 
 
@@ -222,7 +251,3 @@ def check_ending(path: str | Path) -> None:
         raise ScanFormatError(
             f"{path} has an unknown extension; write labels to a {' or '.join(LABEL_ENDINGS)} file."
         )
-
-
-def _known() -> str:
-    return ", ".join(READERS)

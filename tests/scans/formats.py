@@ -1,5 +1,6 @@
 """Every format of scans: how a test writes it, and who judges what was read."""
 
+import zipfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -7,7 +8,11 @@ from typing import Any
 
 import nibabel as nib
 import numpy as np
+import SimpleITK
 from numpy.typing import NDArray
+from pydicom import uid
+
+from tests.scans.dicom_writer import write_enhanced, write_folder, write_zip
 
 Array = NDArray[Any]
 
@@ -59,6 +64,41 @@ def nifti(kind: Any) -> Callable[[Path, Array, Array], None]:
     return write
 
 
+def by_simpleitk(path: Path) -> tuple[Array, Array]:
+    if path.is_dir():
+        names = SimpleITK.ImageSeriesReader.GetGDCMSeriesFileNames(str(path))
+        image = SimpleITK.ReadImage(names)
+    else:
+        image = SimpleITK.ReadImage(str(path))
+    affine = np.eye(4)
+    affine[:3, :3] = np.reshape(image.GetDirection(), (3, 3)) * image.GetSpacing()
+    affine[:3, 3] = image.GetOrigin()
+    return SimpleITK.GetArrayFromImage(image), affine
+
+
+def by_simpleitk_unzipped(path: Path) -> tuple[Array, Array]:
+    with zipfile.ZipFile(path) as archive:
+        archive.extractall(path.with_suffix(".d"))
+    return by_simpleitk(path.with_suffix(".d") / "DICOM")
+
+
+def simpleitk(compressed: bool) -> Callable[[Path, Array, Array], None]:
+    def write(path: Path, values: Array, affine: Array) -> None:
+        image = SimpleITK.GetImageFromArray(values)
+        spacing = np.sqrt((affine[:3, :3] ** 2).sum(axis=0))
+        image.SetSpacing(spacing.tolist())
+        image.SetDirection((affine[:3, :3] / spacing).ravel().tolist())
+        image.SetOrigin(affine[:3, 3].tolist())
+        SimpleITK.WriteImage(image, str(path), compressed)
+
+    return write
+
+
+def in_jpeg(path: Path, values: Array, affine: Array) -> None:
+    # GDCM crashes where it makes tiny images of JPEG 2000, but none of this.
+    write_folder(path, values, affine, uid.JPEGLosslessSV1)
+
+
 FORMATS = [
     Format("nifti", ".nii", nifti(nib.Nifti1Image), by_nibabel, sheared=True),
     Format("nifti gz", ".nii.gz", nifti(nib.Nifti1Image), by_nibabel, sheared=True),
@@ -66,4 +106,16 @@ FORMATS = [
     Format("pair", ".img", nifti(nib.Nifti1Pair), by_nibabel, sheared=True),
     Format("pair, by its header", ".hdr", nifti(nib.Nifti1Pair), by_nibabel, sheared=True),
     Format("pair gz", ".img.gz", nifti(nib.Nifti1Pair), by_nibabel, sheared=True),
+    Format("nrrd", ".nrrd", simpleitk(False), by_simpleitk),
+    Format("nrrd gz", ".nrrd", simpleitk(True), by_simpleitk),
+    Format("nhdr", ".nhdr", simpleitk(False), by_simpleitk),
+    Format("nhdr gz", ".nhdr", simpleitk(True), by_simpleitk),
+    Format("mha", ".mha", simpleitk(False), by_simpleitk),
+    Format("mha zlib", ".mha", simpleitk(True), by_simpleitk),
+    Format("mhd", ".mhd", simpleitk(False), by_simpleitk),
+    Format("mhd zlib", ".mhd", simpleitk(True), by_simpleitk),
+    Format("DICOM folder", "", write_folder, by_simpleitk),
+    Format("DICOM folder, JPEG", "", in_jpeg, by_simpleitk),
+    Format("DICOM zip", ".zip", write_zip, by_simpleitk_unzipped),
+    Format("DICOM enhanced", ".dcm", write_enhanced, by_simpleitk),
 ]

@@ -157,7 +157,7 @@ def test_what_is_something_else_is_refused(form: Format, content: bytes, tmp_pat
     refused(path)
 
 
-@settings(quick, max_examples=40)
+@settings(quick, max_examples=12)
 @given(data=st.data())
 def test_damaged_bytes_end_in_a_sentence_or_in_voxels(
     form: Format, data: st.DataObject, tmp_path: Path

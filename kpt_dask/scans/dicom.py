@@ -1,0 +1,302 @@
+"""DICOM: a series of slices as one volume, in HU, decoded slice by slice.
+
+Voxels are HU by the slope and intercept of each slice; MONOCHROME1 says how to show them and
+changes none. What a slice calls padding becomes air.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+from numpy.typing import NDArray
+from pydicom import encaps, uid
+from pydicom.dataset import Dataset, FileMetaDataset
+from pydicom.pixels.utils import pixel_array
+
+from kpt_dask.errors import ScanFormatError
+from kpt_dask.grid import Grid
+from kpt_dask.runtime import progress
+from kpt_dask.scans import jpeg_lossless, voxel_stream
+from kpt_dask.scans.dicom_files import DAMAGE, ENDINGS, DicomFiles, find_files
+from kpt_dask.scans.dicom_header import (
+    NATIVE,
+    UNDEFINED,
+    Frame,
+    Header,
+    padding_of,
+    quiet,
+    read_header,
+)
+from kpt_dask.scans.dicom_series import choose_series, in_order
+from kpt_dask.scans.placement import check_grid, header_of
+
+AIR = -1000.0
+"""HU; what padding becomes."""
+
+TISSUE = -200.0, 300.0
+"""HU; padding of such a value may be tissue."""
+
+FLOAT: np.dtype[Any] = np.dtype(np.float32)
+
+CODECS = {
+    uid.RLELossless: "pydicom",
+    uid.JPEGBaseline8Bit: "pillow",
+    uid.JPEGLSLossless: "pyjpegls",
+    uid.JPEGLSNearLossless: "pyjpegls",
+    uid.JPEG2000Lossless: "pylibjpeg",
+    uid.JPEG2000: "pylibjpeg",
+}
+"""Which of pydicom's plugins decodes what. GDCM is none of them: damaged data end the process."""
+
+LOSSLESS_JPEG = uid.JPEGLossless, uid.JPEGLosslessSV1
+
+
+@dataclass(frozen=True, eq=False)
+class DicomFile:
+    """A CT series whose headers have been read; see `kpt_dask.scans.contract.ScanFile`.
+
+    Attributes
+    ----------
+    path : Path
+        The folder, file or zip.
+    grid : Grid
+        Where the voxels lie; sheared for a tilted gantry.
+    frames : list of Frame
+        The slices, in order.
+    files : DicomFiles
+        Where they are.
+    doubts : tuple of str
+        What the headers leave open, one sentence each.
+    """
+
+    path: Path
+    grid: Grid
+    frames: list[Frame]
+    files: DicomFiles
+    doubts: tuple[str, ...]
+    dtype: np.dtype[Any] = FLOAT
+    slope: float = 1.0
+    intercept: float = 0.0
+
+    @property
+    def header(self) -> Any:
+        """NIfTI header for label maps on this grid."""
+        return header_of(self.grid)
+
+    def slabs(self) -> Iterator[NDArray[np.float32]]:
+        """Stream HU; see `kpt_dask.scans.contract.ScanFile`."""
+        planes, rows, columns = self.grid.shape
+        step = max(1, voxel_stream.SLAB_BYTES // (rows * columns * 4))
+        with self.files.reading() as opener:
+            opened: Header | None = None
+            file: BinaryIO | None = None
+            try:
+                for begin in range(0, planes, step):
+                    group = self.frames[begin : begin + step]
+                    slab = np.empty((len(group), rows, columns), np.float32)
+                    for plane, frame in zip(slab, group, strict=True):
+                        if frame.header is not opened:
+                            if file is not None:
+                                file.close()
+                            file = _open(self.files, opener, frame)
+                            opened = frame.header
+                        assert file is not None
+                        _decode(file, frame, plane)
+                    yield slab
+            finally:
+                if file is not None:
+                    file.close()
+
+
+def open_dicom(path: Path, series: str | None = None) -> DicomFile:
+    """Read the headers of a CT series.
+
+    Parameters
+    ----------
+    path : Path
+        A folder with everything below it, a zip, or one file.
+    series : str, optional
+        UID of the series, needed where there are several.
+
+    Raises
+    ------
+    ScanFormatError
+        If no single CT series on a regular grid is found; the slice at fault is named.
+    """
+    files = find_files(path)
+    headers = _headers(files)
+    chosen, doubts = choose_series(path, headers, series)
+    frames, grid, more = in_order(path, chosen)
+    check_grid(path, grid)
+    doubts += [*more, *_open_questions(path, frames)]
+    return DicomFile(path, grid, frames, files, tuple(doubts))
+
+
+def _headers(files: DicomFiles) -> list[Header]:
+    headers = []
+    # A single file was meant, whatever its name.
+    with (
+        files.reading() as opener,
+        progress.stage("Reading headers", total=len(files.names)) as advance,
+    ):
+        for name in files.names:
+            must = not name or name.lower().endswith(ENDINGS)
+            shown = files.shown(name)
+            try:
+                with opener(name) as file:
+                    header = read_header(file, name, shown, must=must)
+            except DAMAGE as error:
+                raise ScanFormatError(f"{shown} cannot be read ({error}).") from error
+            if header is not None:
+                headers.append(header)
+            advance(1)
+    return headers
+
+
+def _open_questions(path: Path, frames: list[Frame]) -> list[str]:
+    doubts = []
+    first = frames[0].header
+    kinds = {frame.header.text("RescaleType") for frame in frames} - {"", "HU"}
+    if kinds:
+        doubts.append(f"{path} says that its values are {', '.join(sorted(kinds))}, not HU.")
+    if "RescaleIntercept" not in first.dataset and first.n_frames == 1:
+        doubts.append(
+            f"{path} has no RescaleIntercept, so its values are taken for HU as they stand."
+        )
+    padding = padding_of(first)
+    if padding is not None:
+        low, high = (value * frames[0].slope + frames[0].intercept for value in padding)
+        if min(low, high) < TISSUE[1] and max(low, high) > TISSUE[0]:
+            doubts.append(
+                f"{path} says that {low:g} HU is padding, which becomes air, but tissue has such"
+                " values too."
+            )
+    return doubts
+
+
+def _open(files: DicomFiles, opener: Any, frame: Frame) -> BinaryIO:
+    try:
+        return files.whole(opener, frame.header.name)
+    except DAMAGE as error:
+        raise ScanFormatError(f"{frame.header.shown} cannot be read ({error}).") from error
+
+
+def _decode(file: BinaryIO, frame: Frame, out: NDArray[np.float32]) -> None:
+    """Decode a frame into HU."""
+    header = frame.header
+    try:
+        stored = _native(file, frame) if header.syntax in NATIVE else _compressed(file, frame)
+    except ScanFormatError:
+        raise
+    except Exception as error:  # decoders raise many kinds on damaged files
+        said = " ".join(str(error).split())[:200]
+        raise ScanFormatError(f"{frame.shown} has damaged pixels ({said}).") from error
+    if stored.shape != out.shape:
+        raise ScanFormatError(
+            f"{frame.shown} unpacks to {stored.shape[0]} × {stored.shape[1]} pixels, its header"
+            f" says {out.shape[0]} × {out.shape[1]}; get a new copy."
+        )
+    values = stored.astype(np.float32)
+    values *= np.float32(frame.slope)
+    values += np.float32(frame.intercept)
+    padding = padding_of(header)
+    if padding is not None:
+        values[(stored >= padding[0]) & (stored <= padding[1])] = AIR
+    out[...] = values
+
+
+def _native(file: BinaryIO, frame: Frame) -> NDArray[Any]:
+    header = frame.header
+    rows, columns = header.whole("Rows"), header.whole("Columns")
+    bits, stored_bits = header.whole("BitsAllocated"), header.whole("BitsStored")
+    order = ">" if header.syntax == uid.ExplicitVRBigEndian else "<"
+    signed = header.whole("PixelRepresentation", 0)
+    dtype = np.dtype(f"{order}{'i' if signed else 'u'}{bits // 8}")
+    size = rows * columns * dtype.itemsize
+    if header.length != UNDEFINED and header.length < (frame.index + 1) * size:
+        raise ScanFormatError(
+            f"{frame.shown} holds {header.length} bytes of pixels, less than {rows} × {columns};"
+            " get a new copy."
+        )
+    file.seek(header.at + frame.index * size)
+    data = file.read(size)
+    if len(data) < size:
+        raise ScanFormatError(
+            f"{frame.shown} is truncated: it ends before its last pixel; get a new copy."
+        )
+    values = np.frombuffer(data, dtype).reshape(rows, columns)
+    return _sign_extended(values, bits - stored_bits)
+
+
+def _sign_extended(values: NDArray[Any], unused: int) -> NDArray[Any]:
+    """Clear the bits above those stored, which overlays may use."""
+    if unused == 0:
+        return values
+    native = values.astype(values.dtype.newbyteorder("="))
+    return (native << unused) >> unused
+
+
+def _compressed(file: BinaryIO, frame: Frame) -> NDArray[Any]:
+    header = frame.header
+    if header.length != UNDEFINED:
+        raise ScanFormatError(f"{frame.shown} has pixels that are not compressed as it says.")
+    file.seek(header.at)
+    data = encaps.get_frame(file, frame.index, number_of_frames=header.n_frames)
+    rows, columns = header.whole("Rows"), header.whole("Columns")
+    if header.syntax != uid.RLELossless and (said := _codestream_size(data)) != (rows, columns):
+        found = "damaged" if said is None else f"{said[0]} × {said[1]} pixels"
+        raise ScanFormatError(
+            f"{frame.shown} holds a compressed image that is {found}, its header says"
+            f" {rows} × {columns}; get a new copy."
+        )
+    if header.syntax in LOSSLESS_JPEG:
+        return _lossless_jpeg(data, header)
+    single = Dataset()
+    single.file_meta = FileMetaDataset()
+    single.file_meta.TransferSyntaxUID = uid.UID(header.syntax)
+    single.Rows, single.Columns = rows, columns
+    single.SamplesPerPixel = 1
+    single.PhotometricInterpretation = "MONOCHROME2"
+    single.BitsAllocated = header.whole("BitsAllocated")
+    single.BitsStored = header.whole("BitsStored")
+    single.HighBit = single.BitsStored - 1
+    single.PixelRepresentation = header.whole("PixelRepresentation", 0)
+    single.PixelData = encaps.encapsulate([data])
+    single["PixelData"].VR = "OB"
+    quiet()
+    values = pixel_array(single, raw=True, decoding_plugin=CODECS[uid.UID(header.syntax)])
+    return _sign_extended(values, single.BitsAllocated - single.BitsStored)
+
+
+def _lossless_jpeg(data: bytes, header: Header) -> NDArray[Any]:
+    bits, stored_bits = header.whole("BitsAllocated"), header.whole("BitsStored")
+    if bits > 16:
+        raise ValueError(f"lossless JPEG of {bits} bits")
+    values = jpeg_lossless.decode(data).astype(f"u{bits // 8}")
+    if header.whole("PixelRepresentation", 0):
+        values = values.view(f"i{bits // 8}")
+    return _sign_extended(values, bits - stored_bits)
+
+
+def _codestream_size(data: bytes) -> tuple[int, int] | None:
+    """Say how many rows and columns a JPEG, JPEG-LS or JPEG 2000 image has of itself."""
+
+    def number(at: int, size: int) -> int:
+        return int.from_bytes(data[at : at + size], "big")
+
+    at = data.find(b"\xff\x4f\xff\x51", 0, 4096)
+    if at >= 0:
+        right, bottom, left, top = (number(at + 8 + 4 * i, 4) for i in range(4))
+        return bottom - top, right - left
+    at = 2
+    while data[:2] == b"\xff\xd8" and at + 9 <= len(data) and data[at] == 0xFF:
+        marker = data[at + 1]
+        if marker == 0xFF:
+            at += 1
+        elif marker == 0xF7 or (0xC0 <= marker <= 0xCF and marker not in (0xC4, 0xC8, 0xCC)):
+            return number(at + 5, 2), number(at + 7, 2)
+        else:
+            at += 2 + max(2, number(at + 2, 2))
+    return None

@@ -1,0 +1,187 @@
+"""Files of a DICOM scan, wherever they lie: one file, a folder with all below it, or a zip.
+
+Knows nothing of what is in them but the four letters that mark DICOM.
+"""
+
+import os
+import stat
+import zipfile
+import zlib
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from io import BytesIO
+from pathlib import Path, PurePosixPath
+from typing import BinaryIO, cast
+
+from kpt_dask.errors import ScanFormatError, ScanNotFoundError
+
+ENDINGS = ".dcm", ".dicom", ".ima"
+"""Of files that must be DICOM; others are looked at."""
+
+MOST_FILES = 200_000
+"""Of one scan; more lie below a folder that was not meant."""
+
+LARGEST_MEMBER = 256 << 20
+"""Bytes of a file in a zip, which is unpacked in memory."""
+
+MOST_COMPRESSED = 1032
+"""Deflate cannot shrink data more than this."""
+
+_MARK, _MARK_AT = b"DICM", 128
+_BARE = b"\x02\x00", b"\x08\x00"
+"""How a data set begins that has no preamble: with group 2 or 8."""
+
+DAMAGE = (OSError, EOFError, zipfile.BadZipFile, zlib.error, NotImplementedError, RuntimeError)
+"""What reading a file or a member of a zip ends with."""
+
+Open = Callable[[str], BinaryIO]
+
+
+@dataclass(frozen=True)
+class DicomFiles:
+    """The files that may belong to a scan.
+
+    Attributes
+    ----------
+    path : Path
+        The file, folder or zip.
+    names : tuple of str
+        Of files, relative to `path`; "" for a single file.
+    """
+
+    path: Path
+    names: tuple[str, ...]
+
+    def shown(self, name: str) -> str:
+        """Name a file in a sentence."""
+        return str(self.path / name) if name else str(self.path)
+
+    @contextmanager
+    def reading(self) -> Iterator[Open]:
+        """Give a function that opens a file by its name, as a stream that can seek."""
+        if not is_zip(self.path):
+            yield lambda name: (self.path / name if name else self.path).open("rb")
+            return
+        with zipfile.ZipFile(self.path) as archive:
+            yield lambda name: cast(BinaryIO, archive.open(name))
+
+    def whole(self, opener: Open, name: str) -> BinaryIO:
+        """Open a file for reading here and there: a member of a zip is unpacked first."""
+        file = opener(name)
+        if not is_zip(self.path):
+            return file
+        with file:
+            return BytesIO(file.read(LARGEST_MEMBER))
+
+
+def is_zip(path: Path) -> bool:
+    """Whether a path names a zip."""
+    return path.name.lower().endswith(".zip")
+
+
+def is_dicom(path: Path) -> bool:
+    """Whether a file that exists is DICOM, by its name or by its mark."""
+    if path.name.lower().endswith(ENDINGS):
+        return True
+    try:
+        with path.open("rb") as file:
+            return looks_like_dicom(file.read(_MARK_AT + len(_MARK)))
+    except OSError:
+        return False
+
+
+def looks_like_dicom(start: bytes) -> bool:
+    """Whether the first bytes of a file, 132 or more, are those of DICOM."""
+    return start[_MARK_AT:].startswith(_MARK) or start.startswith(_BARE)
+
+
+def find_files(path: Path) -> DicomFiles:
+    """List what may belong to a scan; links to folders are not followed.
+
+    Raises
+    ------
+    ScanNotFoundError
+        If a folder or a zip holds no file.
+    ScanFormatError
+        If a zip is damaged, encrypted or unpacks to far more than a zip can, or there are too many
+        files.
+    """
+    if is_zip(path):
+        names = _in_zip(path)
+    elif path.is_dir():
+        names = _in_folder(path)
+    else:
+        return DicomFiles(path, ("",))
+    if not names:
+        raise ScanNotFoundError(f"{path} holds no file; give the folder or zip of a DICOM series.")
+    return DicomFiles(path, tuple(sorted(names)))
+
+
+def _in_folder(path: Path) -> list[str]:
+    names = []
+
+    def fail(error: OSError) -> None:
+        raise ScanFormatError(
+            f"{error.filename} cannot be read ({error.strerror}), so slices may be missing."
+        ) from error
+
+    for folder, below, files in os.walk(path, onerror=fail):
+        below[:] = [name for name in below if not name.startswith(".")]
+        for name in files:
+            file = Path(folder, name)
+            if _hidden(name):
+                continue
+            try:
+                regular = stat.S_ISREG(file.stat().st_mode)
+            except OSError as error:
+                if name.lower().endswith(ENDINGS):
+                    raise ScanFormatError(
+                        f"{file} cannot be read ({error.strerror}), so a slice may be missing."
+                    ) from error
+                continue
+            if regular:
+                names.append(str(file.relative_to(path)))
+        if len(names) > MOST_FILES:
+            raise ScanFormatError(
+                f"More than {MOST_FILES} files lie below {path}; give the folder of one series."
+            )
+    return names
+
+
+def _in_zip(path: Path) -> list[str]:
+    try:
+        with zipfile.ZipFile(path) as archive:
+            members = [
+                member
+                for member in archive.infolist()
+                if not member.is_dir() and not _hidden(member.filename)
+            ]
+        size = path.stat().st_size
+    except DAMAGE as error:
+        raise ScanFormatError(f"{path} is no zip, or damaged ({error}); get a new copy.") from error
+    except ValueError as error:
+        raise ScanFormatError(f"{path} is damaged ({error}); get a new copy.") from error
+    if any(member.flag_bits & 1 for member in members):
+        raise ScanFormatError(f"{path} is encrypted; unpack it and give the folder.")
+    if len(members) > MOST_FILES:
+        raise ScanFormatError(f"{path} holds more than {MOST_FILES} files; give one series.")
+    if sum(member.file_size for member in members) > MOST_COMPRESSED * size:
+        raise ScanFormatError(f"{path} says that it unpacks to more than a zip can; it is damaged.")
+    for member in members:
+        if member.file_size > LARGEST_MEMBER:
+            raise ScanFormatError(
+                f"{path}/{member.filename} is larger than {LARGEST_MEMBER >> 20} MiB; unpack the"
+                " zip and give the folder."
+            )
+    return [member.filename for member in members]
+
+
+def _hidden(name: str) -> bool:
+    """Whether a file is one of those that systems leave everywhere, or a directory of DICOM."""
+    path = PurePosixPath(name)
+    return (
+        path.name.startswith(".")
+        or "__MACOSX" in path.parts
+        or path.name.upper() in ("DICOMDIR", "THUMBS.DB")
+    )

@@ -1,0 +1,235 @@
+"""Which files make a scan: one CT series, its slices in order, on one regular grid."""
+
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from kpt_dask.errors import ScanFormatError
+from kpt_dask.grid import Grid
+from kpt_dask.scans.dicom_header import COMPRESSED, MOST_PIXELS, NATIVE, Frame, Header
+
+MOST_LISTED = 12
+"""Series that a sentence lists."""
+
+UNEVEN = 0.1
+"""Of the slices' distance: how far a slice may be from its place on the regular grid. Positions are
+rounded to 0.1 mm by some scanners; the keypoints are not found more exactly either."""
+
+SAME_PLACE = 0.01
+"""mm; slices that are no farther apart are at the same place."""
+
+SAME_DIRECTION = 1e-3
+"""Difference of direction cosines: half a pixel across a slice of 512."""
+
+
+def choose_series(
+    path: Path, headers: Iterable[Header], series: str | None
+) -> tuple[list[Header], list[str]]:
+    """Choose the CT series of a folder.
+
+    Parameters
+    ----------
+    path : Path
+        Named in what is said.
+    headers : iterable of Header
+        Of all images.
+    series : str, optional
+        UID of the one that is wanted.
+
+    Returns
+    -------
+    chosen : list of Header
+        Without localizers.
+    doubts : list of str
+        What was left out, one sentence each.
+
+    Raises
+    ------
+    ScanFormatError
+        If there is no CT series, or several and none was named.
+    """
+    found: dict[str, list[Header]] = {}
+    for header in headers:
+        found.setdefault(header.series, []).append(header)
+    if not found:
+        raise ScanFormatError(f"{path} holds no DICOM image; give the folder of a CT series.")
+    if series is not None:
+        if series not in found:
+            raise ScanFormatError(
+                f"{path} holds no series {series}; it holds {_listed(found.values())}."
+            )
+        found = {series: found[series]}
+    usable = {uid: kept for uid, group in found.items() if (kept := _of_ct(group))}
+    if not usable:
+        raise ScanFormatError(
+            f"{path} holds no slices of a CT, but {_listed(found.values())}; only CT has HU."
+        )
+    # A single plane beside a scan is a picture of it.
+    several = [uid for uid, group in usable.items() if sum(h.n_frames for h in group) > 1]
+    if len(several) > 1 or (not several and len(usable) > 1):
+        raise ScanFormatError(
+            f"{path} holds {len(usable)} CT series: {_listed(usable.values())}; choose one with"
+            " --series UID."
+        )
+    [uid] = several or usable
+    chosen, doubts = usable[uid], []
+    if len(chosen) < len(found[uid]):
+        left = next(header for header in found[uid] if header not in chosen)
+        doubts.append(
+            f"{path}: {len(found[uid]) - len(chosen)} images of the series are no slices of a CT"
+            f" and are left out, {left.shown} among them."
+        )
+    return chosen, doubts
+
+
+def _of_ct(group: Sequence[Header]) -> list[Header]:
+    return [header for header in group if header.is_ct and not header.is_localizer]
+
+
+def _listed(groups: Iterable[Sequence[Header]]) -> str:
+    """Name series: UID, modality, description, number of images."""
+    told = []
+    for group in groups:
+        first, n = group[0], sum(header.n_frames for header in group)
+        said = [first.text("Modality") or "no modality", first.text("SeriesDescription")]
+        kind = "localizer" if all(header.is_localizer for header in group) else ""
+        images = f"{n} image{'s' * (n != 1)}"
+        about = ", ".join(filter(None, [*said, kind, images]))
+        told.append(f"{first.series or 'no UID'} ({about})")
+    rest = len(told) - MOST_LISTED
+    return ", ".join(told[:MOST_LISTED]) + (f" and {rest} more" if rest > 0 else "")
+
+
+def in_order(path: Path, headers: Sequence[Header]) -> tuple[list[Frame], Grid, list[str]]:
+    """Put the slices of a series in order, from first to last along the normal.
+
+    Returns
+    -------
+    frames : list of Frame
+        Each slice once.
+    grid : Grid
+        On which they lie; sheared for a tilted gantry.
+    doubts : list of str
+        What is left open, one sentence each.
+
+    Raises
+    ------
+    ScanFormatError
+        If they are no regular grid: the slice at fault is named.
+    """
+    for header in headers:
+        _check_pixels(header, headers[0])
+    frames = [frame for header in headers for frame in header.frames()]
+    first, doubts = frames[0], []
+    for frame in frames:
+        lengths = np.sqrt((first.axes**2).sum(axis=1))
+        if np.abs((frame.axes - first.axes) / lengths[:, None]).max() > SAME_DIRECTION:
+            same = np.allclose(np.sqrt((frame.axes**2).sum(axis=1)), lengths, rtol=SAME_DIRECTION)
+            what = "another orientation" if same else "another PixelSpacing"
+            raise ScanFormatError(
+                f"{frame.shown} has {what} than {first.shown}; keep slices of one kind only."
+            )
+    normal = np.cross(*first.axes)
+    normal /= np.sqrt(normal @ normal)
+    at = np.array([frame.position @ normal for frame in frames])
+    order = np.argsort(at, kind="stable")
+    frames, at = [frames[i] for i in order], at[order]
+    frames, at, left_out = _once(frames, at)
+    if left_out:
+        doubts.append(f"{path}: {left_out} copies of slices that occur twice are left out.")
+    step = _step(path, frames, at, normal)
+    if len(frames) == 1:
+        doubts.append(
+            f"{path} is a single slice; give the folder of its series to read the whole scan."
+        )
+    affine = np.eye(4)
+    # Columns (k, j, i), rows (z, y, x).
+    columns = np.stack([step, first.axes[1], first.axes[0]], axis=1)
+    affine[:3, :3] = columns[::-1]
+    affine[:3, 3] = frames[0].position[::-1]
+    shape = len(frames), first.header.whole("Rows"), first.header.whole("Columns")
+    return frames, Grid(shape, affine), doubts
+
+
+def _once(
+    frames: list[Frame], at: NDArray[np.float64]
+) -> tuple[list[Frame], NDArray[np.float64], int]:
+    """Leave out further copies of a slice; refuse different slices at one place."""
+    kept = [0]
+    for i in range(1, len(frames)):
+        last, frame = frames[kept[-1]], frames[i]
+        if at[i] - at[kept[-1]] > SAME_PLACE:
+            kept.append(i)
+        elif last.header.instance != frame.header.instance or not last.header.instance:
+            raise ScanFormatError(
+                f"{frame.shown} lies at the same place as {last.shown}; keep one of them (or one"
+                " phase, if the series has several)."
+            )
+        elif last.header is frame.header:
+            raise ScanFormatError(f"{frame.shown} lies at the same place as {last.shown}.")
+    return [frames[i] for i in kept], at[kept], len(frames) - len(kept)
+
+
+def _step(
+    path: Path, frames: list[Frame], at: NDArray[np.float64], normal: NDArray[np.float64]
+) -> NDArray[np.float64]:
+    """Give the step from slice to slice; refuse a slice that is missing or out of line."""
+    if len(frames) == 1:
+        if frames[0].thickness <= 0:
+            raise ScanFormatError(
+                f"{path} is a single slice that does not say how thick it is (SliceThickness);"
+                " give the folder of its series."
+            )
+        return normal * frames[0].thickness
+    gaps = np.diff(at)
+    usual = float(np.median(gaps))
+    for i in np.flatnonzero(np.abs(gaps - usual) > 2 * UNEVEN * usual):
+        raise ScanFormatError(
+            f"{frames[i + 1].shown} lies {gaps[i]:.4g} mm from {frames[i].shown}, other slices"
+            f" {usual:.4g} mm from each other: slices are "
+            f"{'missing between them' if gaps[i] > usual else 'unevenly spaced'}; complete the"
+            " series, or resample it to even spacing."
+        )
+    places = np.array([frame.position for frame in frames])
+    step: NDArray[np.float64] = (places[-1] - places[0]) / (len(frames) - 1)
+    off = np.sqrt(((places - places[0] - np.arange(len(frames))[:, None] * step) ** 2).sum(axis=1))
+    worst = int(off.argmax())
+    if off[worst] > max(UNEVEN * usual, SAME_PLACE):
+        raise ScanFormatError(
+            f"{frames[worst].shown} lies {off[worst]:.3g} mm beside its place in a row of evenly"
+            " spaced slices; complete the series, or resample it to even spacing."
+        )
+    return step
+
+
+def _check_pixels(header: Header, first: Header) -> None:
+    """Refuse pixels that are not read, or differ from those of the first file."""
+    shown = header.shown
+    if header.syntax not in (*NATIVE, *COMPRESSED):
+        raise ScanFormatError(
+            f"{shown} has the transfer syntax {header.syntax}, which is not read; convert it with"
+            " gdcmconv --raw or dcmconv."
+        )
+    rows, columns = header.whole("Rows"), header.whole("Columns")
+    if rows < 1 or columns < 1 or rows * columns > MOST_PIXELS:
+        raise ScanFormatError(f"{shown} has {rows} × {columns} pixels, which no scanner makes.")
+    if (rows, columns) != (first.whole("Rows"), first.whole("Columns")):
+        raise ScanFormatError(
+            f"{shown} has {rows} × {columns} pixels, {first.shown}"
+            f" {first.whole('Rows')} × {first.whole('Columns')}; keep slices of one size only."
+        )
+    if header.whole("SamplesPerPixel", 1) != 1:
+        raise ScanFormatError(f"{shown} is a colour picture, no CT; leave it out.")
+    bits, stored = header.whole("BitsAllocated"), header.whole("BitsStored")
+    if (
+        bits not in (8, 16, 32)
+        or not 1 <= stored <= bits
+        or header.whole("HighBit", stored - 1) != stored - 1
+        or header.whole("PixelRepresentation", 0) not in (0, 1)
+    ):
+        raise ScanFormatError(
+            f"{shown} has pixels of {stored} bits in {bits}, ending at bit"
+            f" {header.whole('HighBit', stored - 1)}, which is not read; convert it with dcm2niix."
+        )

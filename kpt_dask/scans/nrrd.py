@@ -1,0 +1,193 @@
+"""NRRD files: ``.nrrd`` with the voxels, ``.nhdr`` with the voxels in a file beside it.
+
+Source: the format's definition, https://teem.sourceforge.net/nrrd/format.html.
+"""
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from kpt_dask.errors import ScanFormatError
+from kpt_dask.scans.plain_header import (
+    PlainFile,
+    as_floats,
+    as_ints,
+    beside,
+    placed,
+    read_start,
+)
+from kpt_dask.scans.voxel_stream import Packing
+
+TYPES = {
+    "i1": ("signed char", "int8", "int8_t"),
+    "u1": ("uchar", "unsigned char", "uint8", "uint8_t"),
+    "i2": ("short", "short int", "signed short", "signed short int", "int16", "int16_t"),
+    "u2": ("ushort", "unsigned short", "unsigned short int", "uint16", "uint16_t"),
+    "i4": ("int", "signed int", "int32", "int32_t"),
+    "u4": ("uint", "unsigned int", "uint32", "uint32_t"),
+    "i8": (
+        "longlong",
+        "long long",
+        "long long int",
+        "signed long long",
+        "signed long long int",
+        "int64",
+        "int64_t",
+    ),
+    "u8": ("ulonglong", "unsigned long long", "unsigned long long int", "uint64", "uint64_t"),
+    "f4": ("float",),
+    "f8": ("double",),
+}
+"""Names of types of voxels."""
+
+ENCODINGS: dict[str, Packing] = {
+    "raw": "none",
+    "gzip": "gzip",
+    "gz": "gzip",
+    "bzip2": "bz2",
+    "bz2": "bz2",
+}
+
+SPACES = {
+    "left-posterior-superior": (1, 1, 1),
+    "lps": (1, 1, 1),
+    "right-anterior-superior": (-1, -1, 1),
+    "ras": (-1, -1, 1),
+    "left-anterior-superior": (1, -1, 1),
+    "las": (1, -1, 1),
+}
+"""Signs that take (x, y, z) of a space to LPS."""
+
+_VECTOR = re.compile(r"\(([^()]*)\)|none", re.IGNORECASE)
+
+
+@dataclass(frozen=True)
+class _Fields:
+    """Fields of a header, named in small letters."""
+
+    path: Path
+    values: dict[str, str]
+
+    def get(self, *names: str) -> str | None:
+        return next((self.values[name] for name in names if name in self.values), None)
+
+    def need(self, name: str) -> str:
+        value = self.get(name)
+        if value is None:
+            raise ScanFormatError(f"{self.path} has no field “{name}”; get a new copy.")
+        return value
+
+
+def open_nrrd(path: Path) -> PlainFile:
+    """Read an NRRD header.
+
+    Raises
+    ------
+    ScanFormatError
+        If the file is no NRRD, or not one 3-D volume of real numbers on a usable grid.
+    """
+    start, end = read_start(path, "NRRD", re.compile(rb"NRRD000[1-5]\r?\n"), rb"\r?\n\r?\n")
+    values = {}
+    for line in start.decode("utf-8", "replace").splitlines()[1:]:
+        # «key:=value» is a remark.
+        if not line.startswith("#") and ":=" not in line and ":" in line:
+            name, _, value = line.partition(":")
+            values[name.strip().lower()] = value.strip()
+    fields = _Fields(path, values)
+    sizes = as_ints(path, "sizes", fields.need("sizes"))
+    if as_ints(path, "dimension", fields.need("dimension")) != [len(sizes)]:
+        raise ScanFormatError(f"{path} has a “dimension” that is not the number of its “sizes”.")
+    columns, origin, doubts = _space(fields, sizes)
+    while len(sizes) > 3 and 1 in sizes:
+        # An axis of length 1 that is none of space: a list of one volume.
+        at = next((i for i, n in enumerate(sizes) if n == 1 and columns[i] is None), None)
+        if at is None:
+            break
+        del sizes[at], columns[at]
+    affine = np.eye(4)
+    affine[:3, 3] = origin
+    if len(sizes) == 3 and all(column is not None for column in columns):
+        affine[:3, :3] = np.stack([c for c in columns if c is not None], axis=1)
+    elif len(sizes) == 3:
+        raise ScanFormatError(f"{path} has an axis without a direction; give one 3-D volume.")
+    name = " ".join(fields.need("type").lower().split())
+    code = next((code for code, names in TYPES.items() if name in names), None)
+    if code is None:
+        raise ScanFormatError(f"{path} holds {name[:40]!r} voxels, not real numbers.")
+    dtype = np.dtype(code)
+    if dtype.itemsize > 1:
+        endian = fields.need("endian").lower()
+        if endian not in ("little", "big"):
+            raise ScanFormatError(f"{path} has the endian {endian[:40]!r}, which is none.")
+        dtype = dtype.newbyteorder("<" if endian == "little" else ">")
+    encoding = fields.need("encoding").lower()
+    if encoding not in ENCODINGS:
+        raise ScanFormatError(
+            f"{path} has the encoding {encoding[:40]!r}, which is not read; save it as gzip or raw."
+        )
+    skip = as_ints(path, "byte skip", fields.get("byte skip", "byteskip") or "0")
+    if fields.get("line skip", "lineskip") not in (None, "0"):
+        raise ScanFormatError(f"{path} has a “line skip”, which is not read; save it without.")
+    name_of_data = fields.get("data file", "datafile")
+    data = path if name_of_data is None else beside(path, name_of_data)
+    where = placed(path, sizes, affine)
+    return PlainFile.of(
+        path,
+        where,
+        dtype,
+        data=data,
+        packing=ENCODINGS[encoding],
+        start=end if name_of_data is None else 0,
+        skip=skip[0],
+        doubts=tuple(doubts),
+    )
+
+
+def _space(
+    fields: _Fields, sizes: list[int]
+) -> tuple[list[NDArray[np.float64] | None], NDArray[np.float64], list[str]]:
+    """Give the step along each axis, None for one that is none of space, and the origin, LPS."""
+    path, doubts = fields.path, []
+    space = fields.get("space")
+    guess = (
+        f"{path} does not say in which space it lies, so its orientation is a guess (LPS) and left"
+        " and right may be exchanged; make it anew from the DICOM series."
+    )
+    signs = np.ones(3)
+    if space is None:
+        doubts.append(guess)
+    elif space.lower() in SPACES:
+        signs = np.array(SPACES[space.lower()], np.float64)
+    else:
+        raise ScanFormatError(
+            f"{path} lies in the space {space[:60]!r}, which is none of a patient; save it as LPS."
+        )
+    given = fields.get("space directions")
+    columns: list[NDArray[np.float64] | None]
+    if given is not None:
+        found = list(_VECTOR.finditer(given))
+        if len(found) != len(sizes) or _VECTOR.sub("", given).strip():
+            raise ScanFormatError(f"{path} has damaged “space directions” ({given[:80]!r}).")
+        columns = [
+            None if match[1] is None else signs * _vector(path, "space directions", match[1])
+            for match in found
+        ]
+    else:
+        spacings = as_floats(path, "spacings", fields.get("spacings") or "", len(sizes))
+        if not doubts:
+            doubts.append(guess)
+        columns = [np.eye(3)[i] * length if i < 3 else None for i, length in enumerate(spacings)]
+    at = fields.get("space origin")
+    if at is None:
+        return columns, np.zeros(3), doubts
+    match = _VECTOR.fullmatch(at)
+    if match is None or match[1] is None:
+        raise ScanFormatError(f"{path} has a damaged “space origin” ({at[:80]!r}).")
+    return columns, signs * _vector(path, "space origin", match[1]), doubts
+
+
+def _vector(path: Path, name: str, text: str) -> NDArray[np.float64]:
+    return np.array(as_floats(path, name, text.replace(",", " "), 3))

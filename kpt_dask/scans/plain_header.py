@@ -1,0 +1,172 @@
+"""What NRRD and MetaImage share: a header of text, and voxels behind it or in another file."""
+
+import math
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from kpt_dask.errors import ScanFormatError
+from kpt_dask.grid import Grid
+from kpt_dask.scans.placement import check_grid, header_of, listed
+from kpt_dask.scans.voxel_stream import Packing, VoxelStream, guarded, open_stream
+
+LONGEST_HEADER = 1 << 20
+"""Bytes of text; a file without an end of its header is none."""
+
+MOST_DIGITS = 15
+"""Of a whole number; more voxels than that lie in no file."""
+
+
+@dataclass(frozen=True, eq=False)
+class PlainFile:
+    """A file whose header is text; see `kpt_dask.scans.contract.ScanFile`.
+
+    Attributes
+    ----------
+    path : Path
+        The file.
+    grid : Grid
+        Where the voxels lie.
+    voxels : VoxelStream
+        Where in which file they are.
+    doubts : tuple of str
+        What the header leaves open, one sentence each.
+    """
+
+    path: Path
+    grid: Grid
+    voxels: VoxelStream
+    doubts: tuple[str, ...]
+    slope: float = 1.0
+    intercept: float = 0.0
+
+    @classmethod
+    def of(
+        cls,
+        path: Path,
+        grid: Grid,
+        dtype: np.dtype[Any],
+        *,
+        data: Path,
+        packing: Packing,
+        start: int,
+        skip: int,
+        doubts: tuple[str, ...],
+    ) -> "PlainFile":
+        """Check that the voxels can be where a header says; a `skip` of -1 means at the end."""
+        size = math.prod(grid.shape) * dtype.itemsize
+        if skip < -1 or (skip == -1 and packing != "none"):
+            raise ScanFormatError(f"{path} says that voxels begin at byte {skip} of its data.")
+        if skip == -1:
+            start, skip = max(0, data.stat().st_size - size), 0
+        voxels = VoxelStream(data, grid.shape, dtype, packing, start, skip)
+        voxels.check()
+        return cls(path, grid, voxels, doubts)
+
+    @property
+    def dtype(self) -> np.dtype[Any]:
+        """Type of a stored voxel."""
+        return self.voxels.dtype
+
+    @property
+    def header(self) -> Any:
+        """NIfTI header for label maps on this grid."""
+        return header_of(self.grid)
+
+    def slabs(self) -> Any:
+        """Stream the stored voxels."""
+        return self.voxels.slabs()
+
+
+def read_start(path: Path, what: str, magic: re.Pattern[bytes], end: bytes) -> tuple[bytes, int]:
+    """Read a header of text.
+
+    Parameters
+    ----------
+    path : Path
+        The file.
+    what : str
+        Name of the format.
+    magic : Pattern
+        How it begins.
+    end : bytes
+        Regular expression of what ends the header; the end of the file does too.
+
+    Returns
+    -------
+    text : bytes
+        The header.
+    end : int
+        Where what follows it begins, bytes.
+    """
+    with open_stream(path, "none") as stream:
+        text: bytes = guarded(path, stream.read, LONGEST_HEADER)
+    if not magic.match(text):
+        raise ScanFormatError(f"{path} is no {what} file, or its beginning is lost.")
+    found = re.search(end, text)
+    if found is None and len(text) == LONGEST_HEADER:
+        raise ScanFormatError(f"{path} has no end of its header; it is damaged.")
+    stop = found.end() if found else len(text)
+    return text[:stop], stop
+
+
+def as_ints(path: Path, name: str, text: str) -> list[int]:
+    """Read whole numbers, at least one."""
+    words = text.split()
+    if not words or not all(re.fullmatch(rf"[+-]?\d{{1,{MOST_DIGITS}}}", word) for word in words):
+        raise ScanFormatError(f"{path} has a damaged “{name}” ({text[:80]!r}).")
+    return [int(word) for word in words]
+
+
+def as_floats(path: Path, name: str, text: str, n: int) -> list[float]:
+    """Read so many finite numbers."""
+    try:
+        values = [float(word) for word in text.split()]
+    except ValueError as error:
+        raise ScanFormatError(f"{path} has a damaged “{name}” ({text[:80]!r}).") from error
+    if len(values) != n or not np.isfinite(values).all():
+        raise ScanFormatError(f"{path} has a damaged “{name}” ({text[:80]!r}): {n} are needed.")
+    return values
+
+
+def beside(path: Path, name: str) -> Path:
+    """Find the file of the voxels."""
+    if not name or name.upper().split()[0] == "LIST" or "%" in name or len(name.split("\n")) > 1:
+        raise ScanFormatError(f"{path} has its voxels in several files; save it as one.")
+    data = path.parent / name
+    try:
+        found = data.is_file()
+    except (OSError, ValueError):
+        found = False
+    if not found:
+        raise ScanFormatError(f"{path} has its voxels in {name[:200]!r}, which is not beside it.")
+    return data
+
+
+def placed(path: Path, sizes: Sequence[int], affine: NDArray[np.float64]) -> Grid:
+    """Make the grid of a volume.
+
+    Parameters
+    ----------
+    path : Path
+        Named in what is said.
+    sizes : sequence of int
+        Number of voxels, fastest axis first.
+    affine : ndarray (4, 4)
+        From (i, j, k) to (x, y, z) LPS, mm.
+    """
+    if not sizes or min(sizes) < 1:
+        raise ScanFormatError(f"{path} has shape {listed(sizes)}: there are no voxels in it.")
+    if len(sizes) != 3:
+        raise ScanFormatError(
+            f"{path} is {len(sizes)}-dimensional ({listed(sizes)}); give one 3-D volume."
+        )
+    reverse = [2, 1, 0, 3]
+    grid = Grid((sizes[2], sizes[1], sizes[0]), affine[reverse][:, reverse])
+    check_grid(path, grid)
+    return grid
