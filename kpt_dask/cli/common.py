@@ -78,7 +78,9 @@ class Commands(click.Group):
         warnings.showwarning = _show_warning
         try:
             with notices.shown(_warn):
-                return super().invoke(ctx)
+                answer = super().invoke(ctx)
+                sys.stdout.flush()
+                return answer
         except (click.ClickException, click.exceptions.Exit, click.Abort):
             raise
         except KeyboardInterrupt:

@@ -47,6 +47,12 @@ def main() -> None:
     sys.unraisablehook = _repeat_interruption
     try:
         kpt()
+    except OSError as error:
+        # Of what is written outside of commands: --help.
+        if os.environ.get("KPT_DEBUG"):
+            raise
+        click.echo(f"kpt: {error.filename}: {error.strerror}.", err=True)
+        sys.exit(1)
     except SystemExit as end:
         if end.code not in {128 + signum for signum in ENDING}:
             raise

@@ -11,15 +11,19 @@ GONE = (errno.EPIPE, errno.EBADF, errno.EIO)
 
 
 class _Output(io.FileIO):
-    """A file descriptor of the process; what nobody reads is dropped."""
+    """A file descriptor of the process; what nobody reads is dropped, or follows an error."""
+
+    _failed = False
 
     def write(self, data: Any) -> int:
         """Write some bytes, or drop them all."""
         try:
             return super().write(data)
         except OSError as error:
-            if error.errno in GONE:
+            # Told once: at the end Python tries again to write what is left.
+            if error.errno in GONE or self._failed:
                 return len(data)
+            self._failed = True
             what = "standard output" if self.fileno() == 1 else "standard error"
             raise OSError(error.errno, error.strerror, what) from error
 

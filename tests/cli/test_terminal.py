@@ -132,6 +132,16 @@ def test_a_full_disk_under_standard_output_is_named(tmp_path: Path) -> None:
     assert "standard output" in done.stderr
 
 
+@pytest.mark.parametrize("arguments", ["--help", "atlas info {}", "atlas info {} --json"])
+def test_a_full_disk_under_standard_output_is_one_line(
+    body_store: AtlasStore, arguments: str
+) -> None:
+    command = f"{sys.executable} -m kpt_dask {arguments.format(body_store.url)} >/dev/full"
+    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, check=False)
+    said = "kpt: standard output: No space left on device.\n"
+    assert (done.returncode, done.stderr) == (1, said)
+
+
 def test_the_program_itself_ends_well_without_an_output(body_store: AtlasStore) -> None:
     for suffix in (">&-", "| true"):
         command = f"{sys.executable} -m kpt_dask atlas info {body_store.url} {suffix}"
