@@ -28,6 +28,16 @@ class Atlas:
         What the marker says.
     organ_table : OrganTable
         The organs of the store.
+
+    Examples
+    --------
+    >>> from atlas_store import AtlasStore
+    >>> store = AtlasStore.open("atlases")
+    >>> atlas = store["body_1"]
+    >>> atlas.labels.shape, atlas.info.spacing
+    ((110, 65, 80), (4.0, 4.0, 4.0))
+    >>> "liver" in atlas.organs
+    True
     """
 
     info: AtlasInfo

@@ -44,6 +44,15 @@ class AtlasKeypoints:
         Octave of the scale space.
     label : ndarray, shape (N,), uint16
         Label value of the organ it lies in, 0 for none.
+
+    Examples
+    --------
+    >>> from atlas_store import AtlasKeypoints, AtlasStore
+    >>> keypoints = AtlasKeypoints.load(AtlasStore.open("atlases"), ["body_1", "body_3"])
+    >>> keypoints.ids
+    ('body_1', 'body_3')
+    >>> keypoints.descriptor.shape == (keypoints.offsets[-1], 64)
+    True
     """
 
     ids: tuple[str, ...]

@@ -56,6 +56,15 @@ class Draft:
     group : zarr.Group
         To be filled with ``image/``, an OME-Zarr image with the label map
         ``image/labels/organs``. `commit` writes ``keypoints/``.
+
+    Examples
+    --------
+    >>> from atlas_store import AtlasStore
+    >>> store = AtlasStore.open("atlases")
+    >>> with store.draft("body_5", store.parameters) as draft:
+    ...     image = draft.group.create_group("image")
+    >>> "body_5" in store  # left without a commit
+    False
     """
 
     group: zarr.Group

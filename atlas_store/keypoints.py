@@ -103,6 +103,13 @@ def write_keypoints(group: zarr.Group, keypoints: xr.Dataset) -> None:
     ------
     KeypointsFormatError
         If a variable is missing, unknown, or not what `VARIABLES` says; nothing is written.
+
+    Examples
+    --------
+    >>> import zarr
+    >>> from atlas_store import read_keypoints, write_keypoints
+    >>> keypoints = read_keypoints(zarr.open_group("body_4.zarr/keypoints", mode="r"))
+    >>> write_keypoints(zarr.create_group("keypoints.zarr"), keypoints)
     """
     arrays = check_keypoints(keypoints)
     for name, values in arrays.items():
@@ -144,6 +151,14 @@ def read_keypoints(group: zarr.Group, labels: Collection[int] | None = None) -> 
     ------
     KeypointsFormatError
         If the group holds no keypoints, a newer version of them, or is damaged.
+
+    Examples
+    --------
+    >>> import zarr
+    >>> from atlas_store import read_keypoints
+    >>> keypoints = read_keypoints(zarr.open_group("body_4.zarr/keypoints", mode="r"))
+    >>> keypoints.descriptor.dims, keypoints.position.attrs["units"]
+    (('keypoint', 'bin'), 'mm')
     """
     objects = Objects(group.store, str(group.store_path))
     return as_dataset(read_arrays(objects, group.path, labels))

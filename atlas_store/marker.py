@@ -53,6 +53,12 @@ class OrganInfo:
         (z, y, x) in mm.
     keypoints : int
         Keypoints with its label; `Draft.commit` counts them.
+
+    Examples
+    --------
+    >>> from atlas_store import OrganInfo
+    >>> OrganInfo(6, ((0, 2), (3, 5), (4, 6)), (1.0, 8.0, 10.0)).slices
+    (slice(0, 2, None), slice(3, 5, None), slice(4, 6, None))
     """
 
     voxels: int
@@ -105,6 +111,14 @@ class AtlasInfo:
     scan_digest : str or None
         SHA-256 by which the scan is known, of its voxels on the working grid; None if a version
         that did not make one added the atlas.
+
+    Examples
+    --------
+    >>> from atlas_store import AtlasStore
+    >>> store = AtlasStore.open("atlases")
+    >>> info = store["body_1"].info
+    >>> info.shape, info.source
+    ((110, 65, 80), ('body_1_ct.nii.gz', 'body_1_seg.nii.gz'))
     """
 
     id: str

@@ -52,6 +52,12 @@ class Organ:
     ------
     OrganTableError
         If an attribute is out of range.
+
+    Examples
+    --------
+    >>> from atlas_store import Organ
+    >>> Organ(value=1, name="liver", nu=50.0, colour=(180, 90, 60)).name
+    'liver'
     """
 
     value: int
@@ -140,6 +146,13 @@ class OrganTable:
     OrganTableError
         If there is no organ, or two have the same label value, or names that are the same but for
         upper and lower case: people confuse these, and some file systems do.
+
+    Examples
+    --------
+    >>> from atlas_store import Organ, OrganTable
+    >>> table = OrganTable((Organ(1, "liver", 50.0, (180, 90, 60)),))
+    >>> table.by_value(1).name, "spleen" in table
+    ('liver', False)
     """
 
     organs: tuple[Organ, ...]
@@ -224,6 +237,12 @@ def load_organs(name_or_path: str | PathLike[str] = NAMED_TABLES[0]) -> OrganTab
     ------
     OrganTableError
         If there is no such table or file, or the file is malformed.
+
+    Examples
+    --------
+    >>> from atlas_store import load_organs
+    >>> "liver" in load_organs("visceral")
+    True
     """
     if name_or_path in NAMED_TABLES:
         text = (files("atlas_store") / "tables" / f"{name_or_path}.toml").read_text("utf-8")

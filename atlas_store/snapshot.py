@@ -13,6 +13,15 @@ class Snapshot(AtlasStore):
     Nothing is locked, so an atlas can be removed or replaced before its data is read. Then
     `AtlasNotFoundError` says so, and `gone` which they are. Data that was read is what was added,
     or `StoreFormatError` says that it is not.
+
+    Examples
+    --------
+    >>> from atlas_store import AtlasStore, Snapshot
+    >>> snapshot = Snapshot(AtlasStore.open("atlases"))
+    >>> snapshot.ids()
+    ['body_1', 'body_2', 'body_3']
+    >>> snapshot.gone(["body_1"])
+    []
     """
 
     def __init__(self, store: AtlasStore) -> None:

@@ -59,6 +59,15 @@ class AtlasStore:
         The organs its label maps know.
     parameters : mapping
         What all its atlases were made with.
+
+    Examples
+    --------
+    >>> from atlas_store import AtlasStore, load_organs
+    >>> store = AtlasStore.create("new", load_organs("visceral"), {"spacing": 2.0})
+    >>> len(store)
+    0
+    >>> AtlasStore.open("atlases").ids()
+    ['body_1', 'body_2', 'body_3']
     """
 
     def __init__(

@@ -50,6 +50,14 @@ class Problem:
         What to do.
     repaired : bool
         Whether it was removed just now.
+
+    Examples
+    --------
+    >>> from atlas_store import AtlasStore, Problem
+    >>> AtlasStore.open("atlases").verify()
+    []
+    >>> print(Problem("a", "its image is damaged", "remove the atlas and add it again"))
+    atlas 'a': its image is damaged: remove the atlas and add it again.
     """
 
     atlas: str | None

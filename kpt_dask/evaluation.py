@@ -125,6 +125,22 @@ def evaluate(
         If no atlas is left for a scan.
     KptError, AtlasStoreError
         If a scan, a reference or the store cannot be used.
+
+    References
+    ----------
+    C. Wachinger, M. Toews, G. Langs, W. Wells, P. Golland, "Keypoint Transfer for Fast
+    Whole-Body Segmentation", IEEE Transactions on Medical Imaging 39(2), 273–282, 2020,
+    https://doi.org/10.1109/TMI.2018.2851194.
+
+    Examples
+    --------
+    >>> import kpt_dask
+    >>> from atlas_store import AtlasStore
+    >>> result = kpt_dask.evaluate(AtlasStore.open("atlases"), limit=1, mode="affine")
+    >>> result["scans"], result["atlases"]
+    (1, 2)
+    >>> 0.5 < result["mean_dice"] <= 1
+    True
     """
     _check_positive("atlases", atlases)
     _check_positive("scans", limit)

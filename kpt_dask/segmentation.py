@@ -185,6 +185,28 @@ def segment(
     ------
     KptError, AtlasStoreError
         One sentence on what is wrong with an input or an option; nothing is left half-written.
+
+    Returns
+    -------
+    Segmentation
+        Volumes (mL) and mean intensities (HU) of the organs, and where the arrays lie.
+
+    References
+    ----------
+    C. Wachinger, M. Toews, G. Langs, W. Wells, P. Golland, "Keypoint Transfer for Fast
+    Whole-Body Segmentation", IEEE Transactions on Medical Imaging 39(2), 273–282, 2020,
+    https://doi.org/10.1109/TMI.2018.2851194.
+
+    Examples
+    --------
+    >>> import kpt_dask
+    >>> found = kpt_dask.segment(
+    ...     "body_4_ct.nii.gz", "atlases", "out.zarr", mode="affine", labels="organs.nii.gz"
+    ... )
+    >>> found.atlases, found.volume_grid
+    (('body_1', 'body_2', 'body_3'), 'scan')
+    >>> found.organs["liver"].volume_ml > 0
+    True
     """
     start = time.perf_counter()
     store = Snapshot(store if isinstance(store, AtlasStore) else AtlasStore.open(store))
@@ -384,6 +406,22 @@ def open_probability(path: str | Path) -> xr.DataArray:
         (organ, z, y, x) float32: an organ's share of the votes at a voxel; the attribute
         ``description`` says of which votes, which depends on the mode. Coordinates ``z``,
         ``y``, ``x`` in mm, LPS, and ``organ``, the names.
+
+    Raises
+    ------
+    ScanNotFoundError, ScanFormatError
+        If there is no volume at `path`.
+    KeyError
+        If it is a volume without probabilities.
+
+    Examples
+    --------
+    >>> import kpt_dask
+    >>> probability = kpt_dask.open_probability("body_4.zarr")
+    >>> probability.dims, probability.dtype
+    (('organ', 'z', 'y', 'x'), dtype('float32'))
+    >>> bool(probability.sel(organ="liver").max() > 0.5)
+    True
     """
     # Imported here, since only whoever opens the volume needs dask.array.
     import dask.array as da

@@ -75,6 +75,17 @@ def store_parameters(
     ------
     ParameterError
         If the spacing is none of `kpt_dask.options.SPACINGS`, or the descriptor is unknown.
+
+    Returns
+    -------
+    dict
+        In JSON types: the spacing (mm) and what keypoints are extracted with.
+
+    Examples
+    --------
+    >>> import kpt_dask
+    >>> kpt_dask.store_parameters(4.0)["spacing"]
+    4.0
     """
     if not SPACINGS[0] <= spacing <= SPACINGS[1]:
         raise ParameterError(
@@ -135,6 +146,15 @@ def add_atlas(
         If there is no label, or one that the organ table does not know.
     KptError, AtlasStoreError
         If a file, an option or the store cannot be used. The store is left as it was.
+
+    Examples
+    --------
+    >>> import kpt_dask
+    >>> from atlas_store import AtlasStore, load_organs
+    >>> store = AtlasStore.create("one", load_organs(), kpt_dask.store_parameters(4.0))
+    >>> info = kpt_dask.add_atlas(store, "body_1_ct.nii.gz", "body_1_seg.nii.gz", atlas_id="first")
+    >>> info.id, len(store)
+    ('first', 1)
     """
     source, labelled = open_pair(scan, labels, series=series)
     made_with = store_parameters(
@@ -224,6 +244,15 @@ def add_folder(
         If there is nothing to add; see `find_pairs`.
     ParameterMismatchError
         If the store was made with other parameters.
+
+    Examples
+    --------
+    >>> import kpt_dask
+    >>> from atlas_store import AtlasStore, load_organs
+    >>> store = AtlasStore.create("some", load_organs(), kpt_dask.store_parameters(4.0))
+    >>> outcomes = kpt_dask.add_folder(store, "scans")
+    >>> [outcome.id for outcome in outcomes]
+    ['body_2']
     """
     outcomes = []
     pairs = find_pairs(folder, scan_pattern, labels_pattern)

@@ -76,6 +76,19 @@ def extract(
     ------
     ParameterError
         If `memory` is too little, or the descriptor is unknown.
+
+    References
+    ----------
+    C. Wachinger, M. Toews, G. Langs, W. Wells, P. Golland, "Keypoint Transfer for Fast
+    Whole-Body Segmentation", IEEE Transactions on Medical Imaging 39(2), 273–282, 2020,
+    https://doi.org/10.1109/TMI.2018.2851194.
+
+    Examples
+    --------
+    >>> import kpt_dask
+    >>> keypoints = kpt_dask.extract(kpt_dask.open_volume("body_4.zarr"))
+    >>> keypoints.descriptor.dtype, keypoints.sizes["bin"]
+    (dtype('uint8'), 64)
     """
     invariant = keypoint_parameters(descriptor, finer)["descriptor"] == "invariant"
     octaves = [Octave(level, o == 0, False) for o, level in enumerate(volume.levels)]

@@ -61,6 +61,22 @@ def match(
         ``probability`` (match) float32, p(m), the density of the translation among all
         matches of its atlas, between 0 and 1.
         Attribute ``largest_squared_distance``, τ² of eq. 4.
+
+    References
+    ----------
+    C. Wachinger, M. Toews, G. Langs, W. Wells, P. Golland, "Keypoint Transfer for Fast
+    Whole-Body Segmentation", IEEE Transactions on Medical Imaging 39(2), 273–282, 2020,
+    https://doi.org/10.1109/TMI.2018.2851194.
+
+    Examples
+    --------
+    >>> import kpt_dask
+    >>> from atlas_store import AtlasKeypoints, AtlasStore
+    >>> store = AtlasStore.open("atlases")
+    >>> keypoints = kpt_dask.extract(kpt_dask.open_volume("body_4.zarr"))
+    >>> matches = kpt_dask.match(keypoints, AtlasKeypoints.load(store))
+    >>> matches.translation.dims
+    ('match', 'axis')
     """
     test, by_atlas = frame_arrays(keypoints, atlases)
     with cluster.session(client) as session:

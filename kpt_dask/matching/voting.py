@@ -47,6 +47,23 @@ def vote(matches: xr.Dataset, n_keypoints: int, organs: OrganTable) -> xr.Datase
         ``label`` (keypoint) uint16: the organ with the most votes (eq. 7; ties go to the
         organ that comes first in the table), 0 where there was none.
         Coordinate ``organ``: the names.
+
+    References
+    ----------
+    C. Wachinger, M. Toews, G. Langs, W. Wells, P. Golland, "Keypoint Transfer for Fast
+    Whole-Body Segmentation", IEEE Transactions on Medical Imaging 39(2), 273–282, 2020,
+    https://doi.org/10.1109/TMI.2018.2851194.
+
+    Examples
+    --------
+    >>> import kpt_dask
+    >>> from atlas_store import AtlasKeypoints, AtlasStore
+    >>> store = AtlasStore.open("atlases")
+    >>> keypoints = kpt_dask.extract(kpt_dask.open_volume("body_4.zarr"))
+    >>> matches = kpt_dask.match(keypoints, AtlasKeypoints.load(store))
+    >>> votes = kpt_dask.vote(matches, keypoints.sizes["keypoint"], store.organs)
+    >>> votes.posterior.sizes["organ"] == len(store.organs)
+    True
     """
     values = np.array(organs.values, np.int64)
     label = matches.label.values.astype(np.int64)

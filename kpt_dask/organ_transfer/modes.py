@@ -65,19 +65,23 @@ def transfer(
 
     Examples
     --------
-    >>> group = zarr.open_group("scan.zarr", mode="r+")  # doctest: +SKIP
-    >>> probability = create_probability(
-    ...     group, volume.grid, store.organs, "affine"
-    ... )  # doctest: +SKIP
-    >>> [labels, *_] = create_label_image(
-    ...     group, "organs", volume.grid, store.organs, TILING.shard
-    ... )  # doctest: +SKIP
-    >>> job = TransferJob(
-    ...     volume, store.organs, probability, labels, "affine"
-    ... )  # doctest: +SKIP
-    >>> counts = transfer(
-    ...     job, store.atlases(), Evidence(keypoints, matches, votes)
-    ... )  # doctest: +SKIP
+    >>> import kpt_dask
+    >>> import zarr
+    >>> from atlas_store import AtlasKeypoints, AtlasStore
+    >>> from kpt_dask.organ_transfer.job import Evidence, TransferJob
+    >>> from kpt_dask.organ_transfer.probability import TILING, create_probability
+    >>> from kpt_dask.volumes.omezarr import create_label_image
+    >>> store, volume = AtlasStore.open("atlases"), kpt_dask.open_volume("body_4.zarr")
+    >>> keypoints = kpt_dask.extract(volume)
+    >>> matches = kpt_dask.match(keypoints, AtlasKeypoints.load(store))
+    >>> votes = kpt_dask.vote(matches, keypoints.sizes["keypoint"], store.organs)
+    >>> group, grid, organs = zarr.create_group("transferred.zarr"), volume.grid, store.organs
+    >>> probability = create_probability(group, grid, organs, "affine")
+    >>> [labels, *_] = create_label_image(group, "organs", grid, organs, TILING.shard)
+    >>> job = TransferJob(volume, organs, probability, labels, "affine")
+    >>> counts = kpt_dask.transfer(job, store.atlases(), Evidence(keypoints, matches, votes))
+    >>> bool(counts.voxels.sum() > 0)
+    True
     """
     if job.mode != "local":
         return move_organs(job, atlases, evidence, client)

@@ -173,6 +173,23 @@ def open_scan(path: str | Path, *, series: str | None = None) -> Scan:
         If there is no such file.
     ScanFormatError
         If it is none that can be read, or not one 3-D volume of real numbers on a usable grid.
+
+    Parameters
+    ----------
+    path : str or Path
+        The file; decompressed while streaming if its name ends in ``.gz``.
+
+    Returns
+    -------
+    Scan
+        Its grid (mm, LPS) and a stream of its values (HU); no voxel has been read.
+
+    Examples
+    --------
+    >>> import kpt_dask
+    >>> scan = kpt_dask.open_scan("body_4_ct.nii.gz")
+    >>> scan.grid.shape, scan.grid.spacing.tolist()
+    ((110, 65, 80), [4.0, 4.0, 4.0])
     """
     scan = open_labels(path, series=series)
     for doubt in scan.doubts:

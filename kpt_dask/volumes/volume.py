@@ -163,6 +163,23 @@ def open_volume(group: zarr.Group | str | Path) -> Volume:
         If there is none.
     ScanFormatError
         If it is something else, damaged, or of a version that is not known.
+
+    Parameters
+    ----------
+    group : zarr.Group, str or Path
+        An OME-Zarr image from `kpt_dask.convert` or `kpt_dask.segment`, or its folder.
+
+    Returns
+    -------
+    Volume
+        Levels (z, y, x) in HU, read only where they are accessed.
+
+    Examples
+    --------
+    >>> import kpt_dask
+    >>> volume = kpt_dask.open_volume("body_4.zarr")
+    >>> volume.levels[0].shape
+    (110, 65, 80)
     """
     where = str(group.store_path if isinstance(group, zarr.Group) else group)
     if not isinstance(group, zarr.Group):
@@ -234,6 +251,14 @@ def convert(
         If the scan is truncated or damaged, or holds NaN or infinite values.
     ParameterError
         If the spacing is not positive.
+
+    Examples
+    --------
+    >>> import kpt_dask
+    >>> scan = kpt_dask.open_scan("body_4_ct.nii.gz")
+    >>> volume = kpt_dask.convert(scan, "volume.zarr", spacing=4.0)
+    >>> volume.levels[0].shape, volume.grid.spacing.tolist()
+    ((110, 65, 80), [4.0, 4.0, 4.0])
     """
     [target] = check_outputs(folders=[out], inputs=[scan.path], overwrite=overwrite)
     with cluster.session(client) as session, replacing(target, overwrite=overwrite) as partial:
