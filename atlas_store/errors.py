@@ -1,7 +1,23 @@
-"""What can go wrong with a store, one class for each kind a caller may want to catch.
+"""Errors of a store, one class for each kind that a caller may want to catch.
 
-Every message is one sentence that names the store or file, says what is wrong and what to
-do. Each class also inherits the builtin that a Python programmer would expect.
+::
+
+    AtlasStoreError                    base of all
+    ├── StoreNotFoundError             FileNotFoundError
+    ├── StoreExistsError               FileExistsError
+    ├── StoreFormatError               ValueError
+    │   └── KeypointsFormatError
+    ├── EmptyStoreError                ValueError
+    ├── AtlasIdError                   ValueError
+    ├── AtlasNotFoundError             KeyError
+    ├── AtlasExistsError               FileExistsError
+    ├── ParameterMismatchError         ValueError
+    ├── OrganTableError                ValueError
+    ├── MissingChunkError              ValueError
+    └── DamagedChunkError              ValueError
+
+Each class also inherits the builtin on its right. Every message is one sentence that names the
+store or file, says what is wrong and what to do.
 """
 
 

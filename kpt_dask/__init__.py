@@ -16,7 +16,8 @@ if TYPE_CHECKING:
     from kpt_dask.organ_transfer.modes import transfer
     from kpt_dask.scans.scan import open_scan
     from kpt_dask.segmentation import open_probability, segment
-    from kpt_dask.volumes.volume import convert, open_volume
+    from kpt_dask.volumes.conversion import convert
+    from kpt_dask.volumes.volume import open_volume
 
 __all__ = [
     "add_atlas",
@@ -37,7 +38,7 @@ __all__ = [
 _HOME = {
     "add_atlas": "atlases.add",
     "add_folder": "atlases.add",
-    "convert": "volumes.volume",
+    "convert": "volumes.conversion",
     "evaluate": "evaluation",
     "extract": "keypoints.extraction",
     "match": "matching.first_pass",

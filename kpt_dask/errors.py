@@ -1,16 +1,30 @@
-"""What can go wrong, one class for each kind a caller may want to catch.
+"""Errors of the program, one class for each kind that a caller may want to catch.
 
-Every message is one sentence that names the file, says what is wrong and what to do.
-Each class also inherits the builtin that a Python programmer would expect.
+::
+
+    KptError                       base of all
+    ├── ScanNotFoundError          FileNotFoundError
+    ├── ScanFormatError            ValueError
+    ├── GridMismatchError          ValueError
+    ├── LabelError                 ValueError
+    ├── ParameterError             ValueError
+    ├── OutputExistsError          FileExistsError
+    ├── OutputVanishedError        FileNotFoundError
+    └── ClusterError               RuntimeError
+    atlas_store.AtlasStoreError    base of those of a store; see `atlas_store.errors`
+
+Each class also inherits the builtin on its right. Every message is one sentence that names the
+file, says what is wrong and what to do. `USER_ERRORS` catches all of them.
 """
 
 import errno
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-"""What writing to a full disk, over a quota or over a limit of the shell ends with."""
+"""Error numbers of a full disk, an exhausted quota and a file size limit of the shell."""
 
 
 class KptError(Exception):
@@ -47,6 +61,20 @@ class ClusterError(KptError, RuntimeError):
 
 class OutputVanishedError(KptError, FileNotFoundError):
     """What a run had written was deleted by somebody else before the run was done."""
+
+
+if TYPE_CHECKING:
+    USER_ERRORS: tuple[type[Exception], ...]
+    """Errors with one clear sentence for the user; all others are faults of the program."""
+
+
+def __getattr__(name: str) -> Any:
+    """Make `USER_ERRORS` when it is first used: `kpt --help` needs no store."""
+    if name != "USER_ERRORS":
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from atlas_store.errors import AtlasStoreError
+
+    return KptError, AtlasStoreError
 
 
 class KptWarning(UserWarning):

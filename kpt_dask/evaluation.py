@@ -26,9 +26,10 @@ from kpt_dask.resampling.labels_on_scan import labels_onto
 from kpt_dask.runtime import cluster, notices, progress, witness
 from kpt_dask.scans.pairs import Pair, labelled_organs, open_pair
 from kpt_dask.segmentation import Stations, choose_atlases, segment_volume
+from kpt_dask.volumes.conversion import convert_into, label_blocks
 from kpt_dask.volumes.identity import digest_of
 from kpt_dask.volumes.omezarr import write_label_image
-from kpt_dask.volumes.volume import Volume, convert_into, label_blocks, open_volume
+from kpt_dask.volumes.volume import Volume, open_volume
 
 LIBRARIES = ("kpt-dask", "dask", "numba", "numpy", "scipy", "xarray", "zarr")
 """Whose versions are kept with the results."""

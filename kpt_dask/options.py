@@ -67,6 +67,9 @@ organs' own ν are the paper's. Those of `across`, and `RHO`, are the best mean 
 settings on ten patients with 40 atlases; figures on patients that include these flatter it a
 little. Those of `local` come from a prototype on head-and-neck and abdominal CT."""
 
+SCANS, LABELS = "{id}_ct.nii.gz", "{id}_seg.nii.gz"
+"""Default names of the scans and label maps in a folder."""
+
 SPACINGS = (0.1, 100.0)
 """Least and largest spacing of a store's working grid, mm: no scan is finer, no organ larger."""
 

@@ -51,9 +51,10 @@ from kpt_dask.output.places import check_outputs
 from kpt_dask.runtime import cluster, notices, witness
 from kpt_dask.scans.label_file import RUN, LabelFile
 from kpt_dask.scans.scan import Scan, check_ending, open_scan
+from kpt_dask.volumes.conversion import convert_into
 from kpt_dask.volumes.identity import digest_of
 from kpt_dask.volumes.omezarr import create_label_image, finish_label_image
-from kpt_dask.volumes.volume import Volume, convert_into, open_volume
+from kpt_dask.volumes.volume import Volume, open_volume
 
 ENCODING_TYPE = "kpt-segmentation"
 ENCODING_VERSION = "1"

@@ -40,8 +40,8 @@ from kpt_dask.organ_transfer.probability import TILING, create_probability
 from kpt_dask.resampling.labels_on_scan import labels_onto
 from kpt_dask.runtime import cluster
 from kpt_dask.scans.scan import open_scan, write_labels
+from kpt_dask.volumes.conversion import convert_into
 from kpt_dask.volumes.omezarr import create_label_image, finish_label_image
-from kpt_dask.volumes.volume import convert_into
 
 DATA = Path(__file__).parents[2] / "shared" / "data" / "openkbp"
 STATIONS = ("gunzip", "start", "convert", "extract", "match", "vote", "transfer", "write", "all")

@@ -62,9 +62,10 @@ from kpt_dask.organ_transfer.warping.landing import (
 )
 from kpt_dask.runtime import progress
 from kpt_dask.scans.scan import open_scan
+from kpt_dask.volumes.conversion import convert
 from kpt_dask.volumes.omezarr import create_array
 from kpt_dask.volumes.pyramid import fill_pyramid
-from kpt_dask.volumes.volume import Volume, convert, create_volume, open_volume
+from kpt_dask.volumes.volume import Volume, create_volume, open_volume
 
 FEW, MANY = 19, 100
 MEMORY = 256 << 20

@@ -14,7 +14,7 @@ from kpt_dask.atlases.add import add_atlas, store_parameters
 from kpt_dask.resampling.labels_on_scan import labels_onto
 from kpt_dask.scans.scan import open_scan
 from kpt_dask.segmentation import segment
-from kpt_dask.volumes.volume import convert
+from kpt_dask.volumes.conversion import convert
 
 
 @pytest.fixture

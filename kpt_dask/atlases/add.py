@@ -17,7 +17,6 @@ from atlas_store import (
     AtlasExistsError,
     AtlasInfo,
     AtlasStore,
-    AtlasStoreError,
     OrganInfo,
     OrganTable,
     ParameterMismatchError,
@@ -27,17 +26,17 @@ from atlas_store.crop import write_crop
 from atlas_store.organ_strips import write_strips
 from kpt_dask.atlases.profiles import organ_profiles
 from kpt_dask.atlases.same_scan import KnownScans
-from kpt_dask.errors import KptError, LabelError, ParameterError
+from kpt_dask.errors import USER_ERRORS, LabelError, ParameterError
 from kpt_dask.grid import Grid
 from kpt_dask.keypoints.extraction import extract
 from kpt_dask.keypoints.parameters import keypoint_parameters
-from kpt_dask.options import SPACINGS
+from kpt_dask.options import LABELS, SCANS, SPACINGS
 from kpt_dask.runtime import cluster, notices, progress, witness
-from kpt_dask.scans.pairs import LABELS, SCANS, find_pairs, labelled_organs, open_pair
+from kpt_dask.scans.pairs import find_pairs, labelled_organs, open_pair
 from kpt_dask.scans.scan import Scan, scan_name
+from kpt_dask.volumes.conversion import AIR_HU, convert_into, label_blocks
 from kpt_dask.volumes.identity import digest_of
 from kpt_dask.volumes.omezarr import write_label_image
-from kpt_dask.volumes.volume import AIR_HU, convert_into, label_blocks
 
 
 @dataclass(frozen=True)
@@ -279,7 +278,7 @@ def add_folder(
                     pass
                 except ParameterMismatchError:
                     raise
-                except (KptError, AtlasStoreError) as error:
+                except USER_ERRORS as error:
                     outcome = Outcome(pair.id, problem=str(error))
             outcomes.append(outcome)
             if told is not None:

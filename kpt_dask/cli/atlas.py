@@ -21,6 +21,7 @@ from kpt_dask.cli.common import (
     working,
 )
 from kpt_dask.cli.plain_text import printable
+from kpt_dask.options import LABELS, SCANS
 
 if TYPE_CHECKING:
     from atlas_store import AtlasInfo, AtlasStore
@@ -155,7 +156,7 @@ def add(
 @click.option(
     "--scan",
     "scan_pattern",
-    default="{id}_ct.nii.gz",
+    default=SCANS,
     show_default=True,
     metavar="PATTERN",
     help="How scans are named; {id} is the id of the atlas.",
@@ -163,7 +164,7 @@ def add(
 @click.option(
     "--labels",
     "labels_pattern",
-    default="{id}_seg.nii.gz",
+    default=LABELS,
     show_default=True,
     metavar="PATTERN",
     help="How their label maps are named.",

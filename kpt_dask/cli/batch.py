@@ -12,8 +12,7 @@ from typing import Any, NamedTuple
 
 from distributed import Client
 
-from atlas_store.errors import AtlasStoreError
-from kpt_dask.errors import KptError, OutputExistsError, ParameterError
+from kpt_dask.errors import USER_ERRORS, OutputExistsError, ParameterError
 from kpt_dask.output import places
 from kpt_dask.runtime import notices
 from kpt_dask.scans import label_file
@@ -124,7 +123,7 @@ def segment_batch(
                     client=client,
                     **options,
                 )
-        except (KptError, AtlasStoreError) as error:
+        except USER_ERRORS as error:
             failed[scan] = str(error)
         except Exception as error:
             log.exception("%s: unexpected", scan)

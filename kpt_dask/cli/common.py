@@ -112,10 +112,9 @@ def _warn(sentence: str) -> None:
 
 
 def _sentence(error: Exception) -> str:
-    from atlas_store.errors import AtlasStoreError
-    from kpt_dask.errors import KptError
+    from kpt_dask.errors import USER_ERRORS
 
-    if isinstance(error, KptError | AtlasStoreError):
+    if isinstance(error, USER_ERRORS):
         return str(error)
     if isinstance(error, OSError) and error.strerror:
         where = f"{error.filename}: " if error.filename is not None else ""

@@ -28,7 +28,7 @@ from kpt_dask.cli.common import (
     working,
 )
 from kpt_dask.cli.streams import keep_streams_open
-from kpt_dask.options import TransferOptions
+from kpt_dask.options import LABELS, SCANS, TransferOptions
 from kpt_dask.output.interruption import ENDING
 from kpt_dask.runtime.allocator import share_freed_memory
 
@@ -136,7 +136,7 @@ def convert(
       kpt convert scan.nii.gz scan.zarr --spacing 1.5
     """
     from kpt_dask.scans.scan import open_scan
-    from kpt_dask.volumes.volume import convert as convert_scan
+    from kpt_dask.volumes.conversion import convert as convert_scan
 
     with working(scheduler) as client:
         volume = convert_scan(
@@ -281,7 +281,7 @@ def segment(
 @click.option(
     "--scan",
     "scan_pattern",
-    default="{id}_ct.nii.gz",
+    default=SCANS,
     show_default=True,
     metavar="PATTERN",
     help="How scans are named in DIR.",
@@ -289,7 +289,7 @@ def segment(
 @click.option(
     "--labels",
     "labels_pattern",
-    default="{id}_seg.nii.gz",
+    default=LABELS,
     show_default=True,
     metavar="PATTERN",
     help="How their label maps are named.",

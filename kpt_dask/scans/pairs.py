@@ -9,12 +9,9 @@ import numpy as np
 from atlas_store import OrganTable
 from atlas_store.marker import natural_order
 from kpt_dask.errors import GridMismatchError, LabelError, ParameterError, ScanNotFoundError
+from kpt_dask.options import LABELS, SCANS
 from kpt_dask.runtime import progress
 from kpt_dask.scans.scan import Scan, open_labels, open_scan
-
-SCANS = "{id}_ct.nii.gz"
-LABELS = "{id}_seg.nii.gz"
-"""How files are named unless told otherwise."""
 
 _ID = "{id}"
 

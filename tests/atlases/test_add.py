@@ -38,7 +38,8 @@ from kpt_dask.grid import Grid
 from kpt_dask.runtime import notices
 from kpt_dask.scans.scan import scan_name
 from kpt_dask.segmentation import segment
-from kpt_dask.volumes.volume import AIR_HU, open_volume
+from kpt_dask.volumes.conversion import AIR_HU
+from kpt_dask.volumes.volume import open_volume
 from tests.helpers import BODY, BODY_SPACING
 
 ORGANS = load_organs("visceral")

@@ -30,9 +30,10 @@ from kpt_dask.keypoints.sweep import OctaveKeypoints
 from kpt_dask.keypoints.sweep_plan import halo
 from kpt_dask.runtime import cluster, progress
 from kpt_dask.scans.scan import open_scan
+from kpt_dask.volumes.conversion import convert_into
 from kpt_dask.volumes.pyramid import fill_pyramid
 from kpt_dask.volumes.scale_space import level_sigma, octave_shapes
-from kpt_dask.volumes.volume import Volume, convert_into, create_volume
+from kpt_dask.volumes.volume import Volume, create_volume
 from tests.helpers import stored
 from tests.naive import keypoints
 

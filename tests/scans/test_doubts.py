@@ -238,7 +238,7 @@ def test_grids_may_differ_by_rounding(tmp_path: Path, voxels: float, taken: bool
 
 def test_labels_come_onto_the_grid_of_the_scan(tmp_path: Path) -> None:
     """An affine that is turned by rounding must not be taken for an oblique one."""
-    from kpt_dask.volumes.volume import convert, label_blocks
+    from kpt_dask.volumes.conversion import convert, label_blocks
 
     labels = np.random.default_rng(0).integers(0, 3, SHAPE).astype(np.uint8)
     turned = AFFINE.copy()

@@ -11,7 +11,8 @@ from distributed import Client
 from kpt_dask.grid import Grid
 from kpt_dask.keypoints.extraction import extract
 from kpt_dask.scans.scan import open_scan
-from kpt_dask.volumes.volume import Volume, convert
+from kpt_dask.volumes.conversion import convert
+from kpt_dask.volumes.volume import Volume
 
 RADIUS = 132.0
 """Of the field of view, mm: part of the body is outside."""

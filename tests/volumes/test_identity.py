@@ -10,8 +10,8 @@ import pytest
 from numpy.typing import NDArray
 
 from kpt_dask.scans.scan import open_scan
+from kpt_dask.volumes.conversion import convert
 from kpt_dask.volumes.identity import BRICK, VoxelDigest, digest_of, digest_voxels
-from kpt_dask.volumes.volume import convert
 
 SHAPE = (36, 140, 150)
 """(z, y, x): more than a brick along each axis."""

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from ome_zarr_models.v05.image import Image
 from scipy.spatial.transform import Rotation
 
-from atlas_store.arrays.regions import blocks_of
+from atlas_store.arrays.regions import blocks_of, write_region
 from kpt_dask.errors import (
     GridMismatchError,
     OutputExistsError,
@@ -26,17 +26,10 @@ from kpt_dask.errors import (
 )
 from kpt_dask.grid import Grid
 from kpt_dask.scans.scan import open_scan
+from kpt_dask.volumes.conversion import convert, convert_into, label_blocks
+from kpt_dask.volumes.omezarr import write_label_image
 from kpt_dask.volumes.scale_space import octave_shapes
-from kpt_dask.volumes.volume import (
-    Volume,
-    convert,
-    convert_into,
-    create_volume,
-    label_blocks,
-    open_volume,
-    write_label_image,
-    write_region,
-)
+from kpt_dask.volumes.volume import Volume, create_volume, open_volume
 
 AFFINE = np.array([[-2, 0, 0, 30], [0, -2, 0, 20], [0, 0, 2, -50], [0, 0, 0, 1.0]])
 """RAS; in LPS all axes run with the world's."""

@@ -1,0 +1,257 @@
+"""Conversion of a scan to a volume: resampled to the working grid while it streams.
+
+Values are clipped to the HU of a CT and rounded to whole ones. A scan with oblique axes is first
+resampled along its own axes, to a temporary array, and from there to the working grid.
+"""
+
+import math
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, TypeVar
+
+import numpy as np
+import zarr
+from distributed import Client
+from numpy.typing import NDArray
+
+from atlas_store.arrays import chunk_io
+from atlas_store.arrays.regions import Region, blocks_of, write_region
+from kpt_dask.errors import (
+    GridMismatchError,
+    ParameterError,
+    ScanFormatError,
+)
+from kpt_dask.grid import Grid
+from kpt_dask.output.commit import replacing
+from kpt_dask.output.places import check_outputs
+from kpt_dask.resampling.axes import along_own_axes
+from kpt_dask.resampling.blocks import interpolate, interpolate_labels, window
+from kpt_dask.resampling.stream import resample, resample_labels
+from kpt_dask.runtime import cluster, notices, progress, witness
+from kpt_dask.scans.placement import listed
+from kpt_dask.scans.scan import Scan
+from kpt_dask.volumes.identity import VoxelDigest
+from kpt_dask.volumes.omezarr import (
+    CHUNKS,
+    create_array,
+)
+from kpt_dask.volumes.pyramid import fill_pyramid
+from kpt_dask.volumes.volume import Volume, create_volume, open_volume
+
+T = TypeVar("T", bound=np.generic)
+
+AIR_HU = -1000.0
+"""HU; values below are clipped. They are noise of air, or padding outside the field of view, whose
+edge to real air would look like anatomy."""
+LARGEST_HU = 32000.0
+"""HU; values above are clipped. Not even metal reaches it, and float32 is exact up to it."""
+
+BLOCK = (64, 256, 256)
+"""Voxels of a block of an oblique scan's second interpolation; multiples of the chunks."""
+
+MOST_VOXELS = 1 << 32
+"""Voxels of a volume at most: 16 GiB as float32, two metres at half a millimetre."""
+LARGE, MOST_FINER = 1 << 28, 512
+"""A volume of more than `LARGE` voxels (1 GiB) has at most `MOST_FINER` for each of the scan."""
+
+_LOWPASS = "own_axes"
+"""Name of the temporary array of an oblique scan."""
+
+
+def convert(
+    scan: Scan,
+    out: str | Path,
+    *,
+    spacing: float = 2.0,
+    overwrite: bool = False,
+    memory: int | None = None,
+    client: Client | None = None,
+) -> Volume:
+    """Convert a scan to a volume, which appears when it is complete.
+
+    Parameters
+    ----------
+    scan : Scan
+        From `open_scan`.
+    out : str or Path
+        Folder of the OME-Zarr image.
+    spacing : float
+        Of the working grid, mm.
+    overwrite : bool
+        Whether an existing output may be replaced; it is kept until the new one is complete.
+    memory : int, optional
+        Bytes that making the higher levels may take in each process; see
+        `kpt_dask.runtime.memory.budget`.
+    client : distributed.Client, optional
+        Who computes the higher levels; this process unless told otherwise.
+
+    Returns
+    -------
+    Volume
+        Open for writing, so that labels can be added.
+
+    Raises
+    ------
+    OutputExistsError
+        If `out` exists and `overwrite` is false.
+    ScanFormatError
+        If the scan is truncated or damaged, or holds NaN or infinite values.
+    ParameterError
+        If the spacing is not positive.
+
+    Examples
+    --------
+    >>> import kpt_dask
+    >>> scan = kpt_dask.open_scan("body_4_ct.nii.gz")
+    >>> volume = kpt_dask.convert(scan, "volume.zarr", spacing=4.0)
+    >>> volume.levels[0].shape, volume.grid.spacing.tolist()
+    ((110, 65, 80), [4.0, 4.0, 4.0])
+    """
+    [target] = check_outputs(folders=[out], inputs=[scan.path], overwrite=overwrite)
+    with cluster.session(client) as session, replacing(target, overwrite=overwrite) as partial:
+        group = zarr.create_group(str(partial), zarr_format=3)
+        with witness.shared(session, group):
+            volume = convert_into(scan, group, spacing=spacing, memory=memory, client=session)
+            for level in volume.levels:
+                chunk_io.check_complete(level)
+    return open_volume(zarr.open_group(str(target), mode="r+", zarr_format=3))
+
+
+def convert_into(
+    scan: Scan,
+    group: zarr.Group,
+    *,
+    spacing: float = 2.0,
+    memory: int | None = None,
+    client: Client | None = None,
+) -> Volume:
+    """Convert a scan into an empty group of any store; parameters and errors as for `convert`."""
+    if not (np.isfinite(spacing) and spacing > 0):
+        raise ParameterError(f"The spacing must be a positive number of mm, not {spacing:g}.")
+    _check_voxels(scan, spacing)
+    volume = create_volume(group, scan.grid.working(spacing), scan.grid, name=scan.path.name)
+    with notices.recorded() as doubts:
+        digest = write_level0(volume, scan)
+    fill_pyramid(volume.levels, memory=memory, client=client)
+    about: Any = group.attrs["kpt"]
+    about["source"]["digest"] = digest
+    about["warnings"] = [*scan.doubts, *doubts]
+    group.update_attributes({"kpt": about})
+    return volume
+
+
+def _check_voxels(scan: Scan, spacing: float) -> None:
+    """Refuse a working grid that no disk should be filled with."""
+    extent = scan.grid.spacing * scan.grid.shape
+    voxels = math.prod(np.maximum(extent / spacing, 1).tolist())
+    own = math.prod(scan.grid.shape)
+    if voxels > MOST_VOXELS or voxels > max(LARGE, MOST_FINER * own):
+        raise ScanFormatError(
+            f"{scan.path} has {own} voxels and says it is {listed(extent)} mm large, which makes"
+            f" {voxels:.2g} voxels at a spacing of {spacing:g} mm, too many; repair its header, or"
+            " choose a larger --spacing (a store's is chosen when it is created)."
+        )
+
+
+def write_level0(volume: Volume, scan: Scan) -> str:
+    """Resample a scan to level 0, rounded to whole HU, nothing below air; give its digest."""
+    level, target = volume.levels[0], volume.grid
+    with VoxelDigest(level.shape) as total:
+        for region, values in _working_blocks(volume, scan, target):
+            total.add(region, values)
+            write_region(level, region, values)
+        return total.hexdigest()
+
+
+def _working_blocks(
+    volume: Volume, scan: Scan, target: Grid
+) -> Iterator[tuple[Region, NDArray[np.float32]]]:
+    """Values of level 0, region by region."""
+    with progress.stage("Reading scan", total=scan.grid.shape[0]) as advance:
+        slabs = (
+            np.clip(slab, AIR_HU, LARGEST_HU) for slab in _with_progress(scan.slabs(), advance)
+        )
+        if scan.grid.axis_permutation() is not None:
+            for region, values in resample(slabs, scan.grid, target, CHUNKS):
+                yield region, _whole_hu(values)
+            return
+        own = along_own_axes(scan.grid, float(target.spacing[0]))
+        with _temporary(volume.group, own, np.float32) as lowpass:
+            for region, values in resample(slabs, scan.grid, own, CHUNKS):
+                write_region(lowpass, region, values)
+            for block in blocks_of(target.shape, BLOCK):
+                plan = window(own, target, block)
+                part = chunk_io.read(lowpass, plan.region)
+                yield block, _whole_hu(interpolate(part, plan))
+
+
+def label_blocks(
+    scan: Scan, volume: Volume
+) -> Iterator[tuple[tuple[slice, slice, slice], NDArray[np.uint16]]]:
+    """Resample a scan's label map to the volume's level 0, for `write_label_image`.
+
+    Parameters
+    ----------
+    scan : Scan
+        A label map on the grid of the scan that the volume was made from.
+    volume : Volume
+        From `convert`, opened for writing.
+
+    Yields
+    ------
+    region : tuple of slice
+        Aligned with the chunks.
+    labels : ndarray (z, y, x), uint16
+        The label of each voxel.
+
+    Raises
+    ------
+    GridMismatchError
+        If the label map lies on another grid than the scan.
+    ScanFormatError
+        If it is truncated or damaged, or holds anything but labels.
+    """
+    if not scan.grid.same_as(volume.source_grid):
+        raise GridMismatchError(
+            f"{scan.path} does not lie on the grid of its scan (shape {scan.grid.shape} against"
+            f" {volume.source_grid.shape}, or another affine); resample it to the scan first."
+        )
+    with progress.stage("Reading labels", total=scan.grid.shape[0]) as advance:
+        slabs = _with_progress(scan.label_slabs(), advance)
+        # Not the label map's own, which may differ by rounding.
+        grid = volume.source_grid
+        if grid.axis_permutation() is not None:
+            yield from resample_labels(slabs, grid, volume.grid, CHUNKS)
+            return
+        own = along_own_axes(grid, float(volume.grid.spacing[0]))
+        with _temporary(volume.group, own, np.uint16) as lowpass:
+            for region, labels in resample_labels(slabs, grid, own, CHUNKS):
+                write_region(lowpass, region, labels)
+            for block in blocks_of(volume.grid.shape, BLOCK):
+                plan = window(own, volume.grid, block)
+                yield block, interpolate_labels(chunk_io.read(lowpass, plan.region), plan)
+
+
+def _with_progress(
+    slabs: Iterator[NDArray[T]], advance: Callable[[int], None]
+) -> Iterator[NDArray[T]]:
+    for slab in slabs:
+        yield slab
+        advance(len(slab))
+
+
+def _whole_hu(values: NDArray[np.float32]) -> NDArray[np.float32]:
+    """Round in place; adding 0 turns -0 into 0, so that equal values have equal bytes."""
+    np.rint(values, out=values)
+    values += 0
+    return values
+
+
+@contextmanager
+def _temporary(group: zarr.Group, grid: Grid, dtype: Any) -> Iterator[zarr.Array[Any]]:
+    array = create_array(group, _LOWPASS, grid.shape, dtype)
+    try:
+        yield array
+    finally:
+        del group[_LOWPASS]
