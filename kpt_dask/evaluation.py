@@ -1,4 +1,4 @@
-"""How well scans with known labels are segmented: Dice, the paper's Table 1, seconds."""
+"""Evaluation against known labels: Dice, the paper's Table 1, seconds of each station."""
 
 import tempfile
 import time
@@ -25,21 +25,21 @@ from kpt_dask.options import DEFAULTS, TransferOptions
 from kpt_dask.resampling.labels_on_scan import labels_onto
 from kpt_dask.runtime import cluster, notices, progress, witness
 from kpt_dask.scans.pairs import Pair, labelled_organs, open_pair
-from kpt_dask.segmentation import Stations, choose_atlases, segment_volume
+from kpt_dask.segmentation import StationResults, choose_atlases, segment_volume
 from kpt_dask.volumes.conversion import convert_into, label_blocks
 from kpt_dask.volumes.identity import digest_of
 from kpt_dask.volumes.omezarr import write_label_image
 from kpt_dask.volumes.volume import Volume, open_volume
 
 LIBRARIES = ("kpt-dask", "dask", "numba", "numpy", "scipy", "xarray", "zarr")
-"""Whose versions are kept with the results."""
+"""Libraries whose versions are stored with the results."""
 
 NAMED = 3
-"""How many of the scans that a store holds under other names are named."""
+"""Scans named at most in the warning that a store holds them under other ids."""
 
 Planes = Iterator[NDArray[Any]]
-Way = Callable[[Volume, zarr.Group], Stations]
-"""From a volume to its label map, which goes into the group."""
+SegmentVolume = Callable[[Volume, zarr.Group], StationResults]
+"""Segments a volume; the label map goes into the group."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -172,7 +172,9 @@ def evaluate(
                 group = zarr.create_group(str(place), zarr_format=3)
                 stack.enter_context(witness.shared(session, group, store.documents()))
 
-                def way(volume: Volume, group: zarr.Group, name: str = name) -> Stations:
+                def segment_with_others(
+                    volume: Volume, group: zarr.Group, name: str = name
+                ) -> StationResults:
                     nonlocal most
                     own = {*known.of(digest_of(volume.group), volume.grid.shape), name}
                     others = _others(store, own, atlases)
@@ -197,13 +199,13 @@ def evaluate(
                         pairs[name],
                         group,
                         store,
-                        way,
+                        segment_with_others,
                         options.smallest_share(mode),
                         memory,
                         session,
                     )
                 else:
-                    results[name] = _evaluate_atlas(store[name], group, way)
+                    results[name] = _evaluate_atlas(store[name], group, segment_with_others)
             advance(1)
         _doubt_left_out(store, left_out)
     summary = _summary(results, store, mode, options, how_many(select, most))
@@ -285,12 +287,14 @@ def keypoint_votes(
     return counts
 
 
-def _evaluate_atlas(atlas: Atlas, group: zarr.Group, way: Way) -> ScanResult:
+def _evaluate_atlas(
+    atlas: Atlas, group: zarr.Group, segment_with_others: SegmentVolume
+) -> ScanResult:
     volume = open_volume(atlas.image)
     group.update_attributes({"ome": atlas.image.attrs["ome"]})
     start = time.perf_counter()
     with progress.recorded() as seconds:
-        found = way(volume, group)
+        found = segment_with_others(volume, group)
     total = time.perf_counter() - start
     labels, organs = atlas.labels, atlas.organ_table
     inside = labels_at(found.keypoints.position.values, labels, volume.grid)
@@ -303,7 +307,7 @@ def _evaluate_pair(
     pair: Pair,
     group: zarr.Group,
     store: AtlasStore,
-    way: Way,
+    segment_with_others: SegmentVolume,
     threshold: float,
     memory: int | None,
     client: Client,
@@ -315,7 +319,7 @@ def _evaluate_pair(
     with progress.recorded() as seconds:
         spacing: float = store.parameters["spacing"]
         volume = convert_into(scan, group, spacing=spacing, memory=memory, client=client)
-        found = way(volume, group)
+        found = segment_with_others(volume, group)
     total = time.perf_counter() - start
     blocks = label_blocks(labels, volume)
     reference = write_label_image(group, "reference", blocks, volume.grid, organs)
@@ -336,7 +340,7 @@ def _evaluate_pair(
 def _result(
     scores: dict[str, float],
     inside: NDArray[np.uint16],
-    found: Stations,
+    found: StationResults,
     annotated: Sequence[str],
     organs: OrganTable,
     seconds: dict[str, float],

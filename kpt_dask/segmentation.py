@@ -1,4 +1,4 @@
-"""Segment a scan: the whole way of the data, station by station."""
+"""Segmentation of a scan: all stations in order, from the file to the label map."""
 
 import json
 import time
@@ -60,13 +60,14 @@ ENCODING_TYPE = "kpt-segmentation"
 ENCODING_VERSION = "1"
 
 FEW_KEYPOINTS = 20
+"""Fewer keypoints than this are doubtful, and warned of."""
 LITTLE = 0.01
-"""Fewer keypoints, or less of the volume that organs have in the atlases, is next to nothing."""
+"""A smaller share of the organs' volume in the atlases is doubtful, and warned of."""
 
 
 @dataclass(frozen=True, eq=False)
-class Stations:
-    """What the stations between a volume and its label map found.
+class StationResults:
+    """Results of the stations between a volume and its label map.
 
     Attributes
     ----------
@@ -77,7 +78,7 @@ class Stations:
     labels : zarr.Array
         The label map on the working grid, (z, y, x).
     label_levels : tuple of zarr.Array
-        It, and its coarser levels.
+        The label map and its coarser levels.
     probability : zarr.Array
         The organs' shares on the working grid, (organ, z, y, x).
     organs : mapping of str to OrganMeasures
@@ -106,8 +107,8 @@ class Segmentation:
     organs : mapping of str to OrganMeasures
         What was found of each organ, in the order of the organ table.
     volume_grid : str
-        Whose label map has the organs' `volume_ml`: "scan" if it was written on the scan's own
-        grid, else "working".
+        Grid of the label map that `volume_ml` of the organs was measured on: "scan" for the
+        scan's own grid, if a label map was written on it, else "working".
     atlases : tuple of str
         The atlases that were used.
     n_keypoints, n_matches : int
@@ -168,15 +169,15 @@ def segment(
         Use only so many atlases, those that agree best with the scan, and all if there are no
         more; `kpt_dask.matching.selection.USUAL` if not given.
     index : str
-        How to find them: one of `atlas_store.index.search.MODES`.
+        How to find these atlases: one of `atlas_store.index.search.MODES`.
     series : str, optional
         UID of the DICOM series, needed where a folder or zip holds several.
     labels : str or Path, optional
         Where to write the label map as NIfTI, on the scan's own grid.
     overwrite : bool
         Whether outputs of earlier runs may be replaced; they are kept until the new ones are
-        complete. Both are then exchanged one right after the other. The attribute ``kpt`` of the
-        one has the ``run`` that the header field ``descrip`` of the other names.
+        complete. The ``run`` in the attribute ``kpt`` of `out` is also in the header field
+        ``descrip`` of `labels`: outputs of one run have the same.
     memory : int, optional
         Bytes that each station may take in each process.
     client : distributed.Client, optional
@@ -283,7 +284,7 @@ def segment_volume(
     index: str = "auto",
     memory: int | None = None,
     client: Client | None = None,
-) -> Stations:
+) -> StationResults:
     """Go from a volume to its label map; `group` is the OME-Zarr image that receives it.
 
     The other parameters are those of `segment`; `options` must fit the mode and the store.
@@ -296,10 +297,10 @@ def segment_volume(
         client=client,
     )
     kept = Snapshot(store)
-    how = _How(mode, options, select, index, memory, client)
+    settings = _Options(mode, options, select, index, memory, client)
     while True:
         try:
-            return _label(volume, group, kept, tuple(atlas_ids), keypoints, how)
+            return _label(volume, group, kept, tuple(atlas_ids), keypoints, settings)
         except AtlasNotFoundError:
             gone = kept.gone(atlas_ids)
             left = [atlas_id for atlas_id in atlas_ids if atlas_id not in gone]
@@ -313,7 +314,7 @@ def segment_volume(
 
 
 @dataclass(frozen=True, eq=False)
-class _How:
+class _Options:
     """The options of a segmentation; see `segment`."""
 
     mode: str
@@ -330,13 +331,15 @@ def _label(
     store: AtlasStore,
     atlas_ids: Sequence[str],
     keypoints: xr.Dataset,
-    how: _How,
-) -> Stations:
+    settings: _Options,
+) -> StationResults:
     """Go from keypoints to the label map; done again, nothing of the first time is left."""
-    mode, client = how.mode, how.client
-    kept = how_many(how.select, len(atlas_ids))
+    mode, client = settings.mode, settings.client
+    kept = how_many(settings.select, len(atlas_ids))
     if kept < len(atlas_ids):
-        atlas_ids = propose_atlases(keypoints, store, atlas_ids, kept, mode=mode, index=how.index)
+        atlas_ids = propose_atlases(
+            keypoints, store, atlas_ids, kept, mode=mode, index=settings.index
+        )
     atlases = AtlasKeypoints.load(store, atlas_ids)
     matches = match(keypoints, atlases, client=client)
     if kept < len(atlases):
@@ -349,14 +352,16 @@ def _label(
     levels = create_label_image(group, "organs", volume.grid, store.organs, TILING.shard)
     # Blocks that no organ reaches are not computed.
     chunk_io.write_empty(levels[0])
-    job = TransferJob(volume, store.organs, probability, levels[0], mode, how.options, how.memory)
+    job = TransferJob(
+        volume, store.organs, probability, levels[0], mode, settings.options, settings.memory
+    )
     evidence = Evidence(keypoints, matches, votes)
     counts = transfer(
         job, store.atlases(atlas_ids), evidence, atlas_keypoints=atlases, client=client
     )
     finish_label_image(group, "organs", levels, volume.grid, store.organs)
     organs = organ_measures(counts, store.organs, volume.grid, keypoints, votes)
-    return Stations(
+    return StationResults(
         tuple(atlas_ids), keypoints, matches, votes, levels[0], levels, probability, organs
     )
 
@@ -399,7 +404,12 @@ def choose_atlases(store: AtlasStore, exclude: Sequence[str]) -> tuple[str, ...]
 
 
 def open_probability(path: str | Path) -> xr.DataArray:
-    """Open the probabilities of a segmentation, read only where they are looked at.
+    """Open the probabilities of a segmentation lazily.
+
+    Parameters
+    ----------
+    path : str or Path
+        The OME-Zarr output of `kpt_dask.segment`.
 
     Returns
     -------
@@ -443,7 +453,7 @@ def open_probability(path: str | Path) -> xr.DataArray:
 
 
 def _doubt_itself(scan: Scan, volume: Volume, store: AtlasStore, atlases: Sequence[Atlas]) -> None:
-    """Say if atlases that are used were made from the scan itself."""
+    """Warn if atlases that are used were made from the scan itself."""
     same = KnownScans(atlases).of(digest_of(volume.group), volume.grid.shape)
     if same:
         excluded = " ".join(f"--exclude {name}" for name in same)
@@ -456,7 +466,7 @@ def _doubt_itself(scan: Scan, volume: Volume, store: AtlasStore, atlases: Sequen
 def _doubt_little(
     scan: Scan, volume: Volume, found: Segmentation, atlases: Sequence[Atlas]
 ) -> None:
-    """Say if nothing was found, or next to nothing."""
+    """Warn if no organ, or hardly any, was found."""
     volumes = [sum(organ.voxels for organ in atlas.organs.values()) for atlas in atlases]
     usual = float(np.mean(volumes)) * volume.grid.voxel_volume / 1000
     total = sum(organ.volume_ml for organ in found.organs.values())
@@ -471,9 +481,9 @@ def _doubt_little(
 
 
 def _provenance(
-    group: zarr.Group, found: Stations, mode: str, options: TransferOptions, store: AtlasStore
+    group: zarr.Group, found: StationResults, mode: str, options: TransferOptions, store: AtlasStore
 ) -> dict[str, Any]:
-    """Say where it all comes from, and what tells it from other runs."""
+    """Describe inputs, options and versions, with a digest of the results as ``run``."""
     libraries = ("dask", "numpy", "scipy", "numba", "zarr", "xarray")
     said = {
         **cast(dict[str, Any], group.attrs["kpt"]),
@@ -498,8 +508,8 @@ def _provenance(
     return {**said, "run": digest.hexdigest()[:32]}
 
 
-def _keep(group: zarr.Group, found: Stations, said: dict[str, Any]) -> None:
-    """Write what the stations found, and where it all comes from."""
+def _keep(group: zarr.Group, found: StationResults, said: dict[str, Any]) -> None:
+    """Write keypoints, matches, votes and provenance."""
     write_keypoints(group.create_group("keypoints"), found.keypoints)
     # Names as an attribute: Zarr has no settled way to store an array of strings.
     votes = found.votes.drop_vars("organ").assign_attrs(organs=found.votes.organ.values.tolist())

@@ -1,4 +1,4 @@
-"""Annotated scans become atlases of a store: volume, labels, surroundings, labelled keypoints.
+"""Making atlases of annotated scans: volume, labels, crop, strips and labelled keypoints.
 
 An atlas appears in the store when it is complete, or not at all.
 """
@@ -40,8 +40,8 @@ from kpt_dask.volumes.omezarr import write_label_image
 
 
 @dataclass(frozen=True)
-class Outcome:
-    """What became of one scan of a folder.
+class AddOutcome:
+    """Result of adding one scan of a folder.
 
     Attributes
     ----------
@@ -50,7 +50,7 @@ class Outcome:
     info : AtlasInfo or None
         What the store says of the atlas, if it was added.
     problem : str or None
-        Why it could not be added. Without either, the atlas was there already.
+        Why it could not be added. Both are None if the store had the atlas already.
     """
 
     id: str
@@ -61,7 +61,7 @@ class Outcome:
 def store_parameters(
     spacing: float = 2.0, *, descriptor: str = "upright", finer: bool = False
 ) -> dict[str, Any]:
-    """Say what all atlases of a store are made with, for `AtlasStore.create`.
+    """Parameters that all atlases of a store are made with, for `AtlasStore.create`.
 
     Parameters
     ----------
@@ -128,7 +128,7 @@ def add_atlas(
     replace : bool
         Whether an atlas of this id may be there; it stays until the new one is complete.
     memory : int, optional
-        Bytes that extraction may take in each process.
+        Memory budget of extraction in each process, bytes.
     client : distributed.Client, optional
         Where blocks are computed; threads of this process if there is no current one.
 
@@ -170,7 +170,7 @@ def add_atlas(
             volume = convert_into(source, image, spacing=spacing, memory=memory, client=session)
             digest = digest_of(image)
             _doubt_twice(store, name, source, digest, volume.grid.shape)
-            blocks = _only(label_blocks(labelled, volume), store.organs, wanted)
+            blocks = _mask_labels(label_blocks(labelled, volume), store.organs, wanted)
             write_label_image(image, "organs", blocks, volume.grid, store.organs)
             keypoints = extract(
                 volume,
@@ -217,8 +217,8 @@ def add_folder(
     replace: bool = False,
     memory: int | None = None,
     client: Client | None = None,
-    told: Callable[[Outcome], None] | None = None,
-) -> list[Outcome]:
+    told: Callable[[AddOutcome], None] | None = None,
+) -> list[AddOutcome]:
     """Add every scan of a folder that has a label map; a bad one does not stop the others.
 
     Parameters
@@ -234,7 +234,7 @@ def add_folder(
 
     Returns
     -------
-    list of Outcome
+    list of AddOutcome
         One for each scan, in natural order of the ids.
 
     Raises
@@ -260,7 +260,7 @@ def add_folder(
         progress.stage("Adding atlases", total=len(pairs)) as advance,
     ):
         for pair in pairs:
-            outcome = Outcome(pair.id)
+            outcome = AddOutcome(pair.id)
             if replace or pair.id not in store:
                 try:
                     info = add_atlas(
@@ -273,13 +273,13 @@ def add_folder(
                         memory=memory,
                         client=session,
                     )
-                    outcome = Outcome(pair.id, info)
+                    outcome = AddOutcome(pair.id, info)
                 except AtlasExistsError:
                     pass
                 except ParameterMismatchError:
                     raise
                 except USER_ERRORS as error:
-                    outcome = Outcome(pair.id, problem=str(error))
+                    outcome = AddOutcome(pair.id, problem=str(error))
             outcomes.append(outcome)
             if told is not None:
                 told(outcome)
@@ -381,7 +381,7 @@ def _surviving(
 def _doubt_twice(
     store: AtlasStore, name: str, scan: Scan, digest: str, shape: tuple[int, int, int]
 ) -> None:
-    """Say if the store holds the scan under another id."""
+    """Warn if the store holds the scan under another id."""
     others = (atlas for atlas in store.atlases() if atlas.id != name)
     if same := KnownScans(others).of(digest, shape):
         notices.warn(
@@ -390,12 +390,12 @@ def _doubt_twice(
         )
 
 
-def _only(
+def _mask_labels(
     blocks: Iterable[tuple[Region, NDArray[np.uint16]]],
     organs: OrganTable,
     names: Iterable[str],
 ) -> Iterator[tuple[Region, NDArray[np.uint16]]]:
-    """Leave out the labels of organs that are not annotated."""
+    """Set the labels of organs that are not annotated to 0."""
     kept = np.zeros(1 << 16, np.uint16)
     for name in names:
         kept[organs.by_name(name).value] = organs.by_name(name).value

@@ -25,7 +25,7 @@ from kpt_dask.options import LABELS, SCANS
 
 if TYPE_CHECKING:
     from atlas_store import AtlasInfo, AtlasStore
-    from kpt_dask.atlases.add import Outcome
+    from kpt_dask.atlases.add import AddOutcome
 
 
 def _names(ctx: click.Context, param: click.Parameter, value: str | None) -> list[str] | None:
@@ -211,7 +211,7 @@ def add_folder(
             replace=overwrite,
             memory=memory,
             client=client,
-            told=lambda outcome: errors.print(printable(_became(outcome))),
+            told=lambda outcome: errors.print(printable(_describe_outcome(outcome))),
         )
     failed = {o.id: o.problem for o in outcomes if o.problem is not None}
     added = [o.id for o in outcomes if o.info is not None]
@@ -353,7 +353,7 @@ def _in_short(info: "AtlasInfo") -> str:
     )
 
 
-def _became(outcome: "Outcome") -> str:
+def _describe_outcome(outcome: "AddOutcome") -> str:
     if outcome.problem is not None:
         return f"{outcome.id}: not added: {outcome.problem}"
     if outcome.info is not None:

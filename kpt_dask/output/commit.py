@@ -1,8 +1,7 @@
-"""Nothing half-written: write beside the target, move when complete, remove on failure.
+"""Atomic outputs: written beside the target, moved when complete, removed on failure.
 
-Outputs of one call are moved one right after the other. Before, what is going to be moved is
-noted beside them; if the process dies in the middle, the next one that writes to the folder
-moves the rest.
+Outputs of one call are moved one right after the other. The planned moves are first noted beside
+them: if the process dies in the middle, the next one that writes to the folder completes them.
 """
 
 import ctypes
@@ -142,7 +141,7 @@ def _commit(partials: Sequence[Partial], *, overwrite: bool) -> None:
 
 
 def _move_of(partial: Partial) -> dict[str, Any]:
-    """Describe a move so that it can be told later what has come of it."""
+    """Describe a move, so that a later process can see whether it happened."""
     return {
         "from": str(partial.path),
         "to": str(partial.target),

@@ -45,9 +45,9 @@ TEAM = 2
 wait for others: of a sweep, for its slowest stage, which takes a quarter of the time."""
 
 _LEADERS: WeakKeyDictionary[Worker, ThreadPoolExecutor] = WeakKeyDictionary()
-"""Of each worker in this process, the threads that tasks of teams run in: no more than teams."""
+"""Per worker in this process: the executor that team leaders run in, one thread per team."""
 _THREADS: WeakKeyDictionary[Client, tuple[float, list[int]]] = WeakKeyDictionary()
-"""Of each client, until when it is known how many threads its workers have, and how many."""
+"""Per client: expiry and value of the cached thread counts of its workers."""
 _LOCK = Lock()
 
 

@@ -9,7 +9,7 @@ ROOT = Path("/")
 """Where the system's files are looked for."""
 
 _GROUPS = (
-    # Version 2 of control groups, then 1: where, limit, use, and what of it can be given back.
+    # Version 2 of control groups, then 1: folder, limit, usage, reclaimable part.
     ("sys/fs/cgroup", "memory.max", "memory.current", "inactive_file"),
     (
         "sys/fs/cgroup/memory",

@@ -1,4 +1,4 @@
-"""Doubts about an input or an answer: told at once, and kept with the output.
+"""Doubts about an input or an answer: shown at once, and stored with the output.
 
 Whoever has a doubt calls `warn`; it knows neither who listens nor whether anybody does. A library's
 user gets a `KptWarning` by Python's own warnings; the command line asks for the sentences with
@@ -32,11 +32,11 @@ def warn(sentence: str) -> None:
 @contextmanager
 def shown(show: Callable[[str], None]) -> Iterator[None]:
     """Give every doubt inside the `with` to `show`, each once, instead of to Python's warnings."""
-    told: set[str] = set()
+    shown_before: set[str] = set()
 
     def show_once(sentence: str) -> None:
-        if sentence not in told:
-            told.add(sentence)
+        if sentence not in shown_before:
+            shown_before.add(sentence)
             show(sentence)
 
     token = _show.set(show_once)

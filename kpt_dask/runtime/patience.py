@@ -64,10 +64,10 @@ def wait_seconds() -> float:
 @contextmanager
 def saying(waiting: str) -> Iterator[None]:
     """Say what is waited for if the block takes longer than a moment."""
-    told = contextvars.copy_context()
+    context = contextvars.copy_context()
     timer = Timer(
         SOON,
-        told.run,
+        context.run,
         (
             progress.say,
             f"{waiting} ({_bound()}).",
@@ -107,7 +107,7 @@ class Vigil:
         """Something has landed."""
         self._asked = self._landed = time.monotonic()
         self._idle_since: float | None = None
-        self._told = ""
+        self._shown = ""
 
     def look(self) -> None:
         """Say that nobody works if that is so; give up after the bound.
@@ -123,14 +123,14 @@ class Vigil:
         trouble = self._trouble()
         self._asked = time.monotonic()
         if trouble is None:
-            self._idle_since, self._told = None, ""
+            self._idle_since, self._shown = None, ""
             return
         if self._idle_since is None:
             self._idle_since = now
         if time.monotonic() - self._idle_since >= wait_seconds():
             raise ClusterError(f"{self._description}: {trouble}.")
-        if trouble != self._told:
-            self._told = trouble
+        if trouble != self._shown:
+            self._shown = trouble
             progress.say(f"{self._description}: {trouble}; waiting ({_bound()}).")
 
     def _trouble(self) -> str | None:
@@ -150,10 +150,10 @@ class Vigil:
             return None
         if states["is idle"] == len(workers):
             return f"no worker of the {len(workers)} at {where} has begun a task"
-        told = ", ".join(
+        states = ", ".join(
             f"{n} {state}" for state, n in sorted(states.items()) if state != "is idle"
         )
-        return f"of {len(workers)} workers at {where} none works: {told}"
+        return f"of {len(workers)} workers at {where} none works: {states}"
 
     def _state(self, address: str, worker: dict[str, Any]) -> str:
         now, last = time.monotonic(), float(worker["last_seen"])

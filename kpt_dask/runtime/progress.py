@@ -95,7 +95,7 @@ def shown(console: Console | None = None) -> Iterator[None]:
     Parameters
     ----------
     console : rich.console.Console, optional
-        Where to write; standard error unless told otherwise, so that standard output
+        Where to write; standard error by default, so that standard output
         carries nothing but results.
     """
     console = console or Console(stderr=True)

@@ -81,10 +81,10 @@ def convert(
     overwrite : bool
         Whether an existing output may be replaced; it is kept until the new one is complete.
     memory : int, optional
-        Bytes that making the higher levels may take in each process; see
+        Memory budget of making the higher levels in each process, bytes; see
         `kpt_dask.runtime.memory.budget`.
     client : distributed.Client, optional
-        Who computes the higher levels; this process unless told otherwise.
+        Client whose workers compute the higher levels; threads of this process by default.
 
     Returns
     -------

@@ -69,7 +69,7 @@ class Paint:
     region : int
         What the voxels inside the shape become; `KEEP` leaves them as they are.
     inside : int
-        Regions that may be painted, one bit each; all but `OUTSIDE` unless told.
+        Regions that may be painted, one bit each; all but `OUTSIDE` by default.
     """
 
     def __init__(self, region: int | str = KEEP, inside: Iterable[int | str] = ()) -> None:
