@@ -429,8 +429,8 @@ def open_probability(path: str | Path) -> xr.DataArray:
     --------
     >>> import kpt_dask
     >>> probability = kpt_dask.open_probability("body_4.zarr")
-    >>> probability.dims, probability.dtype
-    (('organ', 'z', 'y', 'x'), dtype('float32'))
+    >>> probability.dims, str(probability.dtype)
+    (('organ', 'z', 'y', 'x'), 'float32')
     >>> bool(probability.sel(organ="liver").max() > 0.5)
     True
     """

@@ -69,8 +69,6 @@ MANY_PARAMETERS = {
     "kpt_dask.cli.main.evaluate": COMMAND,
     "kpt_dask.cli.main.segment": COMMAND,
     "kpt_dask.cli.slurm.main": COMMAND,
-    "kpt_dask.demo.phantom.render._paint_body": TO_BUNDLE,
-    "kpt_dask.demo.phantom.render._render": TO_BUNDLE,
     "kpt_dask.evaluation.evaluate": FACE,
     "kpt_dask.organ_transfer.warping.kernels.accumulate": TO_BUNDLE,
     "kpt_dask.segmentation.segment": FACE,

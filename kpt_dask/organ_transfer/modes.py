@@ -66,16 +66,16 @@ def transfer(
     Examples
     --------
     >>> import kpt_dask
-    >>> import zarr
     >>> from atlas_store import AtlasKeypoints, AtlasStore
     >>> from kpt_dask.organ_transfer.job import Evidence, TransferJob
     >>> from kpt_dask.organ_transfer.probability import TILING, create_probability
     >>> from kpt_dask.volumes.omezarr import create_label_image
-    >>> store, volume = AtlasStore.open("atlases"), kpt_dask.open_volume("body_4.zarr")
+    >>> store, scan = AtlasStore.open("atlases"), kpt_dask.open_scan("body_4_ct.nii.gz")
+    >>> volume = kpt_dask.convert(scan, "transferred.zarr", spacing=4.0)
     >>> keypoints = kpt_dask.extract(volume)
     >>> matches = kpt_dask.match(keypoints, AtlasKeypoints.load(store))
     >>> votes = kpt_dask.vote(matches, keypoints.sizes["keypoint"], store.organs)
-    >>> group, grid, organs = zarr.create_group("transferred.zarr"), volume.grid, store.organs
+    >>> group, grid, organs = volume.group, volume.grid, store.organs
     >>> probability = create_probability(group, grid, organs, "affine")
     >>> [labels, *_] = create_label_image(group, "organs", grid, organs, TILING.shard)
     >>> job = TransferJob(volume, organs, probability, labels, "affine")

@@ -150,10 +150,10 @@ class Vigil:
             return None
         if states["is idle"] == len(workers):
             return f"no worker of the {len(workers)} at {where} has begun a task"
-        states = ", ".join(
+        summary = ", ".join(
             f"{n} {state}" for state, n in sorted(states.items()) if state != "is idle"
         )
-        return f"of {len(workers)} workers at {where} none works: {states}"
+        return f"of {len(workers)} workers at {where} none works: {summary}"
 
     def _state(self, address: str, worker: dict[str, Any]) -> str:
         now, last = time.monotonic(), float(worker["last_seen"])

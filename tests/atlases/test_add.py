@@ -25,7 +25,7 @@ from atlas_store import (
 from atlas_store.keypoints import first_frames
 from kpt_dask.atlases import add
 from kpt_dask.atlases.add import (
-    Outcome,
+    AddOutcome,
     add_atlas,
     add_folder,
     labels_at,
@@ -273,12 +273,12 @@ def test_a_folder_is_added_as_far_as_possible(
     for name in ("s3", "s4", "s5", "s10"):
         (small / f"{name}_ct.nii.gz").write_bytes((small / "s2_ct.nii.gz").read_bytes())
     add_atlas(store, small / "s1_ct.nii.gz", small / "s1_seg.nii.gz", atlas_id="s1")
-    told: list[Outcome] = []
+    told: list[AddOutcome] = []
     outcomes = add_folder(store, small, client=one_process, told=told.append)
     assert told == outcomes
     assert [outcome.id for outcome in outcomes] == ["s1", "s2", "s3", "s4", "s5", "s10"]
     by_id = {outcome.id: outcome for outcome in outcomes}
-    assert by_id["s1"] == Outcome("s1")
+    assert by_id["s1"] == AddOutcome("s1")
     assert by_id["s2"].info == store["s2"].info
     assert "99" in str(by_id["s3"].problem)
     assert "s4_seg.nii.gz does not exist" in str(by_id["s4"].problem)

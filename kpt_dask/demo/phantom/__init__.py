@@ -14,7 +14,6 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
-import nibabel
 import numpy as np
 from isal import igzip
 from numpy.typing import NDArray
@@ -28,7 +27,7 @@ from kpt_dask.errors import ParameterError
 from kpt_dask.grid import Grid
 from kpt_dask.output.commit import replacing
 from kpt_dask.output.places import check_outputs
-from kpt_dask.scans.placement import FROM_IJK, FROM_RAS_XYZ
+from kpt_dask.scans.nifti import new_header
 
 __all__ = [
     "NOISE",
@@ -178,7 +177,7 @@ def write_phantom(
             if path.name.lower().endswith(".gz"):
                 # Neither name nor time goes into the header: the same seed gives the same bytes.
                 stream = stack.enter_context(gzip("", "wb", fileobj=stream, mtime=0))
-            header = _nifti_header(grid, dtype)
+            header = new_header(grid, dtype)
             stream.write(header.binaryblock)
             stream.write(bytes(header.single_vox_offset - len(header.binaryblock)))
             streams.append(stream)
@@ -186,17 +185,3 @@ def write_phantom(
             image, label = phantom_slab(seed, shape, spacing, z, min(z + 32, shape[0]))
             streams[0].write(image.astype("<i2").data)
             streams[1].write(label.data)
-
-
-def _nifti_header(grid: Grid, dtype: type[np.generic]) -> Any:
-    kind: Any = nibabel.Nifti1Header
-    header = kind(endianness="<")
-    header.set_data_dtype(dtype)
-    header.set_data_shape(grid.shape[::-1])
-    header.set_xyzt_units("mm")
-    affine = np.linalg.inv(FROM_RAS_XYZ) @ grid.affine @ FROM_IJK
-    header.set_qform(affine, code="scanner")
-    header.set_sform(affine, code="scanner")
-    header["vox_offset"] = header.single_vox_offset
-    header["scl_slope"], header["scl_inter"] = 1, 0
-    return header

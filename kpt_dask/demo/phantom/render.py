@@ -5,7 +5,7 @@ file: numba's cache does not notice when a kernel called from another one change
 """
 
 from functools import lru_cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -55,7 +55,24 @@ def render_planes(
     labels : ndarray of uint8, shape (plane, y, x)
         Written.
     """
-    _render(first, spacing, origin, subject, outline(), _texture(), label_of, seed, image, labels)
+    tables = _Tables(outline(), _texture(), label_of)
+    _render(first, spacing, origin, subject, tables, seed, image, labels)
+
+
+class _Tables(NamedTuple):
+    """What all subjects share: the body's outline, the texture, and the label of each region."""
+
+    outline: NDArray[np.float64]
+    texture: NDArray[np.float32]
+    label_of: NDArray[np.uint8]
+
+
+class _Body(NamedTuple):
+    """The body without its organs: outline (height, 3) and thickness of fat, mm; HU of layers."""
+
+    outline: NDArray[np.float64]
+    fat: float
+    layers: NDArray[np.float64]
 
 
 @lru_cache(maxsize=1)
@@ -159,17 +176,11 @@ def _cover(distance: float, edge: float) -> float:
 
 @kernel
 def _paint_body(
-    z: float,
-    y: float,
-    x: float,
-    grain: float,
-    air: float,
-    outline: Any,
-    fat: float,
-    layers: Any,
-    edge: float,
+    point: tuple[float, float, float], grain: float, air: float, body: _Body, edge: float
 ) -> tuple[float, int]:
     """HU and region of the body without its organs: cavity, muscles, fat, skin."""
+    z, y, x = point
+    outline, fat, layers = body
     period = outline.shape[0] - 1
     height = z - np.floor(z / period) * period
     i = min(int(height), period - 1)
@@ -248,15 +259,15 @@ def _render(
     spacing: float,
     origin: Any,
     subject: Any,
-    outline: Any,
-    texture: Any,
-    label_of: Any,
+    tables: _Tables,
     seed: int,
     image: Any,
     labels: Any,
 ) -> None:
     nz, ny, nx = image.shape
     motion, fat, layers, hu, grain, kinds, params, regions, insides, low, high = subject
+    outline, texture, label_of = tables
+    body = _Body(outline, fat, layers)
     edge = max(spacing, 1.0)
     cell = CELLS_PER_MM
     waves = len(motion.phase)
@@ -279,7 +290,7 @@ def _render(
                 air = _couch(y, origin[2] + spacing * i, layers[0], edge)
                 speckle[j, i] = _lookup(texture, tz * cell, ty * cell, tx * cell)
                 plane[j, i], region[j, i] = _paint_body(
-                    tz, ty, tx, speckle[j, i], air, outline, fat, layers, edge
+                    (tz, ty, tx), speckle[j, i], air, body, edge
                 )
         for n in range(len(kinds)):
             # Off the tips of oblong shapes the distance is too small: they reach further than half.
