@@ -167,22 +167,17 @@ def open_scan(path: str | Path, *, series: str | None = None) -> Scan:
     series : str, optional
         UID of the DICOM series, needed where there are several.
 
+    Returns
+    -------
+    Scan
+        Its grid (mm, LPS) and a stream of its values (HU); no voxel has been read.
+
     Raises
     ------
     ScanNotFoundError
         If there is no such file.
     ScanFormatError
         If it is none that can be read, or not one 3-D volume of real numbers on a usable grid.
-
-    Parameters
-    ----------
-    path : str or Path
-        The file; decompressed while streaming if its name ends in ``.gz``.
-
-    Returns
-    -------
-    Scan
-        Its grid (mm, LPS) and a stream of its values (HU); no voxel has been read.
 
     Examples
     --------
