@@ -44,4 +44,4 @@ def test_a_tenth_of_the_campaign_of_reading_what_is_damaged() -> None:
 
 
 def test_a_tenth_of_the_campaign_of_killing_segmentations() -> None:
-    assert "no fault" in run("campaign_segment.py", "--rounds", "6")
+    assert "no fault" in run("campaign_segment.py", "--rounds", "3")
