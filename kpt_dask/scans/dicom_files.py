@@ -80,6 +80,11 @@ def is_zip(path: Path) -> bool:
     return path.name.lower().endswith(".zip")
 
 
+def is_zarr(path: Path) -> bool:
+    """Whether a folder is a Zarr group or array."""
+    return any((path / name).is_file() for name in ("zarr.json", ".zgroup", ".zattrs", ".zarray"))
+
+
 def is_dicom(path: Path) -> bool:
     """Whether a file that exists is DICOM, by its name or by its mark."""
     if path.name.lower().endswith(ENDINGS):

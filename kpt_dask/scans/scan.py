@@ -19,7 +19,7 @@ from kpt_dask.output.places import check_outputs
 from kpt_dask.runtime import notices
 from kpt_dask.scans.contract import ScanFile
 from kpt_dask.scans.dicom_files import ENDINGS as DICOM_ENDINGS
-from kpt_dask.scans.dicom_files import is_dicom, is_zip
+from kpt_dask.scans.dicom_files import is_dicom, is_zarr, is_zip
 from kpt_dask.scans.intensities import Intensities
 from kpt_dask.scans.label_file import write_nifti
 from kpt_dask.scans.metaimage import open_metaimage
@@ -38,7 +38,7 @@ READERS: dict[str, Callable[[Path], ScanFile]] = {
     ".mha": open_metaimage,
     ".mhd": open_metaimage,
 }
-"""Which reader opens which file name; what is none of these may be DICOM."""
+"""Which reader opens which file name; what is none of these may be OME-Zarr or DICOM."""
 
 LABEL_ENDINGS = ".nii", ".nii.gz"
 """Names under which label maps are written."""
@@ -147,9 +147,9 @@ def scan_name(path: Path) -> str:
     """Name a scan after its file or folder, without the ending that a reader knows."""
     # "." has no name.
     name = path.name or path.resolve().name
-    if path.is_dir():
-        return name
-    for ending in sorted([*READERS, *DICOM_ENDINGS, ".zip"], key=len, reverse=True):
+    for ending in sorted(
+        [*READERS, *DICOM_ENDINGS, ".zip", ".ome.zarr", ".zarr"], key=len, reverse=True
+    ):
         if name.lower().endswith(ending):
             return name[: -len(ending)]
     return name
@@ -163,7 +163,8 @@ def open_scan(path: str | Path, *, series: str | None = None) -> Scan:
     Parameters
     ----------
     path : str or Path
-        A file that `READERS` know, or DICOM: a folder with all below it, a zip, or one file.
+        A file that `READERS` know, an OME-Zarr image, or DICOM: a folder with all below it, a zip,
+        or one file.
     series : str, optional
         UID of the DICOM series, needed where there are several.
 
@@ -209,6 +210,10 @@ def open_labels(path: str | Path, *, series: str | None = None) -> Scan:
         if series is not None:
             raise ScanFormatError(f"{path} is no DICOM and has no series; leave --series out.")
         file = reader(path)
+    elif path.is_dir() and is_zarr(path):
+        from kpt_dask.scans.omezarr_scan import open_omezarr
+
+        file = open_omezarr(path)
     elif path.is_dir() or (path.is_file() and (is_zip(path) or is_dicom(path))):
         # Importing the codecs takes as long as reading the header of any other format.
         from kpt_dask.scans.dicom import open_dicom
@@ -217,6 +222,7 @@ def open_labels(path: str | Path, *, series: str | None = None) -> Scan:
     else:
         raise ScanFormatError(
             f"{path} is nothing that can be read; known are DICOM (a folder, a zip or a file),"
+            " OME-Zarr,"
             f" {', '.join(READERS)}."
         )
     return Scan(path, file.grid, file.dtype, file)

@@ -9,9 +9,12 @@ from typing import Any
 import nibabel as nib
 import numpy as np
 import SimpleITK
+import zarr
 from numpy.typing import NDArray
+from ome_zarr_models import v04, v05
 from pydicom import uid
 
+from kpt_dask.scans.omezarr_scan import DIRECTIONS
 from tests.scans.dicom_writer import write_enhanced, write_folder, write_zip
 
 Array = NDArray[Any]
@@ -38,6 +41,8 @@ class Format:
         Takes the path; gives values (k, j, i) and affine as another program reads them.
     sheared : bool
         Whether axes need not be orthogonal.
+    oblique : bool
+        Whether axes need not be those of the body.
     """
 
     name: str
@@ -45,6 +50,7 @@ class Format:
     write: Callable[[Path, Array, Array], None]
     judge: Callable[[Path], tuple[Array, Array]]
     sheared: bool = False
+    oblique: bool = True
 
     def __str__(self) -> str:
         return self.name
@@ -99,6 +105,68 @@ def in_jpeg(path: Path, values: Array, affine: Array) -> None:
     write_folder(path, values, affine, uid.JPEGLosslessSV1)
 
 
+def omezarr(version: str) -> Callable[[Path, Array, Array], None]:
+    """Write as other programs do: axes along those of the body, directions by RFC-4."""
+
+    def write(path: Path, values: Array, affine: Array) -> None:
+        steps = (REVERSED @ affine @ REVERSED)[:3]
+        axes, scale, translation = [], [], []
+        for column, name in enumerate("zyx"):
+            row = int(np.abs(steps[:, column]).argmax())
+            sign = int(np.sign(steps[row, column]))
+            direction = {towards: key for key, towards in DIRECTIONS.items()}[
+                tuple(sign * (a == row) for a in range(3))
+            ]
+            about = {"type": "anatomical", "value": direction}
+            axes.append({"name": name, "type": "space", "unit": "millimeter", "orientation": about})
+            scale.append(abs(steps[row, column]))
+            translation.append(sign * steps[row, 3])
+        group = zarr.create_group(str(path), zarr_format=2 if version == "0.4" else 3)
+        array = group.create_array(
+            "0",
+            shape=values.shape,
+            dtype=values.dtype,
+            chunks=(2, 64, 64),
+            compressors=None,
+            dimension_names=None if version == "0.4" else ("z", "y", "x"),
+        )
+        array[...] = values
+        image = {
+            "axes": axes,
+            "datasets": [
+                {
+                    "path": "0",
+                    "coordinateTransformations": [
+                        {"type": "scale", "scale": [float(length) for length in scale]},
+                        {"type": "translation", "translation": [float(t) for t in translation]},
+                    ],
+                }
+            ],
+        }
+        if version == "0.4":
+            group.attrs["multiscales"] = [image | {"version": "0.4"}]
+        else:
+            group.attrs["ome"] = {"version": version, "multiscales": [image]}
+
+    return write
+
+
+def by_ome_zarr_models(path: Path) -> tuple[Array, Array]:
+    group = zarr.open_group(str(path), mode="r")
+    model = v04.Image if group.metadata.zarr_format == 2 else v05.Image
+    attributes = model.from_zarr(group).attributes
+    image = getattr(attributes, "ome", attributes).multiscales[0]
+    scale, translation = image.datasets[0].coordinateTransformations
+    affine = np.eye(4)
+    for column, axis in enumerate(
+        group.attrs.asdict().get("ome", group.attrs)["multiscales"][0]["axes"]
+    ):
+        towards = np.array(DIRECTIONS[axis["orientation"]["value"]])
+        affine[:3, column] = towards * scale.scale[column]
+        affine[:3, 3] += towards * translation.translation[column]
+    return np.asarray(group["0"]), REVERSED @ affine @ REVERSED
+
+
 FORMATS = [
     Format("nifti", ".nii", nifti(nib.Nifti1Image), by_nibabel, sheared=True),
     Format("nifti gz", ".nii.gz", nifti(nib.Nifti1Image), by_nibabel, sheared=True),
@@ -118,4 +186,6 @@ FORMATS = [
     Format("DICOM folder, JPEG", "", in_jpeg, by_simpleitk),
     Format("DICOM zip", ".zip", write_zip, by_simpleitk_unzipped),
     Format("DICOM enhanced", ".dcm", write_enhanced, by_simpleitk),
+    Format("OME-Zarr 0.4", ".zarr", omezarr("0.4"), by_ome_zarr_models, oblique=False),
+    Format("OME-Zarr 0.5", ".zarr", omezarr("0.5"), by_ome_zarr_models, oblique=False),
 ]

@@ -53,11 +53,11 @@ def voxels_at(values: Array, affine: Array) -> dict[tuple[float, ...], float]:
 
 
 @st.composite
-def affines(draw: Any, sheared: bool) -> Array:
+def affines(draw: Any, sheared: bool, oblique: bool) -> Array:
     """Any order and direction of axes, oblique or not, any spacing."""
     axes = np.eye(3)[draw(st.permutations([0, 1, 2]))]
     axes = axes * draw(st.tuples(*[st.sampled_from([-1.0, 1.0])] * 3))
-    angle, tilt = draw(st.sampled_from([0.0, 0.3])), draw(st.sampled_from([0.0, 0.2]))
+    angle, tilt = draw(st.sampled_from([0.0, 0.3 * oblique])), draw(st.sampled_from([0.0, 0.2]))
     cos, sin = np.cos(angle), np.sin(angle)
     turn = np.array([[cos, -sin, 0], [sin, cos, 0], [0, 0, 1]])
     shear = np.array([[1, 0, 0], [0, 1, tilt if sheared else 0], [0, 0, 1.0]])
@@ -74,7 +74,7 @@ def test_voxels_lie_where_another_program_sees_them(
     form: Format, data: st.DataObject, tmp_path: Path
 ) -> None:
     shape = data.draw(st.tuples(*[st.integers(2, 5)] * 3))
-    affine = data.draw(affines(form.sheared))
+    affine = data.draw(affines(form.sheared, form.oblique))
     values = np.arange(np.prod(shape), dtype=np.int16).reshape(shape) * 7 - 1000
     path = made(form, tmp_path / "scan", values, affine)
     scan = open_scan(path)
@@ -121,7 +121,7 @@ def test_labels_go_back_onto_its_grid(form: Format, tmp_path: Path) -> None:
 def parts_of(path: Path) -> list[Path]:
     """Files that make up a scan."""
     if path.is_dir():
-        return sorted(path.iterdir())
+        return sorted(part for part in path.rglob("*") if part.is_file())
     if path.suffix in (".hdr", ".img", ".nhdr", ".mhd"):
         return sorted(path.parent.iterdir())
     return [path]

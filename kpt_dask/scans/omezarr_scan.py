@@ -1,0 +1,179 @@
+"""OME-Zarr images 0.4 and 0.5 as scans: the finest level of the first image, read chunk by chunk.
+
+Directions of axes are those of RFC-4 (anatomical orientation), which this program writes too.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import zarr
+from numpy.typing import NDArray
+
+from atlas_store.arrays import chunk_io
+from kpt_dask.errors import ScanFormatError
+from kpt_dask.grid import Grid
+from kpt_dask.scans import voxel_stream
+from kpt_dask.scans.placement import check_grid, header_of, listed
+
+UNITS = {"meter": 1e3, "centimeter": 10.0, "millimeter": 1.0, "micrometer": 1e-3}
+"""mm in a unit of length."""
+
+DIRECTIONS = {
+    "inferior-to-superior": (1, 0, 0),
+    "superior-to-inferior": (-1, 0, 0),
+    "anterior-to-posterior": (0, 1, 0),
+    "posterior-to-anterior": (0, -1, 0),
+    "right-to-left": (0, 0, 1),
+    "left-to-right": (0, 0, -1),
+}
+"""Directions (z, y, x), LPS, by their names in RFC-4."""
+
+USUAL = {"z": "inferior-to-superior", "y": "anterior-to-posterior", "x": "right-to-left"}
+"""Directions of axes that say nothing of it."""
+
+
+@dataclass(frozen=True, eq=False)
+class OmeZarrFile:
+    """An OME-Zarr image; see `kpt_dask.scans.contract.ScanFile`.
+
+    Attributes
+    ----------
+    path : Path
+        Folder of the image.
+    grid : Grid
+        Of the finest level.
+    array : zarr.Array
+        Its voxels.
+    axes : tuple of int
+        Which of the array's axes are (k, j, i); the others have length 1.
+    doubts : tuple of str
+        What the metadata leave open, one sentence each.
+    """
+
+    path: Path
+    grid: Grid
+    array: "zarr.Array[Any]"
+    axes: tuple[int, ...]
+    doubts: tuple[str, ...]
+    slope: float = 1.0
+    intercept: float = 0.0
+
+    @property
+    def dtype(self) -> np.dtype[Any]:
+        """Type of a stored voxel."""
+        return np.dtype(self.array.dtype)
+
+    @property
+    def header(self) -> Any:
+        """NIfTI header for label maps on this grid."""
+        return header_of(self.grid)
+
+    def slabs(self) -> Iterator[NDArray[Any]]:
+        """Stream the stored voxels; see `kpt_dask.scans.contract.ScanFile`."""
+        planes, rows, columns = self.grid.shape
+        depth = min(self.array.chunks[self.axes[0]], planes)
+        few = max(1, voxel_stream.SLAB_BYTES // (rows * columns * self.dtype.itemsize))
+        for begin in range(0, planes, depth):
+            where: list[Any] = [0] * self.array.ndim
+            for axis in self.axes:
+                where[axis] = slice(None)
+            where[self.axes[0]] = slice(begin, min(begin + depth, planes))
+            try:
+                chunk_io.check_complete(self.array)
+                values = np.asarray(self.array[tuple(where)])
+            except Exception as error:  # codecs and stores raise many kinds
+                raise _damaged(self.path, "chunk", error) from error
+            for first in range(0, len(values), few):
+                yield values[first : first + few]
+
+
+def open_omezarr(path: Path) -> OmeZarrFile:
+    """Read the metadata of an OME-Zarr image.
+
+    Raises
+    ------
+    ScanFormatError
+        If the folder is no OME-Zarr image, or not one 3-D volume of real numbers on a usable grid.
+    """
+    try:
+        group = zarr.open_group(str(path), mode="r")
+        about: Any = group.attrs.asdict()
+        images = about.get("ome", about).get("multiscales")
+    except Exception as error:
+        raise _damaged(path, "metadata", error) from error
+    if not images:
+        raise ScanFormatError(
+            f"{path} is a Zarr group, but no OME-Zarr image; give the folder of the image in it."
+        )
+    try:
+        image = images[0]
+        level = image["datasets"][0]
+        array = group[level["path"]]
+        axes = [dict(axis) for axis in image["axes"]]
+        steps = [*level["coordinateTransformations"], *image.get("coordinateTransformations", [])]
+        scale, translation = np.ones(len(axes)), np.zeros(len(axes))
+        for step in steps:
+            if step["type"] == "scale":
+                factor = np.array(step["scale"], np.float64).reshape(len(axes))
+                scale, translation = scale * factor, translation * factor
+            elif step["type"] == "translation":
+                translation = translation + np.array(step["translation"], np.float64)
+            elif step["type"] != "identity":
+                raise ValueError(f"coordinate transformation {step['type']!r}")
+        names = [str(axis["name"]).lower() for axis in axes]
+        space = tuple(i for i, axis in enumerate(axes) if axis.get("type", "space") == "space")
+        units = [axes[i].get("unit") for i in space]
+        directions = [axes[i].get("orientation") for i in space]
+        told = [str(d["value"]) if isinstance(d, dict) else d for d in directions]
+    except Exception as error:
+        raise _damaged(path, "metadata", error) from error
+    if not isinstance(array, zarr.Array) or array.ndim != len(axes):
+        raise _damaged(path, "metadata", f"level {level['path']!r} is no array of its axes")
+    if sorted(names[i] for i in space) != ["x", "y", "z"]:
+        raise ScanFormatError(f"{path} has the axes {', '.join(names)}; give one 3-D volume.")
+    shape = array.shape[space[0]], array.shape[space[1]], array.shape[space[2]]
+    if any(n != 1 for i, n in enumerate(array.shape) if i not in space) or min(shape) < 1:
+        raise ScanFormatError(f"{path} has shape {listed(array.shape)}; give one 3-D volume.")
+    if array.dtype.kind not in "iuf":
+        raise ScanFormatError(f"{path} holds {array.dtype} voxels, not real numbers.")
+    plane = shape[1] * shape[2] * array.dtype.itemsize
+    if plane * min(array.chunks[space[0]], shape[0]) > voxel_stream.LARGEST_PLANE:
+        raise ScanFormatError(
+            f"{path} has chunks of {array.chunks[space[0]]} planes of {plane / 2**20:.0f} MiB;"
+            " store it with smaller ones."
+        )
+    doubts = []
+    unknown = [unit for unit in units if unit is not None and unit not in UNITS]
+    if unknown:
+        raise ScanFormatError(f"{path} gives its lengths in {str(unknown[0])[:40]!r}, not in mm.")
+    if None in units:
+        doubts.append(f"{path} gives no unit of length; it is taken for mm.")
+    if any(direction not in DIRECTIONS for direction in told):
+        doubts.append(
+            f"{path} does not say how its axes lie in the body, so its orientation is a guess (LPS)"
+            " and left and right may be exchanged; make it anew from the DICOM series."
+        )
+        told = [USUAL[names[i]] for i in space]
+    affine = np.eye(4)
+    for column, i in enumerate(space):
+        step_mm = UNITS.get(str(units[column]), 1.0)
+        towards = np.array(DIRECTIONS[str(told[column])], np.float64)
+        affine[:3, column] = towards * scale[i] * step_mm
+        affine[:3, 3] += towards * translation[i] * step_mm
+    grid = Grid(shape, affine)
+    check_grid(path, grid)
+    missing = array.nchunks - array.nchunks_initialized
+    if missing > 0 and not array.attrs.get(chunk_io.COMPLETE):
+        doubts.append(
+            f"{path} lacks {missing} of {array.nchunks} chunks, which count as"
+            f" {array.fill_value}; copy it again if its parts are missing."
+        )
+    return OmeZarrFile(path, grid, array, space, tuple(doubts))
+
+
+def _damaged(path: Path, what: str, error: object) -> ScanFormatError:
+    said = " ".join(str(error).split())[:200]
+    return ScanFormatError(f"{path} has a damaged {what} ({said}); get a new copy.")
