@@ -50,6 +50,9 @@ CODECS = {
 }
 """Which of pydicom's plugins decodes what. GDCM is none of them: damaged data end the process."""
 
+END_OF_IMAGE = b"\xff\xd9"
+"""How every JPEG, JPEG-LS and JPEG 2000 image ends."""
+
 LOSSLESS_JPEG = uid.JPEGLossless, uid.JPEGLosslessSV1
 
 
@@ -245,6 +248,11 @@ def _compressed(file: BinaryIO, frame: Frame) -> NDArray[Any]:
     file.seek(header.at)
     data = encaps.get_frame(file, frame.index, number_of_frames=header.n_frames)
     rows, columns = header.whole("Rows"), header.whole("Columns")
+    # Codecs make up what is cut off.
+    if header.syntax != uid.RLELossless and not data.rstrip(b"\0").endswith(END_OF_IMAGE):
+        raise ScanFormatError(
+            f"{frame.shown} is truncated: its compressed image has no end; get a new copy."
+        )
     if header.syntax != uid.RLELossless and (said := _codestream_size(data)) != (rows, columns):
         found = "damaged" if said is None else f"{said[0]} × {said[1]} pixels"
         raise ScanFormatError(

@@ -275,6 +275,21 @@ def test_a_compressed_slice_of_another_size_is_refused(tmp_path: Path) -> None:
         read(tmp_path / "ct")
 
 
+@pytest.mark.parametrize(
+    "syntax",
+    [uid.RLELossless, uid.JPEGLosslessSV1, uid.JPEGLSLossless, uid.JPEG2000Lossless],
+    ids=lambda syntax: syntax.name,
+)
+def test_a_truncated_compressed_slice_is_refused(tmp_path: Path, syntax: uid.UID) -> None:
+    write_folder(tmp_path / "ct", VALUES, AFFINE, syntax)
+    file = sorted((tmp_path / "ct").iterdir())[0]
+    content = file.read_bytes()
+    for lost in (30, 200, 1000):
+        file.write_bytes(content[:-lost])
+        with pytest.raises(ScanFormatError, match=file.name):
+            read(tmp_path / "ct")
+
+
 def test_an_enhanced_file_must_say_where_all_frames_lie(tmp_path: Path) -> None:
     dataset = enhanced(VALUES, AFFINE)
     del dataset.PerFrameFunctionalGroupsSequence[0]
