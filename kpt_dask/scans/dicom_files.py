@@ -14,7 +14,7 @@ from io import BytesIO
 from pathlib import Path, PurePosixPath
 from typing import BinaryIO, cast
 
-from kpt_dask.errors import ScanFormatError, ScanNotFoundError
+from kpt_dask.errors import ScanFormatError
 
 ENDINGS = ".dcm", ".dicom", ".ima"
 """Of files that must be DICOM; others are looked at."""
@@ -106,11 +106,9 @@ def find_files(path: Path) -> DicomFiles:
 
     Raises
     ------
-    ScanNotFoundError
-        If a folder or a zip holds no file.
     ScanFormatError
-        If a zip is damaged, encrypted or unpacks to far more than a zip can, or there are too many
-        files.
+        If a folder or a zip holds no file or too many, or a zip is damaged, encrypted or unpacks
+        to far more than a zip can.
     """
     if is_zip(path):
         names = _in_zip(path)
@@ -119,7 +117,8 @@ def find_files(path: Path) -> DicomFiles:
     else:
         return DicomFiles(path, ("",))
     if not names:
-        raise ScanNotFoundError(f"{path} holds no file; give the folder or zip of a DICOM series.")
+        what = "zip" if is_zip(path) else "folder"
+        raise ScanFormatError(f"{path} is a {what} that holds no file; give a DICOM series.")
     return DicomFiles(path, tuple(sorted(names)))
 
 

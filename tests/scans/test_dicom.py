@@ -12,7 +12,7 @@ import SimpleITK
 from pydicom import dcmread, uid
 from pydicom.dataset import Dataset
 
-from kpt_dask.errors import KptWarning, ScanFormatError, ScanNotFoundError
+from kpt_dask.errors import KptWarning, ScanFormatError
 from kpt_dask.scans import dicom_files
 from kpt_dask.scans.scan import open_scan, scan_name
 from tests.conftest import DATA
@@ -305,7 +305,7 @@ def test_a_deflated_file_is_refused_unread(tmp_path: Path) -> None:
 
 
 def test_an_empty_folder_or_one_without_images_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(ScanNotFoundError, match="holds no file"):
+    with pytest.raises(ScanFormatError, match="is a folder that holds no file"):
         open_scan(tmp_path)
     (tmp_path / "notes.txt").write_text("nothing")
     with pytest.raises(ScanFormatError, match="holds no DICOM image"):

@@ -321,5 +321,5 @@ def test_what_to_do_with_other_formats_is_said(tmp_path: Path, name: str) -> Non
         other.mkdir()
     else:
         other.write_bytes(bytes(400))
-    with pytest.raises(ScanFormatError, match=r"known are|give a file|must lie beside it"):
+    with pytest.raises(ScanFormatError, match=r"known are|give a DICOM series|must lie beside it"):
         open_scan(other)
