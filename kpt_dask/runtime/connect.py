@@ -1,7 +1,6 @@
 """Sessions: how a client of Dask comes about, on this machine alone or on a running cluster."""
 
 import asyncio
-import gc
 import json
 import logging
 import os
@@ -99,7 +98,6 @@ def local(threads: int) -> Iterator[Client]:
     # No memory limit: it would count the whole process and pause its only worker.
     with (
         _own_settings(),
-        _collecting_rarely(),
         LocalCluster(
             processes=False,
             n_workers=1,
@@ -175,21 +173,6 @@ def _own_settings() -> Iterator[None]:
             _Settings.sessions -= 1
             if _Settings.sessions == 0:
                 _Settings.stack.close()
-
-
-@contextmanager
-def _collecting_rarely() -> Iterator[None]:
-    """Let Python seldom look through all that there is for garbage.
-
-    That takes a tenth of a second, of all threads, as the libraries are made of so much; it finds
-    next to nothing, and would come four times in a segmentation.
-    """
-    before = gc.get_threshold()
-    gc.set_threshold(*before[:2], 100)
-    try:
-        yield
-    finally:
-        gc.set_threshold(*before)
 
 
 @contextmanager

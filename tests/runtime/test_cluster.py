@@ -1,6 +1,5 @@
 """The same work on threads, on processes, and while workers and schedulers go away."""
 
-import gc
 import json
 import operator
 import os
@@ -263,14 +262,3 @@ def test_a_session_of_its_own_ends_without_a_trace(
     kept = {thread.name for thread in threading.enumerate() if thread not in before}
     assert kept <= {"Dask-Offload_0"}
     assert capfd.readouterr() == ("", "")
-
-
-def test_a_process_collects_garbage_as_before_once_it_is_no_worker() -> None:
-    before = gc.get_threshold()
-    try:
-        gc.set_threshold(700, 10, 11)
-        with cluster.local(1):
-            assert gc.get_threshold() == (700, 10, 100)
-        assert gc.get_threshold() == (700, 10, 11)
-    finally:
-        gc.set_threshold(*before)
