@@ -48,7 +48,7 @@ class Coding:
     Attributes
     ----------
     dtype : numpy.dtype
-        Of the number n.
+        Type of the number n.
     hu : (int, int, int)
         Shift, mask and first HU: HU = ``(n >> shift & mask) + first``.
     label : (int, int)
@@ -124,7 +124,7 @@ def write_crop(
     organs : OrganTable
         What the labels stand for.
     spacing : float
-        Of the working grid, mm.
+        Voxel size of the working grid, mm.
     air_hu : int
         Least HU of a volume.
 
@@ -133,7 +133,7 @@ def write_crop(
     Box
         The crop, in voxels of the atlas.
     Coding
-        Of its numbers.
+        Coding of its numbers.
     """
     depth, height, width = image.shape
     box = _box_around(found, (depth, height, width), spacing)
@@ -213,7 +213,7 @@ def read_planes(
     held : Box
         Box of `planes`, without padding, in voxels of the atlas.
     coding : Coding
-        Of the numbers in `planes`.
+        Coding of the numbers in `planes`.
 
     Raises
     ------

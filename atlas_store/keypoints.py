@@ -72,7 +72,7 @@ def first_frames(position: NDArray[np.float32], scale: NDArray[np.float32]) -> N
     Parameters
     ----------
     position, scale : float32 arrays (n, 3) and (n)
-        Of keypoints as they are stored.
+        Position and scale of keypoints as they are stored.
 
     Returns
     -------
@@ -201,7 +201,7 @@ def check_keypoints(
 def read_arrays(
     objects: Objects, path: str, labels: Collection[int] | None = None
 ) -> dict[str, NDArray[Any]]:
-    """Read keypoints as plain arrays: `read_keypoints` without xarray, about 1 ms locally."""
+    """Read keypoints as plain arrays: `read_keypoints` without xarray, ≈ 1 ms locally."""
     where = f"{objects.url}: the keypoints in {path!r}" if path else f"keypoints in {objects.url}"
     prefix = f"{path}/" if path else ""
     root = _document(objects.read(f"{prefix}zarr.json"), where)

@@ -73,7 +73,7 @@ class Strips(NamedTuple):
         Parameters
         ----------
         shape : (int, int, int)
-            Of the bounding box.
+            Shape of the bounding box.
 
         Returns
         -------

@@ -84,7 +84,7 @@ matches that disagree hardly influence each other."""
 
 
 SMALLEST, LARGEST = 1e-3, 1e6
-"""Of widths in mm and of ν in HU, or its factor: beyond, single precision knows no difference."""
+"""Limits of widths in mm, and of ν in HU or its factor: what single precision resolves."""
 
 
 @dataclass(frozen=True)

@@ -112,7 +112,7 @@ class Segmentation:
     atlases : tuple of str
         The atlases that were used.
     n_keypoints, n_matches : int
-        Of the scan, and with all atlases.
+        Numbers of keypoints of the scan, and of matches with all atlases.
     seconds : float
         Wall time of the whole way.
     warnings : tuple of str
@@ -495,12 +495,12 @@ def _provenance(
             "parameters": dict(store.parameters),
             "atlases": list(found.atlases),
             "organs": {name: asdict(organ) for name, organ in found.organs.items()},
-            # Of the label map in this image: its bytes do not depend on other outputs.
+            # Grid of the label map in this image: its bytes do not depend on other outputs.
             "volume_grid": "working",
             "versions": {name: version(name) for name in libraries},
         },
     }
-    # Of what was found, not of the time: the same input gives the same bytes.
+    # Digest of the results, not of the time: the same input gives the same bytes.
     digest = sha256(json.dumps(said, sort_keys=True).encode())
     for table in (found.keypoints, found.matches, found.votes):
         for name in sorted(map(str, table.data_vars)):

@@ -197,7 +197,7 @@ class Writer:
         ----------
         region : tuple of slice
         data : ndarray
-            Of the region's shape.
+            Values, in the region's shape.
         rows : bool array, shape ``data.shape[:-1]``, optional
             False marks rows known to be all 0.
         """

@@ -25,7 +25,7 @@ def as_flat_view(array: NDArray[Any]) -> Flat:
     memory : ndarray (n)
         From the first element to the last, with what lies between.
     strides : tuple of int
-        Of the axes of `array`, in elements of `memory`.
+        Strides of the axes of `array`, in elements of `memory`.
 
     Raises
     ------

@@ -25,7 +25,7 @@ def write_region(array: zarr.Array[Any], region: Region, data: NDArray[Any]) -> 
     region : tuple of slice
         One slice with plain bounds per axis.
     data : ndarray
-        Of the region's shape.
+        Values, in the region's shape.
 
     Raises
     ------

@@ -59,7 +59,7 @@ def _check_description(key: str, data: bytes) -> None:
         raise _refused(key, f"it has the shape {shape}")
     if math.prod(chunks) * size > MAX_CHUNK:
         raise _refused(key, f"it has chunks of {chunks}")
-    # Of these it is known how much they unpack to before they do.
+    # The header of a blosc chunk states its decompressed size; other codecs may not.
     if codecs != ["bytes", "blosc"]:
         raise _refused(key, f"it has the codecs {codecs}")
 

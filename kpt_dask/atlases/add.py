@@ -66,7 +66,7 @@ def store_parameters(
     Parameters
     ----------
     spacing : float
-        Of the working grid, mm.
+        Voxel size of the working grid, mm.
     descriptor, finer
         As for `kpt_dask.extract`.
 

@@ -23,7 +23,7 @@ class KnownScans:
         Parameters
         ----------
         digest : str
-            Of the scan's volume, from `kpt_dask.volumes.identity.digest_of`.
+            Digest of the scan's volume, from `kpt_dask.volumes.identity.digest_of`.
         shape : tuple of int
             (z, y, x) of that volume.
         """

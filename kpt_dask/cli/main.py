@@ -48,7 +48,7 @@ def main() -> None:
     try:
         kpt()
     except OSError as error:
-        # Of what is written outside of commands: --help.
+        # Output outside of commands: --help.
         if os.environ.get("KPT_DEBUG"):
             raise
         click.echo(f"kpt: {error.filename}: {error.strerror}.", err=True)

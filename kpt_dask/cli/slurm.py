@@ -79,11 +79,11 @@ class Resources:
     cores : int
         Threads of a worker.
     memory : str
-        Of a worker, such as "16GB".
+        Memory of a worker, such as "16GB".
     head_memory : str
-        Of the job that leads them.
+        Memory of the job that leads the workers.
     head_cores : int
-        Of that job.
+        Threads of that job.
     walltime : str
         Limit of every job, in SLURM's notation.
     partition, account : str, optional

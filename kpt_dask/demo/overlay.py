@@ -1,7 +1,7 @@
 """A picture of a segmentation: three slices of the CT with the organs drawn over them.
 
-Of the CT exactly three slices are read; the labels are streamed once, slab by slab, to
-count voxels. It does not know how the labels were made.
+Exactly three slices of the CT are read; the labels are streamed once, slab by slab, to count
+voxels. It does not know how the labels were made.
 """
 
 from collections.abc import Iterable

@@ -168,7 +168,7 @@ def _histogram(vectors: Vectors, weight: NDArray[np.float64], out: Lattice) -> N
 def _peaks(histogram: Lattice, share: float, directions: Vectors) -> int:
     """Find the directions of peaks of at least a share of the highest; the highest first.
 
-    Of equal neighbours the first is a peak, and of equal peaks the first comes first.
+    The first of equal neighbours is a peak; equal peaks stay in order.
     """
     middle = SIZE // 2
     limit = share * histogram.max()

@@ -21,7 +21,7 @@ Widths = tuple[float, float]
 """σ_x and σ_t: standard deviations of the kernels in space and in translation, mm."""
 
 ROUNDS = 3
-"""Of reweighting by agreement."""
+"""Number of rounds of reweighting by agreement."""
 REACH = 3.0
 """Standard deviations beyond which a match has no say."""
 UNSUPPORTED = 1e-30

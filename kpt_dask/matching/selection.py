@@ -130,9 +130,9 @@ def select_atlases(
     matches : xarray.Dataset
         From `kpt_dask.match`.
     keypoints : xarray.Dataset
-        Of the scan.
+        Keypoints of the scan.
     atlases : AtlasKeypoints
-        Of the atlases that were matched.
+        Keypoints of the atlases that were matched.
     store : AtlasStore
         Where they are.
     select : int

@@ -15,7 +15,7 @@ from kpt_dask.matching.translations import density
 WIDTHS = 60.0, 40.0, 25.0, 15.0, 15.0, 15.0
 """σ of each round of reweighting, mm: coarse first, as the start is a translation alone."""
 BANDWIDTH = 15.0
-"""Of the density of translations whose mode is the start, mm."""
+"""Bandwidth of the density of translations whose mode is the start, mm."""
 RIDGE = 1e-3
 """How strongly the slope is held to 0, as a share of the matches' weight."""
 UNIT = 100.0

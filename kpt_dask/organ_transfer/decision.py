@@ -62,7 +62,7 @@ def finish_slab(
     Returns
     -------
     OrganCounts
-        Of the slab.
+        Counts of the slab.
     """
     organs, labels = job.organs, job.labels
     counts = OrganCounts.empty(len(organs))
@@ -94,7 +94,7 @@ class BoxLabels:
     threshold : float
         Voxels whose largest share is below this are 0.
     dtype : numpy.dtype
-        Of the labels.
+        Type of the labels.
 
     Attributes
     ----------

@@ -1,6 +1,6 @@
 """Label map on the scan's own grid, as a file: decided and compressed in tasks, written in order.
 
-A task returns compressed labels, about 1 % of their size, so a cluster's workers may be wherever
+A task returns compressed labels, ≈ 1 % of their size, so a cluster's workers may be wherever
 the probabilities can be read.
 """
 
@@ -59,7 +59,7 @@ def fill(
     Parameters
     ----------
     file : LabelFile
-        Of the target's shape, uint16.
+        Label map in the target's shape, uint16.
     decision : Decision
     memory : int, optional
         Budget of each process, bytes.

@@ -49,7 +49,7 @@ class TransferJob:
         Bytes that all blocks of a process may take together, down to one shard per thread; see
         `kpt_dask.runtime.memory.budget` for the default.
     tiling : Tiling
-        Of `probability`; blocks are whole shards.
+        Tiling of `probability`; blocks are whole shards.
 
     Raises
     ------

@@ -222,7 +222,7 @@ def organ_measures(
     Parameters
     ----------
     counts : OrganCounts
-        Of all blocks.
+        Counts of all blocks.
     organs : OrganTable
     grid : Grid
         The working grid.
@@ -253,7 +253,7 @@ def as_delivered(
     counts : int64 array (organ)
         Voxels of each organ in that label map.
     grid : Grid
-        Of that label map.
+        Grid of that label map.
 
     Returns
     -------

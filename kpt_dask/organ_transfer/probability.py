@@ -58,7 +58,7 @@ class Tiling(NamedTuple):
 
 
 TILING = Tiling()
-"""Of every segmentation."""
+"""Tiling of every segmentation."""
 
 _COMPRESSOR = BloscCodec(cname="lz4", shuffle="noshuffle")
 """No byte shuffle: it gains nothing on probabilities and doubles the time to compress them."""

@@ -49,7 +49,7 @@ def run_jobs(jobs: Jobs, threads: int) -> None:
         Asked for the next job by one thread at a time, while the others are busy with theirs;
         closed afterwards. A job may wait for earlier ones: those have begun.
     threads : int
-        Of this process.
+        Number of threads of this process.
 
     Raises
     ------

@@ -17,10 +17,10 @@ from typing import BinaryIO, cast
 from kpt_dask.errors import ScanFormatError
 
 ENDINGS = ".dcm", ".dicom", ".ima"
-"""Of files that must be DICOM; others are looked at."""
+"""Endings of files that must be DICOM; the content of other files decides."""
 
 MOST_FILES = 200_000
-"""Of one scan; more lie below a folder that was not meant."""
+"""Limit of the files of one scan; a folder with more was given by mistake."""
 
 LARGEST_MEMBER = 256 << 20
 """Bytes of a file in a zip, which is unpacked in memory."""
@@ -47,7 +47,7 @@ class DicomFiles:
     path : Path
         The file, folder or zip.
     names : tuple of str
-        Of files, relative to `path`; "" for a single file.
+        Names of files, relative to `path`; "" for a single file.
     """
 
     path: Path

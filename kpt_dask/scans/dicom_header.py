@@ -17,7 +17,7 @@ from kpt_dask.errors import ScanFormatError
 from kpt_dask.scans.dicom_files import looks_like_dicom
 
 MOST_PIXELS = 1 << 26
-"""Of one plane; no scanner makes more."""
+"""Limit of the pixels of one plane; no scanner makes more."""
 
 UNDEFINED = 0xFFFFFFFF
 """Length of pixel data that are encapsulated."""
@@ -84,7 +84,7 @@ class Frame:
     Attributes
     ----------
     header : Header
-        Of the file that holds it.
+        Header of the file that holds it.
     index : int
         Which of the file's frames it is.
     position : ndarray (3,)
@@ -92,7 +92,7 @@ class Frame:
     axes : ndarray (2, 3)
         Steps to the next column and to the next row, mm.
     thickness : float
-        Of the slice, or its distance to the next one, mm; 0 if that is not said.
+        Thickness of the slice, or its distance to the next one, mm; 0 if unknown.
     slope, intercept : float
         HU = stored × slope + intercept.
     """
@@ -119,9 +119,9 @@ class Header:
     Attributes
     ----------
     name, shown : str
-        Of the file, for opening it and in sentences.
+        Name of the file: to open it, and for messages.
     dataset : Dataset
-        Of the tags of `TAGS`, and the file meta information.
+        The tags of `TAGS`, and the file meta information.
     at, length : int
         Where the value of the pixel data begins in the file, and how long it is, bytes.
     """

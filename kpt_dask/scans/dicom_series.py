@@ -14,8 +14,8 @@ MOST_LISTED = 12
 """Series that a sentence lists."""
 
 UNEVEN = 0.1
-"""Of the slices' distance: how far a slice may be from its place on the regular grid. Positions are
-rounded to 0.1 mm by some scanners; the keypoints are not found more exactly either."""
+"""Tolerance of a slice's position on the regular grid, as a share of the slices' distance. Some
+scanners round positions to 0.1 mm; keypoints are not located more exactly either."""
 
 SAME_PLACE = 0.01
 """mm; slices that are no farther apart are at the same place."""
@@ -34,7 +34,7 @@ def choose_series(
     path : Path
         Named in what is said.
     headers : iterable of Header
-        Of all images.
+        Headers of all images.
     series : str, optional
         UID of the one that is wanted.
 

@@ -35,7 +35,7 @@ class GzipStream(io.RawIOBase):
     produced : int
         Bytes that were decoded.
     verified : int
-        Of these, how many lie in members that ended with the right checksum.
+        How many of these lie in members that ended with the right checksum.
 
     Raises
     ------

@@ -21,9 +21,9 @@ class _Image:
     Attributes
     ----------
     rows, columns, precision : int
-        Of the frame; precision in bits.
+        Size of the frame; precision in bits.
     predictor, shift : int
-        Of the scan (Ss and Al).
+        Parameters of the scan (Ss and Al).
     interval : int
         Pixels between restarts; 0 for none.
     counts, symbols : ndarray

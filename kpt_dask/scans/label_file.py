@@ -1,9 +1,9 @@
-"""Label maps written as NIfTI: packed in pieces, by whoever, and put one after the other.
+"""Label maps written as NIfTI: compressed in pieces, in any task, and concatenated.
 
-A piece holds so many planes whatever the number of threads, so the same labels give the same
-bytes. All pieces are one gzip member, as not every reader goes on to a second one: each ends
-with a flush, at a whole byte, as pigz does it. The header comes last, to the place kept for it:
-what it says may depend on the labels.
+The number of planes of a piece does not depend on the number of threads, so the same labels give
+the same bytes. All pieces are one gzip member, as some readers stop after the first one: each ends
+with a flush, at a whole byte, as in pigz. The header is written last, into space reserved for it,
+because its description may depend on the labels.
 """
 
 import zlib
@@ -22,7 +22,7 @@ _isal_zlib: Any = isal.isal_zlib
 _nib: Any = nibabel
 
 PIECE_BYTES = 4 << 20
-"""About how much is packed at once; the file's size suffers below some hundred kB."""
+"""Bytes compressed at once, typical; below some 100 kB the file would grow."""
 
 DESCRIPTION = "kpt-dask label map"
 RUN = "kpt-dask run "
@@ -43,7 +43,7 @@ class Packed(NamedTuple):
     crc : int
         CRC-32 of what was deflated.
     size : int
-        Bytes before.
+        Number of bytes before compression.
     """
 
     data: bytes
@@ -52,7 +52,7 @@ class Packed(NamedTuple):
 
 
 def planes_at_once(shape: tuple[int, int, int], dtype: np.dtype[Any]) -> int:
-    """How many planes make a piece of a label map of this shape (k, j, i)."""
+    """Number of planes of a piece of a label map of this shape (k, j, i)."""
     return max(1, PIECE_BYTES // (shape[1] * shape[2] * dtype.itemsize))
 
 
@@ -113,7 +113,7 @@ class LabelFile:
             if error is None:
                 self._finish()
         finally:
-            # What a full disk left in the buffer fails once more.
+            # After a full disk, flushing the rest of the buffer fails once more.
             with suppress(OSError):
                 self._file.close()
 
@@ -159,7 +159,7 @@ class LabelFile:
 
     @contextmanager
     def _named(self) -> Iterator[None]:
-        """Let an error say which file it is about: a full disk does not."""
+        """Add the file's name to an error: that of a full disk has none."""
         try:
             yield
         except OSError as error:

@@ -47,7 +47,7 @@ class NiftiFile:
     grid : Grid
         Where the voxels lie; shape (k, j, i).
     dtype : dtype
-        Of a stored voxel, with its byte order.
+        Type of a stored voxel, with its byte order.
     slope, intercept : float
         Value = stored × slope + intercept.
     voxels : VoxelStream

@@ -44,7 +44,7 @@ class OmeZarrFile:
     path : Path
         Folder of the image.
     grid : Grid
-        Of the finest level.
+        Grid of the finest level.
     array : zarr.Array
         Its voxels.
     axes : tuple of int

@@ -19,7 +19,7 @@ LONGEST_HEADER = 1 << 20
 """Bytes of text; a file without an end of its header is none."""
 
 MOST_DIGITS = 15
-"""Of a whole number; more voxels than that lie in no file."""
+"""Limit of the digits of a whole number; no file has more voxels."""
 
 
 @dataclass(frozen=True, eq=False)

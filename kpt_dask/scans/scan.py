@@ -60,7 +60,7 @@ class Scan:
     grid : Grid
         Where its voxels lie; axes (k, j, i) in stored order, slowest first.
     dtype : dtype
-        Of a stored voxel.
+        Type of a stored voxel.
     file : ScanFile
         The reader's view of the file.
     """

@@ -1,6 +1,6 @@
-"""Voxels of one file as a stream of slabs: plain, or packed by gzip, zlib or bzip2.
+"""Voxels of one file as a stream of slabs: plain, or compressed by gzip, zlib or bzip2.
 
-Knows where the voxels begin and how many there are; every damage is a sentence that names the file.
+Knows where the voxels begin and how many there are; every error names the file and the damage.
 """
 
 import bz2
@@ -25,10 +25,10 @@ from kpt_dask.scans.gzip_stream import GzipStream, ZlibStream
 from kpt_dask.scans.placement import listed
 
 SLAB_BYTES = 4 << 20
-"""About how much is read at a time, as stored."""
+"""Stored bytes read at a time, typical."""
 
 SLABS_AHEAD = 3
-"""How many slabs the decoding thread may be ahead of the reader."""
+"""Slabs that the decoding thread may be ahead of the reader."""
 
 MOST_COMPRESSED = 1032
 """Deflate cannot shrink data more than this; less data than the header promises is no scan."""
@@ -45,7 +45,7 @@ _DAMAGE = (OSError, ValueError, zlib.error, _isal_zlib.error)
 
 @dataclass(frozen=True, eq=False)
 class VoxelStream:
-    """Where the voxels of a volume lie in a file, and how they are packed.
+    """Position of a volume's voxels in a file, and their compression.
 
     Attributes
     ----------
@@ -54,13 +54,13 @@ class VoxelStream:
     shape : tuple of int
         (k, j, i), slowest axis first, as stored.
     dtype : dtype
-        Of a stored voxel, with its byte order.
+        Type of a stored voxel, with its byte order.
     packing : str
-        How what follows `start` is compressed.
+        Compression of the data from `start` on.
     start : int
-        Where the (compressed) data begins, bytes.
+        Offset of the (compressed) data, bytes.
     skip : int
-        How many bytes of the (decompressed) data come before the first voxel.
+        Bytes of the (decompressed) data before the first voxel.
     """
 
     path: Path
@@ -80,7 +80,7 @@ class VoxelStream:
         """
         size = self.path.stat().st_size - self.start
         voxels = self._needed - self.skip
-        # Deflate has a limit; bzip2 packs any number of zeros into a few bytes.
+        # Deflate has a limit; bzip2 compresses any number of zeros to a few bytes.
         if self.packing != "bz2":
             most = size * (1 if self.packing == "none" else MOST_COMPRESSED)
             if self._needed > most:

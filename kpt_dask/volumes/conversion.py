@@ -77,7 +77,7 @@ def convert(
     out : str or Path
         Folder of the OME-Zarr image.
     spacing : float
-        Of the working grid, mm.
+        Voxel size of the working grid, mm.
     overwrite : bool
         Whether an existing output may be replaced; it is kept until the new one is complete.
     memory : int, optional

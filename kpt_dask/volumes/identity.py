@@ -60,7 +60,7 @@ class VoxelDigest:
         region : tuple of slice
             Begins and ends at multiples of `BRICK`, or where the volume ends.
         values : ndarray (z, y, x)
-            Of the region's shape.
+            Voxels, in the region's shape.
         """
         if self._hashing is not None:
             self._hashing.result()

@@ -91,7 +91,7 @@ def multiscale(name: str, grid: Grid, n_levels: int, method: str) -> dict[str, A
     name : str
         Name of the image.
     grid : Grid
-        Of level 0, axis-aligned; axes (z, y, x).
+        Grid of level 0, axis-aligned; axes (z, y, x).
     n_levels : int
         Number of levels; the spacing doubles from one to the next.
     method : str
@@ -147,7 +147,7 @@ def write_label_image(
     labels : ndarray (z, y, x) or iterable of (region, ndarray), integer
         The whole map, or its parts in any order; `write_region` says how they are aligned.
     grid : Grid
-        Of the labels, axis-aligned.
+        Grid of the labels, axis-aligned.
     organs : iterable of Labelled
         What the label values mean; the map is uint8 if they fit, else uint16.
 

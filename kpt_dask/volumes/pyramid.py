@@ -63,7 +63,7 @@ def planes_at_once(shape: tuple[int, ...], octave: int, room: int, *, wanted: bo
     Parameters
     ----------
     shape : tuple of int
-        Of the level, (z, y, x).
+        Shape of the level, (z, y, x).
     octave : int
         The level's.
     room : int

@@ -39,9 +39,9 @@ class Volume:
     group : zarr.Group
         The OME-Zarr image.
     grid : Grid
-        Of level 0: axis-aligned, isotropic, axes (z, y, x).
+        Grid of level 0: axis-aligned, isotropic, axes (z, y, x).
     source_grid : Grid
-        Of the scan it was made from, axes in stored order: the field of view.
+        Grid of the scan it was made from, axes in stored order: the field of view.
     levels : tuple of zarr.Array (z, y, x), float32
         Level 0 in whole HU, then the octaves of its scale space.
     """
@@ -72,9 +72,9 @@ def create_volume(
     group : zarr.Group, str or Path
         An empty group, or where to make one.
     grid : Grid
-        Of level 0, axis-aligned and isotropic.
+        Grid of level 0, axis-aligned and isotropic.
     source_grid : Grid
-        Of the scan, axes in stored order.
+        Grid of the scan, axes in stored order.
     name : str
         Name of the image: the scan's file name.
     """

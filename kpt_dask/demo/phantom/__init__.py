@@ -74,7 +74,7 @@ def phantom_slab(
     seed : int
         Chooses the subject.
     shape : tuple of int
-        Of the whole phantom, (z, y, x).
+        Shape of the whole phantom, (z, y, x).
     spacing : float
         Edge length of a voxel, mm.
     z0, z1 : int

@@ -39,7 +39,7 @@ def render_planes(
     Parameters
     ----------
     seed : int
-        Of the noise.
+        Seed of the noise.
     subject : Subject
         Tall enough for the slab.
     origin : ndarray of float64, shape (3,)

@@ -81,7 +81,7 @@ def read_organs(
     moves : OrganMoves
         At least one.
     boxes : sequence of Box
-        Of the volume.
+        Boxes of the volume.
     organs : OrganTable
 
     Returns

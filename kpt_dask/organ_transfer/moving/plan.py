@@ -339,11 +339,11 @@ def _in_voxels(
     ----------
     affines : float64 array (k, 3, 4)
     bounds : int64 array (k, 3, 2)
-        Of each one's organ.
+        Bounds of each one's organ.
     origins : float64 array (k, 3)
-        Of each one's atlas.
+        Origin of each one's atlas.
     grid : Grid
-        Of the scan, and the atlases' spacing.
+        Grid of the scan; its spacing is that of the atlases.
 
     Returns
     -------

@@ -68,7 +68,7 @@ def move_organs(
     Parameters
     ----------
     job : TransferJob
-        Of mode `organ`, `affine` or `across`.
+        Job of mode `organ`, `affine` or `across`.
     atlases : sequence of Atlas
         In the order of the matches' indices.
     evidence : Evidence
