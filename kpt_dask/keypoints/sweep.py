@@ -1,8 +1,9 @@
 """One octave of a block of a volume, swept plane by plane from its first plane to its last.
 
 A sweep keeps only those planes of each Gaussian that are still needed: by the next Gaussian, by the
-extremum test, or by a descriptor. So it holds ≈ 200 planes, however long the block is. Threads may share it: each takes a batch of planes through all stages, right behind the thread
-that has the batch before. It knows neither Dask nor Zarr.
+extremum test, or by a descriptor. So it holds ≈ 200 planes, however long the block is. Threads may
+share it: each takes a batch of planes through all stages, right behind the thread that has the
+batch before. It knows neither Dask nor Zarr.
 """
 
 import time

@@ -52,7 +52,7 @@ class Packed(NamedTuple):
 
 
 def planes_at_once(shape: tuple[int, int, int], dtype: np.dtype[Any]) -> int:
-    """Number of planes of a piece of a label map of this shape (k, j, i)."""
+    """Count the planes of a piece of a label map of this shape (k, j, i)."""
     return max(1, PIECE_BYTES // (shape[1] * shape[2] * dtype.itemsize))
 
 
@@ -170,7 +170,7 @@ def run_of(path: Path) -> str | None:
     """Tell which run a label map is of; None if it is none of this program's, or of no run."""
     try:
         said: bytes = _nib.load(path).header["descrip"].item()
-    # Whatever libraries make of what is no NIfTI.
+    # Libraries raise many kinds of errors for files that are no NIfTI.
     except Exception:
         return None
     description = said.decode("utf-8", "replace")
