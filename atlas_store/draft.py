@@ -20,16 +20,9 @@ from atlas_store.atlas import check_labels
 from atlas_store.errors import AtlasExistsError, KeypointsFormatError, StoreFormatError
 from atlas_store.keypoints import check_keypoints, first_labels, write_keypoints
 from atlas_store.layout import KEYPOINTS, LABELS, data_folder, marker_key
-from atlas_store.marker import (
-    ENCODING_TYPE,
-    ENCODING_VERSION,
-    AtlasInfo,
-    Json,
-    OrganInfo,
-    digest,
-    table_digest,
-)
+from atlas_store.marker import ENCODING_TYPE, ENCODING_VERSION, AtlasInfo, OrganInfo, table_digest
 from atlas_store.organs import OrganTable
+from atlas_store.storage.digests import Json, digest
 from atlas_store.storage.objects import Objects, finish_writes
 
 ABANDONED_AFTER = timedelta(hours=24)

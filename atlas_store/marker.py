@@ -4,7 +4,6 @@ A marker is a small JSON document, written last. It is read with distrust, as it
 from a store that somebody else wrote.
 """
 
-import hashlib
 import json
 import math
 import re
@@ -15,12 +14,10 @@ from typing import Any, Self, TypeVar
 from atlas_store.arrays.boxes import Box
 from atlas_store.errors import AtlasIdError, StoreFormatError
 from atlas_store.organs import OrganTable
+from atlas_store.storage.digests import Json, canonical, digest
 
 ENCODING_TYPE = "kpt-atlas"
 ENCODING_VERSION = "1"
-
-Json = Any
-"""What JSON can say: None, bool, int, float, str, lists and string-keyed dicts of these."""
 
 MAX_VOXELS = 1 << 34
 """Elements of an array; a whole body at 0.5 mm has a quarter of it."""
@@ -218,18 +215,6 @@ def natural_order(name: str) -> tuple[list[tuple[int, int | str]], str]:
     """Sorting key that puts pt_3 before pt_13."""
     parts = re.split(r"([0-9]+)", name)
     return [(0, int(part)) if i % 2 else (1, part) for i, part in enumerate(parts)], name
-
-
-def canonical(content: Json) -> bytes:
-    """One spelling of a JSON value; ValueError for what JSON cannot say, such as NaN."""
-    return json.dumps(
-        content, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False
-    ).encode()
-
-
-def digest(data: bytes) -> str:
-    """SHA-256, hexadecimal."""
-    return hashlib.sha256(data).hexdigest()
 
 
 def table_digest(organs: OrganTable) -> str:

@@ -25,8 +25,6 @@ from atlas_store.errors import (
 from atlas_store.layout import ATLASES, MARKERS, ROOT, marker_key, parse_folder
 from atlas_store.marker import (
     AtlasInfo,
-    Json,
-    canonical,
     check_encoding,
     check_id,
     differences,
@@ -36,6 +34,7 @@ from atlas_store.marker import (
     table_digest,
 )
 from atlas_store.organs import OrganTable
+from atlas_store.storage.digests import Json, canonical
 from atlas_store.storage.objects import MAX_DOCUMENT, Objects
 from atlas_store.verify import Problem, verify_index, verify_store
 

@@ -18,9 +18,7 @@ from atlas_store.keypoints import first_labels
 from atlas_store.layout import ATLASES, MARKERS, ROOT, marker_key, parse_folder
 from atlas_store.marker import (
     AtlasInfo,
-    Json,
     differences,
-    digest,
     is_id,
     natural_order,
     parse_json,
@@ -28,6 +26,7 @@ from atlas_store.marker import (
 )
 from atlas_store.organs import OrganTable
 from atlas_store.storage.cache import forget, index_folder, recall
+from atlas_store.storage.digests import Json, digest
 from atlas_store.storage.objects import MAX_DOCUMENT, PARTIAL_SUFFIX, Objects
 
 INSTANT = 2.0

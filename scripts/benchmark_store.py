@@ -34,8 +34,8 @@ from atlas_store import Atlas, AtlasKeypoints, AtlasStore, OrganInfo, load_organ
 from atlas_store.index.search import AtlasIndex
 from atlas_store.keypoints import VARIABLES
 from atlas_store.layout import data_folder, marker_key
-from atlas_store.marker import digest
 from atlas_store.storage.cache import index_folder
+from atlas_store.storage.digests import digest
 from kpt_dask.atlases.add import add_atlas, store_parameters
 from kpt_dask.demo.phantom import write_phantom
 from kpt_dask.matching.first_pass import match

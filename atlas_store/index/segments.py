@@ -29,8 +29,8 @@ from atlas_store.index.nearest import (
     search_listed_atlases,
 )
 from atlas_store.keypoints import DESCRIPTOR_BINS
-from atlas_store.marker import canonical, digest
 from atlas_store.storage.cache import keep, recall
+from atlas_store.storage.digests import canonical, digest
 
 ENCODING = {"encoding-type": "kpt-index-segment", "encoding-version": "2"}
 

@@ -9,7 +9,7 @@ from contextlib import suppress
 from pathlib import Path
 from uuid import uuid4
 
-from atlas_store.marker import digest
+from atlas_store.storage.digests import digest
 
 
 def cache_folder() -> Path:

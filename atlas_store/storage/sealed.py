@@ -19,7 +19,8 @@ from zarr.core.buffer import Buffer, BufferPrototype
 from atlas_store.arrays import chunk_rows
 from atlas_store.errors import StoreFormatError
 from atlas_store.layout import ROOT
-from atlas_store.marker import digest, parse_json
+from atlas_store.marker import parse_json
+from atlas_store.storage.digests import digest
 from atlas_store.storage.guard import Guarded
 from atlas_store.storage.objects import MAX_DOCUMENT, MAX_OBJECT, Objects, regular
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from atlas_store import AtlasStore
 from atlas_store.draft import digests_of
 from atlas_store.layout import marker_key
-from atlas_store.marker import digest
+from atlas_store.storage.digests import digest
 
 
 def reseal(store: AtlasStore, atlas_id: str) -> None:

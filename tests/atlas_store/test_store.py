@@ -29,7 +29,8 @@ from atlas_store import (
     StoreNotFoundError,
     load_organs,
 )
-from atlas_store.marker import canonical, digest, is_id, natural_order
+from atlas_store.marker import is_id, natural_order
+from atlas_store.storage.digests import canonical, digest
 from atlas_store.storage.objects import Objects, finish_writes
 
 

@@ -1,0 +1,20 @@
+"""SHA-256 of bytes, and the canonical bytes of a JSON value, of which a digest can be kept."""
+
+import hashlib
+import json
+from typing import Any
+
+Json = Any
+"""A JSON value: None, bool, int, float, str, lists and string-keyed dicts of these."""
+
+
+def canonical(content: Json) -> bytes:
+    """One spelling of a JSON value; ValueError for what JSON cannot say, such as NaN."""
+    return json.dumps(
+        content, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False
+    ).encode()
+
+
+def digest(data: bytes) -> str:
+    """SHA-256, hexadecimal."""
+    return hashlib.sha256(data).hexdigest()
