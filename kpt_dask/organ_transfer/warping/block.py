@@ -35,7 +35,15 @@ from kpt_dask.organ_transfer.job import TransferJob
 from kpt_dask.organ_transfer.refinement.atlas import PER_MM, WEIGHT
 from kpt_dask.organ_transfer.refinement.lattice import Lattice
 from kpt_dask.organ_transfer.warping.cells import Cells, gather, plan_cells, spread, width_of
-from kpt_dask.organ_transfer.warping.kernels import accumulate, count_hu, smooth
+from kpt_dask.organ_transfer.warping.kernels import (
+    AtlasPart,
+    CellPlan,
+    FieldPart,
+    VoteSums,
+    add_votes,
+    count_hu,
+    smooth,
+)
 from kpt_dask.organ_transfer.warping.landing import in_grid, in_voxels, step_of
 from kpt_dask.runtime.team import Jobs, deferred, run_jobs
 
@@ -191,7 +199,8 @@ class _Block:
 
     def __init__(self, votes: Votes, cells: Cells, nus: Sequence[float]) -> None:
         self._all, self._cells, self._step = votes, cells, step_of(votes.grid)
-        self._scale = np.array([LOG2_E / (2 * nu * nu) for nu in nus], np.float32)[cells.group]
+        scale = np.array([LOG2_E / (2 * nu * nu) for nu in nus], np.float32)[cells.group]
+        self._plan = CellPlan(self._step, cells.index, cells.groups, cells.organs, scale)
         self.box = in_grid(cells.box, votes.grid, self._step)
         self.scan = np.empty(shape_of(self.box), np.float32)
         lattice, ends = votes.lattice, []
@@ -201,13 +210,13 @@ class _Block:
         self._part = ends[0], ends[1], ends[2]
         n = width_of(self._step)
         self._here = np.empty((len(cells.index), n), np.float32)
-        self._votes = np.zeros((cells.organ.size, n), np.float32)
-        self._totals = np.zeros((cells.organ.size, n), np.float32)
+        slots = cells.organ.size
+        self._sums = VoteSums(*(np.zeros((slots, n), np.float32) for _ in range(2)))
 
     @property
     def nbytes(self) -> int:
         """Bytes of all that is held until the end."""
-        return sum(a.nbytes for a in (self.scan, self._here, self._votes, self._totals))
+        return sum(a.nbytes for a in (self.scan, self._here, *self._sums))
 
     @property
     def field_bytes(self) -> int:
@@ -250,7 +259,7 @@ class _Block:
             depth, height, width = shape_of(box)
             around = np.zeros((depth + 2, height + 2, width + 2), np.float32)
             corner = begin_of(box) - 1
-            spread(self._votes, self._totals, slots, index, corner, self._step, around)
+            spread(self._sums, slots, index, corner, self._step, around)
             for axis, ((begin, end), n) in enumerate(zip(box, self._all.grid.shape, strict=True)):
                 along = np.moveaxis(around, axis, 0)
                 if begin == 0:
@@ -266,42 +275,50 @@ class _Block:
             self._all.job.volume.levels[0], slices(part), self.scan[within(part, self.box)]
         )
 
-    def _read_atlas(self, one: Warped, room: CropBuffer, free: Sequence[Callable[[], None]]) -> Any:
+    def _read_atlas(
+        self, one: Warped, room: CropBuffer, free: Sequence[Callable[[], None]]
+    ) -> AtlasPart | None:
         """Read what an atlas's field brings to the cells, when the room for it is free."""
-        lattice = self._read_field(one)
-        planes = self._planes(one.atlas, lattice)
+        field = self._read_field(one)
+        planes = self._planes(one.atlas, field)
         for wait in free:
             wait()
         if planes is None:
             return None
-        packed, there, coding = read_planes(one.atlas, *planes, room)
+        voxels, held, coding = read_planes(one.atlas, *planes, room)
         organs = self._all.job.organs
-        numbers = np.array([coding.number_of(value) for value in organs.values], np.uint16)
-        says = np.array([name in one.atlas.annotated for name in organs.names])
-        rho = np.where(says, one.correlation, 0.0) ** AGREEMENT
-        which = self._cells.organ
-        own = numbers[which], self._scale, rho.astype(np.float32)[which]
-        return own, lattice, packed, (*coding.hu, *coding.label), np.array(there)
+        codes = np.array([coding.number_of(value) for value in organs.values], np.uint16)
+        annotated = np.array([name in one.atlas.annotated for name in organs.names])
+        rho = np.where(annotated, one.correlation, 0.0) ** AGREEMENT
+        slots = self._cells.organ
+        return AtlasPart(
+            voxels,
+            coding.hu,
+            coding.label,
+            np.array(held),
+            field,
+            codes[slots],
+            rho.astype(np.float32)[slots],
+        )
 
-    def _read_field(self, one: Warped) -> tuple[Any, float, NDArray[np.int64], Any]:
+    def _read_field(self, one: Warped) -> FieldPart:
         """Read the part of an atlas's field that lies over the block, in voxels."""
         lattice, grid = self._all.lattice, self._all.grid
         number = slice(one.number, one.number + 1), slice(0, 4)
         stored = chunk_io.read(self._all.fields, (*number, *slices(self._part)))[0]
-        field = stored.astype(np.float32)
+        values = stored.astype(np.float32)
         spacing = float(grid.spacing[0])
         to_atlas = (grid.origin - np.array(one.atlas.info.origin) + one.base) / spacing
-        field[:3] *= np.float32(1 / (PER_MM * spacing))
-        field[:3] += to_atlas.astype(np.float32)[:, None, None, None]
-        field[3] *= np.float32(1 / WEIGHT)
-        size = np.array([lattice.first, lattice.shape], np.int64)
-        return size, 1 / lattice.step, begin_of(self._part), field
+        values[:3] *= np.float32(1 / (PER_MM * spacing))
+        values[:3] += to_atlas.astype(np.float32)[:, None, None, None]
+        values[3] *= np.float32(1 / WEIGHT)
+        first, shape = np.array([lattice.first, lattice.shape], np.int64)
+        return FieldPart(first, shape, 1 / lattice.step, begin_of(self._part), values)
 
-    def _planes(self, atlas: Atlas, lattice: Any) -> tuple[int, int] | None:
-        """Planes of an atlas, of those it holds, that its field can bring to the cells, if any."""
-        (origin, _), per, (first, *_), field = lattice
-        z = origin[0] + (first + np.arange(field.shape[1])) / per
-        at = field[0].reshape(len(z), -1)
+    def _planes(self, atlas: Atlas, field: FieldPart) -> tuple[int, int] | None:
+        """Range of the atlas's planes that its field can map the cells to, if any."""
+        z = field.first[0] + (field.begin[0] + np.arange(field.values.shape[1])) / field.per_voxel
+        at = field.values[0].reshape(len(z), -1)
         begin, end = crop_box(atlas)[0]
         first = max(int(np.floor((z + at.min(axis=1)).min())) - 1, begin)
         stop = min(int(np.ceil((z + at.max(axis=1)).max())) + 2, end)
@@ -310,7 +327,7 @@ class _Block:
     def _vote(
         self,
         part: tuple[int, int],
-        atlases: Sequence[Callable[[], Any]],
+        atlases: Sequence[Callable[[], AtlasPart | None]],
         scan: Sequence[Callable[[], None]],
     ) -> None:
         """Let atlases vote in some cells, when they are read; in the beginning, and the scan."""
@@ -321,12 +338,9 @@ class _Block:
             self._here[own] = NOWHERE
             corner = begin_of(self.box)
             gather(self.scan, corner, cells.index[own], self._step, self._here[own])
-        where = cells.index, cells.groups, cells.organs
         for atlas in atlases:
             if read := atlas():
-                says, *brings = read
-                what = self._step, self._here, *brings, self._votes, self._totals
-                accumulate(part, where, says, *what)
+                add_votes(part, self._plan, self._here, read, self._sums)
 
 
 def per_plane(atlases: Iterable[Atlas]) -> int:

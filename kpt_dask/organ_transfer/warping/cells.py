@@ -126,14 +126,13 @@ def gather(values: Any, corner: Any, index: Any, step: Any, out: Any) -> None:
 
 
 @kernel
-def spread(
-    votes: Any, totals: Any, slots: Any, index: Any, corner: Any, step: Any, out: Any
-) -> None:
-    """Put together the shares of one organ from its cells: votes over totals, 0 over 0 is 0.
+def spread(sums: Any, slots: Any, index: Any, corner: Any, step: Any, out: Any) -> None:
+    """Write the share of one organ from its cells: votes over totals, where 0 over 0 is 0.
 
     Parameters
     ----------
-    votes, totals : float32 arrays (slot, n)
+    sums : VoteSums
+        Votes and totals, float32 arrays (slot, voxel of the cell).
     slots : int64 array (n)
         The organ's rows of both.
     index : int64 array (n, 3)
@@ -144,6 +143,7 @@ def spread(
         Changed; what of a cell lies beyond it is left out.
     """
     depth, height, width = out.shape
+    votes, totals = sums
     for c in range(index.shape[0]):
         vote, total = votes[slots[c]], totals[slots[c]]
         for i in range(step):

@@ -1,8 +1,9 @@
 """The votes of warped atlases, voxel by voxel, their smoothing, and the HU of what they say."""
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
+from numpy.typing import NDArray
 
 from kpt_dask.kernels.exponential import exp2
 from kpt_dask.kernels.jit import kernel
@@ -17,53 +18,115 @@ ONE = 1 << 16
 """A share of 1 in the histograms, which hold whole numbers so that their sums are exact."""
 
 
+class CellPlan(NamedTuple):
+    """Cells of a block, their groups of organs, and the organs: arrays of `Cells` for kernels.
+
+    Attributes
+    ----------
+    step : int
+        Edge of a cell, voxels.
+    lattice_index : int64 array (cell, 3)
+        Lattice index (z, y, x) of each cell.
+    groups : int64 array (cell + 1)
+        Where the groups of each cell begin.
+    organs : int64 array (group + 1)
+        Where the organs (slots) of each group begin.
+    scale : float32 array (group)
+        log₂ e / 2ν², 1/HU².
+    """
+
+    step: int
+    lattice_index: NDArray[np.int64]
+    groups: NDArray[np.int64]
+    organs: NDArray[np.int64]
+    scale: NDArray[np.float32]
+
+
+class FieldPart(NamedTuple):
+    """An atlas's refined field over a block.
+
+    Attributes
+    ----------
+    first, shape : int64 arrays (3)
+        Voxel of the scan at the first point of the whole lattice, and its number of points.
+    per_voxel : float
+        Lattice points from one voxel to the next.
+    begin : int64 array (3)
+        Lattice point at which `values` begins.
+    values : float32 array (4, z, y, x)
+        Atlas voxel minus scan voxel, in voxels, and the square root of the atlas's weight.
+    """
+
+    first: NDArray[np.int64]
+    shape: NDArray[np.int64]
+    per_voxel: float
+    begin: NDArray[np.int64]
+    values: NDArray[np.float32]
+
+
+class AtlasPart(NamedTuple):
+    """Planes of an atlas, the field that maps a block to them, and how its labels count.
+
+    Attributes
+    ----------
+    voxels : uint16 or int32 array (z, y, x)
+        HU and labels, from `atlas_store.crop.read_planes`.
+    hu : (int, int, int)
+        Shift, mask and first HU; see `atlas_store.crop.Coding`.
+    label : (int, int)
+        Shift and mask.
+    box : int64 array (3, 2)
+        Voxels of the atlas that `voxels` begins with; beyond them the atlas does not vote.
+    field : FieldPart
+    codes : uint16 array (slot)
+        Code of each organ in the atlas's labels.
+    rho : float32 array (slot)
+        ρ of the atlas for each organ; 0 where it does not annotate the organ.
+    """
+
+    voxels: NDArray[Any]
+    hu: tuple[int, int, int]
+    label: tuple[int, int]
+    box: NDArray[np.int64]
+    field: FieldPart
+    codes: NDArray[np.uint16]
+    rho: NDArray[np.float32]
+
+
+class VoteSums(NamedTuple):
+    """Sums over the atlases: numerator and denominator of each organ's share.
+
+    Attributes
+    ----------
+    votes, totals : float32 arrays (slot, voxel of the cell)
+        Σ K_a ρ_al [L_a = l] and Σ K_a ρ_al.
+    """
+
+    votes: NDArray[np.float32]
+    totals: NDArray[np.float32]
+
+
 @kernel
-def accumulate(
-    part: Any,
-    cells: Any,
-    organs: Any,
-    step: Any,
-    scan: Any,
-    lattice: Any,
-    packed: Any,
-    coding: Any,
-    held: Any,
-    votes: Any,
-    totals: Any,
-) -> None:
-    """Add the votes of an atlas in some cells, and all its votes there.
+def add_votes(part: Any, cells: Any, scan: Any, atlas: Any, sums: Any) -> None:
+    """Add an atlas's votes in some cells: K_a ρ_al to the totals, and to the votes of its label.
+
+    K_a = [exp(−(I − I_a)² / 2ν²) + 10⁻⁶] · cc_a² · √s_a.
 
     Parameters
     ----------
     part : (int, int)
-        The first of these cells, and the one after the last.
-    cells : tuple of int64 arrays
-        Lattice indices (cell, 3), and where a cell's groups and their organs begin: see
-        `kpt_dask.organ_transfer.warping.cells.Cells`.
-    organs : tuple of ndarray
-        What stands for the label of each organ (slot), log₂ e / 2ν² of each group (group), and
-        ρ of the atlas for each organ (slot), 0 where it does not annotate the organ.
-    step : int
-        Voxels along the edge of a cell.
-    scan : float32 array (cell, n)
-        HU.
-    lattice : tuple
-        Voxel of the scan at the first point of the lattice, and its shape, int64 (2, 3); its points
-        from one voxel to the next, float64; and of a part of it, its first point, int64 (3), and at
-        its points, float32 (4, z, y, x), what to add to a voxel index of the scan to get the
-        atlas's, and the square root of the atlas's weight.
-    packed : uint16 or int32 array (z, y, x)
-        From `atlas_store.crop.read_planes`.
-    coding : tuple of int
-        Shift, mask and first of HU, shift and mask of labels: see `atlas_store.crop.Coding`.
-    held : int64 array (3, 2)
-        The voxels of the atlas that it begins with; outside of these it has no say.
-    votes, totals : float32 arrays (slot, n)
+        Range of cells.
+    cells : CellPlan
+    scan : float32 array (cell, voxel of the cell)
+        I, HU.
+    atlas : AtlasPart
+    sums : VoteSums
         Changed.
     """
-    index, groups, slots = cells
-    values, scales, rho = organs
-    (origin, size), per, begin, field = lattice
+    step, index, groups, slots, scales = cells
+    packed, (hu_shift, hu_mask, first_hu), (label_shift, label_mask), box, where, codes, rho = atlas
+    origin, size, per, begin, field = where
+    votes, totals = sums
     nz, ny, nx = size
     _, mz, my, mx = field.shape
     n = scan.shape[1]
@@ -72,8 +135,7 @@ def accumulate(
     parts = np.zeros((3, n), np.float32)
     fz, fy, fx = parts[0], parts[1], parts[2]
     mixed = np.empty((4, step + 4), np.float32)
-    hu_shift, hu_mask, first_hu, label_shift, label_mask = coding
-    (oz, ez), (oy, ey), (ox, ex) = held
+    (oz, ez), (oy, ey), (ox, ex) = box
     _, height, width = packed.shape
     bz, by, bx = np.float32(oz), np.float32(oy), np.float32(ox)
     lz, ly, lx = np.float32(ez - 1), np.float32(ey - 1), np.float32(ex - 1)
@@ -172,14 +234,14 @@ def accumulate(
                 x = min(d * d * scale, FARTHEST)
                 likely[q] = (exp2(-x) + SMALLEST) * weight[q]
             for o in range(slots[g], slots[g + 1]):
-                own, r = values[o], rho[o]
+                code, r = codes[o], rho[o]
                 if r == nothing:
                     continue
                 vote, total = votes[o], totals[o]
                 for q in range(n):
                     w = r * likely[q]
                     total[q] += w
-                    vote[q] += w if label[q] == own else nothing
+                    vote[q] += w if label[q] == code else nothing
 
 
 @kernel
