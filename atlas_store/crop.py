@@ -1,8 +1,8 @@
 """Crop of an atlas: HU and labels of the box around its organs, which the transfer reads.
 
-Array ``surroundings`` (z, y, x): one number per voxel for both, in chunks of whole planes, so that
-few reads suffice and each is decompressed in its place. Written from image and label map when the
-atlas is added.
+Array ``surroundings`` (z, y, x): one number per voxel for both, in chunks of whole planes: few
+reads suffice, and each chunk is decompressed straight into the result. Written from image and label
+map when the atlas is added.
 """
 
 import json
@@ -29,7 +29,7 @@ CROP_MARGIN_MM = 40.0
 """Margin of the crop around the box of all organs, mm."""
 
 PLANES = 16
-"""Planes per chunk. Blocks of the transfer are slabs: few planes are read that none needs."""
+"""Planes per chunk. The transfer's blocks are slabs, so few planes are read needlessly."""
 
 NAME = "surroundings"
 ENCODING_TYPE = "kpt-atlas-crop"
@@ -85,7 +85,7 @@ def narrow(labels: Sequence[int], air_hu: int) -> Coding:
 
 
 def crop_box(atlas: Atlas) -> Box:
-    """Box of an atlas's crop, in voxels of the atlas: what `read_planes` can read."""
+    """Box of an atlas's crop, in voxels of the atlas: the range of `read_planes`."""
     return _box_around(atlas.organs, atlas.info.shape, float(atlas.info.spacing[0]))
 
 
@@ -122,7 +122,7 @@ def write_crop(
     found : mapping of str to OrganInfo
         Bounding boxes by organ name.
     organs : OrganTable
-        What the labels stand for.
+        Table of the labels.
     spacing : float
         Voxel size of the working grid, mm.
     air_hu : int
@@ -165,7 +165,7 @@ def write_crop(
         compressors=_COMPRESSOR,
         dimension_names=("z", "y", "x"),
         attributes=attributes,
-        # A missing chunk is damage, never 0.
+        # Empty chunks are written too, so that a missing chunk is always damage.
         config={"write_empty_chunks": True},
     )
     for part, region in parts:
@@ -204,7 +204,7 @@ def read_planes(
     first, stop : int
         Planes of the atlas's volume, inside `crop_box`.
     buffer : CropBuffer, optional
-        Memory to use again; its planes of before are overwritten.
+        Memory to reuse; the planes of its previous call are overwritten.
 
     Returns
     -------
@@ -220,7 +220,7 @@ def read_planes(
     AtlasNotFoundError
         If the atlas was removed.
     StoreFormatError
-        If what is there is damaged.
+        If the crop is damaged.
     """
     (begin, end), *sides = box = crop_box(atlas)
     shape = shape_of(box)
@@ -272,13 +272,13 @@ def _from_volume(atlas: Atlas, region: Region, coding: Coding) -> NDArray[Any]:
 
 
 class CropBuffer:
-    """Memory for one crop after another: to fault in new pages costs as much as to read them."""
+    """Memory reused from crop to crop: page faults of new memory cost as much as reading it."""
 
     def __init__(self) -> None:
         self._bytes = np.empty(0, np.uint8)
 
     def take(self, size: int) -> NDArray[np.uint8]:
-        """Give so many bytes; what they held before is lost."""
+        """Return a view of `size` bytes; it overlaps all earlier views."""
         if self._bytes.size < size:
             self._bytes = np.empty(size, np.uint8)
         return self._bytes[:size]
@@ -286,14 +286,14 @@ class CropBuffer:
 
 @contextmanager
 def reading(atlas: Atlas, what: str) -> Iterator[None]:
-    """Name the atlas, and what to do, where its voxels cannot be read.
+    """Turn errors of reading an atlas's voxels into one that names the atlas and the remedy.
 
     Raises
     ------
     AtlasNotFoundError
         If the atlas was removed.
     StoreFormatError
-        If what is read in the context is not there, damaged, or of a newer version.
+        If an object read in the context is missing, damaged, or of a newer version.
     """
     try:
         yield

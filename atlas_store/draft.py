@@ -1,4 +1,4 @@
-"""Adding an atlas: fill a folder that nobody sees, then write the marker."""
+"""Adding an atlas: fill a folder that no marker names yet, then write the marker."""
 
 import os
 from collections.abc import Iterable, Mapping
@@ -26,7 +26,7 @@ from atlas_store.storage.digests import Json, digest
 from atlas_store.storage.objects import Objects, finish_writes
 
 ABANDONED_AFTER = timedelta(hours=24)
-"""An unfinished add of another machine counts as interrupted after this time."""
+"""Age after which an unfinished add of another machine counts as interrupted."""
 
 _HASHING_THREADS = 4
 
@@ -41,13 +41,13 @@ class _State(Enum):
 class Draft:
     """An atlas that is being added; `AtlasStore.draft` makes them.
 
-    A context manager: left without `commit`, its data is removed. A process that is
-    killed leaves data that nobody sees and that `AtlasStore.verify` finds.
+    A context manager: if it ends without `commit`, the data is removed. A killed process leaves
+    data without a marker, which no reader sees and `AtlasStore.verify` finds.
 
     Attributes
     ----------
     group : zarr.Group
-        To be filled with ``image/``, an OME-Zarr image with the label map
+        Group to fill with ``image/``, an OME-Zarr image with the label map
         ``image/labels/organs``. `commit` writes ``keypoints/``.
 
     Examples
@@ -104,8 +104,8 @@ class Draft:
         traceback: TracebackType | None,
     ) -> None:
         """Remove the data unless it was committed."""
-        # Interrupted while publishing, nobody knows whether the marker is there; data
-        # without a marker is harmless, a marker without data is not.
+        # After an interruption while publishing, the marker may exist or not. Data without a
+        # marker is harmless, a marker without data is not.
         if self._state in (_State.OPEN, _State.LOST):
             finish_writes()
             self._objects.delete_folder(self._folder)
@@ -129,7 +129,7 @@ class Draft:
         keypoints : xarray.Dataset
             The variables of `atlas_store.keypoints.VARIABLES`, ``label`` included.
         annotated : iterable of str
-            Names of the organs that whoever annotated the scan looked for.
+            Names of the organs that the annotator looked for.
         organs : mapping of str to OrganInfo
             The organs that the label map shows; their keypoints are counted here.
         shape, spacing, origin : tuple
@@ -137,23 +137,23 @@ class Draft:
         source : iterable of str or path
             The files it was made from; only their names are kept.
         scan_digest : str, optional
-            SHA-256, hexadecimal, by which the scan is known whatever its file is called.
+            SHA-256, hexadecimal, that identifies the scan whatever its file is called.
 
         Returns
         -------
         AtlasInfo
-            What the marker says.
+            Content of the marker.
 
         Raises
         ------
         AtlasExistsError
-            If somebody else added this id meanwhile.
+            If another process added this id meanwhile.
         StoreFormatError
             If the group has no label map of this shape, or a number makes no sense.
         OrganTableError
             If an organ is not in the table of the store.
         KeypointsFormatError
-            If the keypoints are not what they must be.
+            If the keypoints lack a variable, or one has a wrong shape, type or value.
         """
         wanted = {self._organs.by_name(name).name for name in annotated}
         shape = (int(shape[0]), int(shape[1]), int(shape[2]))
@@ -169,7 +169,7 @@ class Draft:
             shape=shape,
             spacing=(float(spacing[0]), float(spacing[1]), float(spacing[2])),
             origin=(float(origin[0]), float(origin[1]), float(origin[2])),
-            # Names may be no UTF-8, which JSON cannot hold.
+            # A name may not be UTF-8, which JSON requires.
             source=tuple(os.fsencode(PurePath(p).name).decode("utf-8", "replace") for p in source),
             added=datetime.now(UTC).isoformat(timespec="seconds"),
             software=_software(),
@@ -187,21 +187,21 @@ class Draft:
         """Check the keypoints, and count them and those of each organ."""
         labels = first_labels(check_keypoints(keypoints, self._organs.values))
         values, counts = np.unique(labels, return_counts=True)
-        found = dict(zip(values.tolist(), counts.tolist(), strict=True))
-        found.pop(0, None)
+        count_of = dict(zip(values.tolist(), counts.tolist(), strict=True))
+        count_of.pop(0, None)
         counted = {
-            name: replace(info, keypoints=found.pop(self._organs.by_name(name).value, 0))
+            name: replace(info, keypoints=count_of.pop(self._organs.by_name(name).value, 0))
             for name, info in organs.items()
         }
-        if found:
+        if count_of:
             raise KeypointsFormatError(
                 f"{self._objects.url}: keypoints of the atlas {self.id!r} have the label "
-                f"{min(found)}, which its label map does not show: extract them again."
+                f"{min(count_of)}, which its label map does not show: extract them again."
             )
         return len(labels), counted
 
     def _seal(self) -> str:
-        """Keep the digest of every object in the group, and give that of the group."""
+        """Store the digest of every object in the group; return the digest of the group."""
         digests = digests_of(self._objects, self._folder)
         self.group.attrs.update({"digests": digests})
         sealed = self._objects.read(f"{self._folder}/zarr.json")
@@ -216,7 +216,7 @@ class Draft:
         key, data = marker_key(self.id), info.dump()
         AtlasInfo.load(data, self.id, f"{self._objects.url}/{key}")
         old = self._objects.read(key) if self._replace else None
-        # Data before the marker: a marker that survives a loss of power must not outlive it.
+        # Data is synced before the marker: after a loss of power no marker may lack its data.
         self._objects.settle(self._folder)
         self._state = _State.PUBLISHING
         if self._replace:
@@ -240,13 +240,13 @@ def remove_data(objects: Objects, atlas_id: str, marker: bytes) -> None:
     try:
         info = AtlasInfo.load(marker, atlas_id, f"{objects.url}/{marker_key(atlas_id)}")
     except StoreFormatError:
-        # What a damaged marker named is left to `verify`, which knows what nobody names.
+        # `verify` removes the data of a damaged marker, with all other data without a marker.
         return
     objects.delete_folder(data_folder(atlas_id, info.uuid))
 
 
 def digests_of(objects: Objects, folder: str) -> dict[str, str]:
-    """SHA-256 of every object in the folder of an atlas but its own description, by key."""
+    """SHA-256 of every object in the folder of an atlas except its own ``zarr.json``, by key."""
     keys = [key for key in objects.keys(folder) if key != "zarr.json"]
 
     def hashed(key: str) -> str | None:
@@ -254,19 +254,19 @@ def digests_of(objects: Objects, folder: str) -> dict[str, str]:
         return None if data is None else digest(data)
 
     with ThreadPoolExecutor(_HASHING_THREADS) as threads:
-        found = zip(keys, threads.map(hashed, keys), strict=True)
-        return {key: value for key, value in found if value is not None}
+        digests = zip(keys, threads.map(hashed, keys), strict=True)
+        return {key: value for key, value in digests if value is not None}
 
 
 def is_abandoned(attributes: Mapping[str, Json], now: datetime) -> bool:
-    """Whether nobody is going to finish the add that these attributes of its group describe.
+    """Whether an add was interrupted, by the attributes of its group.
 
-    True if its process ran on this machine and runs no more, or if it started longer than
+    True if its process ran on this machine and has ended, or if it started longer than
     `ABANDONED_AFTER` ago.
     """
     process = attributes.get("process")
-    here = attributes.get("machine") == _machine() is not None
-    if here and type(process) is int and process > 0 and not _is_running(process):
+    same_machine = attributes.get("machine") == _machine() is not None
+    if same_machine and type(process) is int and process > 0 and not _is_running(process):
         return True
     try:
         return now - datetime.fromisoformat(attributes["started"]) > ABANDONED_AFTER
@@ -275,9 +275,9 @@ def is_abandoned(attributes: Mapping[str, Json], now: datetime) -> bool:
 
 
 def _machine() -> str | None:
-    """Name of the space in which process ids mean something; None where it has no name.
+    """Identity of the boot and the PID namespace, hashed; None where the system has none.
 
-    A host name would not do: containers may share it and not see each other's processes.
+    Not the host name: containers may share it without seeing each other's processes.
     """
     try:
         boot = Path("/proc/sys/kernel/random/boot_id").read_text()

@@ -1,7 +1,7 @@
-"""What a store says of an atlas without opening it: the content of its marker.
+"""Markers: the description of an atlas that can be read without opening it.
 
-A marker is a small JSON document, written last. It is read with distrust, as it may come
-from a store that somebody else wrote.
+A marker is a small JSON document, written last. Every value is checked on reading, as the store
+may come from somebody else.
 """
 
 import json
@@ -20,10 +20,10 @@ ENCODING_TYPE = "kpt-atlas"
 ENCODING_VERSION = "1"
 
 MAX_VOXELS = 1 << 34
-"""Elements of an array; a whole body at 0.5 mm has a quarter of it."""
+"""Limit of the elements of an array; a whole body at 0.5 mm has a quarter of it."""
 
 FARTHEST = 1e7
-"""mm from the world's origin: ten kilometres."""
+"""Limit of distances from the world's origin, mm: ten kilometres."""
 
 _ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
 _HEXADECIMAL = frozenset("0123456789abcdef")
@@ -31,7 +31,7 @@ _HEXADECIMAL = frozenset("0123456789abcdef")
 T = TypeVar("T")
 
 _CHECKSUM = b'{"checksum":"%s",'
-"""How a marker begins: the SHA-256 of what follows, with the brace that this took."""
+"""First bytes of a marker: the SHA-256 of the rest, which begins with ``{`` when hashed."""
 
 _ABSENT = object()
 
@@ -70,22 +70,22 @@ class OrganInfo:
         return slice(*z), slice(*y), slice(*x)
 
     def __reduce__(self) -> tuple[type[Self], tuple[Any, ...]]:
-        """Pickle; tasks travel with many, and dataclasses look up their fields each time."""
+        """Pickle fast: tasks carry many, and the default looks up the fields each time."""
         return type(self), (self.voxels, self.bounding_box, self.centroid, self.keypoints)
 
 
 @dataclass(frozen=True, slots=True)
 class AtlasInfo:
-    """What the marker of an atlas says.
+    """Content of the marker of an atlas.
 
     Attributes
     ----------
     id : str
         Its name in the store.
     uuid : str
-        Names the folder of its data, another one each time an atlas is added or replaced.
+        Part of the name of its data's folder; new each time an atlas is added or replaced.
     annotated : tuple of str
-        Names of the organs that whoever annotated the scan looked for.
+        Names of the organs that the annotator looked for.
     organs : mapping of str to OrganInfo
         The organs that its label map shows.
     keypoints : int
@@ -96,18 +96,18 @@ class AtlasInfo:
     source : tuple of str
         Names of the files it was made from, without their folders.
     added : str
-        When, ISO 8601 in UTC.
+        Time of the commit, ISO 8601 in UTC.
     software : str
         Version of the program that added it.
     parameters : mapping
-        What it was made with: those of the store.
+        Parameters it was made with: those of the store.
     organ_table : str
         SHA-256 of the organ table it was made with.
     digest : str
         SHA-256 of the group that holds the SHA-256 of every other object of its data.
     scan_digest : str or None
-        SHA-256 by which the scan is known, of its voxels on the working grid; None if a version
-        that did not make one added the atlas.
+        SHA-256 of the scan's voxels on the working grid, which identifies the scan; None for
+        atlases of earlier versions.
 
     Examples
     --------
@@ -282,7 +282,7 @@ def _damaged(where: str, what: str) -> StoreFormatError:
 
 
 def _decode_organ(entry: Mapping[str, Json], shape: tuple[int, int, int]) -> OrganInfo:
-    # Listing a large store is little else than this: no call that can be spared.
+    # Listing a large store spends most of its time here, so calls are kept to a minimum.
     (z0, z1), (y0, y1), (x0, x1) = box = entry["bounding_box"]
     whole = z0, z1, y0, y1, x0, x1, entry["voxels"], entry["keypoints"]
     if set(map(type, whole)) != {int} or min(whole) < 0:

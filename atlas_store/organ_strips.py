@@ -103,7 +103,7 @@ def write_strips(
     found : mapping of str to OrganInfo
         Bounding boxes by organ name.
     organs : OrganTable
-        What the labels stand for.
+        Table of the labels.
     """
     (begin, end), *sides = held
     crop = open_array(group, CROP)
@@ -133,7 +133,7 @@ def write_strips(
             "encoding-version": ENCODING_VERSION,
             "planes": planes,
         },
-        # A missing chunk is damage, never nothing.
+        # Empty chunks are written too, so that a missing chunk is always damage.
         config={"write_empty_chunks": True},
     )
     write_region(array, tuple(slice(0, size) for size in values.shape), values)
@@ -155,14 +155,14 @@ def read_strips(
     wanted : sequence of (Atlas, Wanted)
         Atlases, and the organs and planes of each.
     organs : OrganTable
-        What the atlases' labels stand for.
+        Table of the atlases' labels.
 
     Raises
     ------
     AtlasNotFoundError
         If an atlas was removed.
     StoreFormatError
-        If what is there is damaged.
+        If the strips or the crop are damaged.
     """
     sources: list[_Stored | dict[str, NDArray[np.int16]]] = []
     for atlas, planes in wanted:
@@ -194,11 +194,13 @@ def read_strips(
     ]
     ends = [span for each in spans for span in each.values()]
     begin_of_planes = iter(_planes_of(values, ends, shapes))
-    found = []
+    strips_of: list[dict[str, Strips]] = []
     for (atlas, _), each in zip(wanted, spans, strict=True):
         with reading(atlas, NAME):
-            found.append({name: Strips(values, *_checked(next(begin_of_planes))) for name in each})
-    return found
+            strips_of.append(
+                {name: Strips(values, *_checked(next(begin_of_planes))) for name in each}
+            )
+    return strips_of
 
 
 @dataclass(frozen=True)
@@ -207,10 +209,10 @@ class _Stored:
 
     Attributes
     ----------
-    chunks : list of Rows
+    chunks : list of ChunkRows
         Rows to read of each chunk.
     rows : int
-        Their number.
+        Number of these rows.
     spans : dict of str to (int, int)
         Range of each organ among these rows.
     """
@@ -221,7 +223,7 @@ class _Stored:
 
 
 def _find(atlas: Atlas, wanted: Wanted) -> _Stored | None:
-    """Find the rows that hold what is wanted; None if the atlas has no strips."""
+    """Find the rows of the wanted planes; None if the atlas has no strips."""
     folder = f"{atlas.path}/{NAME}"
     description = atlas.sealed.read(f"{folder}/zarr.json")
     if description is None:
@@ -255,7 +257,8 @@ def _find(atlas: Atlas, wanted: Wanted) -> _Stored | None:
             raise ValueError("it has more strips than its organs have voxels")
         spans[name] = before, rows
     chunks = [
-        chunk_rows.ChunkRows(f"{folder}/c/{c}/0", chunk, joined(own)) for c, own in parts.items()
+        chunk_rows.ChunkRows(f"{folder}/c/{c}/0", chunk, joined(spans_in_chunk))
+        for c, spans_in_chunk in parts.items()
     ]
     return _Stored(chunks, rows, spans)
 
@@ -265,15 +268,15 @@ def _from_crop(atlas: Atlas, wanted: Wanted, organs: OrganTable) -> dict[str, ND
     for name, planes in wanted.items():
         (begin, _), y, x = atlas.organs[name].bounding_box
         parts[name] = [(a, ((begin + a, begin + b), y, x)) for a, b in planes]
-    found = {name: [np.empty((0, HEADER_COLUMNS + STRIP), np.int16)] for name in wanted}
+    cut = {name: [np.empty((0, HEADER_COLUMNS + STRIP), np.int16)] for name in wanted}
     whole = enclosing([box for pieces in parts.values() for _, box in pieces])
     if whole is not None:
         packed, held, coding = read_planes(atlas, *whole[0])
         for name, pieces in parts.items():
             value = organs.by_name(name).value
             for first, box in pieces:
-                found[name].append(_cut_out(packed[within(box, held)], coding, first, value))
-    return {name: np.concatenate(parts) for name, parts in found.items()}
+                cut[name].append(_cut_out(packed[within(box, held)], coding, first, value))
+    return {name: np.concatenate(strips) for name, strips in cut.items()}
 
 
 def _planes_of(

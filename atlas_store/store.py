@@ -1,7 +1,7 @@
 """A store of atlases: a plain Zarr group on a local path or an object store.
 
-Atlases are added one by one, by as many processes as like, and read lazily; see
-`atlas_store.layout` for where things lie and why no lock is needed.
+Atlases are added one by one, by any number of processes, and read lazily; see
+`atlas_store.layout` for the layout and why no lock is needed.
 """
 
 import gc
@@ -45,19 +45,19 @@ ENCODING_VERSION = "1"
 class AtlasStore:
     """A store of atlases; make one with `create` or `open`.
 
-    Iterating gives ids in natural order, ``store[id]`` an atlas, ``id in store`` and
-    ``len(store)`` what they say. Nothing is cached: every call sees what is there now.
+    Iteration yields ids in natural order, ``store[id]`` is an atlas; ``id in store`` and
+    ``len(store)`` work as for a dict. Nothing is cached: every call reads the current state.
 
     Attributes
     ----------
     url : str
-        Where it is.
+        Local path or fsspec URL of the store.
     uuid : str
-        Which store it is, wherever it is moved.
+        Identity of the store, which moving and copying keep.
     organs : OrganTable
-        The organs its label maps know.
+        Organ table of its label maps.
     parameters : mapping
-        What all its atlases were made with.
+        Parameters that all its atlases were made with.
 
     Examples
     --------
@@ -80,7 +80,7 @@ class AtlasStore:
         self._table = table_digest(organs)
 
     def __repr__(self) -> str:
-        """Name the place."""
+        """Show the URL."""
         return f"AtlasStore({self.url!r})"
 
     @classmethod
@@ -97,14 +97,14 @@ class AtlasStore:
         url : str or path
             A local path that does not exist or is an empty folder, or an fsspec URL.
         organs : OrganTable
-            The organs its label maps know.
+            Organ table of its label maps.
         parameters : mapping
-            What its atlases will be made with, in JSON types; opaque to the store.
+            Parameters its atlases will be made with, in JSON types; opaque to the store.
 
         Raises
         ------
         StoreExistsError
-            If something is there already.
+            If the path is not empty.
         ValueError, TypeError
             If the parameters are not JSON.
         """
@@ -130,9 +130,9 @@ class AtlasStore:
         Raises
         ------
         StoreNotFoundError
-            If nothing is there.
+            If the path does not exist or is empty.
         StoreFormatError
-            If what is there is no store, is damaged, or was written by a newer version.
+            If it is no store, is damaged, or was written by a newer version.
         """
         return cls._load(Objects.at(url))
 
@@ -166,14 +166,14 @@ class AtlasStore:
         return cls(objects, uuid, organs, parameters)
 
     def documents(self) -> list[tuple[Objects, str]]:
-        """Objects, by store and key, that tell this store from all others and never change."""
+        """Objects, by store and key, that identify this store and never change."""
         return [(self.objects, ROOT)]
 
     def ids(self) -> list[str]:
         """Ids of the atlases, in natural order: pt_3 before pt_13."""
         names = self.objects.names(MARKERS)
-        found = (name.removesuffix(".json") for name in names if name.endswith(".json"))
-        return sorted(filter(is_id, found), key=natural_order)
+        stems = (name.removesuffix(".json") for name in names if name.endswith(".json"))
+        return sorted(filter(is_id, stems), key=natural_order)
 
     def uuids(self) -> dict[str, str]:
         """Uuid of the data of every atlas by id, without reading a marker where possible."""
@@ -181,16 +181,16 @@ class AtlasStore:
         for name in self.objects.names(ATLASES):
             if folder := parse_folder(name):
                 folders.setdefault(folder[0], []).append(folder[1])
-        found = {}
-        # Markers after folders: whoever is named by then has its folder listed, or was added
-        # or replaced meanwhile and is asked.
+        uuid_of = {}
+        # Markers are listed after folders: an atlas with a marker has its folder listed, or was
+        # added or replaced meanwhile, and then its marker is read.
         for atlas_id in self.ids():
             uuids = folders.get(atlas_id, [])
             try:
-                found[atlas_id] = uuids[0] if len(uuids) == 1 else self[atlas_id].info.uuid
+                uuid_of[atlas_id] = uuids[0] if len(uuids) == 1 else self[atlas_id].info.uuid
             except AtlasNotFoundError:
                 continue
-        return found
+        return uuid_of
 
     def __iter__(self) -> Iterator[str]:
         """Iterate over the ids, in natural order."""
@@ -209,23 +209,23 @@ class AtlasStore:
         return self._atlas(atlas_id, self._marker(atlas_id))
 
     def atlases(self, ids: Iterable[str] | None = None) -> list[Atlas]:
-        """Get many atlases, quicker than one by one.
+        """Get many atlases, faster than one by one.
 
         Parameters
         ----------
         ids : iterable of str, optional
-            Which; all, in natural order, if not given.
+            Ids of the atlases; by default all, in natural order.
 
         Raises
         ------
         AtlasNotFoundError
-            If an id that was asked for is not there.
+            If the store has no atlas of a given id.
         """
         if ids is not None:
             return [self[atlas_id] for atlas_id in ids]
         known = AtlasStore.ids(self)
         markers = self.objects.read_many(map(marker_key, known), MAX_DOCUMENT)
-        # A marker that is gone by now belongs to an atlas that somebody just removed.
+        # A marker may vanish between listing and reading: its atlas was just removed.
         with _uncollected():
             return [
                 self._atlas(atlas_id, data)
@@ -243,9 +243,9 @@ class AtlasStore:
         atlas_id : str
             Up to 128 letters, digits, dots, underscores and hyphens.
         parameters : mapping
-            What it will be made with; must be those of the store.
+            Parameters it will be made with; must be those of the store.
         replace : bool
-            Whether an atlas of this id may be there; it stays until the commit.
+            Whether to replace an existing atlas of this id; it stays until the commit.
 
         Raises
         ------
@@ -278,7 +278,7 @@ class AtlasStore:
         remove_data(self.objects, atlas_id, marker)
 
     def verify(self, *, repair: bool = False) -> list[Problem]:
-        """Read everything again and say what is wrong; see `atlas_store.verify`."""
+        """Read everything again and report what is wrong; see `atlas_store.verify`."""
         problems = verify_store(self.objects, self.organs, self.parameters, repair=repair)
         return problems + verify_index(self.uuid, repair=repair)
 
@@ -299,7 +299,7 @@ class AtlasStore:
                 f"{where} names the organ {unknown[0]!r}, which the store does not know: "
                 "remove the atlas and add it again."
             )
-        # Labels mean nothing under another table: what differs must not be read as this one.
+        # Label values have another meaning under another organ table.
         if info.organ_table != self._table:
             raise StoreFormatError(
                 f"{where} names another organ table than {ROOT} of the store holds: restore {ROOT} "
@@ -316,7 +316,7 @@ class AtlasStore:
 
 @contextmanager
 def _uncollected() -> Iterator[None]:
-    """Do not look for garbage meanwhile: among many new objects that takes longer than they."""
+    """Pause the garbage collector: with many new objects it takes longer than making them."""
     collecting = gc.isenabled()
     gc.disable()
     try:
@@ -327,6 +327,6 @@ def _uncollected() -> Iterator[None]:
 
 
 def _group(attributes: Mapping[str, Json]) -> bytes:
-    """Describe a Zarr group, in one document that can be written in one go."""
+    """Describe a Zarr group in one document, which is written atomically."""
     document = {"zarr_format": 3, "node_type": "group", "attributes": attributes}
     return json.dumps(document, indent=2, ensure_ascii=False, allow_nan=False).encode()

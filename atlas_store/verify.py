@@ -1,6 +1,6 @@
-"""Read a whole store again and say what is wrong with it.
+"""Verification of a whole store: every object is read again, and every problem reported.
 
-Safe while others add, replace and remove: what changes meanwhile is no problem.
+Safe while other processes add, replace and remove: concurrent changes are not problems.
 """
 
 import time
@@ -30,7 +30,7 @@ from atlas_store.storage.digests import Json, digest
 from atlas_store.storage.objects import MAX_DOCUMENT, PARTIAL_SUFFIX, Objects
 
 INSTANT = 2.0
-"""Seconds in which a running add certainly gets from a folder to its first object."""
+"""Seconds, generous, that a running add takes from making its folder to writing an object."""
 
 _ADD_AGAIN = "remove the atlas and add it again"
 
@@ -44,11 +44,11 @@ class Problem:
     atlas : str or None
         The atlas concerned.
     what : str
-        What is wrong.
+        Description of the fault.
     remedy : str
-        What to do.
+        Advice to the user.
     repaired : bool
-        Whether it was removed just now.
+        Whether it was removed by this call.
 
     Examples
     --------
@@ -65,7 +65,7 @@ class Problem:
     repaired: bool = False
 
     def __str__(self) -> str:
-        """Say it in one sentence."""
+        """Format the problem as one sentence."""
         subject = f"atlas {self.atlas!r}: " if self.atlas is not None else ""
         return f"{subject}{self.what}: {'removed' if self.repaired else self.remedy}."
 
@@ -73,21 +73,21 @@ class Problem:
 def verify_store(
     objects: Objects, organs: OrganTable, parameters: Mapping[str, Json], *, repair: bool = False
 ) -> list[Problem]:
-    """Read everything in a store again and say what is wrong.
+    """Read everything in a store again and report what is wrong.
 
     Parameters
     ----------
     objects, organs, parameters
         The store.
     repair : bool
-        Remove what interrupted adds and removals left. Never removed is the data of an atlas,
-        nor of an add that may still run: one whose process runs on this machine, or which
+        Remove what interrupted adds and removals left. The data of an atlas is never removed,
+        nor that of an add that may still run: its process runs on this machine, or it
         started on another one less than `atlas_store.draft.ABANDONED_AFTER` ago.
 
     Returns
     -------
     list of Problem
-        Those of the atlases in natural order, then what was left behind.
+        Problems of the atlases in natural order, then leftovers.
     """
     # Folders before markers: an add that commits meanwhile is then named by its marker.
     folders = objects.names(ATLASES)
@@ -96,8 +96,8 @@ def verify_store(
     problems: list[Problem] = []
     named: set[str | None] = set()
     for atlas_id in sorted(filter(is_id, ids), key=natural_order):
-        found, path = _verify_atlas(objects, organs, parameters, atlas_id)
-        problems += found
+        faults, path = _verify_atlas(objects, organs, parameters, atlas_id)
+        problems += faults
         named.add(path)
     data = {f"{ATLASES}/{name}" for name in folders if parse_folder(name)}
     partial = {f"{MARKERS}/{name}" for name in markers if name.endswith(PARTIAL_SUFFIX)}
@@ -139,9 +139,9 @@ def _verify_atlas(
     except StoreFormatError as error:
         return [Problem(atlas_id, str(error).rstrip("."), _ADD_AGAIN)], None
     atlas = Atlas(info, organs, objects)
-    found = [Problem(atlas_id, what, _ADD_AGAIN) for what in _faults(atlas, parameters)]
+    problems = [Problem(atlas_id, fault, _ADD_AGAIN) for fault in _faults(atlas, parameters)]
     changed = objects.read(key) != data
-    return [] if changed else found, atlas.path
+    return [] if changed else problems, atlas.path
 
 
 def _faults(atlas: Atlas, parameters: Mapping[str, Json]) -> Iterator[str]:
@@ -156,7 +156,7 @@ def _faults(atlas: Atlas, parameters: Mapping[str, Json]) -> Iterator[str]:
         damaged = list(_damaged_arrays(atlas))
         yield from damaged
         if damaged:
-            # Nothing of it can be read any more.
+            # Reading damaged arrays would only fail again.
             return
         _ = atlas.labels
         labels = first_labels(atlas.keypoint_arrays())
@@ -203,26 +203,26 @@ def _damaged_arrays(atlas: Atlas) -> Iterator[str]:
 
 
 def _abandoned(objects: Objects, paths: Iterable[str]) -> list[str]:
-    """Those of the paths that no running add is going to finish, sorted."""
+    """Paths of interrupted adds and removals among these, sorted."""
     now = datetime.now(UTC)
-    found: list[str] = []
+    abandoned: list[str] = []
     unknown: list[str] = []
     for path in sorted(paths):
         started = _started(objects, path)
         if started is None:
             unknown.append(path)
         elif is_abandoned(started, now):
-            found.append(path)
+            abandoned.append(path)
     if unknown:
         # A running add describes its folder, or renames its marker, within this time.
         time.sleep(INSTANT)
-        there = {
+        present = {
             f"{folder}/{name}" for folder in (ATLASES, MARKERS) for name in objects.names(folder)
         }
-        found += [path for path in unknown if path in there and _started(objects, path) is None]
-    # Only now, as an add may have committed and ended since the markers were listed; whoever
-    # has ended commits no more.
-    return sorted(path for path in found if not _is_named(objects, path))
+        abandoned += [p for p in unknown if p in present and _started(objects, p) is None]
+    # Markers are read last: an add may have committed and ended since they were listed, and an
+    # add that has ended cannot commit any more.
+    return sorted(path for path in abandoned if not _is_named(objects, path))
 
 
 def _is_named(objects: Objects, path: str) -> bool:
