@@ -51,7 +51,7 @@ class Atlas:
 
     @property
     def annotated(self) -> tuple[str, ...]:
-        """Names of the organs that whoever annotated the scan looked for."""
+        """Names of the organs that the annotator looked for."""
         return self.info.annotated
 
     @property

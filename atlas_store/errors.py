@@ -180,4 +180,4 @@ class MissingChunkError(AtlasStoreError, ValueError):
 
 
 class DamagedChunkError(AtlasStoreError, ValueError):
-    """A part of an array cannot be unpacked."""
+    """A part of an array cannot be decompressed."""

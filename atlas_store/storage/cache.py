@@ -1,7 +1,7 @@
-"""The user's own cache: what can be made again, kept so that it need not be.
+"""The user's cache of data that can be computed again.
 
-An object's name ends with the SHA-256 of its content, so what was damaged is not believed.
-Nothing here is shared between users, and a cache that cannot be written is done without.
+An object's name ends with the SHA-256 of its content, so damaged objects are ignored. Nothing is
+shared between users, and the program works without a writable cache.
 """
 
 import os
@@ -22,7 +22,7 @@ def cache_folder() -> Path:
 
 def index_folder(store_uuid: str) -> Path:
     """Where the cache keeps the index of a store."""
-    # A digest, as the uuid comes from a store and must not lead anywhere else.
+    # A digest, because the uuid comes from a store and might hold "../".
     return cache_folder() / "index" / digest(store_uuid.encode())[:32]
 
 
@@ -38,7 +38,7 @@ def keep(folder: Path, stem: str, suffix: str, data: bytes) -> None:
 
 
 def recall(path: Path) -> bytes | None:
-    """Read what `keep` kept; None if it is gone or damaged."""
+    """Read an object that `keep` wrote; None if it is missing or damaged."""
     try:
         data = path.read_bytes()
     except OSError:
@@ -47,6 +47,6 @@ def recall(path: Path) -> bytes | None:
 
 
 def forget(path: Path) -> None:
-    """Delete a file of the cache; nothing happens if that is not possible."""
+    """Delete a file of the cache, if possible."""
     with suppress(OSError):
         path.unlink()

@@ -1,8 +1,7 @@
-"""Read arrays from a store that somebody else may have written, in bounded memory.
+"""Reading of arrays from an untrusted store, in bounded memory.
 
-Zarr believes what an array's description and its chunks say of their size. What it is about
-to believe is looked at here first, so that no file makes the reader allocate more than
-`MAX_CHUNK` bytes.
+Zarr trusts the sizes in an array's description and in its chunks. They are checked here first, so
+that no file makes the reader allocate more than `MAX_CHUNK` bytes.
 """
 
 import json
@@ -19,18 +18,18 @@ from atlas_store.marker import MAX_VOXELS
 from atlas_store.storage.objects import check_regular
 
 MAX_CHUNK = 1 << 28
-"""Bytes of a chunk once it is unpacked; those of an atlas have a few MiB."""
+"""Limit of the bytes of a decompressed chunk; those of an atlas have a few MiB."""
 
 _BLOSC_HEADER = 16
 
 
 class Guarded(WrapperStore[Store]):
-    """A Zarr store that gives no array or chunk of absurd size."""
+    """A Zarr store that refuses arrays and chunks of absurd size."""
 
     async def get(
         self, key: str, prototype: BufferPrototype, byte_range: ByteRequest | None = None
     ) -> Buffer | None:
-        """Read an object; `StoreFormatError` if unpacking it would take too much."""
+        """Read an object; `StoreFormatError` if decompressing it would take too much memory."""
         if isinstance(self._store, LocalStore):
             check_regular(f"{self._store.root}/{key}", key)
         buffer = await super().get(key, prototype, byte_range)

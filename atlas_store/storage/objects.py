@@ -1,7 +1,7 @@
-"""Bytes by key, on a local path or an object store: the only module that knows which.
+"""Bytes by key, on a local path or an object store: the only module that tells them apart.
 
-Everything else in this package says `read`, `write_new` or `delete_folder` and leaves the
-place to zarr's stores. Keys are relative to the root of the store, with ``/``.
+The rest of the package calls `read`, `write_new` or `delete_folder`, whatever the kind of store.
+Keys are relative to the root of the store, with ``/``.
 """
 
 import asyncio
@@ -24,13 +24,13 @@ from atlas_store.arrays import chunk_rows
 from atlas_store.errors import StoreFormatError
 
 PARTIAL_SUFFIX = ".partial"
-"""Ends the name of a local file that is being written; it is renamed when complete."""
+"""Ending of a local file's name while it is written; the file is renamed when complete."""
 
 MAX_OBJECT = 1 << 29
-"""Bytes of an object; the largest of an atlas have a few MiB."""
+"""Limit of an object, bytes; the largest of an atlas have a few MiB."""
 
 MAX_DOCUMENT = 1 << 24
-"""Bytes of a marker or a ``zarr.json``; a whole body at 0.5 mm has two million."""
+"""Limit of a marker or a ``zarr.json``, bytes; that of a whole body at 0.5 mm has 2 MB."""
 
 _DELETE_ATTEMPTS = 10
 _SYNCING_THREADS = 8
@@ -42,9 +42,9 @@ class Objects:
     Parameters
     ----------
     store : zarr.abc.store.Store
-        Where the objects are.
+        Zarr store that holds the objects.
     url : str
-        What to call that place in messages.
+        Name of the store in messages.
     """
 
     def __init__(self, store: Store, url: str) -> None:
@@ -53,15 +53,15 @@ class Objects:
 
     @classmethod
     def at(cls, url: str | os.PathLike[str]) -> "Objects":
-        """Objects below a local path or an fsspec URL; nothing is touched yet."""
+        """Objects below a local path or an fsspec URL; neither reads nor writes."""
         text = os.fspath(url).removeprefix("file://")
         if "://" in text:
-            # Others write there as well: a listing kept from before would hide what they did.
+            # Other processes write too: a cached listing would hide their objects.
             return cls(FsspecStore.from_url(text, {"use_listings_cache": False}), text)
         return cls(LocalStore(Path(text).absolute()), text)
 
     def is_vacant(self) -> bool:
-        """Whether nothing at all is there; an empty folder is nothing."""
+        """Whether the store is empty: it does not exist, or is an empty folder."""
         if isinstance(self.store, LocalStore):
             root = self.store.root
             return not root.exists() or (root.is_dir() and not any(root.iterdir()))
@@ -81,7 +81,7 @@ class Objects:
         """
         path = self.path_of(key)
         if path is not None:
-            # Twenty times faster than through the event loop, which counts for small objects.
+            # 20 times faster for small objects than through zarr's event loop.
             return read_file(path, f"{self.url}/{key}", limit)
         buffer = sync(self.store.get(key, default_buffer_prototype()))
         if buffer is not None:
@@ -106,7 +106,7 @@ class Objects:
         return sync(gather())
 
     def unpack(self, wanted: Sequence[chunk_rows.ChunkRows], out: NDArray[Any]) -> None:
-        """Unpack rows of blosc chunks one after another, along the first axis of `out`.
+        """Decompress rows of blosc chunks one after another, along the first axis of `out`.
 
         Raises
         ------
@@ -121,7 +121,7 @@ class Objects:
             chunk_rows.unpack_all(wanted, self.read_many(rows.key for rows in wanted), out)
 
     def write(self, key: str, data: bytes) -> None:
-        """Write an object atomically, replacing what was there."""
+        """Write an object atomically, replacing an existing one."""
         sync(self.store.set(key, _buffer(data)))
 
     def write_new(self, key: str, data: bytes) -> bool:
@@ -135,21 +135,21 @@ class Objects:
             Whether this call wrote it.
         """
         if isinstance(self.store, FsspecStore):
-            # FsspecStore.set_if_not_exists asks first and writes then: two writers both win.
+            # FsspecStore.set_if_not_exists is not atomic: two writers may both succeed.
             path = f"{self.store.path}/{key}"
             try:
                 sync(self.store.fs._pipe_file(path, data, mode="create"))
             except FileExistsError:
                 return False
             return True
-        # set_if_not_exists does not say whether it wrote, but what is there now does.
+        # set_if_not_exists does not report whether it wrote; the content now there shows it.
         sync(self.store.set_if_not_exists(key, _buffer(data)))
         return self.read(key) == data
 
     def settle(self, path: str) -> None:
-        """Return when an object, or all below a folder, would survive a loss of power.
+        """Sync an object, or all below a folder, to disk, so that it survives a loss of power.
 
-        An object store has kept what it has confirmed; a file system only what was synced.
+        Object stores are durable once they confirm a write; file systems only after a sync.
         """
         if not isinstance(self.store, LocalStore):
             return
@@ -174,7 +174,7 @@ class Objects:
             try:
                 return sync(self.store.delete_dir(folder))
             except FileNotFoundError:
-                # Somebody else is deleting the same folder; what is left is ours to delete.
+                # Another process deletes the same folder: delete what is left.
                 continue
 
     def names(self, folder: str) -> list[str]:
@@ -194,14 +194,14 @@ class Objects:
             root = self.store.root / folder
             paths = (Path(parent) / name for parent, _, names in os.walk(root) for name in names)
             return sorted(path.relative_to(root).as_posix() for path in paths)
-        found = sync(_collect(self.store.list_prefix(f"{folder}/")))
-        return sorted(key.removeprefix(f"{folder}/") for key in found)
+        keys = sync(_collect(self.store.list_prefix(f"{folder}/")))
+        return sorted(key.removeprefix(f"{folder}/") for key in keys)
 
 
 def read_file(path: str, key: str, limit: int) -> bytes | None:
-    """Read a file that somebody else may have put there; see `Objects.read`."""
+    """Read an untrusted file; see `Objects.read`."""
     try:
-        # A pipe that nobody writes to is not waited for.
+        # O_NONBLOCK, as opening a pipe without a writer would block.
         descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | getattr(os, "O_NONBLOCK", 0))
     except (FileNotFoundError, NotADirectoryError, IsADirectoryError):
         return None
@@ -210,33 +210,33 @@ def read_file(path: str, key: str, limit: int) -> bytes | None:
             raise _no_file(key) from error
         raise
     try:
-        found = os.fstat(descriptor)
-        if stat.S_ISDIR(found.st_mode):
+        status = os.fstat(descriptor)
+        if stat.S_ISDIR(status.st_mode):
             return None
-        if not regular(found):
+        if not regular(status):
             raise _no_file(key)
-        check_size(key, found.st_size, limit)
-        return os.read(descriptor, found.st_size)
+        check_size(key, status.st_size, limit)
+        return os.read(descriptor, status.st_size)
     finally:
         os.close(descriptor)
 
 
-def regular(found: os.stat_result) -> bool:
+def regular(status: os.stat_result) -> bool:
     """Whether it is a file, and no pipe, device or socket."""
-    return stat.S_ISREG(found.st_mode)
+    return stat.S_ISREG(status.st_mode)
 
 
 def check_regular(path: str, key: str) -> None:
-    """Refuse what exists but is neither a file nor a folder, before it is opened."""
+    """Refuse a path that exists but is neither a file nor a folder, before it is opened."""
     try:
-        found = os.stat(path)
+        status = os.stat(path)
     except OSError as error:
         if error.errno == errno.ELOOP:
             raise _no_file(key) from error
         return
-    if not regular(found) and not stat.S_ISDIR(found.st_mode):
+    if not regular(status) and not stat.S_ISDIR(status.st_mode):
         raise _no_file(key)
-    check_size(key, found.st_size)
+    check_size(key, status.st_size)
 
 
 def check_size(key: str, size: int, limit: int = MAX_OBJECT) -> None:
@@ -274,24 +274,24 @@ async def _collect(names: AsyncIterator[str]) -> list[str]:
 
 
 def finish_writes() -> None:
-    """Wait for what Zarr still writes on its own threads.
+    """Wait until Zarr's event loop has finished all writes.
 
-    Whoever interrupts the main thread while Zarr writes does not interrupt the writing: it
-    would bring back a part of a folder that is removed meanwhile.
+    An interruption of the main thread does not stop them: they could make a part of a folder again
+    that is being removed.
     """
 
     async def finish() -> None:
-        own = asyncio.current_task()
-        assert own is not None
-        # Two that finish at once must not wait for each other.
-        _finishing.add(own)
+        this_task = asyncio.current_task()
+        assert this_task is not None
+        # Two calls at once must not wait for each other.
+        _finishing.add(this_task)
         try:
             await asyncio.gather(*(asyncio.all_tasks() - _finishing), return_exceptions=True)
         finally:
-            _finishing.discard(own)
+            _finishing.discard(this_task)
 
     sync(finish())
 
 
 _finishing: set[asyncio.Task[Any]] = set()
-"""Tasks of `finish_writes`; only Zarr's event loop looks at it."""
+"""Running tasks of `finish_writes`; used on Zarr's event loop only."""

@@ -1,8 +1,8 @@
-"""Objects that are read as they were written, or not at all: each is compared with its SHA-256.
+"""Objects whose content is verified on reading: each is compared with its SHA-256.
 
 The data of an atlas never changes. Its group holds the SHA-256 of every other object in it, and
-the atlas's marker that of the group. SHA-256 takes less than a hundredth of a segmentation, so
-that no second, faster checksum has to be kept.
+the atlas's marker that of the group. SHA-256 takes less than 1 % of a segmentation, so a second,
+faster checksum would gain nothing.
 """
 
 import os
@@ -27,9 +27,9 @@ from atlas_store.storage.objects import MAX_DOCUMENT, MAX_OBJECT, Objects, regul
 T = TypeVar("T")
 
 _KNOWN = 256
-"""Atlases whose digests a process keeps: a few hundred bytes for each of their objects."""
+"""Atlases whose digests a process caches, at a few hundred bytes per object."""
 _CHECKED = 1 << 16
-"""Files that a process knows to be whole."""
+"""Verified files that a process remembers."""
 
 
 class Sealed(Objects):
@@ -40,17 +40,17 @@ class Sealed(Objects):
     objects : Objects
         The store.
     folder : str
-        Where the data of the atlas lie.
+        Folder of the atlas's data.
     seal : str
         SHA-256 of the folder's ``zarr.json``.
     name : str
-        What to call the atlas in messages.
+        Name of the atlas in messages.
 
     Raises
     ------
     StoreFormatError
-        By each method that reads, if an object is missing, is another than was added, or was not
-        added at all.
+        By each method that reads, if an object is missing, was changed, or is not part of the
+        atlas.
     """
 
     def __init__(self, objects: Objects, folder: str, seal: str, name: str) -> None:
@@ -60,7 +60,7 @@ class Sealed(Objects):
         self._name = name
 
     def group(self) -> zarr.Group:
-        """Open the Zarr group of the data, read-only, for whatever zarr itself is to read."""
+        """Open the Zarr group of the data, read-only."""
         self._digests()
         return zarr.open_group(_Checked(self.store, self), path=self._folder, mode="r")
 
@@ -77,10 +77,10 @@ class Sealed(Objects):
         return [self.checked(key, data) for key, data in each]
 
     def unpack(self, wanted: Sequence[chunk_rows.ChunkRows], out: NDArray[Any]) -> None:
-        """Unpack rows of blosc chunks one after another, along the first axis of `out`.
+        """Decompress rows of blosc chunks one after another, along the first axis of `out`.
 
-        A file of which only a part is wanted is compared as a whole when a process first reads
-        it, and again if it has changed since.
+        A process hashes the whole file when it first reads a part of it, and again after the file
+        has changed.
 
         Raises
         ------
@@ -102,17 +102,17 @@ class Sealed(Objects):
             begin = end
 
     def checked(self, key: str, data: bytes | None) -> bytes | None:
-        """Give back what was read at a key, once it is known to be what was added."""
+        """Return the data read at a key, after comparing it with its digest."""
         root = f"{self._folder}/{ROOT}"
         expected = self._seal if key == root else self._digests().get(self._within(key))
         if expected == (None if data is None else digest(data)):
             return data
         if data is None:
-            what = "is missing"
+            fault = "is missing"
         else:
-            what = "is not part of it" if expected is None else "is damaged"
+            fault = "is not part of it" if expected is None else "is damaged"
         raise StoreFormatError(
-            f"{self.url}: {self._within(key)} of {self._name} {what}: remove the atlas and add it"
+            f"{self.url}: {self._within(key)} of {self._name} {fault}: remove the atlas and add it"
             " again, or restore it from a copy."
         )
 
@@ -121,8 +121,8 @@ class Sealed(Objects):
 
     def _digests(self) -> Mapping[str, str]:
         """SHA-256 of each object by its key below the folder."""
-        here = f"{self.url}/{self._folder} {self._seal}"
-        known = _known.get(here)
+        cache_key = f"{self.url}/{self._folder} {self._seal}"
+        known = _known.get(cache_key)
         if known is None:
             key = f"{self._folder}/{ROOT}"
             data = self.checked(key, Objects.read(self, key, MAX_DOCUMENT))
@@ -134,12 +134,12 @@ class Sealed(Objects):
                     f"{self.url}: {ROOT} of {self._name} holds no digests: remove the atlas and add"
                     " it again."
                 ) from error
-            _known.keep(here, known)
+            _known.keep(cache_key, known)
         return known
 
 
 class _Checked(Guarded):
-    """What zarr reads of an atlas, each object compared with its digest."""
+    """A Zarr store of an atlas that compares each object with its digest."""
 
     def __init__(self, store: Store, sealed: Sealed) -> None:
         super().__init__(store)
@@ -151,8 +151,8 @@ class _Checked(Guarded):
     async def get(
         self, key: str, prototype: BufferPrototype, byte_range: ByteRequest | None = None
     ) -> Buffer | None:
-        """Read an object; `StoreFormatError` if it is not what was added."""
-        # No array of an atlas has shards, so zarr asks for whole objects.
+        """Read an object; `StoreFormatError` if it differs from its digest."""
+        # No array of an atlas has shards, so zarr reads whole objects.
         buffer = await super().get(key, prototype)
         self._sealed.checked(key, None if buffer is None else buffer.to_bytes())
         if buffer is None or byte_range is None:
@@ -161,32 +161,32 @@ class _Checked(Guarded):
 
 
 class _Recent(Generic[T]):
-    """The last things that a process has found out, by name."""
+    """A cache of the last entries of a process, by name."""
 
     def __init__(self, most: int) -> None:
         self._most = most
-        self._found: OrderedDict[str, T] = OrderedDict()
+        self._entries: OrderedDict[str, T] = OrderedDict()
         self._lock = threading.Lock()
 
     def get(self, name: str) -> T | None:
-        return self._found.get(name)
+        return self._entries.get(name)
 
     def keep(self, name: str, value: T) -> None:
         with self._lock:
-            self._found[name] = value
-            if len(self._found) > self._most:
-                self._found.popitem(last=False)
+            self._entries[name] = value
+            if len(self._entries) > self._most:
+                self._entries.popitem(last=False)
 
 
 def _state(path: str) -> tuple[int, ...] | None:
-    """Get what changes when a file does; None if it is no regular file."""
+    """Get device, inode, size and times of a regular file, which any change alters; else None."""
     try:
-        found = os.stat(path)
+        status = os.stat(path)
     except OSError:
         return None
-    if not regular(found):
+    if not regular(status):
         return None
-    return found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns
+    return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns
 
 
 _known: _Recent[Mapping[str, str]] = _Recent(_KNOWN)

@@ -1,7 +1,7 @@
-"""Where the work runs: Dask for everyone, from one process to a cluster.
+"""Execution of tasks by Dask, from one process to a cluster.
 
-`session` gives a client, `run` keeps its workers busy. The stations say what to compute
-and never where; nothing here knows what a scan is.
+`session` yields a client, `run` keeps its workers busy. The stations decide what to compute, never
+where; this module does not know what a scan is.
 """
 
 # Most releases of Dask allow no `Future[T]` when annotations are evaluated.
@@ -41,8 +41,8 @@ __all__ = [
 T = TypeVar("T")
 
 TEAM = 2
-"""Threads of a process that work together on a task, if it has them. Of many, some would often
-wait for others: of a sweep, for its slowest stage, which takes a quarter of the time."""
+"""Threads of a process that share a task, if it has so many. A sweep's slowest stage takes a
+quarter of its time, so more threads would often wait for that stage."""
 
 _LEADERS: WeakKeyDictionary[Worker, ThreadPoolExecutor] = WeakKeyDictionary()
 """Per worker in this process: the executor that team leaders run in, one thread per team."""
@@ -62,31 +62,30 @@ def run(
     Parameters
     ----------
     client : distributed.Client
-        Whose workers compute.
+        Client whose workers compute.
     function : callable
-        May run again after a worker was lost, so it must not mind having half run before.
+        Must be safe to run again after it was cut off, as happens when a worker is lost.
     tasks : sequence of tuple
-        In the order in which they begin. Arguments, small (paths, regions, parameters): each
-        tuple travels with its task.
+        Arguments of each task, in the order in which tasks begin. They are sent with the task, so
+        they must be small: paths, regions, parameters.
     description : str
         Name of the stage in `kpt_dask.runtime.progress`.
 
     Yields
     ------
     index : int
-        Which task, in the order in which they finish.
+        Index of the task; tasks come in the order in which they finish.
     result
-        What it returned. Nothing else holds it any longer.
+        Its result, to which no other reference is kept.
 
     Raises
     ------
     ClusterError
-        Workers died again and again, do not see what they must, or do not work for longer
-        than `kpt_dask.runtime.patience` allows; or the scheduler went away.
+        If workers die repeatedly, do not see the files of the run, or do not work for longer
+        than `kpt_dask.runtime.patience` allows; or if the scheduler has gone.
     Exception
-        Whatever a task raised, as it was. Once this, or a consumer that stops early, has
-        ended the iteration, tasks that had begun have ended too: what they wrote can be
-        removed safely.
+        Any error of a task, unchanged. When the iteration has ended, by an error or because the
+        consumer stops early, no task is running any more: its outputs can be removed safely.
     """
     name = f"{getattr(function, '__name__', 'task')}-{uuid.uuid4().hex}"
     waiting = enumerate(tasks)
@@ -95,13 +94,13 @@ def run(
     call = partial(_call, function, witness.current())
 
     def submit() -> None:
-        # A cluster's workers come and go.
+        # Counted each time: a cluster's workers come and go.
         limit = IN_FLIGHT_PER_THREAD * max(sum(threads(client)), 1)
         batch = list(islice(waiting, max(limit - len(flying), 0)))
         if not batch:
             return
-        # At once: messages to the scheduler and from it to a worker wait for some milliseconds
-        # after the one before. Keys are padded because tasks of a batch begin in their order.
+        # Submitted as one batch, because successive messages to the scheduler and the workers are
+        # delayed by milliseconds. Keys are padded because tasks of a batch begin in key order.
         futures = client.map(
             call,
             [task for _, task in batch],
@@ -113,7 +112,7 @@ def run(
             flying[future] = index
             landed.add(future)
 
-    # The only worker that is this process can neither go away nor be paused.
+    # A worker that is this process can neither disappear nor be paused.
     vigil = None if is_own(client) else Vigil(client, description)
     complete = False
     with progress.stage(description, total=len(tasks)) as advance:
@@ -140,36 +139,36 @@ def run(
         except ModuleNotFoundError as error:
             raise witness.lacking(error.name or str(error), f"{description}: a worker") from error
         finally:
-            # Also if none is known to fly: an interruption may have come while one was submitted.
+            # Even if `flying` is empty: an interruption may have come during a submission.
             if not complete:
                 _abandon(client, name, list(flying))
 
 
 def share(client: Client, value: T) -> Future[T]:
-    """Bring a value that many tasks take to all workers."""
-    # Not `Client.scatter`: inside a Dask task it would go to that task's worker. Without a hash
-    # of its own: releasing an equal one from an earlier call would race.
+    """Send a value that many tasks take to all workers."""
+    # Not `Client.scatter`: inside a Dask task it would go to that task's worker. No hash as the
+    # key: releasing an equal value of an earlier call would race.
     [shared] = client.sync(client._scatter, [value], broadcast=True, hash=False, direct=False)
     return shared  # type: ignore[no-any-return]
 
 
 def threads(client: Client) -> list[int]:
-    """Threads of each worker, as they were at most a second ago: to ask takes a millisecond.
+    """Threads of each worker, cached for 1 s: a request takes 1 ms.
 
     Raises
     ------
     ClusterError
-        If there is no worker, and none comes; or the scheduler has gone.
+        If no worker connects in time, or the scheduler has gone.
     """
-    known_until, found = _THREADS.get(client, (0.0, []))
-    if time.monotonic() >= known_until or not found:
-        found = threads_of_workers(client)
-        _THREADS[client] = time.monotonic() + 1, found
-    return found
+    expiry, counts = _THREADS.get(client, (0.0, []))
+    if time.monotonic() >= expiry or not counts:
+        counts = threads_of_workers(client)
+        _THREADS[client] = time.monotonic() + 1, counts
+    return counts
 
 
 def teams(threads: int) -> tuple[int, int]:
-    """Divide the threads of a process into teams; return how many, and the threads of each."""
+    """Divide the threads of a process into teams; return their number, and the threads of each."""
     n = max(threads // TEAM, 1)
     return n, threads // n
 
@@ -185,22 +184,22 @@ def run_in_teams(
     tasks: Sequence[tuple[Any, ...]],
     description: str,
 ) -> Iterator[tuple[int, T]]:
-    """Compute ``function(*task, threads)`` like `run`, each in so many threads of a process.
+    """Compute ``function(*task, threads)`` like `run`, each by a team of threads of a process.
 
-    For large tasks that can share more than memory: there are no more at once than `teams` says.
+    For tasks so large that few should be in memory at once: a process runs one per team.
     """
     named = partial(_in_team, function)
     named.__name__ = function.__name__  # type: ignore[attr-defined]
-    # Or the scheduler would unpack them, and pack them again.
+    # Pickled here, or the scheduler would deserialise and serialise them again.
     return run(client, named, [(dumps(task),) for task in tasks], description)
 
 
-def _in_team(function: Callable[..., T], packed: bytes) -> T:
-    task = loads(packed)
+def _in_team(function: Callable[..., T], pickled: bytes) -> T:
+    task = loads(pickled)
     worker = get_worker()
     at_once, threads = teams(worker.state.nthreads)
     with _LOCK:
-        # Always the same threads: memory that one gives back is not used again by others.
+        # Long-lived threads: glibc keeps the memory that a thread frees in its own arena.
         if worker not in _LEADERS:
             _LEADERS[worker] = ThreadPoolExecutor(at_once, "leader")
         leaders = _LEADERS[worker]
@@ -213,14 +212,14 @@ def run_small(
     tasks: Sequence[tuple[Any, ...]],
     description: str,
 ) -> list[T]:
-    """Compute ``function(*task)`` like `run`, for work of milliseconds: a Dask task a thread.
+    """Compute ``function(*task)`` like `run`, for work of milliseconds: one Dask task per thread.
 
-    A Dask task costs a millisecond of the one thread that hands all of them out.
+    A Dask task costs the scheduler's only thread 1 ms.
 
     Returns
     -------
     list
-        The results, in the order of the tasks.
+        Results, in the order of the tasks.
     """
     size = -(-len(tasks) // max(sum(threads(client)), 1)) or 1
     batches = [(function, tasks[a : a + size]) for a in range(0, len(tasks), size)]
@@ -241,10 +240,10 @@ def _abandon(client: Client, name: str, futures: list[Future[T]]) -> None:
     """Cancel tasks, and wait for those that had begun: Dask cannot stop a thread."""
     if client.status != "running":
         return
-    # A scheduler may go away, and a worker hang, while they are asked.
+    # A scheduler may disappear, and a worker hang, during the request.
     with suppress(*LOST):
         client.sync(client._cancel, futures, callback_timeout=wait_seconds())
-        # Twice, because a task may be on its way to a worker when the first look comes.
+        # Twice, because a task may be on its way to a worker at the first poll.
         quiet, deadline = 0, time.monotonic() + wait_seconds()
         while quiet < 2 and time.monotonic() < deadline:
             busy = client.sync(

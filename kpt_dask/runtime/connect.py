@@ -1,4 +1,4 @@
-"""Sessions: how a client of Dask comes about, on this machine alone or on a running cluster."""
+"""Sessions: a Dask client, on this machine alone or connected to a running cluster."""
 
 import asyncio
 import json
@@ -33,7 +33,7 @@ from kpt_dask.errors import ClusterError, ParameterError
 from kpt_dask.runtime.patience import saying, wait_seconds
 
 IN_FLIGHT_PER_THREAD = 4
-"""Tasks handed out at a time: enough that no thread waits, few enough to hold their results."""
+"""Tasks submitted at a time: enough to keep threads busy, few enough to hold their results."""
 
 _OWN: "WeakSet[Client]" = WeakSet()
 """Clients whose only worker is this process."""
@@ -43,12 +43,12 @@ _DASK_THREADS = ("IO loop", "Dask-")
 
 @contextmanager
 def session(client: Client | None = None, scheduler: str | None = None) -> Iterator[Client]:
-    """Give the Dask client to work with, and close it afterwards if it was made here.
+    """Choose or make a Dask client; close it afterwards only if it was made here.
 
     Parameters
     ----------
     client : distributed.Client, optional
-        Used as it is and left open.
+        Client to use; it is left open.
     scheduler : str, optional
         Address ("tcp://head:8786") or scheduler file of a running cluster.
 
@@ -57,16 +57,15 @@ def session(client: Client | None = None, scheduler: str | None = None) -> Itera
     client : distributed.Client
         The given one; else one connected to `scheduler`; else the process's current one;
         else a new one whose worker is this process, with a thread for every core that the
-        process may use. Inside a Dask task, whose worker has threads of its own, it is always
-        a new one, with a single thread. A client that is given there gets the thread of the task
-        as well, which waits until the session ends.
+        process may use. Inside a Dask task it is always a new one with a single thread, unless a
+        client is given: then the task secedes, so that its thread is free until the session ends.
 
     Raises
     ------
     ParameterError
-        `scheduler` is a file of something else.
+        If `scheduler` is a file, but not a scheduler file.
     ClusterError
-        `scheduler` does not answer, or this process was forked from one in which Dask ran.
+        If `scheduler` does not answer, or this process was forked from one in which Dask ran.
     """
     if _forked:
         raise ClusterError(
@@ -85,16 +84,16 @@ def session(client: Client | None = None, scheduler: str | None = None) -> Itera
             yield connected
     elif in_task:
         # Tasks of this session must not wait for the threads that this task holds.
-        with local(1) as own:
-            yield own
+        with local(1) as new:
+            yield new
     else:
-        with local(CPU_COUNT) as own:
-            yield own
+        with local(CPU_COUNT) as new:
+            yield new
 
 
 @contextmanager
 def local(threads: int) -> Iterator[Client]:
-    """Make this process a worker of so many threads, and give its client."""
+    """Make this process a worker with `threads` threads; yield its client."""
     # No memory limit: it would count the whole process and pause its only worker.
     with (
         _own_settings(),
@@ -111,12 +110,11 @@ def local(threads: int) -> Iterator[Client]:
         Client(cluster, set_as_default=False) as client,
     ):
         _OWN.add(client)
-        # Else whoever has just sent a message keeps the next one back for some milliseconds, on
-        # every way between client, scheduler and worker.
-        ways = *cluster.scheduler.client_comms.values(), *cluster.scheduler.stream_comms.values()
+        # Batched streams between client, scheduler and worker delay messages by some milliseconds.
+        comms = *cluster.scheduler.client_comms.values(), *cluster.scheduler.stream_comms.values()
         streams = (worker.batched_stream for worker in cluster.workers.values())
-        for way in (client.scheduler_comm, *ways, *streams):
-            way.interval = 0.0
+        for stream in (client.scheduler_comm, *comms, *streams):
+            stream.interval = 0.0
         yield client
 
 
@@ -126,14 +124,14 @@ def is_own(client: Client) -> bool:
 
 
 class _LoopbackWorker(Worker):
-    """A worker whose HTTP server, which every worker has, is not seen from other machines."""
+    """A worker whose HTTP server listens on the loopback interface only."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **{**kwargs, "dashboard_address": "127.0.0.1:0"})
 
 
 class _Settings:
-    """The settings of local sessions, as long as there is one: several threads may have some."""
+    """Settings of local sessions, counted: several threads may have a session at once."""
 
     sessions = 0
     stack = ExitStack()
@@ -141,16 +139,16 @@ class _Settings:
 
 @contextmanager
 def _own_settings() -> Iterator[None]:
-    """Set what local sessions rely on, whatever the user's configuration of Dask says.
+    """Replace the user's configuration of Dask by what local sessions need.
 
-    That is meant for clusters: memory limits, TLS, preloads, the address of a scheduler.
+    The user's is meant for clusters: memory limits, TLS, preloads, the address of a scheduler.
     """
     with _LOCK:
         if _Settings.sessions == 0:
-            # All tasks in flight on the worker, or it would wait for each to come. What Dask
-            # measures of itself a hundred times a second takes the cores from the tasks.
+            # The worker holds all tasks in flight, so that it never waits for the next one.
+            # Dask's profiler samples 100 times a second and would slow the tasks.
             defaults = dask.config.merge(*dask.config.defaults)
-            own = {
+            tuning = {
                 "distributed.scheduler.worker-saturation": IN_FLIGHT_PER_THREAD,
                 "distributed.worker.profile.enabled": False,
                 "distributed.admin.tick.interval": "1s",
@@ -164,7 +162,7 @@ def _own_settings() -> Iterator[None]:
                     }
                 )
             )
-            _Settings.stack.enter_context(dask.config.set(own))
+            _Settings.stack.enter_context(dask.config.set(tuning))
         _Settings.sessions += 1
     try:
         yield
@@ -177,7 +175,7 @@ def _own_settings() -> Iterator[None]:
 
 @contextmanager
 def _stepping_aside(client: Client) -> Iterator[None]:
-    """In a Dask task, leave its thread to the tasks that it waits for, as `worker_client` does."""
+    """Secede in a Dask task, so that the tasks it waits for get its thread, as `worker_client`."""
     if is_own(client) or not (_in_task() and getattr(thread_state, "proceed", False)):
         yield
         return
@@ -208,16 +206,16 @@ def _connect(scheduler: str) -> Client:
     address, wait = _address(scheduler), wait_seconds()
     waiting = f"waiting for a Dask scheduler at {scheduler}"
     try:
-        # Asked first, because a client that could not connect leaves threads behind.
+        # Tried first without a client, because one that cannot connect leaks threads.
         with saying(waiting):
             problem = _try(address, wait)
         if problem is not None:
             raise problem
         with warnings.catch_warnings():
-            # Every worker is asked for its versions before it works.
+            # `witness` compares versions, in more detail.
             warnings.simplefilter("ignore", VersionMismatchWarning)
             return Client(address, timeout=wait, set_as_default=False)
-    # Whatever libraries make of an odd address or of missing certificates.
+    # Libraries raise many kinds of errors for odd addresses and missing certificates.
     except Exception as error:
         raise ClusterError(
             f"No Dask scheduler answers at {scheduler}: check the address, and that it runs."
@@ -240,7 +238,7 @@ def _address(scheduler: str) -> str:
 
 
 def _try(address: str, wait: float) -> Exception | None:
-    """Connect and ask who is there; return what went wrong."""
+    """Connect and check that a scheduler answers; return the error, None if one does."""
     outcome: list[Exception | None] = []
 
     def ask() -> None:
@@ -250,7 +248,7 @@ def _try(address: str, wait: float) -> Exception | None:
         except Exception as error:
             outcome.append(error)
 
-    # On a thread of its own, because a notebook's thread runs an event loop already.
+    # In a new thread, because a notebook's thread already runs an event loop.
     thread = threading.Thread(target=ask, name="greeting", daemon=True)
     thread.start()
     thread.join()

@@ -1,9 +1,8 @@
-"""Doubts about an input or an answer: shown at once, and stored with the output.
+"""Warnings about an input or an answer: shown at once, and stored with the output.
 
-Whoever has a doubt calls `warn`; it knows neither who listens nor whether anybody does. A library's
-user gets a `KptWarning` by Python's own warnings; the command line asks for the sentences with
-`shown`; and whoever writes an output collects them with `recorded`. Both hold for the code inside
-their `with`, on the thread that entered it.
+`warn` issues a `KptWarning` through Python's `warnings`, for users of the library. The command line
+redirects the sentences with `shown`, and code that writes an output collects them with `recorded`.
+Both apply to the code inside their `with`, in the thread that entered it.
 """
 
 import warnings
@@ -18,7 +17,7 @@ _records: ContextVar[tuple[list[str], ...]] = ContextVar("notices", default=())
 
 
 def warn(sentence: str) -> None:
-    """Tell a doubt: one sentence that names the file, says what is doubtful and what to do."""
+    """Issue a warning: one sentence that names the file, the doubt and the remedy."""
     for record in _records.get():
         if sentence not in record:
             record.append(sentence)
@@ -31,7 +30,7 @@ def warn(sentence: str) -> None:
 
 @contextmanager
 def shown(show: Callable[[str], None]) -> Iterator[None]:
-    """Give every doubt inside the `with` to `show`, each once, instead of to Python's warnings."""
+    """Pass every warning inside the `with` to `show`, each once, instead of to `warnings`."""
     shown_before: set[str] = set()
 
     def show_once(sentence: str) -> None:
@@ -48,12 +47,12 @@ def shown(show: Callable[[str], None]) -> Iterator[None]:
 
 @contextmanager
 def recorded() -> Iterator[list[str]]:
-    """Collect the doubts inside the `with`, each once, in the order in which they came.
+    """Collect the warnings inside the `with`, each once, in order.
 
     Yields
     ------
     list of str
-        Filled as doubts arise.
+        Sentences, appended as they are issued.
     """
     record: list[str] = []
     token = _records.set((*_records.get(), record))

@@ -1,4 +1,4 @@
-"""Waiting: what is waited for is said within seconds, and ends after a bound.
+"""Waiting for workers: reported within seconds, and limited in time.
 
 The bound is Dask's configuration ``kpt.wait`` (``DASK_KPT__WAIT``, `dask.config.set`); the
 command line sets it by ``--wait``.
@@ -21,30 +21,30 @@ from kpt_dask.errors import ClusterError, ParameterError
 from kpt_dask.runtime import progress
 
 WAIT = "30s"
-"""How long workers may take that are not there, do not answer or do not work."""
+"""Default limit of waiting for workers that are missing, do not answer or do not work."""
 
 SOON = 2.0
-"""Seconds until it is said what is waited for."""
+"""Seconds of waiting before it is reported."""
 
 TICK = 0.1
-"""Seconds between two looks at what has landed, as in `distributed.as_completed`."""
+"""Seconds between two polls for completed futures, as in `distributed.as_completed`."""
 
 ASKED_EVERY = 1.0
-"""Seconds between two questions to the scheduler, while nothing lands."""
+"""Seconds between two requests to the scheduler, while no future completes."""
 
 SILENT_AFTER = 10.0
-"""Seconds without a word from a worker, which usually sends one or two each second."""
+"""Seconds without a heartbeat after which a worker counts as silent; usual are 0.5 to 1 s."""
 
 _BUSY = ("executing", "flight")
-"""States of tasks on a worker that does something. Those that left their thread to others, as whose
-own tasks are waited for here, may just wait."""
+"""Task states that show a worker at work. Tasks that seceded are not counted: they may just wait
+for tasks of their own."""
 
 LOST = (OSError, CancelledError, TimeoutError)
-"""What a client raises whose scheduler went away."""
+"""Errors of a client whose scheduler has gone."""
 
 
 def wait_seconds() -> float:
-    """Seconds that workers are waited for.
+    """Get the limit of waiting for workers, seconds.
 
     Raises
     ------
@@ -63,7 +63,7 @@ def wait_seconds() -> float:
 
 @contextmanager
 def saying(waiting: str) -> Iterator[None]:
-    """Say what is waited for if the block takes longer than a moment."""
+    """Report what is waited for if the block takes longer than `SOON`."""
     context = contextvars.copy_context()
     timer = Timer(
         SOON,
@@ -87,14 +87,14 @@ def _bound() -> str:
 
 
 class Vigil:
-    """A look at the workers whenever nothing has landed for a while.
+    """A check of the workers whenever no future has completed for a while.
 
     Parameters
     ----------
     client : distributed.Client
-        Whose workers compute.
+        Client whose workers compute.
     description : str
-        What they do.
+        Name of their work in messages.
     """
 
     def __init__(self, client: Client, description: str) -> None:
@@ -104,18 +104,18 @@ class Vigil:
         self.calm()
 
     def calm(self) -> None:
-        """Something has landed."""
+        """Start over: a future has completed."""
         self._asked = self._landed = time.monotonic()
         self._idle_since: float | None = None
         self._shown = ""
 
     def look(self) -> None:
-        """Say that nobody works if that is so; give up after the bound.
+        """Report if no worker works; give up after the limit of waiting.
 
         Raises
         ------
         ClusterError
-            If nobody has worked for too long, or the scheduler has gone.
+            If no worker has worked for too long, or the scheduler has gone.
         """
         now = time.monotonic()
         if now - max(self._asked, self._landed + SOON - ASKED_EVERY) < ASKED_EVERY:
@@ -134,10 +134,10 @@ class Vigil:
             progress.say(f"{self._description}: {trouble}; waiting ({_bound()}).")
 
     def _trouble(self) -> str | None:
-        """Say why nobody works, None if somebody does."""
+        """Find why no worker works; None if one does."""
         where = scheduler_address(self._client)
         try:
-            # Two seconds are much for a question that takes a millisecond.
+            # The request takes 1 ms, so 2 s are ample.
             scheduler: Any = self._client.scheduler
             known = self._client.sync(scheduler.identity, callback_timeout=SOON)
         except LOST:
@@ -172,12 +172,12 @@ class Vigil:
 
 
 def scheduler_address(client: Client) -> str:
-    """Address of a client's scheduler, for a person."""
+    """Address of a client's scheduler, for messages."""
     return str(getattr(client.scheduler, "address", "an unknown address"))
 
 
 def landing(landed: as_completed, vigil: Vigil | None) -> Iterator[tuple[Any, Any]]:
-    """Iterate over futures with their results, as `as_completed` does, kept up by a vigil."""
+    """Iterate over futures with their results, as `as_completed` does; meanwhile check workers."""
     while not landed.is_empty():
         if vigil is None:
             yield next(landed)
@@ -198,23 +198,23 @@ def threads_of_workers(client: Client) -> list[int]:
     Raises
     ------
     ClusterError
-        If none comes, or the scheduler has gone.
+        If none connects in time, or the scheduler has gone.
     """
     vigil = Vigil(client, "Looking for workers")
     while True:
         try:
             scheduler: Any = client.scheduler
-            found = client.sync(scheduler.ncores, callback_timeout=wait_seconds())
+            threads = client.sync(scheduler.ncores, callback_timeout=wait_seconds())
         except LOST as error:
             raise lost(client, "Looking for workers") from error
-        if found:
-            return list(found.values())
+        if threads:
+            return list(threads.values())
         time.sleep(TICK)
         vigil.look()
 
 
 def lost(client: Client, description: str) -> ClusterError:
-    """Say that the scheduler went away, or took tasks away."""
+    """Make the error for a scheduler that has gone, or has cancelled tasks."""
     if client.status == "running":
         return ClusterError(
             f"{description}: the workers died that held what others needed; see their logs, then "

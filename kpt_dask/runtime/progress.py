@@ -80,7 +80,7 @@ def stage(description: str, total: int | None = None) -> Iterator[Callable[[int]
 
 
 def say(sentence: str) -> None:
-    """Tell whoever watches something at once: on the display, else as a warning of the log."""
+    """Report a sentence at once: on the display if there is one, else as a warning of the log."""
     display = _display.get()
     if display is None:
         log.warning(sentence)

@@ -1,9 +1,9 @@
-"""Proof that workers see what the client sees, and are of the same version.
+"""Proof that workers see the client's files, and run the same version.
 
-Before work, the client writes a random token into the folder of the run. Every worker must
-read it there, also one that joins later, when its first task begins; see the inputs as they
-are; and leave a file in the folder that the client finds. Else zeros would be read where a
-chunk does not seem to exist, and the answer would be wrong in silence.
+Before work, the client writes a random token into the folder of the run. Every worker must read
+the token, read the same inputs, and write a file that the client can read; a worker that joins
+later does so before its first task. Without this, a worker would read a chunk that it does not see
+as zeros, and the answer would be wrong without an error.
 """
 
 import hashlib
@@ -31,39 +31,39 @@ from kpt_dask.runtime.connect import is_own
 from kpt_dask.runtime.patience import saying, scheduler_address, wait_seconds
 
 FOLDER = ".kpt-witness"
-"""Where the token lies while a run lasts."""
+"""Name of the folder that holds the token during a run."""
 
 PACKAGES = ("kpt-dask", "numpy", "numba", "llvmlite", "scipy", "zarr", "numcodecs")
-"""What decides on the bytes of an answer."""
+"""Packages whose versions may change the bytes of an answer."""
 
 SEEN_WITHIN = 5.0
-"""Seconds that a file of a worker may take to be seen by the client: NFS keeps listings."""
+"""Seconds until the client must see a worker's file: NFS caches listings."""
 
 _MISSING = re.compile(r"No module named [\\]*'([\w.]+)")
 _PROCESS = uuid.uuid4().hex
 _LOCK = Lock()
 _proven: set[str] = set()
-"""Tokens that this process has proven to see."""
+"""Tokens for which this process has given its proof."""
 
 
 @dataclass(frozen=True)
 class Proof:
-    """What a worker must show.
+    """Conditions that a worker must meet.
 
     Attributes
     ----------
     folder : Objects
-        The store in which the folder of the run lies.
+        Store that holds the folder of the run.
     path : str
-        Of that folder in it.
+        Path of that folder in the store.
     token : str
-        What the token holds, and its name.
+        Name of the token, and its content.
     inputs : tuple of (Objects, str, str)
-        Objects that are read: where, key, SHA-256.
+        Objects that are read: store, key, SHA-256.
     versions : mapping of str to str
         From `versions`.
     process : str
-        Whoever asks; its own workers see what it sees.
+        Identity of the client's process; workers in it need no proof.
     """
 
     folder: Objects
@@ -78,7 +78,7 @@ _current: ContextVar[Proof | None] = ContextVar("proof", default=None)
 
 
 def current() -> Proof | None:
-    """Proof that tasks of this run must bring, if any."""
+    """Proof that workers of this run must give, if any."""
     return _current.get()
 
 
@@ -86,14 +86,14 @@ def current() -> Proof | None:
 def shared(
     client: Client, group: zarr.Group, inputs: Sequence[tuple[Objects, str]] = ()
 ) -> Iterator[None]:
-    """Let only workers compute that see a group that is written, and the inputs.
+    """Require workers that see the group to be written, and the inputs.
 
     Parameters
     ----------
     client : distributed.Client
-        Whose workers compute what is asked for inside the `with`.
+        Client whose workers compute inside the `with`.
     group : zarr.Group
-        In the folder of the run.
+        Group in the folder of the run.
     inputs : sequence of (Objects, str)
         Objects by store and key that must be the same for all.
 
@@ -120,12 +120,12 @@ def shared(
 
 
 def check(proof: Proof | None) -> None:
-    """Prove in a task, once in each process, that this worker sees what it must.
+    """Give the proof in a task, once per process.
 
     Raises
     ------
     ClusterError
-        If it does not.
+        If this worker does not see the files, or is of another version.
     """
     if proof is None or proof.process == _PROCESS or proof.token in _proven:
         return
@@ -136,36 +136,37 @@ def check(proof: Proof | None) -> None:
 
 
 def prove(proof: Proof, dask_worker: Worker | None = None) -> str:
-    """Show that this worker sees what it must; return the name of the file that it leaves."""
-    who = _name(dask_worker or get_worker())
-    own = versions()
+    """Check what this worker sees; return the name of the file that it writes."""
+    worker_name = _name(dask_worker or get_worker())
+    installed = versions()
     differing = [
-        f"{name} {own.get(name, 'none')} instead of {asked}"
+        f"{name} {installed.get(name, 'none')} instead of {asked}"
         for name, asked in proof.versions.items()
-        if own.get(name) != asked
+        if installed.get(name) != asked
     ]
     if differing:
         raise ClusterError(
-            f"{who} has {', '.join(differing)}: give all workers the same environment."
+            f"{worker_name} has {', '.join(differing)}: give all workers the same environment."
         )
     where = f"{proof.folder.url}/{FOLDER}"
     if proof.folder.read(f"{proof.path}/{proof.token}") != proof.token.encode():
         raise ClusterError(
-            f"{who} does not see {where}, which is written here: use an output folder that "
-            "all workers share."
+            f"{worker_name} does not see {where}, which is written here: use an output folder "
+            "that all workers share."
         )
     for objects, key, digest in proof.inputs:
         if _digest(objects, key) != digest:
             raise ClusterError(
-                f"{who} does not see {objects.url}/{key} as it is here: use a folder that all "
-                "workers share."
+                f"{worker_name} does not see {objects.url}/{key} as it is here: use a folder that "
+                "all workers share."
             )
     name = f"{proof.token}-{uuid.uuid4().hex}"
     try:
         _leave(proof, name)
     except OSError as error:
         raise ClusterError(
-            f"{who} cannot write to {where} ({error.strerror or error}): give it the right to."
+            f"{worker_name} cannot write to {where} ({error.strerror or error}): give it the right"
+            " to."
         ) from error
     _proven.add(proof.token)
     return name
@@ -174,7 +175,7 @@ def prove(proof: Proof, dask_worker: Worker | None = None) -> str:
 def _leave(proof: Proof, name: str) -> None:
     store = proof.folder.store
     if isinstance(store, LocalStore):
-        # Never makes the folder, which another may just have removed.
+        # Unlike zarr's store, does not make the folder, which the client may have removed.
         with open(store.root / proof.path / name, "xb") as file:
             file.write(name.encode())
     else:
@@ -182,7 +183,7 @@ def _leave(proof: Proof, name: str) -> None:
 
 
 def _ask_all(client: Client, proof: Proof) -> None:
-    """Let every worker that is there prove what it sees."""
+    """Let every connected worker give the proof."""
     try:
         with saying(f"waiting for the workers at {scheduler_address(client)} to answer"):
             answers = client.sync(
@@ -196,11 +197,11 @@ def _ask_all(client: Client, proof: Proof) -> None:
     for address, answer in answers.items():
         if isinstance(answer, ClusterError):
             raise answer
-        # Dask keeps no more than the text of what is raised while a function is unpacked.
+        # Dask keeps only the text of an error raised while a function is deserialised.
         if isinstance(answer, Exception) and (found := _MISSING.search(str(answer))):
             raise lacking(found[1], f"The worker {address}") from answer
         if isinstance(answer, OSError):
-            # It went away, or cannot be reached: the scheduler will find out.
+            # The worker has gone, or cannot be reached: the scheduler will notice.
             continue
         if isinstance(answer, BaseException):
             raise ClusterError(
@@ -214,10 +215,10 @@ def _ask_all(client: Client, proof: Proof) -> None:
             )
 
 
-def lacking(package: str, who: str) -> ClusterError:
-    """Say that a worker has another environment."""
+def lacking(package: str, worker: str) -> ClusterError:
+    """Make the error for a worker that lacks a package."""
     return ClusterError(
-        f"{who} lacks the package {package}: install kpt-dask {version('kpt-dask')} in "
+        f"{worker} lacks the package {package}: install kpt-dask {version('kpt-dask')} in "
         "the environment of all workers."
     )
 
@@ -233,15 +234,15 @@ def _seen(proof: Proof, name: str) -> bool:
 
 @cache
 def versions() -> dict[str, str]:
-    """Versions of what decides on the bytes of an answer; of this program, with its code."""
-    found = {}
+    """Versions of `PACKAGES`; that of this program includes a digest of its code."""
+    installed = {}
     for name in PACKAGES:
         try:
-            found[name] = version(name)
+            installed[name] = version(name)
         except PackageNotFoundError:
             continue
-    found["kpt-dask"] = f"{found.get('kpt-dask', '')} (code {_code()})"
-    return found
+    installed["kpt-dask"] = f"{installed.get('kpt-dask', '')} (code {_code()})"
+    return installed
 
 
 def _code() -> str:
@@ -258,5 +259,5 @@ def _digest(objects: Objects, key: str) -> str:
 
 
 def _name(worker: Worker) -> str:
-    """Name a worker as a person would look for it."""
+    """Name a worker by address, process and host."""
     return f"The worker {worker.address} (process {os.getpid()} on {socket.gethostname()})"
