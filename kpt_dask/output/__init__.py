@@ -1,5 +1,5 @@
-"""What a run writes: where it may, whole or not at all, and never over what is the user's.
+"""Outputs of a run: written whole or not at all, and never over the user's files.
 
-`places` says where, before any work; `partial` gives names to write to and finds what killed
-runs left; `commit` puts complete outputs in their places; `interruption` lets signals wait.
+`places` checks the targets before any work; `partial` makes temporary names and finds leftovers of
+killed runs; `commit` moves complete outputs to their targets; `interruption` delays signals.
 """

@@ -1,7 +1,7 @@
 """Atomic outputs: written beside the target, moved when complete, removed on failure.
 
-Outputs of one call are moved one right after the other. The planned moves are first noted beside
-them: if the process dies in the middle, the next one that writes to the folder completes them.
+Outputs of one call are moved together. The planned moves are first recorded in the locks beside
+them: if the process is killed in between, the next one that writes to the folder completes them.
 """
 
 import ctypes
@@ -41,19 +41,19 @@ _RENAME_EXCHANGE = 2
 
 @contextmanager
 def replacing(target: str | os.PathLike[str], *, overwrite: bool = False) -> Iterator[Path]:
-    """Give a path beside `target` to write a file or a folder to; move it there at the end.
+    """Yield a path beside `target` to write a file or a folder to; move it to `target` at the end.
 
-    An old output is replaced only after the new one is complete; if the block raises,
-    what it wrote is removed and the old output stays as it was.
+    An old output is replaced only after the new one is complete. If the block raises, the new
+    output is removed and the old one stays as it was.
 
     Raises
     ------
     OutputExistsError
         If `target` exists and `overwrite` is false, or it is not an output of this program.
     ParameterError
-        If nothing can be written there.
+        If `target` cannot be written.
     OutputVanishedError
-        If somebody else removed what was written before it was complete.
+        If another process removed the new output before it was complete.
     """
     with replacing_together([target], overwrite=overwrite) as [partial]:
         yield partial
@@ -70,8 +70,8 @@ def replacing_together(
     for place, target in zip(places, targets, strict=True):
         check_place(printable(target), place)
         if place.exists():
-            found: Kind = "folder" if place.is_dir() else "file"
-            check_replaceable(printable(target), place, found, overwrite=overwrite)
+            kind: Kind = "folder" if place.is_dir() else "file"
+            check_replaceable(printable(target), place, kind, overwrite=overwrite)
     partials: list[Partial] = []
     failed = True
     try:
@@ -95,13 +95,13 @@ def replacing_together(
 
 
 def sweep(folder: Path) -> None:
-    """Remove what killed runs of this user left in a folder; finish what they had begun to move."""
+    """Finish the moves that killed runs of this user began in a folder; remove their leftovers."""
     for lock, file, lines in abandoned(folder):
         with uninterrupted():
             try:
                 if len(lines) > 1:
                     _finish(lines[1].get("moves", []))
-                # The folder may have been forbidden meanwhile.
+                # The user may have lost the right to write to the folder.
                 with suppress(OSError):
                     for path in leftovers(lock):
                         remove(path)
@@ -141,7 +141,7 @@ def _commit(partials: Sequence[Partial], *, overwrite: bool) -> None:
 
 
 def _move_of(partial: Partial) -> dict[str, Any]:
-    """Describe a move, so that a later process can see whether it happened."""
+    """Describe a move, so that a later process can tell whether it happened."""
     return {
         "from": str(partial.path),
         "to": str(partial.target),
@@ -173,7 +173,7 @@ def _move(move: dict[str, Any]) -> None:
     if not target.exists():
         source.rename(target)
     elif _exchange(source, target):
-        # The old one is removed with what is left of the run.
+        # The old output now has the partial's name and is removed with it.
         return
     elif not target.is_dir():
         source.replace(target)
@@ -189,7 +189,7 @@ def _move(move: dict[str, Any]) -> None:
 
 
 def _finish(moves: Any) -> None:
-    """Move what a killed run had not moved yet, unless the targets have changed since."""
+    """Complete the moves of a killed run, unless the targets have changed since."""
     with ExitStack() as stack:
         try:
             if not all(_is_done(move) or _is_vouched_for(move, moves) for move in moves):
@@ -205,14 +205,14 @@ def _finish(moves: Any) -> None:
                 if _identity(source) == move["new"] and now == move["old"]:
                     _move(move)
         except (KeyError, TypeError, ValueError, AttributeError, OSError):
-            # What cannot be finished stays as it is: nothing of it is the old output.
+            # Moves that cannot be finished are left: the old outputs are in their places.
             return
 
 
 def _is_vouched_for(move: dict[str, Any], moves: Any) -> bool:
-    """Tell whether a lock of this user, beside what is moved, says the same and means the target.
+    """Tell whether a lock of this user, beside the source, records the same moves and the target.
 
-    Whoever may write a lock into one folder must not move anything in another.
+    Somebody who can write a lock into one folder must not be able to move files in another.
     """
     source, target, aside = (Path(move[end]) for end in ("from", "to", "aside"))
     lock = lock_of(source)
@@ -231,7 +231,7 @@ def _is_done(move: dict[str, Any]) -> bool:
 
 
 def _exchange(one: Path, other: Path) -> bool:
-    """Exchange two paths at once, if kernel and file system can."""
+    """Exchange two paths atomically, if the kernel and the file system support it."""
     try:
         rename = ctypes.CDLL(None, use_errno=True).renameat2
     except (OSError, AttributeError):
@@ -246,7 +246,7 @@ def _exchange(one: Path, other: Path) -> bool:
 
 
 def _sync_folder(folder: Path) -> None:
-    # Not every file system can.
+    # Some file systems cannot sync folders.
     with suppress(OSError):
         file = os.open(folder, os.O_RDONLY)
         try:
@@ -257,8 +257,8 @@ def _sync_folder(folder: Path) -> None:
 
 def _identity(path: Path) -> list[int] | None:
     try:
-        found = path.lstat()
+        status = path.lstat()
     except OSError:
         return None
-    changed = 0 if stat.S_ISDIR(found.st_mode) else found.st_mtime_ns
-    return [found.st_dev, found.st_ino, changed]
+    changed = 0 if stat.S_ISDIR(status.st_mode) else status.st_mtime_ns
+    return [status.st_dev, status.st_ino, changed]

@@ -1,4 +1,4 @@
-"""Signals wait while something must not be left in the middle."""
+"""Signals delayed during steps that must not be cut off."""
 
 import signal
 from collections.abc import Iterator
@@ -11,29 +11,29 @@ ENDING = tuple(
     for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGXCPU", "SIGUSR1", "SIGUSR2")
     if hasattr(signal, name)
 )
-"""Signals that end a program and can be handled; SIGQUIT is left to who wants it gone at once."""
+"""Signals that end a program and can be handled; SIGQUIT still ends it at once."""
 
 
 @contextmanager
 def uninterrupted() -> Iterator[None]:
-    """Let signals that would end the program wait until the block is done.
+    """Delay signals that would end the program until the block is done.
 
-    In other threads than the main one nothing happens: Python handles no signal there.
+    Has no effect outside the main thread, where Python handles no signals.
     """
     if current_thread() is not main_thread():
         yield
         return
-    came: list[int] = []
+    received: list[int] = []
     before: dict[int, Any] = {}
     try:
         for signum in ENDING:
             handler = signal.getsignal(signum)
-            # None: set by somebody else than Python, who could not get it back.
+            # None: a handler that Python did not set, and could not restore.
             if handler is not None and handler is not signal.SIG_IGN:
-                before[signum] = signal.signal(signum, lambda number, _: came.append(number))
+                before[signum] = signal.signal(signum, lambda number, _: received.append(number))
         yield
     finally:
         for signum, handler in before.items():
             signal.signal(signum, handler)
-        for signum in dict.fromkeys(came):
+        for signum in dict.fromkeys(received):
             signal.raise_signal(signum)

@@ -1,10 +1,10 @@
-"""Names beside a target to write to, and what killed runs left under such names.
+"""Partial outputs: temporary names beside a target, and leftovers of killed runs under such names.
 
 A partial output is ``.kpt-<id>.partial`` in the folder of its target. Beside it lies
-``.kpt-<id>.lock``, held locked as long as the run lives, which says what it is a lock of. What
-nobody holds any more is removed by the next run that writes to the folder; what has no lock
-beside it is not this program's. In a folder that users share, each trusts and removes only what
-is the user's own.
+``.kpt-<id>.lock``, a file locked as long as the run lives, which names the target. The next run
+that writes to the folder removes partial outputs whose lock is free; a file without a lock beside
+it is not this program's. In a folder that users share, each user's runs trust and remove only files
+of that user.
 """
 
 import errno
@@ -28,36 +28,35 @@ ENCODING = {"encoding-type": "kpt-partial", "encoding-version": "1"}
 NAME = re.compile(r"\.kpt-[0-9a-f]{16}\.lock")
 
 FOREIGN_DAYS = 7.0
-"""Days after which the lock of another machine counts as abandoned where its file system need not
-pass on locks: no run takes so long."""
+"""Age after which the lock of another machine counts as abandoned, on file systems that may not
+share locks between machines. No run takes so long."""
 UNWRITTEN_SECONDS = 60.0
-"""Seconds after which a lock that says nothing counts as abandoned: its run was killed as it made
-it."""
+"""Age after which an empty lock counts as abandoned: its run was killed while making it."""
 
 _TURN = ".kpt-turn-{}.lock"
-"""Who holds it puts outputs in their places; who waits for it minds that it is removed. Each user
-has an own one: what others made, they could hold for ever."""
+"""Lock held while outputs are moved to their targets; waiters check that it was not removed. One
+per user, because another user could hold a shared one for ever."""
 _OPEN = os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK
 _LOCAL = frozenset({"ext2", "ext3", "ext4", "xfs", "btrfs", "tmpfs", "overlay", "zfs", "f2fs"})
-"""File systems of one machine: what can be locked there is held by nobody."""
+"""File systems of one machine: a lock that can be taken there is free."""
 _UNSUPPORTED = frozenset({errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP, errno.EINVAL})
 _ENDING_LENGTH = 32
 
 
 class Partial:
-    """A name to write one output to, beside its target, and the lock that goes with it.
+    """A temporary name for one output, beside its target, and its lock.
 
     Parameters
     ----------
     target : Path
-        From `kpt_dask.output.places.target_of`. Its folder is made if need be.
+        Target from `kpt_dask.output.places.target_of`. Its folder is made if it is missing.
 
     Attributes
     ----------
     path : Path
-        Where to write; nothing is there yet.
+        Path to write to; it does not exist yet.
     lock : Path
-        Says what `path` is.
+        Lock that describes `path`.
     """
 
     def __init__(self, target: Path) -> None:
@@ -71,12 +70,12 @@ class Partial:
         self.path = self.lock.with_name(self.lock.stem + ".partial" + _ending(target.name))
 
     def note(self, line: dict[str, Any]) -> None:
-        """Add to what the lock says; on disk on return."""
+        """Append a line to the lock, and sync it."""
         os.write(self._file, json.dumps(line).encode() + b"\n")
         os.fsync(self._file)
 
     def close(self, *, failed: bool) -> None:
-        """Remove what is left; of a failed run also the folders that were made for it."""
+        """Remove partial output and lock; after a failure, also the folders made for them."""
         with uninterrupted():
             try:
                 remove(self.path)
@@ -88,12 +87,12 @@ class Partial:
 
 
 class Turn:
-    """Only one process of a user at a time puts outputs in their places in a folder.
+    """A lock: only one process of a user at a time moves outputs to their targets in a folder.
 
     Parameters
     ----------
     folder : Path
-        That the outputs come into.
+        Folder of the targets.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -103,7 +102,7 @@ class Turn:
             try:
                 file = os.open(self._path, _OPEN | os.O_CREAT, 0o666)
             except OSError:
-                # Somebody else's, or a link: nobody's turn.
+                # A file of somebody else, or a link: work without a lock.
                 return
             if not _is_own(file):
                 os.close(file)
@@ -116,26 +115,26 @@ class Turn:
 
     @staticmethod
     def forget(folder: Path) -> None:
-        """Remove what is left if somebody died at it."""
+        """Remove the lock of a killed process."""
         if (folder / _TURN.format(os.geteuid())).exists():
             Turn(folder).end()
 
     def end(self) -> None:
-        """Let the next one begin."""
+        """Remove and release the lock."""
         if self._file is not None:
             self._path.unlink(missing_ok=True)
             os.close(self._file)
 
 
 def abandoned(folder: Path) -> list[tuple[Path, int, list[dict[str, Any]]]]:
-    """Find this user's locks of a folder whose runs have ended without removing them.
+    """Find this user's locks in a folder whose runs have ended without removing them.
 
     Returns
     -------
     list of (Path, int, list of dict)
-        The lock, its file, open and locked, which the caller closes, and the lines that it holds.
+        Path of the lock; its descriptor, locked, which the caller closes; and its lines.
     """
-    found = []
+    locks = []
     for name in _names(folder):
         if not NAME.fullmatch(name):
             continue
@@ -151,10 +150,10 @@ def abandoned(folder: Path) -> list[tuple[Path, int, list[dict[str, Any]]]]:
         lines = _lines(file)
         ended = locked is not None and _is_abandoned(file, lines, locked)
         if ended and _is_at(file, path):
-            found.append((path, file, lines))
+            locks.append((path, file, lines))
         else:
             os.close(file)
-    return found
+    return locks
 
 
 def noted(lock: Path) -> list[dict[str, Any]]:
@@ -175,7 +174,7 @@ def lock_of(path: Path) -> Path:
 
 
 def is_own(path: Path) -> bool:
-    """Tell whether something is this user's."""
+    """Tell whether a path belongs to this user."""
     try:
         return path.lstat().st_uid == os.geteuid()
     except OSError:
@@ -207,19 +206,19 @@ def leftovers(lock: Path) -> list[Path]:
 
 
 def _ending(name: str) -> str:
-    """End the name as that of the target: writers look at it."""
+    """Get the ending of the target's name, by which writers choose the format."""
     count = 2 if name.lower().endswith(".gz") else 1
     return "".join(Path(name).suffixes[-count:])[-_ENDING_LENGTH:]
 
 
-def _new_lock(folder: Path, about: dict[str, Any]) -> tuple[int, Path]:
+def _new_lock(folder: Path, content: dict[str, Any]) -> tuple[int, Path]:
     while True:
         path = folder / f".kpt-{uuid.uuid4().hex[:16]}.lock"
         file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
         locked = _lock(file, wait=False)
-        # Between the two somebody may have taken it for abandoned.
+        # Between the two calls another process may have removed it as abandoned.
         if locked is not None and _is_at(file, path):
-            line = {**ENCODING, **about, **_machine(), "pid": os.getpid(), "locked": locked}
+            line = {**ENCODING, **content, **_machine(), "pid": os.getpid(), "locked": locked}
             try:
                 os.write(file, json.dumps(line).encode() + b"\n")
             except BaseException:
@@ -232,7 +231,7 @@ def _new_lock(folder: Path, about: dict[str, Any]) -> tuple[int, Path]:
 
 
 def _lock(file: int, *, wait: bool) -> bool | None:
-    """Lock a file; None if somebody else holds it, False if the file system knows no locks."""
+    """Lock a file; None if another process holds it, False if the file system has no locks."""
     try:
         fcntl.flock(file, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
         return True
@@ -258,7 +257,7 @@ def _is_own(file: int) -> bool:
 
 
 def _is_abandoned(file: int, lines: list[dict[str, Any]], locked: bool) -> bool:
-    """Tell whether the run of a lock that nobody was seen to hold has ended."""
+    """Tell whether the run of a lock has ended; `locked`: whether this process could lock it."""
     status = os.fstat(file)
     age = time.time() - status.st_mtime
     if not lines:
@@ -276,7 +275,7 @@ def _is_abandoned(file: int, lines: list[dict[str, Any]], locked: bool) -> bool:
 
 
 def _machine() -> dict[str, Any]:
-    """Tell this machine, since when it runs, and which numbers its processes have."""
+    """Identify this machine, its boot and its PID namespace."""
     return {
         "host": socket.gethostname(),
         "machine": _text("/etc/machine-id"),
@@ -300,7 +299,7 @@ def _link(path: str) -> str | None:
 
 
 def _file_system(file: int) -> str | None:
-    """Name the kind of file system that a file lies on."""
+    """Get the type of the file system that a file lies on."""
     device = os.fstat(file).st_dev
     wanted = f"{os.major(device)}:{os.minor(device)}"
     with suppress(OSError):
@@ -312,7 +311,7 @@ def _file_system(file: int) -> str | None:
 
 
 def _lines(file: int) -> list[dict[str, Any]]:
-    """Read the complete lines of a lock; none if it is not one of ours."""
+    """Read the complete lines of a lock; none if it is not this program's."""
     *complete, _ = os.pread(file, 1 << 20, 0).split(b"\n")
     try:
         lines = [json.loads(line) for line in complete]
@@ -331,7 +330,7 @@ def _names(folder: Path) -> list[str]:
 
 
 def _make_folder(folder: Path) -> list[Path]:
-    """Make a folder and those around it; return those that were not there, innermost first."""
+    """Make a folder with its parents; return those that were missing, innermost first."""
     missing = [f for f in (folder, *folder.parents) if not f.exists()]
     folder.mkdir(parents=True, exist_ok=True)
     return missing

@@ -1,4 +1,4 @@
-"""Where a run may write: never over, into or around an input, a store or what is not its own."""
+"""Targets that a run may write: never over, into or around an input, a store or a user's file."""
 
 import errno
 import json
@@ -12,15 +12,15 @@ from typing import Any, Literal
 from kpt_dask.errors import OutputExistsError, ParameterError
 
 OWN = frozenset({"kpt-volume"})
-"""``encoding-type`` of folders that this program writes, and may replace."""
+"""``encoding-type`` of folders that this program writes and may replace."""
 STORE = "kpt-atlas-store"
-"""``encoding-type`` of atlas stores, in which only atlases are written, by the store itself."""
+"""``encoding-type`` of atlas stores, to which only the store itself writes."""
 
 _ENTRIES = re.compile(r"zarr\.json|\d+|labels|probability|keypoints|matches|votes|own_axes")
-"""What lies in an output of this program."""
+"""Names in an output of this program."""
 _LABELS = frozenset({"zarr.json", "organs"})
 _LITTER = frozenset({".DS_Store", "Thumbs.db"})
-"""What file managers put everywhere."""
+"""Files that file managers put into every folder."""
 _URL = re.compile(r"([A-Za-z][A-Za-z0-9+.-]+):/")
 _LARGEST_MARKER = 16 << 20
 
@@ -28,20 +28,20 @@ Kind = Literal["folder", "file"]
 
 
 def printable(text: str | os.PathLike[str]) -> str:
-    """Replace what is no UTF-8 in a path, so that it can be printed and stored."""
+    """Replace bytes of a path that are no UTF-8, so that it can be printed and stored."""
     return os.fsencode(text).decode("utf-8", "replace")
 
 
 def target_of(out: str | os.PathLike[str]) -> Path:
-    """Say which local path an output really has: absolute, links followed.
+    """Resolve the local path of an output: absolute, links followed.
 
-    ``~/`` is the home folder also where no shell has said so, and ``file://`` may precede.
-    What a link leads to is written, as ``cp`` does it; the link stays.
+    ``~/`` is expanded, as a shell does, and a leading ``file://`` is dropped. The target of a link
+    is written, as by ``cp``; the link stays.
 
     Raises
     ------
     ParameterError
-        If it is a URL of something else, empty, or leads nowhere.
+        If it is another URL, empty, or a link to itself.
     """
     text = os.fspath(out).removeprefix("file://")
     shown = printable(text)
@@ -67,14 +67,14 @@ def check_outputs(
     inputs: Iterable[str | os.PathLike[str]] = (),
     overwrite: bool = False,
 ) -> list[Path]:
-    """Refuse outputs that cannot be written or would harm something, before the work begins.
+    """Refuse outputs that cannot be written or would overwrite other data, before the work begins.
 
     Parameters
     ----------
     folders, files : iterable of path
-        What the call will write.
+        Outputs of the call.
     inputs : iterable of path or URL
-        What it reads: scans, label maps, stores. Those that are not local are left out.
+        Inputs of the call: scans, label maps, stores. Those that are not local are skipped.
     overwrite : bool
         Whether outputs of earlier calls may be replaced.
 
@@ -125,8 +125,8 @@ def check_replaceable(shown: str, target: Path, kind: Kind, *, overwrite: bool) 
     except FileNotFoundError:
         return
     if kind == "file" and not stat.S_ISREG(mode):
-        what = "a folder" if stat.S_ISDIR(mode) else "no regular file"
-        raise OutputExistsError(f"{shown} exists and is {what}; give the name of a file.")
+        actual = "a folder" if stat.S_ISDIR(mode) else "no regular file"
+        raise OutputExistsError(f"{shown} exists and is {actual}; give the name of a file.")
     if not overwrite:
         raise OutputExistsError(f"{shown} exists already; choose another name or overwrite it.")
     if kind == "file":
@@ -141,13 +141,13 @@ def check_replaceable(shown: str, target: Path, kind: Kind, *, overwrite: bool) 
 
 
 def check_place(shown: str, target: Path) -> None:
-    """Refuse a place where nothing can be made.
+    """Refuse a target that cannot be made.
 
     Raises
     ------
     ParameterError
-        If a name on the way is too long, a folder on the way is none or forbids to write, or the
-        target lies in an atlas store.
+        If a name in the path is too long, a parent is no folder or not writable, or the target
+        lies in an atlas store.
     """
     nearest = target.parent
     try:
@@ -171,21 +171,21 @@ def check_place(shown: str, target: Path) -> None:
 
 
 def encoding_of(folder: Path) -> str | None:
-    """Tell what a Zarr group says it is: its attribute ``encoding-type``, if it has one."""
+    """Read the attribute ``encoding-type`` of a Zarr group, if it has one."""
     attributes = _attributes(folder)
     kind = attributes.get("encoding-type") if attributes else None
     return kind if isinstance(kind, str) else None
 
 
 def run_of(folder: Path) -> str | None:
-    """Tell which run an output folder of this program is of, if it is complete."""
-    said = (_attributes(folder) or {}).get("kpt")
-    run = said.get("run") if isinstance(said, dict) else None
+    """Read the id of the run that wrote an output folder; None if it is incomplete."""
+    provenance = (_attributes(folder) or {}).get("kpt")
+    run = provenance.get("run") if isinstance(provenance, dict) else None
     return run if isinstance(run, str) else None
 
 
 def _foreign(folder: Path) -> str | None:
-    """Say why a folder is not this program's alone, if it is not."""
+    """Find why a folder must not be replaced: it holds files of others; None if it may be."""
     entries = set(os.listdir(folder)) - _LITTER
     if not entries:
         return None
@@ -211,7 +211,7 @@ def _attributes(folder: Path) -> dict[str, Any] | None:
 
 
 def _local(given: str | os.PathLike[str]) -> Sequence[Path]:
-    """Where an input lies, and where a link to it, if that is on this machine."""
+    """Resolve a local input: its path, and that of a link to it; nothing for other URLs."""
     text = os.fspath(given).removeprefix("file://")
     if "://" in text:
         return ()
@@ -220,24 +220,24 @@ def _local(given: str | os.PathLike[str]) -> Sequence[Path]:
 
 
 def _relation(output: Path, other: Path) -> str | None:
-    """Say how two paths meet, if they do: in name, or as the same file under two names."""
-    here, there = _identity(output), _identity(other)
-    if output == other or (here is not None and here == there):
+    """Describe how two paths overlap, by name or as one file under two names; None if apart."""
+    output_file, other_file = _identity(output), _identity(other)
+    if output == other or (output_file is not None and output_file == other_file):
         return "is"
-    if other.is_relative_to(output) or here in _around(other):
+    if other.is_relative_to(output) or output_file in _around(other):
         return "contains"
-    if output.is_relative_to(other) or there in _around(output):
+    if output.is_relative_to(other) or other_file in _around(output):
         return "lies in"
     return None
 
 
 def _around(path: Path) -> set[tuple[int, int] | None]:
-    return {found for parent in path.parents if (found := _identity(parent))}
+    return {identity for parent in path.parents if (identity := _identity(parent))}
 
 
 def _identity(path: Path) -> tuple[int, int] | None:
     try:
-        found = path.stat()
+        status = path.stat()
     except OSError:
         return None
-    return found.st_dev, found.st_ino
+    return status.st_dev, status.st_ino
