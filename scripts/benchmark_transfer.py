@@ -55,9 +55,9 @@ from kpt_dask.organ_transfer.refinement.lattice import (
 )
 from kpt_dask.organ_transfer.warping.landing import (
     by_atlas,
-    domains_of,
     in_grid,
-    landing_boxes,
+    predicted_boxes,
+    search_boxes_of,
     step_of,
 )
 from kpt_dask.runtime import progress
@@ -204,12 +204,12 @@ def visited(scan: Scan, fast: bool) -> int:
     found, grid = store.atlases(scan.atlases), volume.grid
     fields = by_atlas(keypoints, nearer, len(found))
     widths = DEFAULTS.sigma_x, DEFAULTS.sigma_t
-    landed = [
-        landing_boxes(atlas, field, store.organs, grid, widths)
+    predicted = [
+        predicted_boxes(atlas, field, store.organs, grid, widths)
         for atlas, field in zip(found, fields, strict=True)
     ]
-    domains = domains_of(landed, step_of(grid))
-    whole = enclosing([domain for domain in domains if domain is not None])
+    search_boxes = search_boxes_of(predicted, step_of(grid))
+    whole = enclosing([search_box for search_box in search_boxes if search_box is not None])
     assert whole is not None
     levels = fitting(FAST if fast else FULL, typical_size(found))
     laid = lattices(in_grid(whole, grid, step_of(grid)), grid, levels)

@@ -27,8 +27,8 @@ def transfer(
 
     Modes `organ`, `affine` and `across` move organs whole; their equations stand in
     `kpt_dask.organ_transfer.moving`. Mode `local` matches the keypoints again, near where a first
-    field expects them, and warps each atlas by a smooth field; its equations stand at
-    `kpt_dask.organ_transfer.warping.schedule.warp_atlases`.
+    field expects them, and warps each atlas by a smooth field; its equations stand in
+    `kpt_dask.organ_transfer.warping`.
 
     Parameters
     ----------

@@ -1,9 +1,7 @@
-"""The refinement of one atlas's field: a task of its own.
+"""Refinement of one atlas's field: a task of its own.
 
-The atlas is moved by its field and compared with the scan on one lattice after the other, from
-coarse to fine. Each iteration follows the force that increases their local correlation, smoothed,
-and smooths what the field has then gained. So much depends on so little, the atlas near its
-organs and the scan there, that a field is the same wherever and beside whatever it is computed.
+The result depends only on the scan, the atlas near its organs and the atlas's field; so it is the
+same on whatever worker and beside whatever other atlases it is computed.
 """
 
 from collections.abc import Sequence
@@ -23,38 +21,37 @@ from kpt_dask.organ_transfer.refinement import kernels
 from kpt_dask.organ_transfer.refinement.lattice import Lattice
 
 HU = -1000.0, -200.0, 0.0, 200.0, 1200.0
-"""Where the scale of intensities bends."""
+"""Breakpoints of the map from HU to intensity, HU."""
 INTENSITY = -1.6, -1.0, 0.0, 1.0, 2.0
-"""What it gives there: soft tissue is told apart best, bone and lung in outline; beyond, the
-same as at its ends."""
+"""Intensities at `HU`, no unit; constant beyond the ends. Soft tissue has the steepest slope."""
 UNITS = 8192
-"""Of an intensity, in int16."""
+"""Steps per unit of intensity, in int16."""
 NEAR = 12.0
-"""How far from where an organ lands its atlas's field is refined, mm."""
+"""Distance from an organ, as u⁰ maps it, up to which the field is refined, mm."""
 FOLLOWED = 0.99
-"""Of the force, the share of points that move no more than half a lattice spacing at once."""
+"""Fraction of points that one iteration moves by at most half a lattice spacing."""
 NODE = 16.0
 """Distance between the nodes at which a field is regressed, mm; linear in between.
 
 On real patients 10 mm are no better, 20 mm hardly worse.
 """
 PER_MM = 64
-"""Steps of a stored displacement."""
+"""Steps per mm of a stored displacement."""
 WEIGHT = 1024
-"""Steps of a stored weight."""
+"""Steps per unit of a stored weight."""
 LEAST_CORRELATION = 0.02
-"""What a worse one counts as."""
+"""Lower bound of a local correlation, no unit."""
 SLACK = 32.0
-"""How much farther than the field says planes of an atlas are read, mm."""
+"""Margin of the planes that are read of an atlas, beyond those that u⁰ maps to, mm."""
 AROUND = kernels.BOX + 1
-"""Points beyond those that are refined that their force looks at."""
+"""Halo of the refined points that their force depends on, lattice points."""
 TINY = 1e-12
-"""A force that is 0 but for rounding."""
+"""Largest length of a force that counts as 0, 1/mm."""
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """What all atlases are compared with: the scan, on the lattice of each level.
+    """Scan on the lattice of each level, which all atlases are compared with.
 
     Attributes
     ----------
@@ -78,14 +75,14 @@ class Comparison:
 
 @dataclass(frozen=True)
 class Refined:
-    """What is known of an atlas's refined field beside its array.
+    """Refined field of an atlas, except the array of its displacements.
 
     Attributes
     ----------
     base : (float, float, float)
-        What to add to the displacement stored, mm.
+        Offset to add to the stored displacement, mm.
     labels : uint16 array (z, y, x)
-        At the points of the finest lattice, which organ the atlas says there is: index + 1, or 0.
+        Organ of the atlas at each point of the finest lattice: index + 1, or 0.
     correlation : uint8 array (z, y, x)
         cc there, in 255ths.
     """
@@ -96,7 +93,7 @@ class Refined:
 
 
 def intensity_table() -> NDArray[np.int16]:
-    """Give intensities by HU, from the first of `HU` to the last, in `UNITS`."""
+    """Intensity of each HU from the first of `HU` to the last, in 1/`UNITS`, int16."""
     hu = np.arange(HU[0], HU[-1] + 1)
     return np.asarray(np.round(UNITS * np.interp(hu, HU, INTENSITY)), np.int16)
 
@@ -115,12 +112,12 @@ def refine_atlas(
         On the lattice of the last level: where the field takes its points beyond `Refined.base`,
         in `PER_MM`-ths of a mm, and √(cc² · s^½), the weight of the atlas, in `WEIGHT`-ths.
     number : int
-        Index of the atlas in it, which becomes filled.
+        Index of the atlas in `out`; that part is filled.
 
     Returns
     -------
     Refined or None
-        None if the field brings nothing of the atlas here; then nothing is stored.
+        None if the field maps no lattice point into the atlas; then nothing is stored.
     """
     moved = _Moved.read(scan, atlas, field)
     if moved is None:
@@ -159,7 +156,7 @@ class _Moved:
 
     @classmethod
     def read(cls, scan: Comparison, atlas: Atlas, field: Field) -> "_Moved | None":
-        """Read an atlas where its field brings it to the lattice; nothing if that is nowhere."""
+        """Read the planes of an atlas that its field maps the lattice to, if any."""
         nodes = nodes_of(field, scan)
         spacing = float(scan.grid.spacing[0])
         finest = scan.levels[-1][0]
@@ -194,7 +191,7 @@ class _Moved:
         return cls(scan, packed, coding, corner, image, nodes, inside)
 
     def labels(self, lattice: Lattice, u: NDArray[np.float32]) -> NDArray[np.uint16]:
-        """Which organ the atlas says there is at the points of a lattice: its index + 1, or 0."""
+        """Organ of the atlas at each point of a lattice, mapped by u: index + 1, or 0."""
         organs = self.scan.organs
         numbers = [self.coding.number_of(value) for value in organs.values]
         table = np.zeros(max(numbers) + 2, np.uint16)
@@ -212,7 +209,7 @@ class _Moved:
         out: NDArray[np.float32],
         corner: Any = (0, 0, 0),
     ) -> None:
-        """Sample the atlas's intensities where a map takes a lattice's points from one on."""
+        """Sample the atlas's intensities at a lattice's points from `corner` on, mapped by u."""
         kernels.sample(self.image, (*self._where(lattice, corner), u), np.float32(1 / UNITS), out)
 
     def _where(
@@ -224,7 +221,7 @@ class _Moved:
         return at.astype(np.float32), np.float32(lattice.step), np.float32(1 / spacing)
 
     def refine(self) -> NDArray[np.float32]:
-        """Give what the field gains at the points of the finest lattice (3, z, y, x), mm."""
+        """Compute the correction v at the points of the finest lattice (3, z, y, x), mm."""
         finest = self.scan.levels[-1][0]
         v, before = np.zeros((3, 1, 1, 1), np.float32), 1.0
         for (lattice, iterations), fixed in zip(self.scan.levels, self.scan.images, strict=True):
@@ -254,10 +251,7 @@ class _Moved:
         here: tuple[NDArray[np.float32], NDArray[np.bool_], NDArray[np.float32]],
         v: NDArray[np.float32],
     ) -> NDArray[np.float32]:
-        """Refine in a box of a lattice, from what the field has gained there so far.
-
-        What is given of the box is the scan, what is to be refined, and the field at first.
-        """
+        """Iterate v in a box of a lattice; `here` holds F, the points to refine, and u⁰ there."""
         fixed, inside, start = here
         force_taps = kernels.taps(kernels.SMOOTHNESS, 5)
         field_taps = kernels.taps(kernels.ELASTICITY, 2)
@@ -281,7 +275,7 @@ class _Moved:
         return v
 
     def weigh(self, v: NDArray[np.float32]) -> tuple[NDArray[np.int16], Refined]:
-        """Pack the refined field and the atlas's weight, with what it says and how it fits."""
+        """Round the refined field and the atlas's weight to int16; add its labels and cc."""
         finest, fixed = self.scan.levels[-1][0], self.scan.images[-1]
         start = _start(self.nodes, finest, self.scan.grid)
         u, support = start[:3] + v, start[3]
@@ -326,7 +320,7 @@ def _start(nodes: NDArray[np.float32], lattice: Lattice, grid: Grid) -> NDArray[
 
 
 def _box_of(inside: NDArray[np.bool_]) -> tuple[slice, slice, slice] | None:
-    """Box of points around all that are inside, with as many more as their force looks at."""
+    """Box around all points to refine, with their halo; None if there are none."""
     sides = []
     for axis, n in enumerate(inside.shape):
         hit = np.flatnonzero(inside.any(axis=tuple(a for a in range(3) if a != axis)))

@@ -14,7 +14,7 @@ from kpt_dask.kernels.jit import kernel
 BOX = 2
 """Lattice points on each side of the middle one of the box of local correlation."""
 NOISE = np.float32(1e-3)
-"""ε, added to variances: what differs less is noise."""
+"""ε, added to variances: squared intensity of noise."""
 SMOOTHNESS = 1.5
 """Standard deviation of the Gaussian on the force, lattice points."""
 ELASTICITY = 0.5
@@ -29,7 +29,7 @@ def taps(sigma: float, radius: int) -> NDArray[np.float32]:
 
 @kernel
 def sample(image: Any, where: Any, unit: Any, out: Any) -> None:
-    """Sample an image where a map takes the points of the lattice, trilinearly.
+    """Sample an image at the mapped points of the lattice, trilinearly.
 
     Parameters
     ----------
@@ -38,7 +38,7 @@ def sample(image: Any, where: Any, unit: Any, out: Any) -> None:
         The image's index at the lattice's first point, float32 (3); its voxels from one point to
         the next, and those of a millimetre; displacement, float32 (3, z, y, x), mm.
     unit : float32
-        What the image counts in.
+        Intensity per step of the image.
     out : float32 array (z, y, x)
         Changed.
     """
@@ -343,7 +343,7 @@ def blur(values: Any, half: Any) -> None:
 
 @kernel
 def largest(force: Any, inside: Any, share: Any) -> Any:
-    """Length that a share of the vectors inside do not exceed, to 0.4 %.
+    """Quantile of the lengths of the vectors inside, to 0.4 %.
 
     A histogram over the upper bits of the squared length: exact whatever the order.
     """
@@ -475,7 +475,7 @@ def spread(values: Any, first: Any, step: Any, out: Any) -> None:
 
 @kernel
 def look_up(packed: Any, shift: Any, mask: Any, first: Any, table: Any, out: Any) -> None:
-    """Give what a table says of the HU, or of the labels, that numbers hold, voxel by voxel.
+    """Look up the HU, or the labels, that are coded in numbers, in a table.
 
     Parameters
     ----------
@@ -494,7 +494,7 @@ def look_up(packed: Any, shift: Any, mask: Any, first: Any, table: Any, out: Any
 
 @kernel
 def nearest(packed: Any, held: Any, coding: Any, where: Any, table: Any, out: Any) -> None:
-    """Look up labels where a map takes the points of the lattice: those of the nearest voxels.
+    """Look up the labels of the voxels nearest to the mapped points of the lattice.
 
     Parameters
     ----------
@@ -588,37 +588,37 @@ def coarsen(mask: Any, ratio: Any, out: Any) -> None:
 
 
 @kernel
-def note_organs(labels: Any, said: Any) -> None:
-    """Note at each point which organs any atlas says there are.
+def mark_organs(labels: Any, marked: Any) -> None:
+    """Set, at each point, the bit of the organ that an atlas labels there.
 
     Parameters
     ----------
     labels : uint16 array (n)
-        What one atlas says: index of an organ + 1, or 0.
-    said : uint64 array (n, word)
+        Labels of one atlas: index of an organ + 1, or 0.
+    marked : uint64 array (n, word)
         A bit for each organ; changed.
     """
     for i in range(labels.size):
         if labels[i]:
             organ = np.int64(labels[i]) - 1
-            said[i, organ // 64] |= np.uint64(1) << np.uint64(organ % 64)
+            marked[i, organ // 64] |= np.uint64(1) << np.uint64(organ % 64)
 
 
 @kernel
-def sum_by_organ(values: Any, said: Any, sums: Any, counts: Any) -> None:
+def sum_by_organ(values: Any, marked: Any, sums: Any, counts: Any) -> None:
     """Sum whole numbers over the points of each organ.
 
     Parameters
     ----------
     values : uint8 array (n)
-    said : uint64 array (n, word)
-        From `note_organs`.
+    marked : uint64 array (n, word)
+        From `mark_organs`.
     sums, counts : int64 arrays (organ)
         Changed.
     """
     for i in range(values.size):
-        for word in range(said.shape[1]):
-            bits = said[i, word]
+        for word in range(marked.shape[1]):
+            bits = marked[i, word]
             organ = 64 * word
             while bits:
                 if bits & np.uint64(1):

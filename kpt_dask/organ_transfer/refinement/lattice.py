@@ -1,7 +1,6 @@
-"""Where the refinement works: lattices over the part of the scan where organs may be.
+"""Lattices of the refinement, over the part of the scan where organs may lie.
 
-A lattice begins at the first voxel of that part, so that those of all levels share their first
-point. Reads no voxel.
+The lattices of all levels share their first point, the first voxel of that part. Reads no voxel.
 """
 
 import math
@@ -20,17 +19,16 @@ Level = tuple[float, int]
 """Spacing of a lattice, mm, and iterations on it."""
 
 FULL: tuple[Level, ...] = ((12.0, 15), (8.0, 10), (6.0, 8), (4.0, 6), (3.0, 5))
-"""Levels, the coarsest first."""
+"""Levels (mm, iterations), coarsest first."""
 FAST: tuple[Level, ...] = ((12.0, 12), (8.0, 8), (6.0, 8))
-"""Those that give most of what `FULL` gives, in a third of its time."""
+"""Levels (mm, iterations) of ``--fast``: most of the gain of `FULL` in a third of its time."""
 COARSE = 6.0
-"""mm; levels from here on are taken whatever the size of the organs."""
+"""Spacing, mm, up to which a level is used whatever the size of the organs."""
 BOXES = 2
-"""Boxes of local correlation along an organ that a coarser level needs."""
+"""Least number of boxes of local correlation along a typical organ, for a coarser level."""
 MOST_POINTS = 2_000_000
-"""Of a lattice. Where the part of the scan is so large that a level had more, as in whole bodies
-with ten organs, the finest levels are left out: so a task takes at most some 150 MB, whatever the
-scan."""
+"""Largest number of points of a lattice. Levels with more are left out, as in whole bodies with ten
+organs, so a task takes at most ≈ 150 MB whatever the scan."""
 
 
 @dataclass(frozen=True)

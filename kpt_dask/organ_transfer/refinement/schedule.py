@@ -1,4 +1,4 @@
-"""Refine the fields of all atlases, side by side: one task for each."""
+"""Schedule of the refinement: one task per atlas, as many at once as the memory budget allows."""
 
 import math
 from collections.abc import Sequence
@@ -31,13 +31,13 @@ from kpt_dask.runtime import cluster
 from kpt_dask.volumes.volume import Volume
 
 SLAB = 32
-"""Planes of the scan that are read at a time."""
+"""Thickness of the slabs in which the scan is read, voxels."""
 DEPTH = 16
-"""Planes of a stored field that are read together."""
+"""Thickness of a chunk of the stored fields, lattice points."""
 POINT_BYTES = 84
-"""Of a task, for each point of its finest lattice, with the coarser ones, about."""
+"""Memory of a task per point of its finest lattice, coarser levels included (typical), bytes."""
 VOXEL_BYTES = 4
-"""For each voxel that is read of an atlas."""
+"""Memory of a task per voxel that it reads of its atlas, bytes."""
 
 
 def compare_with(
@@ -45,7 +45,7 @@ def compare_with(
 ) -> Comparison:
     """Sample the scan's intensities over a box of its voxels, on the lattice of each level.
 
-    The scan is read in slabs; what lies beyond the box is as its edge.
+    The scan is read in slabs; beyond the box its edge repeats.
     """
     laid = lattices(box, volume.grid, levels)
     images = [np.empty(lattice.shape, np.float32) for lattice, _ in laid]
@@ -71,7 +71,7 @@ def compare_with(
 
 
 def create_fields(group: zarr.Group, scan: Comparison, n: int) -> "zarr.Array[Any]":
-    """Make room for the refined fields of n atlases; see `refine_atlas`."""
+    """Create the array of the refined fields of n atlases; see `refine_atlas`."""
     shape = scan.levels[-1][0].shape
     return group.create_array(
         "fields",
@@ -92,18 +92,18 @@ def refine(
     memory: int,
     client: Client,
 ) -> list[Refined | None]:
-    """Refine the fields of atlases; of each that reaches the lattice, its part of `out` is filled.
+    """Refine the fields of atlases, and fill the part of `out` of each that reaches the lattice.
 
     Parameters
     ----------
     scan : Comparison
         From `compare_with`.
     atlases, fields
-        The fields from atlas to scan.
+        Atlases and their fields.
     out : zarr.Array
         From `create_fields`.
     memory : int
-        Bytes that all tasks of a process may take together, down to one task.
+        Budget of all tasks of a process together, bytes; one task runs whatever it needs.
     client : distributed.Client
     """
     found: list[Refined | None] = [None] * len(atlases)
@@ -120,16 +120,16 @@ def refine(
 
 
 def agreement(refined: Sequence[Refined], organs: int) -> NDArray[np.float64]:
-    """Mean of each atlas's cc where any atlas says an organ is (atlas, organ); 0 if none does."""
+    """Mean of each atlas's cc where any atlas labels an organ (atlas, organ); 0 if none does."""
     found = np.zeros((len(refined), organs))
     if not refined:
         return found
-    said = np.zeros((refined[0].labels.size, -(-organs // 64)), np.uint64)
+    marked = np.zeros((refined[0].labels.size, -(-organs // 64)), np.uint64)
     for one in refined:
-        kernels.note_organs(one.labels.reshape(-1), said)
+        kernels.mark_organs(one.labels.reshape(-1), marked)
     for i, one in enumerate(refined):
-        sums, counts = np.zeros((2, 64 * said.shape[1]), np.int64)
-        kernels.sum_by_organ(one.correlation.reshape(-1), said, sums, counts)
+        sums, counts = np.zeros((2, 64 * marked.shape[1]), np.int64)
+        kernels.sum_by_organ(one.correlation.reshape(-1), marked, sums, counts)
         found[i] = (sums / (255 * np.maximum(counts, 1)))[:organs]
     return found
 
@@ -143,7 +143,7 @@ def _refine(
     needed: int,
     memory: int,
 ) -> Refined | None:
-    with _room(needed, memory):
+    with _memory_reserved(needed, memory):
         return refine_atlas(scan, atlas, field, out, number)
 
 
@@ -152,8 +152,8 @@ _CHANGED = Condition()
 
 
 @contextmanager
-def _room(needed: int, memory: int) -> Any:
-    """Wait until the tasks of this process that run leave room for one more, or none does."""
+def _memory_reserved(needed: int, memory: int) -> Any:
+    """Reserve memory; wait until the process's running tasks leave enough, or none runs."""
     with _CHANGED:
         _CHANGED.wait_for(lambda: _TAKEN[0] == 0 or _TAKEN[0] + needed <= memory)
         _TAKEN[0] += needed

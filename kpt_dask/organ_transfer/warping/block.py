@@ -1,7 +1,6 @@
-"""The votes of warped atlases in one block of the scan: mode `local`.
+"""Votes of warped atlases in one block of the scan.
 
-An atlas's refined field says where each voxel lies in it, so a block reads only the planes of an
-atlas that its field brings here.
+A block reads only the planes of an atlas that the atlas's refined field maps its voxels to.
 """
 
 import math
@@ -47,25 +46,26 @@ from kpt_dask.organ_transfer.warping.kernels import (
 from kpt_dask.organ_transfer.warping.landing import in_grid, in_voxels, step_of
 from kpt_dask.runtime.team import Jobs, deferred, run_jobs
 
-BEND = 50
-"""Planes of an atlas that a block reads, beyond as many as it has itself, about."""
-TOGETHER = 8
-"""Atlases that are read for each thread before any of them votes, where there is room."""
-CELLS = 256
-"""Cells in which they vote one after the other."""
+EXTRA_PLANES = 50
+"""Planes of an atlas that a block reads beyond its own height (typical)."""
+ATLASES_PER_THREAD = 8
+"""Atlases read per thread before any of them votes, where the memory budget allows."""
+CELLS_PER_JOB = 256
+"""Cells in which these atlases vote in one job, so that the sums stay in the cache."""
 SLAB_BYTES = 14
-"""Bytes of a voxel of a slab while it is finished: its share twice, and what is packed."""
+"""Bytes per voxel of a slab while it is finished: its share twice, and the compressed chunk."""
 NOWHERE = np.float32(1e9)
-"""HU of what lies beside the scan: like nothing in any atlas."""
+"""HU of voxels beside the scan: unlike any voxel of an atlas."""
 AGREEMENT = 4
-"""Power of an atlas's mean correlation where any says an organ is: ρ."""
+"""Exponent of an atlas's mean correlation in ρ, no unit."""
 FIRST_HU, BIN = np.float32(-1000), np.float32(20)
-"""Least HU of the first bin of a histogram, and width of a bin."""
+"""Lower edge of a histogram's first bin, and width of a bin, HU."""
 BINS = 200
+"""Number of bins: up to 3000 HU."""
 
 
 @dataclass(frozen=True)
-class Warped:
+class WarpedAtlas:
     """An atlas and its refined field.
 
     Attributes
@@ -74,9 +74,9 @@ class Warped:
     number : int
         Its index in the array of fields.
     base : (float, float, float)
-        Of its displacement, mm.
+        Offset to add to its stored displacement, mm.
     correlation : float64 array (organ)
-        Its mean cc where any atlas says the organ is.
+        Mean cc where any atlas labels the organ.
     """
 
     atlas: Atlas
@@ -86,32 +86,32 @@ class Warped:
 
 
 @dataclass(frozen=True)
-class Votes:
-    """What all blocks of one transfer share.
+class VotingJob:
+    """Data that all blocks of one transfer share.
 
     Attributes
     ----------
     job : TransferJob
-    atlases : sequence of Warped
+    atlases : sequence of WarpedAtlas
     fields : zarr.Array
         From `kpt_dask.organ_transfer.refinement.schedule.create_fields`.
     lattice : Lattice
-        That of the fields.
-    domains
-        Of each organ, where it is looked for, in cells.
+        Lattice of the fields.
+    search_boxes : sequence of Box or None
+        Where each organ is looked for, in cells.
     shares : zarr.Array (organ, z, y, x)
-        What the blocks fill.
-    room : float
-        Bytes that a block may take, if so few do; more are used to read several atlases at once.
+        Shares of the votes, which the blocks fill.
+    budget : float
+        Memory that a block may take, bytes; one atlas at a time is read even where that exceeds it.
     """
 
     job: TransferJob
-    atlases: Sequence[Warped]
+    atlases: Sequence[WarpedAtlas]
     fields: "zarr.Array[Any]"
     lattice: Lattice
-    domains: Sequence[Box | None]
+    search_boxes: Sequence[Box | None]
     shares: "zarr.Array[Any]"
-    room: float
+    budget: float
 
     @property
     def grid(self) -> Grid:
@@ -119,7 +119,7 @@ class Votes:
         return self.job.volume.grid
 
 
-def vote_in_block(votes: Votes, region: Region, threads: int = 1) -> NDArray[np.int64]:
+def vote_in_block(votes: VotingJob, region: Region, threads: int = 1) -> NDArray[np.int64]:
     """Fill one block of the shares, by the votes of all atlases.
 
     Parameters
@@ -127,22 +127,26 @@ def vote_in_block(votes: Votes, region: Region, threads: int = 1) -> NDArray[np.
     region : tuple of slice
         Whole shards.
     threads : int
-        That share the work.
+        Number of threads that share the work.
 
     Returns
     -------
     int64 array (organ, 2, bin)
-        How many voxels of each HU are the organ, and are not: see `count_hu`.
+        Histograms of the HU inside and outside of each organ: see `count_hu`.
     """
-    grid, domains = votes.grid, votes.domains
+    grid, search_boxes = votes.grid, votes.search_boxes
     nus, tiling = votes.job.nus, votes.job.tiling
     known = list(dict.fromkeys(nus))
     groups = [known.index(nu) for nu in nus]
     step = step_of(grid)
-    # With the neighbours of its voxels.
-    cells = plan_cells(domains, groups, wider(box_of(region), grid.shape), step)
+    # One voxel more on each side: shares are averaged over neighbours.
+    cells = plan_cells(search_boxes, groups, wider(box_of(region), grid.shape), step)
     block = _Block(votes, cells, known)
-    found = {o: in_voxels(domain, step) for o, domain in enumerate(domains) if domain is not None}
+    found = {
+        o: in_voxels(search_box, step)
+        for o, search_box in enumerate(search_boxes)
+        if search_box is not None
+    }
     looked_for = [(slab, overlaps(found, box_of(slab))) for slab in tiling.slabs(region)]
     counts = []
 
@@ -151,8 +155,8 @@ def vote_in_block(votes: Votes, region: Region, threads: int = 1) -> NDArray[np.
 
     taken = block.nbytes + threads * SLAB_BYTES * math.prod(tiling.slab_shape(box_of(region)))
     per_atlas = 4 * per_plane(one.atlas for one in votes.atlases)
-    per_atlas = per_atlas * (shape_of(block.box)[0] + BEND) + block.field_bytes
-    together = int(min((votes.room - taken) / max(per_atlas, 1), threads * TOGETHER))
+    per_atlas = per_atlas * (shape_of(block.box)[0] + EXTRA_PLANES) + block.field_bytes
+    together = int(min((votes.budget - taken) / max(per_atlas, 1), threads * ATLASES_PER_THREAD))
 
     def jobs() -> Jobs:
         yield from block.votes_of(max(together, 1))
@@ -165,9 +169,9 @@ def vote_in_block(votes: Votes, region: Region, threads: int = 1) -> NDArray[np.
 
 
 def _finish_slab(
-    votes: Votes, shares: Iterable[Share], scan: tuple[Box, NDArray[np.float32]]
+    votes: VotingJob, shares: Iterable[Share], scan: tuple[Box, NDArray[np.float32]]
 ) -> NDArray[np.int64]:
-    """Write the shares of a slab, each before the next is asked for, and count their HU."""
+    """Write the shares of a slab, one organ at a time, and count their HU."""
     counts = np.zeros((len(votes.job.organs), 2, BINS), np.int64)
     around, hu = scan
     with chunk_io.writing(votes.shares) as writer:
@@ -184,20 +188,20 @@ class _Block:
 
     Parameters
     ----------
-    votes : Votes
+    votes : VotingJob
     cells : Cells
     nus
-        Of each group of organs, HU.
+        ν of each group of organs, HU.
 
     Attributes
     ----------
     box : Box
-        Of the cells.
+        Voxels of the cells.
     scan : float32 array (z, y, x)
         HU there.
     """
 
-    def __init__(self, votes: Votes, cells: Cells, nus: Sequence[float]) -> None:
+    def __init__(self, votes: VotingJob, cells: Cells, nus: Sequence[float]) -> None:
         self._all, self._cells, self._step = votes, cells, step_of(votes.grid)
         scale = np.array([LOG2_E / (2 * nu * nu) for nu in nus], np.float32)[cells.group]
         self._plan = CellPlan(self._step, cells.index, cells.groups, cells.organs, scale)
@@ -215,7 +219,7 @@ class _Block:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of all that is held until the end."""
+        """Bytes of the arrays that are held until the end."""
         return sum(a.nbytes for a in (self.scan, self._here, *self._sums))
 
     @property
@@ -224,21 +228,22 @@ class _Block:
         return 4 * (2 + 4) * math.prod(shape_of(self._part))
 
     def votes_of(self, together: int) -> Jobs:
-        """Give jobs that let all atlases vote, of which so many are read together."""
+        """Yield jobs that let all atlases vote, reading `together` atlases at a time."""
         ready: list[Callable[[], None]] = []
         for slab in self._all.job.tiling.cut_in_slabs(self.box, self._all.grid.shape):
             job, wait = deferred(partial(self._read_scan, slab))
             ready.append(wait)
             yield job
         n = len(self._here)
-        parts = [(begin, min(begin + CELLS, n)) for begin in range(0, n, CELLS)]
-        # Some cells for all these atlases, so that their votes stay in the cache.
-        rooms = [CropBuffer() for _ in range(together)]
+        parts = [(begin, min(begin + CELLS_PER_JOB, n)) for begin in range(0, n, CELLS_PER_JOB)]
+        buffers = [CropBuffer() for _ in range(together)]
         for first in range(0, max(len(self._all.atlases), 1), together):
             atlases = []
-            of = self._all.atlases[first : first + together]
-            for one, room in zip(of, rooms, strict=False):
-                job, atlas = deferred(partial(self._read_atlas, one, room, ready if first else ()))
+            batch = self._all.atlases[first : first + together]
+            for one, buffer in zip(batch, buffers, strict=False):
+                job, atlas = deferred(
+                    partial(self._read_atlas, one, buffer, ready if first else ())
+                )
                 atlases.append(atlas)
                 yield job
             done = []
@@ -251,7 +256,7 @@ class _Block:
             wait()
 
     def shares(self, boxes: dict[int, Box]) -> Iterator[Share]:
-        """Share of each organ in its box, smoothed, when all have voted."""
+        """Yield the smoothed share of each organ in its box, after all votes."""
         cells = self._cells
         for o, box in boxes.items():
             slots = np.flatnonzero(cells.organ == o)
@@ -276,16 +281,16 @@ class _Block:
         )
 
     def _read_atlas(
-        self, one: Warped, room: CropBuffer, free: Sequence[Callable[[], None]]
+        self, one: WarpedAtlas, buffer: CropBuffer, free: Sequence[Callable[[], None]]
     ) -> AtlasPart | None:
-        """Read what an atlas's field brings to the cells, when the room for it is free."""
+        """Read the planes that an atlas's field maps the cells to, once the buffer is free."""
         field = self._read_field(one)
         planes = self._planes(one.atlas, field)
         for wait in free:
             wait()
         if planes is None:
             return None
-        voxels, held, coding = read_planes(one.atlas, *planes, room)
+        voxels, held, coding = read_planes(one.atlas, *planes, buffer)
         organs = self._all.job.organs
         codes = np.array([coding.number_of(value) for value in organs.values], np.uint16)
         annotated = np.array([name in one.atlas.annotated for name in organs.names])
@@ -301,7 +306,7 @@ class _Block:
             rho.astype(np.float32)[slots],
         )
 
-    def _read_field(self, one: Warped) -> FieldPart:
+    def _read_field(self, one: WarpedAtlas) -> FieldPart:
         """Read the part of an atlas's field that lies over the block, in voxels."""
         lattice, grid = self._all.lattice, self._all.grid
         number = slice(one.number, one.number + 1), slice(0, 4)
@@ -330,7 +335,7 @@ class _Block:
         atlases: Sequence[Callable[[], AtlasPart | None]],
         scan: Sequence[Callable[[], None]],
     ) -> None:
-        """Let atlases vote in some cells, when they are read; in the beginning, and the scan."""
+        """Add the votes of atlases in some cells, after waiting for the scan and each atlas."""
         cells, own = self._cells, slice(*part)
         if scan:
             for wait in scan:

@@ -1,7 +1,7 @@
-"""From votes to borders: the scan's own HU, and the agreement of neighbours. Mode `local`.
+"""Borders of organs from shares: the scan's HU, and the agreement of neighbours.
 
-One task finishes one shard of the probabilities, tile by tile; what it reads beyond its tile is
-as many voxels as there are sweeps, so tiles are independent.
+One task finishes one shard of the probabilities, tile by tile. A tile's halo is one voxel per
+sweep, so tiles are independent.
 """
 
 from collections.abc import Iterator, Sequence
@@ -26,36 +26,37 @@ from kpt_dask.organ_transfer.warping.kernels import relax, tell_by_hu
 from kpt_dask.organ_transfer.warping.landing import in_voxels, step_of
 
 SWEEPS = 5
-"""Of the mean field."""
+"""Sweeps of the mean field."""
 AGREEMENT = 1.0
-"""λ of neighbours `USUAL` apart."""
+"""Weight λ of neighbours up to `USUAL` apart, no unit."""
 USUAL = 3.0
-"""mm; neighbours r mm apart count (`USUAL` / r)^`FADING`, and no more than these."""
+"""Distance up to which neighbours count fully, mm; at r mm they count (`USUAL` / r)^`FADING`."""
 FADING = 4
+"""Exponent of that decay, no unit."""
 ALIKE = 25.0
-"""β, HU: how much intensities of neighbours differ that hardly belong together."""
+"""Standard deviation β of the Gaussian on the difference of neighbours' intensities, HU."""
 TILE = (32, 64, 64)
-"""Voxels that are relaxed together."""
+"""Shape (z, y, x) of a tile, voxels."""
 
 
 @dataclass(frozen=True)
 class Borders:
-    """What all tasks of one transfer share.
+    """Data that all border tasks of one transfer share.
 
     Attributes
     ----------
     job : TransferJob
         Its probabilities and labels are what the tasks fill.
-    domains
-        Of each organ, where it is looked for, in cells.
+    search_boxes : sequence of Box or None
+        Where each organ is looked for, in cells.
     shares : zarr.Array (organ, z, y, x)
-        Of the votes.
+        Shares of the votes.
     by_hu : float32 array (organ, bin)
-        From `kpt_dask.organ_transfer.warping.schedule.log_ratios`.
+        Shifts of the logit, from `kpt_dask.organ_transfer.warping.schedule.log_ratios`.
     """
 
     job: TransferJob
-    domains: Sequence[Box | None]
+    search_boxes: Sequence[Box | None]
     shares: "zarr.Array[Any]"
     by_hu: NDArray[np.float32]
 
@@ -65,10 +66,14 @@ class Borders:
         return self.job.volume.grid
 
 
-def plan_borders(job: TransferJob, domains: Sequence[Box | None]) -> list[Region]:
+def plan_borders(job: TransferJob, search_boxes: Sequence[Box | None]) -> list[Region]:
     """Find the shards in which any organ may be."""
     grid, shard = job.volume.grid, job.tiling.shard
-    known = [in_voxels(domain, step_of(grid)) for domain in domains if domain is not None]
+    known = [
+        in_voxels(search_box, step_of(grid))
+        for search_box in search_boxes
+        if search_box is not None
+    ]
     found = []
     cuts = (range(0, n, size) for n, size in zip(grid.shape, shard, strict=True))
     for corner in product(*cuts):
@@ -89,8 +94,8 @@ def draw_borders(borders: Borders, region: Region) -> OrganCounts:
     shares = dict(_read(borders, around, scan))
     step = step_of(borders.grid)
     out = {}
-    for o, domain in enumerate(borders.domains):
-        here = domain and overlap(in_voxels(domain, step), shard)
+    for o, search_box in enumerate(borders.search_boxes):
+        here = search_box and overlap(in_voxels(search_box, step), shard)
         if here:
             out[o] = here, np.zeros(shape_of(here), np.float32)
     for tile in _tiles(shard):
@@ -105,9 +110,9 @@ def draw_borders(borders: Borders, region: Region) -> OrganCounts:
 def _read(
     borders: Borders, around: Box, scan: NDArray[np.float32]
 ) -> Iterator[tuple[int, tuple[Box, NDArray[np.float32]]]]:
-    """Read what the votes say of each organ in a box, and ask the HU."""
-    for o, domain in enumerate(borders.domains):
-        here = domain and overlap(in_voxels(domain, step_of(borders.grid)), around)
+    """Read each organ's share in a box, and shift its logit by the HU."""
+    for o, search_box in enumerate(borders.search_boxes):
+        here = search_box and overlap(in_voxels(search_box, step_of(borders.grid)), around)
         if not here:
             continue
         organ = slice(o, o + 1)
@@ -123,7 +128,7 @@ def _relax(
     shares: dict[int, tuple[Box, NDArray[np.float32]]],
     out: dict[int, tuple[Box, NDArray[np.float32]]],
 ) -> None:
-    """Let the neighbours in a tile agree, and put what they say into `out`."""
+    """Relax a tile with its halo, and write its probabilities into `out`."""
     wide = _wider(tile, borders.grid.shape)
     parts = []
     for o, (box, share) in shares.items():
@@ -146,9 +151,9 @@ def _relax(
     odds = np.float32(min(theta, 0.999))
     r = max(float(borders.grid.spacing[0]), USUAL)
     strength = AGREEMENT * (USUAL / r) ** FADING
-    how = odds, np.float32(strength * LOG2_E), np.float32(LOG2_E / (2 * ALIKE**2))
+    border = odds, np.float32(strength * LOG2_E), np.float32(LOG2_E / (2 * ALIKE**2))
     fields = np.empty((2, len(parts) + 1, *shape_of(wide)), np.float32)
-    relax(near, np.ascontiguousarray(hu[within(wide, around)]), how, SWEEPS, fields)
+    relax(near, np.ascontiguousarray(hu[within(wide, around)]), border, SWEEPS, fields)
     own = fields[SWEEPS % 2]
     core = within(tile, wide)
     rest = own[-1][core] * (1 - odds)
@@ -162,7 +167,7 @@ def _relax(
 
 
 def _wider(box: Box, shape: tuple[int, int, int]) -> Box:
-    """As many voxels more on each side as there are sweeps, inside of the scan."""
+    """Box with its halo, one voxel per sweep, clipped to the scan."""
     z, y, x = (
         (max(a - SWEEPS, 0), min(b + SWEEPS, n)) for (a, b), n in zip(box, shape, strict=True)
     )

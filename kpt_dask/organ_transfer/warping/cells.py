@@ -1,7 +1,7 @@
-"""The cells of a block that organs may reach, and room for the votes in them: mode `local`.
+"""Cells of a block that organs may reach.
 
-A cell is a cube of voxels, some 16 mm wide. It holds votes only for the organs that may be there,
-so that a block takes memory where organs are and nowhere else.
+A cell is a cube of voxels, ≈ 16 mm wide. It holds sums only for the organs that may lie there, so
+a block takes memory only where organs are.
 """
 
 from collections.abc import Sequence
@@ -31,7 +31,7 @@ class Cells:
     groups : int64 array (cell + 1)
         Where the groups of a cell begin.
     group : int64 array (groups)
-        Which group it is.
+        Index of each group in the list of ν.
     organs : int64 array (groups + 1)
         Where the organs of a group begin.
     organ : int64 array (organs)
@@ -46,7 +46,7 @@ class Cells:
 
     @cached_property
     def cell_of(self) -> NDArray[np.int64]:
-        """Which cell each organ is in (organs)."""
+        """Cell of each slot, int64 array (organs)."""
         return np.repeat(np.arange(len(self.index)), np.diff(self.organs[self.groups]))
 
     @property
@@ -58,22 +58,24 @@ class Cells:
         return z, y, x
 
 
-def plan_cells(domains: Sequence[Box | None], groups: Sequence[int], box: Box, step: int) -> Cells:
-    """Find the cells that touch a box of voxels and lie in any organ's domain.
+def plan_cells(
+    search_boxes: Sequence[Box | None], groups: Sequence[int], box: Box, step: int
+) -> Cells:
+    """Find the cells that touch a box of voxels and lie in any organ's search box.
 
     Parameters
     ----------
-    domains : sequence of Box or None
-        Of each organ, in cells.
+    search_boxes : sequence of Box or None
+        Search box of each organ, in cells.
     groups : sequence of int
-        Of each organ, whose likelihood it shares.
+        Group of each organ; a group shares one likelihood.
     box : Box
-        In voxels.
+        Box in voxels.
     step : int
         Voxels along the edge of a cell.
     """
     touched = in_cells(box, step)
-    here = [overlap(domain, touched) for domain in domains]
+    here = [overlap(search_box, touched) for search_box in search_boxes]
     whole = enclosing([part for part in here if part is not None])
     order = sorted((o for o in range(len(here)) if here[o]), key=lambda o: (groups[o], o))
     assert whole is not None
@@ -95,13 +97,13 @@ def plan_cells(domains: Sequence[Box | None], groups: Sequence[int], box: Box, s
 
 
 def width_of(step: int) -> int:
-    """Room for the voxels of a cell: whole vectors, as the rest of one takes as long."""
+    """Voxels of a cell, rounded up to whole SIMD vectors."""
     return -(-(step**3) // LANES) * LANES
 
 
 @kernel
 def gather(values: Any, corner: Any, index: Any, step: Any, out: Any) -> None:
-    """Take apart an array into cells.
+    """Copy an array into cells.
 
     Parameters
     ----------

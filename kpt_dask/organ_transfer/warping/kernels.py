@@ -1,4 +1,4 @@
-"""The votes of warped atlases, voxel by voxel, their smoothing, and the HU of what they say."""
+"""Kernels of mode `local`: votes of warped atlases, smoothing, HU histograms, mean field."""
 
 from typing import Any, NamedTuple
 
@@ -9,13 +9,13 @@ from kpt_dask.kernels.exponential import exp2
 from kpt_dask.kernels.jit import kernel
 
 SMALLEST = np.float32(1e-6)
-"""Added to the likelihood of intensities, so that where none fits the others still decide."""
+"""Likelihood added to that of intensities, so that weights still decide where no atlas fits."""
 FARTHEST = np.float32(40.0)
-"""−log₂ of likelihoods that count no more."""
+"""Largest −log₂ of a likelihood; smaller likelihoods count as this one."""
 LEAST = np.float32(0.02)
-"""Shares up to this say nothing of an organ's HU."""
+"""Share above which a voxel enters an organ's HU histogram."""
 ONE = 1 << 16
-"""A share of 1 in the histograms, which hold whole numbers so that their sums are exact."""
+"""Count of a share of 1 in the histograms: integers, so that sums are exact in any order."""
 
 
 class CellPlan(NamedTuple):
@@ -277,7 +277,7 @@ def smooth(around: Any, out: Any) -> None:
 
 @kernel
 def count_hu(share: Any, scan: Any, first: Any, width: Any, counts: Any, rows: Any) -> None:
-    """Count the HU of voxels by how much of them an organ is, and note the rows that have any.
+    """Add voxels to the HU histograms inside and outside of an organ, and flag rows with a share.
 
     Parameters
     ----------
@@ -287,7 +287,7 @@ def count_hu(share: Any, scan: Any, first: Any, width: Any, counts: Any, rows: A
     first, width : float32
         Least HU of the first bin, and width of a bin; ends count what lies beyond.
     counts : int64 array (2, bin)
-        Of the organ, where its share is over a half, and of what it is not, in `ONE`-ths; changed.
+        h₁, Σ P where P > ½, and h₀, Σ (1 − P), in 1/`ONE` voxels; changed.
     rows : bool array (z, y)
         Changed.
     """
@@ -314,7 +314,7 @@ def count_hu(share: Any, scan: Any, first: Any, width: Any, counts: Any, rows: A
 
 @kernel
 def tell_by_hu(share: Any, scan: Any, first: Any, width: Any, shift: Any) -> None:
-    """Shift the logit of an organ's shares by what the HU say, in place.
+    """Shift the logit of an organ's shares by HU, in place.
 
     Parameters
     ----------
@@ -331,7 +331,7 @@ def tell_by_hu(share: Any, scan: Any, first: Any, width: Any, shift: Any) -> Non
                 p = own[x]
                 if p > LEAST:
                     b = min(max(int(np.floor((hu[x] - first) / width)), 0), last)
-                    # Of the logit: p / (1 − p) times e to the shift.
+                    # A shift of the logit multiplies the odds p / (1 − p).
                     odds = p * np.exp(shift[b])
                     own[x] = odds / (odds + (np.float32(1) - p))
 
@@ -347,7 +347,7 @@ def relax(shares: Any, scan: Any, border: Any, sweeps: Any, out: Any) -> None:
     Parameters
     ----------
     shares : float32 array (organ, z, y, x)
-        An organ has no say where its share is 0.
+        An organ is ruled out where its share is 0.
     scan : float32 array (z, y, x)
         HU.
     border : (float32, float32, float32)

@@ -1,7 +1,7 @@
-"""Where organs land in the scan by the fields of their atlases: plans of mode `local`.
+"""Boxes of the scan where organs are predicted by the fields of their atlases.
 
-What is planned for is cells, cubes of voxels of which the first begins at the scan's first voxel,
-so that a cell is the same whatever block it is in. Reads no voxel.
+Plans are made in cells, cubes of voxels counted from the scan's first voxel, so a cell is the same
+whatever block it is in. Reads no voxel.
 """
 
 from collections.abc import Sequence
@@ -18,7 +18,7 @@ from kpt_dask.matching.first_pass import slices_by_atlas
 CELL = 16.0
 """Edge of a cell, mm, rounded to whole voxels."""
 MARGIN = 15.0
-"""How far beyond where the corners of its box land an organ may reach, mm."""
+"""Margin around the predicted corners of an organ's box, mm."""
 
 
 def by_atlas(keypoints: xr.Dataset, matches: xr.Dataset, n: int) -> list[Field]:
@@ -28,13 +28,12 @@ def by_atlas(keypoints: xr.Dataset, matches: xr.Dataset, n: int) -> list[Field]:
     return [Field.of(position[own], translation[own]) for own in slices_by_atlas(matches, n)]
 
 
-def landing_boxes(
+def predicted_boxes(
     atlas: Atlas, field: Field, organs: OrganTable, grid: Grid, widths: Widths
 ) -> list[Box | None]:
-    """Find where each organ of an atlas lands in the scan, in voxels, with a margin.
+    """Predict the box of each organ of an atlas in the scan, in voxels, with `MARGIN` around it.
 
-    The same field with the roles exchanged says where the corners, the centre and what is midway
-    of the organ's box go.
+    The reversed field maps the 27 points at low, middle and high of the organ's box.
     """
     boxes: list[Box | None] = [None] * len(organs)
     names, shows = organs.names, atlas.organs
@@ -45,15 +44,14 @@ def landing_boxes(
     bounds = np.array([shows[names[o]].bounding_box for o in shown], np.float64)
     low, high = bounds[..., 0], bounds[..., 1] - 1
     along = np.stack([low, (low + high) / 2, high])
-    # Low, middle or high along each axis.
     at = along[np.indices((3, 3, 3)).reshape(3, 27).T, :, range(3)]
     points = source.to_mm(at.transpose(2, 0, 1).reshape(-1, 3))
     moved = field.reversed().at(points, widths)
-    landed = grid.to_index(points + moved[:, :3]).reshape(-1, 27, 3)
-    sure = moved[:, 3].reshape(-1, 27, 1) > 0
+    predicted = grid.to_index(points + moved[:, :3]).reshape(-1, 27, 3)
+    supported = moved[:, 3].reshape(-1, 27, 1) > 0
     margin = MARGIN / grid.spacing
-    first = np.floor(np.where(sure, landed, np.inf).min(axis=1) - margin)
-    stop = np.ceil(np.where(sure, landed, -np.inf).max(axis=1) + margin) + 1
+    first = np.floor(np.where(supported, predicted, np.inf).min(axis=1) - margin)
+    stop = np.ceil(np.where(supported, predicted, -np.inf).max(axis=1) + margin) + 1
     first, stop = np.maximum(first, 0), np.minimum(stop, grid.shape)
     for i in np.flatnonzero((first < stop).all(axis=1)).tolist():
         z, y, x = zip(first[i].astype(int).tolist(), stop[i].astype(int).tolist(), strict=True)
@@ -61,10 +59,10 @@ def landing_boxes(
     return boxes
 
 
-def domains_of(landed: Sequence[Sequence[Box | None]], step: int) -> list[Box | None]:
-    """Enclose what each atlas says of each organ, in cells."""
+def search_boxes_of(predicted: Sequence[Sequence[Box | None]], step: int) -> list[Box | None]:
+    """Enclose each organ's predicted boxes of all atlases, in cells."""
     found = []
-    for boxes in zip(*landed, strict=True):
+    for boxes in zip(*predicted, strict=True):
         box = enclosing([b for b in boxes if b is not None])
         found.append(None if box is None else in_cells(box, step))
     return found
@@ -83,7 +81,7 @@ def in_voxels(box: Box, step: int) -> Box:
 
 
 def in_grid(box: Box, grid: Grid, step: int) -> Box:
-    """Voxels of cells that the grid has."""
+    """Voxels of cells, clipped to the grid."""
     depth, height, width = grid.shape
     found = overlap(in_voxels(box, step), ((0, depth), (0, height), (0, width)))
     assert found is not None
@@ -91,5 +89,5 @@ def in_grid(box: Box, grid: Grid, step: int) -> Box:
 
 
 def step_of(grid: Grid) -> int:
-    """Voxels along the edge of a cell: as near to `CELL` as whole voxels come."""
+    """Edge of a cell, voxels: `CELL` rounded to whole voxels."""
     return max(round(CELL / float(grid.spacing[0])), 1)

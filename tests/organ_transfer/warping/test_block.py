@@ -169,9 +169,9 @@ def test_blocks_give_what_the_whole_gives(
     pieces: int,
 ) -> None:
     monkeypatch.setattr(border, "TILE", tiling.chunk)
-    monkeypatch.setattr(schedule, "PIECES", pieces)
-    monkeypatch.setattr(module, "TOGETHER", 2)
-    monkeypatch.setattr(module, "CELLS", 3)
+    monkeypatch.setattr(schedule, "BLOCKS_PER_TEAM", pieces)
+    monkeypatch.setattr(module, "ATLASES_PER_THREAD", 2)
+    monkeypatch.setattr(module, "CELLS_PER_JOB", 3)
     for memory in (1 << 30, 1):
         path = tmp_path / f"{memory}"
         found, labels = run(volume, store, MATCHES, path, one_process, memory, tiling)
@@ -189,8 +189,8 @@ def test_any_team_gives_the_same_bytes(
     threads: int,
 ) -> None:
     """So few cells and atlases are done together that threads wait for one another."""
-    monkeypatch.setattr(module, "TOGETHER", 1)
-    monkeypatch.setattr(module, "CELLS", 2)
+    monkeypatch.setattr(module, "ATLASES_PER_THREAD", 1)
+    monkeypatch.setattr(module, "CELLS_PER_JOB", 2)
     with cluster.local(threads) as client:
         found, labels = run(volume, store, MATCHES, tmp_path / "own", client)
     np.testing.assert_array_equal(found.view(np.uint32), whole[0].view(np.uint32))
