@@ -39,21 +39,21 @@ NAMED = 3
 
 Planes = Iterator[NDArray[Any]]
 SegmentVolume = Callable[[Volume, zarr.Group], StationResults]
-"""Segments a volume; the label map goes into the group."""
+"""Function that segments a volume and writes the label map into the group."""
 
 
 @dataclass(frozen=True, eq=False)
 class ScanResult:
-    """How well one scan was segmented.
+    """Measures of one scan's segmentation.
 
     Attributes
     ----------
     dice : dict of str to float
-        By organ, of those that the reference annotates.
+        Dice coefficient by organ, of those that the reference annotates.
     keypoints : dict of str to (int, int, int)
-        By organ: keypoints in it, those that got a vote, those whose vote is right.
+        Numbers by organ: keypoints in it, those that got a vote, those whose vote is right.
     seconds : dict of str to float
-        By station.
+        Time by station, seconds.
     total : float
         Seconds from the scan or its volume to the label map.
     """
@@ -96,9 +96,9 @@ def evaluate(
     mode, options
         As for `kpt_dask.segment`.
     atlases : int, optional
-        Use only so many atlases, the first in natural order other than the scan itself.
+        Number of atlases to use: the first in natural order other than the scan itself.
     limit : int, optional
-        Evaluate only so many scans, the first.
+        Number of scans to evaluate: the first.
     select, index, memory, client
         As for `kpt_dask.segment`.
 
@@ -149,7 +149,7 @@ def evaluate(
     store = Snapshot(store)
     names = [pair.id for pair in scans] if scans is not None else list(store.ids())
     names = names[:limit]
-    # What is asked for, and that there are atlases, before anything is opened.
+    # Options are checked, and that there are atlases, before any scan is opened.
     options.check(mode, store.organs)
     for name in names:
         _others(store, {name}, atlases)
@@ -167,7 +167,7 @@ def evaluate(
         for name in names:
             with ExitStack() as stack:
                 folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="kpt-evaluate-"))
-                # Workers have another current folder.
+                # Workers may have another current folder.
                 place = Path(folder).absolute() / "scan.zarr"
                 group = zarr.create_group(str(place), zarr_format=3)
                 stack.enter_context(witness.shared(session, group, store.documents()))
@@ -176,11 +176,11 @@ def evaluate(
                     volume: Volume, group: zarr.Group, name: str = name
                 ) -> StationResults:
                     nonlocal most
-                    own = {*known.of(digest_of(volume.group), volume.grid.shape), name}
-                    others = _others(store, own, atlases)
+                    same_scan = {*known.of(digest_of(volume.group), volume.grid.shape), name}
+                    others = _others(store, same_scan, atlases)
                     most = max(most, len(others))
-                    if own != {name}:
-                        left_out[name] = sorted(own - {name})
+                    if same_scan != {name}:
+                        left_out[name] = sorted(same_scan - {name})
                     return segment_volume(
                         volume,
                         group,
@@ -213,7 +213,7 @@ def evaluate(
 
 
 def _doubt_left_out(store: AtlasStore, left_out: Mapping[str, Sequence[str]]) -> None:
-    """Say which scans the store holds under other names."""
+    """Warn of scans that the store holds under other names."""
     if left_out:
         some = [f"{name} as {', '.join(ids)}" for name, ids in left_out.items()]
         more = f" and {len(some) - NAMED} more" if len(some) > NAMED else ""
@@ -324,13 +324,13 @@ def _evaluate_pair(
     blocks = label_blocks(labels, volume)
     reference = write_label_image(group, "reference", blocks, volume.grid, organs)
     level = open_array(reference, "0")
-    there = survey(level, volume.grid, organs)
-    if lost := [name for name in annotated if name not in there]:
+    remaining = survey(level, volume.grid, organs)
+    if lost := [name for name in annotated if name not in remaining]:
         notices.warn(
             f"{labels.path} shows {', '.join(lost)} in so few voxels that none is left at"
             f" {volume.grid.spacing[0]:g} mm: not counted as annotated."
         )
-        annotated = tuple(name for name in annotated if name in there)
+        annotated = tuple(name for name in annotated if name in remaining)
     inside = labels_at(found.keypoints.position.values, level, volume.grid)
     actual = labels_onto(found.probability, organs.values, threshold, volume.grid, scan.grid)
     scores = dice(_each_plane(labels.label_slabs()), _each_plane(actual), annotated, organs)
@@ -346,8 +346,8 @@ def _result(
     seconds: dict[str, float],
     total: float,
 ) -> ScanResult:
-    own = first_frames(found.keypoints.position.values, found.keypoints.scale.values)
-    votes = keypoint_votes(inside[own], found.votes.label.values[own], annotated, organs)
+    first = first_frames(found.keypoints.position.values, found.keypoints.scale.values)
+    votes = keypoint_votes(inside[first], found.votes.label.values[first], annotated, organs)
     return ScanResult(scores, votes, dict(seconds), total)
 
 
@@ -397,12 +397,12 @@ def _table1(results: Mapping[str, ScanResult], organs: OrganTable) -> dict[str, 
     return table
 
 
-def _others(store: AtlasStore, own: Set[str], atlases: int | None) -> tuple[str, ...]:
-    """Choose the atlases for a scan: never its own."""
-    used = choose_atlases(store, [name for name in sorted(own) if name in store])
+def _others(store: AtlasStore, same_scan: Set[str], atlases: int | None) -> tuple[str, ...]:
+    """Choose the atlases for a scan: never those made from it."""
+    used = choose_atlases(store, [name for name in sorted(same_scan) if name in store])
     if atlases is not None and atlases > len(used):
         raise ParameterError(
-            f"{store.url} has {len(used)} atlases besides {', '.join(sorted(own))}, not"
+            f"{store.url} has {len(used)} atlases besides {', '.join(sorted(same_scan))}, not"
             f" {atlases}; ask for fewer."
         )
     return used[:atlases]

@@ -1,4 +1,4 @@
-"""Annotated scan to atlas: all that is computed before an atlas is stored.
+"""Annotated scan to atlas: the computations before an atlas is stored.
 
 In: a scan with its label map. Out: an atlas in a store: image, labels, keypoints, organs.
 `add` does it for one scan or a folder; `profiles` measures the organs.

@@ -46,11 +46,11 @@ class AddOutcome:
     Attributes
     ----------
     id : str
-        The atlas.
+        Id of the atlas.
     info : AtlasInfo or None
-        What the store says of the atlas, if it was added.
+        Marker of the atlas, if it was added.
     problem : str or None
-        Why it could not be added. Both are None if the store had the atlas already.
+        Reason why it could not be added. Both are None if the store had the atlas already.
     """
 
     id: str
@@ -118,24 +118,24 @@ def add_atlas(
     atlas_id : str, optional
         Its name in the store; the scan's file name without ending unless given.
     annotated : sequence of str, optional
-        The organs that whoever annotated the scan looked for; unless given, those whose
-        labels occur on the working grid too: a stray voxel that is lost there says nothing, and
-        is warned of. What is labelled but not named here is left out of the atlas: it
-        neither votes nor is transferred. What is named but not labelled is known to be
-        outside the scan.
+        Names of the organs that the annotator looked for; by default those whose labels occur on
+        the working grid. An organ that vanishes there, such as a stray voxel, is left out with a
+        warning. Labelled organs that are not named are left out of the atlas: they neither vote
+        nor are transferred. Named organs without a label are known to be outside the scan.
     series : str, optional
         UID of the DICOM series, needed where a folder or zip holds several.
     replace : bool
-        Whether an atlas of this id may be there; it stays until the new one is complete.
+        Whether to replace an existing atlas of this id; it stays until the new one is complete.
     memory : int, optional
         Memory budget of extraction in each process, bytes.
     client : distributed.Client, optional
-        Where blocks are computed; threads of this process if there is no current one.
+        Client whose workers compute blocks; by default the current one, else threads of this
+        process.
 
     Returns
     -------
     AtlasInfo
-        What the store says of the atlas.
+        Marker of the atlas.
 
     Raises
     ------
@@ -226,11 +226,11 @@ def add_folder(
     store, annotated, memory, client
         As for `add_atlas`.
     folder, scan_pattern, labels_pattern
-        As for `kpt_dask.scans.pairs.find_pairs`; what stands for ``{id}`` is the id of the atlas.
+        As for `kpt_dask.scans.pairs.find_pairs`; the text at ``{id}`` is the id of the atlas.
     replace : bool
-        Whether atlases that are there are made anew; otherwise they are skipped.
+        Whether to replace existing atlases; otherwise they are skipped.
     told : callable, optional
-        Called with each outcome as soon as it is known.
+        Callback for each outcome, as soon as it is known.
 
     Returns
     -------
@@ -362,7 +362,7 @@ def _annotated(
 def _surviving(
     labels: Scan, wanted: tuple[str, ...], found: Container[str], asked: bool, spacing: float
 ) -> tuple[str, ...]:
-    """Leave out the organs that vanish on the working grid, unless they were asked for."""
+    """Leave out the organs that vanish on the working grid, unless they were named."""
     lost = [name for name in wanted if name not in found]
     if lost and asked:
         notices.warn(

@@ -15,7 +15,7 @@ SLAB_VOXELS = 1 << 24
 
 
 class Voxels(Protocol):
-    """What NumPy and Zarr arrays have in common here."""
+    """Interface common to NumPy and Zarr arrays."""
 
     @property
     def shape(self) -> tuple[int, ...]:

@@ -1,4 +1,4 @@
-"""Which atlases of a store were made from a scan, whatever they are called."""
+"""Search for the atlases of a store that were made from a scan, whatever their ids."""
 
 from collections.abc import Iterable
 
@@ -7,10 +7,10 @@ from kpt_dask.volumes.identity import digest_of
 
 
 class KnownScans:
-    """The scans of some atlases, known by their voxels.
+    """Scans of some atlases, identified by digests of their voxels.
 
-    Markers hold the digest; that of an atlas which an older version added is made of its image, and
-    only if that has the shape of the scan.
+    Markers hold the digest. For atlases of earlier versions it is computed from the image, if that
+    has the shape of the scan.
     """
 
     def __init__(self, atlases: Iterable[Atlas]) -> None:
@@ -39,7 +39,7 @@ class KnownScans:
             try:
                 known = digest_of(atlas.image)
             except (AtlasStoreError, OSError, KeyError, TypeError, ValueError):
-                # Removed meanwhile, or damaged: whoever uses the atlas says so.
+                # Removed meanwhile, or damaged: reported when the atlas is used.
                 known = ""
             self._digests[atlas.id] = known
         return known

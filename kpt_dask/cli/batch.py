@@ -1,7 +1,7 @@
-"""Many scans in one go, one after another on the workers of one client.
+"""Batches of scans, segmented one after another on the workers of one client.
 
-Each scan uses all workers, so memory is that of a single scan and an interrupted batch has
-lost one scan's work at most: calling it again goes on where it stopped.
+Each scan uses all workers, so a batch needs the memory of a single scan, and an interruption loses
+the work on one scan at most: the next call continues with that scan.
 """
 
 import logging
@@ -22,7 +22,7 @@ log = logging.getLogger(__name__)
 
 
 class Output(NamedTuple):
-    """What segmenting a scan leaves behind.
+    """Output files of one scan.
 
     Attributes
     ----------
@@ -37,7 +37,7 @@ class Output(NamedTuple):
 
     @property
     def complete(self) -> bool:
-        """Whether both are there, of the same run; each appears only when it is finished."""
+        """Whether both exist and are of the same run; each appears only when it is complete."""
         run = places.run_of(self.segmentation)
         return run is not None and run == label_file.run_of(self.labels)
 
@@ -84,14 +84,14 @@ def segment_batch(
     out_dir : Path
         Folder for the outputs, named as in `outputs`.
     client : distributed.Client
-        Whose workers compute.
+        Client whose workers compute.
     **options
-        Handed on to `kpt_dask.segmentation.segment`.
+        Passed on to `kpt_dask.segmentation.segment`.
 
     Returns
     -------
     failed : dict of Path to str
-        Why, for every scan that could not be segmented.
+        Reason, for every scan that could not be segmented.
 
     Raises
     ------

@@ -1,7 +1,7 @@
-"""What all commands of the command line share: errors, options, and how answers look.
+"""Parts shared by all commands: errors, options, and the layout of answers.
 
-Light to import, as are all modules of the command line: what computes is imported inside the
-commands, so that ``kpt --help`` answers at once.
+Light to import, as are all modules of the command line: modules that compute are imported inside
+the commands, so that ``kpt --help`` is fast.
 """
 
 import errno
@@ -39,16 +39,16 @@ if TYPE_CHECKING:
 F = TypeVar("F", bound=Callable[..., Any])
 
 INTERRUPTED = 130
-"""Exit code after Ctrl-C, as shells have it."""
+"""Exit code after Ctrl-C: 128 + SIGINT, as in shells."""
 
 GAP = "   "
-"""Between columns."""
+"""Space between columns."""
 
 HEADER_WIDTH = 6
-"""Columns of a terminal after which a table's header goes on in the next line."""
+"""Characters of a column's header after which it is wrapped, on terminals."""
 
 PIPED_WIDTH = 500
-"""Columns of a table that goes to a file or another program: it takes what it needs."""
+"""Limit, in characters, of a table that goes to a file or another program: never reached."""
 
 
 LINES = "\n"
@@ -87,7 +87,7 @@ class Commands(click.Group):
             click.echo("kpt: interrupted; nothing is left half-written.", err=True)
             raise click.exceptions.Exit(INTERRUPTED) from None
         except Exception as error:
-            # Click knows what to do when whoever reads a pipe has gone.
+            # Click handles a pipe whose reader has gone.
             gone = isinstance(error, OSError) and error.errno == errno.EPIPE
             if gone or os.environ.get("KPT_DEBUG"):
                 raise
@@ -335,7 +335,7 @@ def working(scheduler: str | None) -> Iterator["Client | None"]:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Keep to itself what Dask logs of errors, which become a sentence; not under ``KPT_DEBUG``."""
+    """Hide errors that Dask logs, as they are reported as sentences; not under ``KPT_DEBUG``."""
     if os.environ.get("KPT_DEBUG"):
         yield
         return
@@ -354,13 +354,13 @@ def _quiet() -> Iterator[None]:
 
 def print_json(answer: Any) -> None:
     """Write an answer for a program."""
-    # Escapes are the same to a program, where letters cannot be written.
+    # Where the encoding lacks letters, JSON escapes mean the same to a program.
     plain = not (sys.stdout.encoding or "").lower().startswith("utf")
     click.echo(printable_json(json.dumps(answer, indent=2, ensure_ascii=plain)))
 
 
 def console() -> "Console":
-    """Make the console that answers go to; its tables are not cut where nobody looks."""
+    """Make the console for answers; its tables are cut on terminals only."""
     from rich.console import Console
 
     width = None if sys.stdout.isatty() else PIPED_WIDTH
@@ -385,9 +385,9 @@ def table(*columns: str, left: int = 1) -> "Table":
 
 
 def columns(header: Sequence[str], rows: Sequence[Sequence[str]], left: Container[int]) -> str:
-    """Lay out a long list, of which `table` would make hard work; all but `left` are numbers.
+    """Lay out a long list faster than `table`; all columns but the first `left` hold numbers.
 
-    What does not fit beside the others on a terminal goes into lines of its own.
+    Cells that do not fit on a terminal go into lines of their own.
     """
     rows = [[printable(cell) for cell in row] for row in rows]
     widths = [max(map(len, column)) for column in zip(header, *rows, strict=True)]
@@ -411,5 +411,5 @@ def columns(header: Sequence[str], rows: Sequence[Sequence[str]], left: Containe
 
 
 def size(shape: tuple[int, int, int], spacing: float) -> str:
-    """Say how large a volume is."""
+    """Describe the size of a volume."""
     return f"{' × '.join(map(str, shape))} at {spacing:g} mm"

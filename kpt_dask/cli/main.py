@@ -33,7 +33,7 @@ from kpt_dask.output.interruption import ENDING
 from kpt_dask.runtime.allocator import share_freed_memory
 
 AGAIN_AFTER = 0.01
-"""Seconds until an interruption that got lost is repeated."""
+"""Seconds until a lost interruption is repeated."""
 
 
 def main() -> None:
@@ -41,7 +41,7 @@ def main() -> None:
     keep_streams_open()
     share_freed_memory()
     for signum in ENDING:
-        # Ignored at the start, as by nohup: whoever started it wants it so.
+        # Signals ignored at the start, as by nohup, stay ignored.
         if signal.getsignal(signum) is not signal.SIG_IGN:
             signal.signal(signum, _interrupt)
     sys.unraisablehook = _repeat_interruption
@@ -56,8 +56,8 @@ def main() -> None:
     except SystemExit as end:
         if end.code not in {128 + signum for signum in ENDING}:
             raise
-        # Everything is closed and removed; what libraries' threads are in the middle of could
-        # still crash the interpreter when it winds itself up.
+        # Everything is closed and removed by now. Libraries' threads that still run could crash
+        # the interpreter during its shutdown.
         for stream in (sys.stdout, sys.stderr):
             # The terminal may have gone.
             with suppress(OSError, ValueError):
@@ -66,17 +66,17 @@ def main() -> None:
 
 
 def _interrupt(signum: int, _: object) -> NoReturn:
-    """Unwind, so that what is half-written is removed."""
-    # Once: a second one would interrupt the removing. SIGQUIT and SIGKILL still end it.
+    """Raise an interruption, so that partial outputs are removed."""
+    # Once: a second signal would interrupt the removal. SIGQUIT and SIGKILL still end it.
     for ending in ENDING:
         signal.signal(ending, signal.SIG_IGN)
-    # What libraries log about being interrupted helps nobody.
+    # Libraries' log messages about the interruption help nobody.
     logging.disable()
     raise KeyboardInterrupt if signum == signal.SIGINT else SystemExit(128 + signum)
 
 
 def _repeat_interruption(lost: "sys.UnraisableHookArgs") -> None:
-    """Interrupt again: Python drops what is raised while it collects garbage."""
+    """Interrupt again: Python drops exceptions raised during garbage collection."""
     error = lost.exc_value
     if not isinstance(error, KeyboardInterrupt | SystemExit):
         sys.__unraisablehook__(lost)

@@ -1,4 +1,4 @@
-"""What others wrote, shown so that it cannot steer the terminal.
+"""Untrusted text, escaped so that it cannot control the terminal.
 
 Names, notes and sentences may come from a store or a file that somebody else wrote. Control
 characters move the cursor, change the title or the colours, and reverse the order of letters.
@@ -16,7 +16,7 @@ def printable(text: str, keep: str = "") -> str:
     Parameters
     ----------
     text : str
-        Whatever it holds.
+        Any text.
     keep : str
         Characters that stay as they are.
     """
@@ -31,7 +31,7 @@ def printable(text: str, keep: str = "") -> str:
 
 
 def printable_json(text: str) -> str:
-    """Write them as JSON does; a JSON document holds them in strings only."""
+    """Write control characters as JSON does; a JSON document holds them in strings only."""
     if text.isprintable():
         return text
     return "".join(

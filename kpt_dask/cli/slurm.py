@@ -1,9 +1,8 @@
-"""A batch of scans as one SLURM job that brings its own workers.
+"""A batch of scans as one SLURM job that submits its worker jobs.
 
-The command submits itself: inside the job it runs again, starts a Dask scheduler there and
-asks SLURM, through dask-jobqueue, for the worker jobs. What one site needs and another does
-not (modules to load, a network interface, a quality of service) comes from Dask's own
-configuration, `jobqueue.slurm`, and goes into both kinds of job.
+The command submits itself: inside the job it runs again, starts a Dask scheduler and submits the
+worker jobs through dask-jobqueue. Settings of a site (modules to load, a network interface, a
+quality of service) come from Dask's configuration, `jobqueue.slurm`, and go into both kinds of job.
 """
 
 import logging
@@ -47,16 +46,16 @@ service) belongs in Dask's configuration, ~/.config/dask/jobqueue.yaml:
 """
 
 HEAD_CORES = 2
-"""For the scheduler and for reading and writing scans."""
+"""Threads of the leading job: for the scheduler, and for reading and writing scans."""
 
 WAIT = "2h"
-"""How long the worker jobs may wait in SLURM's queue."""
+"""Limit of the worker jobs' time in SLURM's queue."""
 
 TOLD_EVERY = 60.0
-"""Seconds between two lines of the log that say what is waited for."""
+"""Seconds between two lines of the log that report the waiting."""
 
 TOLD_FIRST = 5.0
-"""Seconds until the first: until then the jobs are being submitted."""
+"""Seconds until the first line: until then the jobs are being submitted."""
 
 # Compiled kernels are kept on the node: shared home folders are slow and lock badly. A folder
 # that somebody else made there first could bring foreign code with it.
@@ -70,7 +69,7 @@ export NUMBA_CACHE_DIR="$cache"
 
 @dataclass(frozen=True)
 class Resources:
-    """What SLURM is asked for.
+    """Resources requested from SLURM.
 
     Attributes
     ----------
@@ -138,7 +137,7 @@ def worker_cluster(logs: Path, resources: Resources) -> Iterator[SLURMCluster]:
     Only who has the certificates of this run can talk to it: a scheduler runs the code that it
     is sent. They lie in `logs`, readable by the user alone, until the cluster is closed.
     """
-    # A port of its own: several batches may run on one node.
+    # Any free port: several batches may run on one node.
     private = {"dashboard_address": "127.0.0.1:0", "dashboard": False}
     logs.mkdir(parents=True, exist_ok=True)
     cluster = SLURMCluster(
@@ -172,7 +171,7 @@ def worker_cluster(logs: Path, resources: Resources) -> Iterator[SLURMCluster]:
         with cluster:
             yield cluster
     finally:
-        # Else they would stay as long as the object does.
+        # Otherwise they would last as long as the object.
         for key in ("ca_file", "cert", "key"):
             getattr(cluster, f"_job_{key}").close()
 
@@ -184,15 +183,15 @@ def workers(logs: Path, resources: Resources) -> Iterator[Client]:
     Raises
     ------
     ParameterError
-        SLURM refuses the worker jobs.
+        If SLURM refuses the worker jobs.
     ClusterError
-        None has begun within the time that `kpt_dask.runtime.patience` has.
+        If none has begun within the limit of `kpt_dask.runtime.patience`.
     """
     with (
         worker_cluster(logs, resources) as cluster,
         Client(cluster, set_as_default=False) as client,
     ):
-        # Asked first, because dask-jobqueue neither tells of refused jobs nor gets over them.
+        # Submitted here first, because dask-jobqueue neither reports refused jobs nor recovers.
         _sbatch(cluster.job_script(), "--test-only")
         cluster.scale(jobs=resources.workers)
         _await_first(cluster, client, resources)
@@ -200,7 +199,7 @@ def workers(logs: Path, resources: Resources) -> Iterator[Client]:
 
 
 def _await_first(cluster: SLURMCluster, client: Client, resources: Resources) -> None:
-    """Wait for the first worker job, and say in the log why it does not begin."""
+    """Wait for the first worker job, and log why it does not begin."""
     wait, start = wait_seconds(), time.monotonic()
     asked = f"{resources.workers} jobs of {resources.cores} cores and {resources.memory}"
     next_told = start + min(TOLD_FIRST, wait / 2)
@@ -221,7 +220,7 @@ def _await_first(cluster: SLURMCluster, client: Client, resources: Resources) ->
 
 
 def _queue(cluster: SLURMCluster) -> str:
-    """Say what SLURM says of the worker jobs."""
+    """Describe the worker jobs as SLURM reports them."""
     jobs = [worker.job_id for worker in list(cluster.workers.values()) if worker.job_id]
     if not jobs:
         return "not submitted yet"
@@ -239,7 +238,7 @@ def _queue(cluster: SLURMCluster) -> str:
 
 
 def submit(script: str) -> str:
-    """Hand a job script to SLURM.
+    """Submit a job script to SLURM.
 
     Returns
     -------
@@ -249,7 +248,7 @@ def submit(script: str) -> str:
     Raises
     ------
     ParameterError
-        SLURM is not here or refuses the job.
+        If SLURM is not installed or refuses the job.
     """
     return _sbatch(script)
 

@@ -1,4 +1,4 @@
-"""Standard output and error whose reader may go, or understand few letters: the work goes on."""
+"""Standard streams that never fail: the reader may close them, the encoding may lack letters."""
 
 import errno
 import io
@@ -7,7 +7,7 @@ import sys
 from typing import Any
 
 GONE = (errno.EPIPE, errno.EBADF, errno.EIO)
-"""Errors of writing to a pipe or a terminal that nobody has open any more."""
+"""Errors of writing to a pipe or a terminal that its reader has closed."""
 
 
 class _Output(io.FileIO):
@@ -29,11 +29,11 @@ class _Output(io.FileIO):
 
 
 def keep_streams_open() -> None:
-    """Let nothing that happens to standard output or error end the program.
+    """Keep failures of standard output and error from ending the program.
 
     Letters that the encoding lacks are written as escapes. A descriptor that is closed at the
-    start is opened on the null device, or the next file would get its number, and what libraries
-    print.
+    start is opened on the null device; otherwise the next file would get its number, and receive
+    what libraries print.
     """
     for number in range(3):
         try:

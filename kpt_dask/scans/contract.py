@@ -1,4 +1,4 @@
-"""What every reader of a format gives: a `ScanFile`.
+"""Interface of every reader of a format: `ScanFile`.
 
 To add a format: write `open_<format>(path) -> ScanFile` in a module of its own, name its endings in
 `kpt_dask.scans.scan.READERS`, and add a writer to ``tests/scans/formats.py``, by which all tests of
@@ -25,11 +25,11 @@ class ScanFile(Protocol):
 
     @property
     def path(self) -> Path:
-        """What was given."""
+        """Path as given by the user."""
 
     @property
     def grid(self) -> Grid:
-        """Where the voxels lie; axes (k, j, i) in stored order, slowest first.
+        """Grid of the voxels; axes (k, j, i) in stored order, slowest first.
 
         Orientation is in its affine alone: no reader flips or transposes voxels.
         """
@@ -48,7 +48,7 @@ class ScanFile(Protocol):
 
     @property
     def doubts(self) -> tuple[str, ...]:
-        """What the headers leave open, one sentence each."""
+        """Doubts about the headers, one sentence each."""
 
     @property
     def header(self) -> Any:

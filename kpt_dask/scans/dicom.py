@@ -1,7 +1,7 @@
 """DICOM: a series of slices as one volume, in HU, decoded slice by slice.
 
-Voxels are HU by the slope and intercept of each slice; MONOCHROME1 says how to show them and
-changes none. What a slice calls padding becomes air.
+Slope and intercept of each slice map stored values to HU. MONOCHROME1 concerns the display and
+changes no value. Padding becomes air.
 """
 
 from collections.abc import Iterator
@@ -33,10 +33,10 @@ from kpt_dask.scans.dicom_series import choose_series, in_order
 from kpt_dask.scans.placement import check_grid, header_of
 
 AIR = -1000.0
-"""HU; what padding becomes."""
+"""Value of padding, HU."""
 
 TISSUE = -200.0, 300.0
-"""HU; padding of such a value may be tissue."""
+"""Range of tissue, HU: padding of such a value cannot be told from tissue."""
 
 FLOAT: np.dtype[Any] = np.dtype(np.float32)
 
@@ -51,7 +51,7 @@ CODECS = {
 """Which of pydicom's plugins decodes what. GDCM is none of them: damaged data end the process."""
 
 END_OF_IMAGE = b"\xff\xd9"
-"""How every JPEG, JPEG-LS and JPEG 2000 image ends."""
+"""Last bytes of every JPEG, JPEG-LS and JPEG 2000 image."""
 
 LOSSLESS_JPEG = uid.JPEGLossless, uid.JPEGLosslessSV1
 
@@ -139,7 +139,7 @@ def open_dicom(path: Path, series: str | None = None) -> DicomFile:
 
 def _headers(files: DicomFiles) -> list[Header]:
     headers = []
-    # A single file was meant, whatever its name.
+    # A single file must be DICOM, whatever its name.
     with (
         files.reading() as opener,
         progress.stage("Reading headers", total=len(files.names)) as advance,
@@ -248,7 +248,7 @@ def _compressed(file: BinaryIO, frame: Frame) -> NDArray[Any]:
     file.seek(header.at)
     data = encaps.get_frame(file, frame.index, number_of_frames=header.n_frames)
     rows, columns = header.whole("Rows"), header.whole("Columns")
-    # Codecs make up what is cut off.
+    # Codecs invent pixels where data are cut off.
     if header.syntax != uid.RLELossless and not data.rstrip(b"\0").endswith(END_OF_IMAGE):
         raise ScanFormatError(
             f"{frame.shown} is truncated: its compressed image has no end; get a new copy."
@@ -289,7 +289,7 @@ def _lossless_jpeg(data: bytes, header: Header) -> NDArray[Any]:
 
 
 def _codestream_size(data: bytes) -> tuple[int, int] | None:
-    """Say how many rows and columns a JPEG, JPEG-LS or JPEG 2000 image has of itself."""
+    """Read the rows and columns from the data of a JPEG, JPEG-LS or JPEG 2000 image."""
 
     def number(at: int, size: int) -> int:
         return int.from_bytes(data[at : at + size], "big")

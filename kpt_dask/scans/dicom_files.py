@@ -1,6 +1,6 @@
 """Files of a DICOM scan, wherever they lie: one file, a folder with all below it, or a zip.
 
-Knows nothing of what is in them but the four letters that mark DICOM.
+Reads nothing of their content but the four letters that mark DICOM.
 """
 
 import os
@@ -23,17 +23,17 @@ MOST_FILES = 200_000
 """Limit of the files of one scan; a folder with more was given by mistake."""
 
 LARGEST_MEMBER = 256 << 20
-"""Bytes of a file in a zip, which is unpacked in memory."""
+"""Limit of a file in a zip, bytes: it is decompressed in memory."""
 
 MOST_COMPRESSED = 1032
 """Deflate cannot shrink data more than this."""
 
 _MARK, _MARK_AT = b"DICM", 128
 _BARE = b"\x02\x00", b"\x08\x00"
-"""How a data set begins that has no preamble: with group 2 or 8."""
+"""First bytes of a data set without a preamble: group 2 or 8."""
 
 DAMAGE = (OSError, EOFError, zipfile.BadZipFile, zlib.error, NotImplementedError, RuntimeError)
-"""What reading a file or a member of a zip ends with."""
+"""Errors of reading a file or a member of a zip."""
 
 Open = Callable[[str], BinaryIO]
 
@@ -67,7 +67,7 @@ class DicomFiles:
             yield lambda name: cast(BinaryIO, archive.open(name))
 
     def whole(self, opener: Open, name: str) -> BinaryIO:
-        """Open a file for reading here and there: a member of a zip is unpacked first."""
+        """Open a file for random access: a member of a zip is decompressed first."""
         file = opener(name)
         if not is_zip(self.path):
             return file
@@ -107,8 +107,8 @@ def find_files(path: Path) -> DicomFiles:
     Raises
     ------
     ScanFormatError
-        If a folder or a zip holds no file or too many, or a zip is damaged, encrypted or unpacks
-        to far more than a zip can.
+        If a folder or a zip holds no file or too many, or a zip is damaged, encrypted or claims
+        more data than deflate can compress to its size.
     """
     if is_zip(path):
         names = _in_zip(path)

@@ -1,4 +1,4 @@
-"""What the header of one DICOM file says: which series it is of, and where its frames lie."""
+"""Header of one DICOM file: its series, and the positions of its frames."""
 
 import logging
 import struct
@@ -69,7 +69,7 @@ TAGS = [
     "SharedFunctionalGroupsSequence",
     "PerFrameFunctionalGroupsSequence",
 ]
-"""All that is read of a data set."""
+"""Tags that are read of a data set."""
 
 MEDIA = "MediaStorageSOPClassUID"
 
@@ -86,7 +86,7 @@ class Frame:
     header : Header
         Header of the file that holds it.
     index : int
-        Which of the file's frames it is.
+        Index of the frame in the file.
     position : ndarray (3,)
         Centre of the first pixel, (x, y, z) in mm, LPS.
     axes : ndarray (2, 3)
@@ -123,7 +123,7 @@ class Header:
     dataset : Dataset
         The tags of `TAGS`, and the file meta information.
     at, length : int
-        Where the value of the pixel data begins in the file, and how long it is, bytes.
+        Offset of the value of the pixel data in the file, and its length, bytes.
     """
 
     name: str
@@ -215,15 +215,15 @@ class Header:
         n = self.n_frames
         try:
             shared = list(self.dataset.get("SharedFunctionalGroupsSequence") or [])[:1]
-            own = list(self.dataset.get("PerFrameFunctionalGroupsSequence") or [])
+            frame_groups = list(self.dataset.get("PerFrameFunctionalGroupsSequence") or [])
         except Exception as error:
             raise self.damaged("functional group", error) from error
-        if len(own) != n or n < 1:
+        if len(frame_groups) != n or n < 1:
             raise ScanFormatError(
-                f"{self.shown} has {n} frames, but says of {len(own)} where they lie; get a new"
-                " copy."
+                f"{self.shown} has {n} frames, but says of {len(frame_groups)} where they lie; get"
+                " a new copy."
             )
-        for index, group in enumerate(own):
+        for index, group in enumerate(frame_groups):
             sources = []
             for macro in (
                 "PlanePositionSequence",
@@ -288,7 +288,7 @@ class Header:
 
 
 def quiet() -> None:
-    """Keep what decoders warn of from the user: the header's values are checked here."""
+    """Hide the decoders' warnings: the header's values are checked here."""
     # Filtering by module is safe where threads decode; adding a filter again moves it to the front.
     warnings.filterwarnings("ignore", module=r"(pydicom|pylibjpeg|openjpeg|gdcm)\b")
     for name in ("pydicom", "pylibjpeg", "openjpeg"):

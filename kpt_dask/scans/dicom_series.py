@@ -1,4 +1,4 @@
-"""Which files make a scan: one CT series, its slices in order, on one regular grid."""
+"""Files of a scan: one CT series, its slices in order, on one regular grid."""
 
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -18,7 +18,7 @@ UNEVEN = 0.1
 scanners round positions to 0.1 mm; keypoints are not located more exactly either."""
 
 SAME_PLACE = 0.01
-"""mm; slices that are no farther apart are at the same place."""
+"""Distance of slices, mm, up to which they are at the same place."""
 
 SAME_DIRECTION = 1e-3
 """Difference of direction cosines: half a pixel across a slice of 512."""
@@ -32,11 +32,11 @@ def choose_series(
     Parameters
     ----------
     path : Path
-        Named in what is said.
+        Path to name in messages.
     headers : iterable of Header
         Headers of all images.
     series : str, optional
-        UID of the one that is wanted.
+        UID of the wanted series.
 
     Returns
     -------

@@ -1,7 +1,7 @@
-"""Gzip as it occurs: one member or many, zeros or garbage behind the last.
+"""Gzip files as found in practice: one member or many, zeros or garbage behind the last.
 
-The gzip readers of Python and of ISA-L refuse a file with garbage behind the stream, and drop what
-they have decoded just before it; the program ``gzip`` ignores it, and so does this.
+The gzip readers of Python and of ISA-L refuse a file with garbage behind the stream, and lose the
+data decoded just before it. The program ``gzip`` ignores the garbage, and so does this module.
 """
 
 import io
@@ -15,7 +15,7 @@ import isal.igzip_lib
 _igzip_lib: Any = isal.igzip_lib
 
 COMPRESSED_BYTES = 128 << 10
-"""Read from the file at a time."""
+"""Bytes read from the file at a time."""
 
 _MAGIC = b"\x1f\x8b"
 

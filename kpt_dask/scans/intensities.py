@@ -1,4 +1,4 @@
-"""Whether the values of a scan can be HU: counted while they stream by, judged at the end.
+"""Test whether the values of a scan can be HU: a histogram of the stream, judged at the end.
 
 A CT shows air (below −500 HU), soft tissue (around 0) and bone (above 200); what lacks one of them
 is cut out, clipped, or not in HU.
@@ -14,7 +14,7 @@ EDGES = (-1100.0, -500.0, -200.0, 200.0, 850.0, 1250.0)
 the third and the fourth, and between the last two where 1024 was added."""
 
 SAMPLES = 128
-"""Rows and columns of a plane that are looked at, at least, if it has as many."""
+"""Least number of rows and columns of a plane that are sampled, if it has as many."""
 
 NORMALISED = 20.0
 """Values that span no more were divided by something: fat and muscle alone are 100 HU apart."""

@@ -1,7 +1,7 @@
 """Lossless JPEG (process 14, all predictors), the commonest compression of CT in archives.
 
-The free codecs with a suitable licence end the process on damaged data; this one reads and writes
-within its arrays whatever the bytes are. Source: ITU-T T.81 (1992), annexes C, F and H.
+The free codecs with a suitable licence crash the process on damaged data; this one stays within its
+arrays for any input. Source: ITU-T T.81 (1992), annexes C, F and H.
 """
 
 from dataclasses import dataclass
@@ -16,7 +16,7 @@ _LOSSLESS, _TABLES, _INTERVAL, _SCAN = 0xC3, 0xC4, 0xDD, 0xDA
 
 @dataclass(frozen=True, eq=False)
 class _Image:
-    """What the segments before the data say.
+    """Parameters from the segments before the data.
 
     Attributes
     ----------
@@ -29,7 +29,7 @@ class _Image:
     counts, symbols : ndarray
         Huffman codes of each length 1…16, and their values in order.
     at : int
-        Where the data begin, bytes.
+        Offset of the data, bytes.
     """
 
     rows: int

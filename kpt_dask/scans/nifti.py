@@ -45,15 +45,15 @@ class NiftiFile:
     header : nibabel.Nifti1Header or nibabel.Nifti2Header
         The header as stored; written back with label maps.
     grid : Grid
-        Where the voxels lie; shape (k, j, i).
+        Grid of the voxels; shape (k, j, i).
     dtype : dtype
         Type of a stored voxel, with its byte order.
     slope, intercept : float
         Value = stored × slope + intercept.
     voxels : VoxelStream
-        Where in which file they are.
+        Position of the voxels in the file.
     doubts : tuple of str
-        What the header leaves open, one sentence each.
+        Doubts about the header, one sentence each.
     """
 
     path: Path
@@ -118,7 +118,7 @@ def open_nifti(path: Path) -> NiftiFile:
 
 
 def packing(path: Path) -> Packing:
-    """Tell from its name how a file is compressed."""
+    """Get the compression of a file from its name."""
     return "gzip" if path.name.lower().endswith(".gz") else "none"
 
 
@@ -136,7 +136,7 @@ def _pair(path: Path) -> tuple[Path, Path]:
 
 
 def data_offset(path: Path, header: Any, smallest: int) -> int:
-    """Where in the (decompressed) file the voxels begin, bytes."""
+    """Offset of the voxels in the (decompressed) file, bytes."""
     offset = float(header["vox_offset"])
     if offset == 0:
         return smallest

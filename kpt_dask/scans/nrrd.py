@@ -102,7 +102,7 @@ def open_nrrd(path: Path) -> PlainFile:
         raise ScanFormatError(f"{path} has a “dimension” that is not the number of its “sizes”.")
     columns, origin, doubts = _space(fields, sizes)
     while len(sizes) > 3 and 1 in sizes:
-        # An axis of length 1 that is none of space: a list of one volume.
+        # A non-spatial axis of length 1: a list of one volume.
         at = next((i for i, n in enumerate(sizes) if n == 1 and columns[i] is None), None)
         if at is None:
             break

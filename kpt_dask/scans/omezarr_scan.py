@@ -19,7 +19,7 @@ from kpt_dask.scans import voxel_stream
 from kpt_dask.scans.placement import check_grid, header_of, listed
 
 UNITS = {"meter": 1e3, "centimeter": 10.0, "millimeter": 1.0, "micrometer": 1e-3}
-"""mm in a unit of length."""
+"""Length of each unit, mm."""
 
 DIRECTIONS = {
     "inferior-to-superior": (1, 0, 0),
@@ -32,7 +32,7 @@ DIRECTIONS = {
 """Directions (z, y, x), LPS, by their names in RFC-4."""
 
 USUAL = {"z": "inferior-to-superior", "y": "anterior-to-posterior", "x": "right-to-left"}
-"""Directions of axes that say nothing of it."""
+"""Directions assumed for axes without an orientation."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -48,9 +48,9 @@ class OmeZarrFile:
     array : zarr.Array
         Its voxels.
     axes : tuple of int
-        Which of the array's axes are (k, j, i); the others have length 1.
+        Indices of the array's axes (k, j, i); the other axes have length 1.
     doubts : tuple of str
-        What the metadata leave open, one sentence each.
+        Doubts about the metadata, one sentence each.
     """
 
     path: Path
@@ -127,7 +127,7 @@ def open_omezarr(path: Path) -> OmeZarrFile:
         space = tuple(i for i, axis in enumerate(axes) if axis.get("type", "space") == "space")
         units = [axes[i].get("unit") for i in space]
         directions = [axes[i].get("orientation") for i in space]
-        told = [str(d["value"]) if isinstance(d, dict) else d for d in directions]
+        directions = [str(d["value"]) if isinstance(d, dict) else d for d in directions]
     except Exception as error:
         raise _damaged(path, "metadata", error) from error
     if not isinstance(array, zarr.Array) or array.ndim != len(axes):
@@ -151,16 +151,16 @@ def open_omezarr(path: Path) -> OmeZarrFile:
         raise ScanFormatError(f"{path} gives its lengths in {str(unknown[0])[:40]!r}, not in mm.")
     if None in units:
         doubts.append(f"{path} gives no unit of length; it is taken for mm.")
-    if any(direction not in DIRECTIONS for direction in told):
+    if any(direction not in DIRECTIONS for direction in directions):
         doubts.append(
             f"{path} does not say how its axes lie in the body, so its orientation is a guess (LPS)"
             " and left and right may be exchanged; make it anew from the DICOM series."
         )
-        told = [USUAL[names[i]] for i in space]
+        directions = [USUAL[names[i]] for i in space]
     affine = np.eye(4)
     for column, i in enumerate(space):
         step_mm = UNITS.get(str(units[column]), 1.0)
-        towards = np.array(DIRECTIONS[str(told[column])], np.float64)
+        towards = np.array(DIRECTIONS[str(directions[column])], np.float64)
         affine[:3, column] = towards * scale[i] * step_mm
         affine[:3, 3] += towards * translation[i] * step_mm
     grid = Grid(shape, affine)

@@ -18,12 +18,12 @@ _ID = "{id}"
 
 @dataclass(frozen=True)
 class Pair:
-    """A scan and the label map that should be there.
+    """A scan and the label map that belongs to it.
 
     Attributes
     ----------
     id : str
-        What stands for ``{id}`` in both names.
+        Text at ``{id}`` in both names.
     scan, labels : Path
         The files.
     """
@@ -36,12 +36,12 @@ class Pair:
 def find_pairs(
     folder: str | Path, scan_pattern: str = SCANS, labels_pattern: str = LABELS
 ) -> list[Pair]:
-    """Find the scans of a folder; whether their label maps exist is not looked at.
+    """Find the scans of a folder; whether their label maps exist is not checked.
 
     Parameters
     ----------
     folder : str or Path
-        Where to look.
+        Folder to search.
     scan_pattern, labels_pattern : str
         Paths in the folder with ``{id}`` once or more, such as ``{id}/ct.nii.gz``. What fits
         the pattern of the labels is no scan.

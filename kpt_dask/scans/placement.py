@@ -1,4 +1,4 @@
-"""Where a header places its voxels, what it leaves open, and which grids no scan has.
+"""Placement of voxels by a header: its ambiguities, and grids that no scan has.
 
 A NIfTI header may hold two placements, the sform and the qform, each with a code that is 0 where
 it is absent; the sform is used where there is one, as nibabel does. Lengths are in the unit that
@@ -24,7 +24,7 @@ UNITS = {1: ("metres", 1e3), 3: ("microns", 1e-3)}
 """Units of length by their code in ``xyzt_units``, and mm in each; all others count as mm."""
 
 USUAL_EXTENT = 10.0, 3000.0
-"""mm; a scan in other units than mm that is smaller or larger is doubted."""
+"""Least and largest size, mm, of a scan in other units than mm without a warning."""
 
 DIFFERENT_SPACING = 0.1
 """Relative difference from which the sform's spacing contradicts the header's own (a shear, as of
@@ -45,12 +45,12 @@ _nib: Any = nibabel
 
 
 def place(path: Path, header: Any) -> tuple[NDArray[np.float64], tuple[str, ...]]:
-    """Say where a header places its voxels.
+    """Find where a header places its voxels.
 
     Parameters
     ----------
     path : Path
-        Named in what is said.
+        Path to name in messages.
     header : nibabel.Nifti1Header or nibabel.Nifti2Header
         Its ``pixdim[0]`` becomes 1 or -1: readers agree that 0, which should not occur, means 1.
 
@@ -59,7 +59,7 @@ def place(path: Path, header: Any) -> tuple[NDArray[np.float64], tuple[str, ...]
     affine : ndarray (4, 4), float64
         From (k, j, i, 1) to (z, y, x, 1) in mm, LPS.
     doubts : tuple of str
-        What is left open, one sentence each.
+        Doubts about the placement, one sentence each.
 
     Raises
     ------

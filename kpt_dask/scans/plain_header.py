@@ -1,4 +1,4 @@
-"""What NRRD and MetaImage share: a header of text, and voxels behind it or in another file."""
+"""Common parts of NRRD and MetaImage: a text header, and voxels behind it or in another file."""
 
 import math
 import re
@@ -16,7 +16,7 @@ from kpt_dask.scans.placement import check_grid, header_of, listed
 from kpt_dask.scans.voxel_stream import Packing, VoxelStream, guarded, open_stream
 
 LONGEST_HEADER = 1 << 20
-"""Bytes of text; a file without an end of its header is none."""
+"""Limit of the text, bytes; a file whose header does not end before is of another format."""
 
 MOST_DIGITS = 15
 """Limit of the digits of a whole number; no file has more voxels."""
@@ -31,11 +31,11 @@ class PlainFile:
     path : Path
         The file.
     grid : Grid
-        Where the voxels lie.
+        Grid of the voxels.
     voxels : VoxelStream
-        Where in which file they are.
+        Position of the voxels in the file.
     doubts : tuple of str
-        What the header leaves open, one sentence each.
+        Doubts about the header, one sentence each.
     """
 
     path: Path
@@ -93,16 +93,16 @@ def read_start(path: Path, what: str, magic: re.Pattern[bytes], end: bytes) -> t
     what : str
         Name of the format.
     magic : Pattern
-        How it begins.
+        Pattern of the first bytes.
     end : bytes
-        Regular expression of what ends the header; the end of the file does too.
+        Regular expression that ends the header, as the end of the file does.
 
     Returns
     -------
     text : bytes
         The header.
     end : int
-        Where what follows it begins, bytes.
+        Offset of the data behind it, bytes.
     """
     with open_stream(path, "none") as stream:
         text: bytes = guarded(path, stream.read, LONGEST_HEADER)
@@ -124,7 +124,7 @@ def as_ints(path: Path, name: str, text: str) -> list[int]:
 
 
 def as_floats(path: Path, name: str, text: str, n: int) -> list[float]:
-    """Read so many finite numbers."""
+    """Read `n` finite numbers."""
     try:
         values = [float(word) for word in text.split()]
     except ValueError as error:

@@ -1,7 +1,7 @@
 """Scans as they lie on disk: header first, voxels streamed plane by plane, labels back.
 
-Knows which reader a file name asks for and what numbers may be in a CT or a label map; the
-formats themselves are in modules of their own.
+Chooses the reader by the file's name, and checks which numbers a CT or a label map may hold. Each
+format has its own module.
 """
 
 from collections.abc import Callable, Iterable, Iterator
@@ -38,15 +38,15 @@ READERS: dict[str, Callable[[Path], ScanFile]] = {
     ".mha": open_metaimage,
     ".mhd": open_metaimage,
 }
-"""Which reader opens which file name; what is none of these may be OME-Zarr or DICOM."""
+"""Readers by the ending of the file's name; all other paths may be OME-Zarr or DICOM."""
 
 LABEL_ENDINGS = ".nii", ".nii.gz"
-"""Names under which label maps are written."""
+"""Endings of names under which label maps are written."""
 
 ROUNDING, MOST_ROUNDING = 0.05, 0.25
-"""How far a stored label may be from a whole number: programs that write numbers with decimals into
-a file of scaled integers round to its steps. Half a step counts, if it is no more than the second.
-"""
+"""Tolerances of a stored label's distance from a whole number: the usual one, and the largest.
+Programs that write numbers with decimals into a file of scaled integers round to its steps; then
+half a step is allowed, up to the largest."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -58,7 +58,7 @@ class Scan:
     path : Path
         The file.
     grid : Grid
-        Where its voxels lie; axes (k, j, i) in stored order, slowest first.
+        Grid of its voxels; axes (k, j, i) in stored order, slowest first.
     dtype : dtype
         Type of a stored voxel.
     file : ScanFile
@@ -117,7 +117,7 @@ class Scan:
             with np.errstate(over="ignore", invalid="ignore"):
                 values = self._values(stored) if self._scaled else stored
                 whole = np.rint(values) if values.dtype.kind == "f" else values
-                # Said as what must hold: NaN fails every comparison.
+                # The condition is what must hold, because NaN fails every comparison.
                 usable = bool(whole.min() >= 0 and whole.max() <= np.iinfo(np.uint16).max)
                 if usable and values.dtype.kind == "f":
                     usable = bool(np.abs(values - whole).max() <= rounding)
@@ -196,7 +196,7 @@ def open_scan(path: str | Path, *, series: str | None = None) -> Scan:
 def open_labels(path: str | Path, *, series: str | None = None) -> Scan:
     """Read the header of a label map; as `open_scan`, but without a warning.
 
-    It must lie on the grid of its scan, of which whoever opens that is warned.
+    It must lie on the grid of its scan, whose doubts `open_scan` warns of.
     """
     path = Path(path)
     if not path.exists():

@@ -71,7 +71,7 @@ class VoxelStream:
     skip: int = 0
 
     def check(self) -> None:
-        """Refuse early, and before memory is asked for, what cannot hold just these voxels.
+        """Refuse a file that cannot hold exactly these voxels, before memory is allocated.
 
         Raises
         ------
@@ -206,7 +206,7 @@ class _ClosingBZ2(bz2.BZ2File):
 
 
 def guarded(path: Path, read: Any, argument: Any) -> Any:
-    """Call a stream's method, and say what is wrong with the file where it fails."""
+    """Call a stream's method; its errors become one that names the file and the damage."""
     try:
         return read(argument)
     except EOFError as error:
@@ -218,5 +218,5 @@ def guarded(path: Path, read: Any, argument: Any) -> Any:
 
 
 def truncated(path: Path) -> ScanFormatError:
-    """Say that a file ends too early."""
+    """Make the error for a file that ends too early."""
     return ScanFormatError(f"{path} is truncated: it ends before its last voxel; get a new copy.")
