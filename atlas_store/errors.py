@@ -62,7 +62,7 @@ class StoreExistsError(AtlasStoreError, FileExistsError):
 
 
 class StoreFormatError(AtlasStoreError, ValueError):
-    """What is there is no store, is damaged, or was written by a newer version.
+    """The path holds no store, or one that is damaged or was written by a newer version.
 
     Examples
     --------

@@ -1,4 +1,4 @@
-"""Where things lie in a store.
+"""Layout of a store: keys of its objects.
 
 ::
 
@@ -11,12 +11,12 @@
         surroundings/             HU and labels around the organs, `atlas_store.crop`
         strips/                   each organ's voxels, `atlas_store.organ_strips`
 
-What is read of an atlas is compared with its SHA-256 (`atlas_store.storage.sealed`), and its
-marker with the organ table and the parameters of the store.
+Every object read from an atlas is compared with its SHA-256 (`atlas_store.storage.sealed`), and
+its marker with the organ table and the parameters of the store.
 
-An atlas exists if, and only if, its marker does. Data that no marker names belongs to an
-add under way, or is left of one that was interrupted. Every add has a folder of its own,
-so that replacing an atlas never mixes two, and no lock is needed.
+An atlas exists if, and only if, its marker does. Data that no marker names belongs to a
+running or an interrupted add. Every add makes a new folder, so that replacing an atlas never
+mixes two, and no lock is needed.
 """
 
 import re

@@ -197,7 +197,7 @@ class AtlasInfo:
 
 
 def check_id(atlas_id: str) -> str:
-    """Give back an id that can name an atlas; `AtlasIdError` for another."""
+    """Return an id that can name an atlas; raise `AtlasIdError` for any other."""
     if not is_id(atlas_id):
         raise AtlasIdError(
             f"{atlas_id!r} cannot be the id of an atlas: use up to 128 letters, digits, dots, "
@@ -250,7 +250,7 @@ def check_encoding(content: Mapping[str, Json], kind: str, version: str, where: 
 
 
 def differences(store: Json, here: Json, name: str = "") -> list[str]:
-    """Say where two JSON values differ, one phrase for each place."""
+    """Describe the differences of two JSON values, one phrase for each key."""
     if isinstance(store, dict) and isinstance(here, dict):
         return [
             phrase

@@ -434,7 +434,7 @@ def open_probability(path: str | Path) -> xr.DataArray:
     >>> bool(probability.sel(organ="liver").max() > 0.5)
     True
     """
-    # Imported here, since only whoever opens the volume needs dask.array.
+    # Imported here, because only reading the volume needs dask.array.
     import dask.array as da
 
     volume = open_volume(path)

@@ -57,7 +57,7 @@ class KernelCache(_caching._Cache):  # type: ignore[misc]
         self._kernel = kernel
         self._stem = f"{source.stem}.{function.__qualname__}.{sys.implementation.cache_tag}"
         self._folder, self._failure = writable_folder(source.parent)
-        # Whoever installed the packages may have left compiled kernels there for all users.
+        # An administrator may have installed compiled kernels there for all users.
         self._installed = source.parent / "__pycache__"
         self._enabled = True
 

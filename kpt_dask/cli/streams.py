@@ -11,16 +11,16 @@ GONE = (errno.EPIPE, errno.EBADF, errno.EIO)
 
 
 class _Output(io.FileIO):
-    """A file descriptor of the process; what nobody reads is dropped, or follows an error."""
+    """A file descriptor of the process; output without a reader, or after an error, is dropped."""
 
     _failed = False
 
     def write(self, data: Any) -> int:
-        """Write some bytes, or drop them all."""
+        """Write some bytes, or drop all of them."""
         try:
             return super().write(data)
         except OSError as error:
-            # Told once: at the end Python tries again to write what is left.
+            # Raised once: at exit, Python tries again to write the rest.
             if error.errno in GONE or self._failed:
                 return len(data)
             self._failed = True

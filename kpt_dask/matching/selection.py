@@ -50,7 +50,7 @@ def check_selection(select: int | None, index: str) -> None:
 
 
 def how_many(select: int | None, atlases: int) -> int:
-    """Say how many of so many atlases are used: all, if they are not more than are to be kept."""
+    """Choose the number of atlases to use: all, unless there are more than the limit."""
     return min(USUAL if select is None else select, atlases)
 
 

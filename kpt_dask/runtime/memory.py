@@ -45,7 +45,7 @@ def _free() -> Iterator[int]:
             used = _number(path / use)
             if most is None or used is None:  # no limit
                 continue
-            # Files that the system keeps in memory only as long as nobody needs it.
+            # Page cache that the kernel frees on demand.
             yield max(most - used + min(_stat(path / "memory.stat", cached) or 0, used), 0)
 
 

@@ -150,7 +150,7 @@ class Header:
         return int(values[0])
 
     def damaged(self, keyword: str, error: object) -> ScanFormatError:
-        """Say that an element cannot be used."""
+        """Make the error for an element that cannot be used."""
         said = " ".join(str(error).split())[:200]
         return ScanFormatError(f"{self.shown} has a damaged {keyword} ({said}); get a new copy.")
 
@@ -352,7 +352,7 @@ def read_header(file: BinaryIO, name: str, shown: str, *, must: bool) -> Header 
 
 
 def _pixel_data(file: BinaryIO, dataset: Dataset, shown: str) -> tuple[int, int]:
-    """Say where the pixel data begin and how long they are: the file stands before them."""
+    """Find offset and length of the pixel data; the file is positioned before them."""
     little, implicit = True, False
     syntax = dataset.file_meta.get("TransferSyntaxUID")
     if syntax is not None:

@@ -44,7 +44,7 @@ class Intensities:
         self._all += sample.size
 
     def doubt(self) -> str | None:
-        """Say why the values may not be HU, as the end of a sentence; None if they may well be."""
+        """Find why the values may not be HU, as the end of a sentence; None if they may be."""
         padding, air, fat, soft, tissue, raised = (int(n) for n in self._below)
         low, high = self._low, self._high
         run = f"holds values from {low:g} to {high:g}"

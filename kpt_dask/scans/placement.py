@@ -108,11 +108,11 @@ def check_grid(path: Path, grid: Grid, told: str = "") -> None:
     Parameters
     ----------
     path : Path
-        Named in what is said.
+        Path to name in messages.
     grid : Grid
         As the header gives it.
     told : str
-        What else to say of a size that is absurd.
+        Addition to the message about an absurd size.
 
     Raises
     ------
@@ -170,7 +170,7 @@ def listed(values: Iterable[Any]) -> str:
 
 
 def _contradictions(path: Path, header: Any, sform: NDArray[np.float64]) -> list[str]:
-    """Say where sform and qform place voxels apart by more than the largest edge of a voxel."""
+    """Describe sform and qform that place a voxel apart by more than its largest edge."""
     other = "the sform is used, other programs may use the qform; compare with the DICOM series."
     try:
         qform = np.asarray(header.get_qform(), np.float64)

@@ -154,7 +154,7 @@ def placed(path: Path, sizes: Sequence[int], affine: NDArray[np.float64]) -> Gri
     Parameters
     ----------
     path : Path
-        Named in what is said.
+        Path to name in messages.
     sizes : sequence of int
         Number of voxels, fastest axis first.
     affine : ndarray (4, 4)

@@ -49,9 +49,9 @@ from kpt_dask.runtime.memory import budget
 from kpt_dask.runtime.team import Jobs, deferred, run_jobs
 
 UNPACK_COST, FINISH_COST, AFFINE_COST = 8, 28, 10
-"""Cost model, in units of adding one voxel of an organ by a shift: to unpack a voxel of the scan;
-to decide and write a voxel where an organ may lie; to sample a voxel through an affine. Measured;
-only the balance of the work depends on them."""
+"""Cost model, in units of adding one voxel of an organ by a shift: to decompress a voxel of the
+scan; to decide and write a voxel where an organ may lie; to sample a voxel through an affine.
+Measured; only the balance of the work depends on them."""
 BYTES_PER_ORGAN_VOXEL = 8
 """Peak while an atlas's organ is read; half of it afterwards."""
 BYTES_PER_SLAB_VOXEL = 14
@@ -137,7 +137,7 @@ def _share_out(
     def cost(box: Box) -> float:
         reached = list(overlaps(reaches, box).values())
         added, finished = moves.visited_in(box) @ cost_of_moves, sum(map(volume_of, reached))
-        # Chunks are unpacked whole.
+        # Chunks are decompressed whole.
         ends = zip(enclosing(reached) or (), chunks, strict=False)
         unpacked = math.prod((-(-b // n) - a // n) * n for (a, b), n in ends) if reached else 0
         return float(added + FINISH_COST * finished + UNPACK_COST * unpacked)
@@ -229,7 +229,7 @@ class _SlabTeam:
         self._buffers: list[NDArray[np.float32]] = []
 
     def jobs(self) -> Jobs:
-        """Yield jobs: to read the atlases, to unpack the first slabs' scan, to fill each slab."""
+        """Yield jobs: read the atlases, decompress the first slabs' scan, fill each slab."""
         atlases_read = None
         if self._keep:
             job, atlases_read = deferred(self._read_atlases)
@@ -245,7 +245,7 @@ class _SlabTeam:
         self._buffers = [np.zeros(largest, np.float32) for _ in range(self._threads)]
         unpacked: dict[int, Callable[[], NDArray[np.int16]]] = {}
         spare = self._spare
-        # Reading atlases holds the GIL; unpacking the scan meanwhile does not.
+        # Reading atlases holds the GIL; decompressing the scan meanwhile does not.
         for i, box in reached:
             spare -= 2 * volume_of(box)
             if self._kept or spare < 0:
