@@ -6,7 +6,7 @@ same on whatever worker and beside whatever other atlases it is computed.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import zarr
@@ -130,20 +130,30 @@ def refine_atlas(
     return refined
 
 
+class _LevelPart(NamedTuple):
+    """Box of one level's lattice that is refined: the scan, the points that move, and u⁰, mm."""
+
+    lattice: Lattice
+    corner: NDArray[np.int64]
+    fixed: NDArray[np.float32]
+    inside: NDArray[np.bool_]
+    start: NDArray[np.float32]
+
+
 @dataclass(frozen=True)
 class _Moved:
     """An atlas near its organs, its field at nodes, and the points that are to be refined.
 
     Attributes
     ----------
-    packed, coding, held, corner
-        From `read_planes`: HU and labels, how, their shape, and the first voxel, mm.
+    packed, coding, corner
+        Voxels from `read_planes`, their coding, and the position of the first one, mm.
     image : int16 array
         Intensities of the same voxels.
     nodes : float32 array (4, z, y, x)
-        Where the field takes its nodes, y − x in mm, and its support.
+        Field at its nodes: y − x, mm, and the support.
     inside : bool array
-        On the finest lattice.
+        Points of the finest lattice that are refined.
     """
 
     scan: Comparison
@@ -198,7 +208,7 @@ class _Moved:
         table[numbers] = np.arange(1, len(organs) + 1)
         out = np.empty(lattice.shape, np.uint16)
         shape = np.array(self.packed.shape, np.int64)
-        where = *self._where(lattice), u
+        where = self._where(lattice, u)
         kernels.nearest(self.packed, shape, self.coding.label, where, table, out)
         return out
 
@@ -210,15 +220,17 @@ class _Moved:
         corner: Any = (0, 0, 0),
     ) -> None:
         """Sample the atlas's intensities at a lattice's points from `corner` on, mapped by u."""
-        kernels.sample(self.image, (*self._where(lattice, corner), u), np.float32(1 / UNITS), out)
+        where = self._where(lattice, u, corner)
+        kernels.sample(self.image, where, np.float32(1 / UNITS), out)
 
     def _where(
-        self, lattice: Lattice, corner: Any = (0, 0, 0)
-    ) -> tuple[NDArray[np.float32], np.float32, np.float32]:
+        self, lattice: Lattice, u: NDArray[np.float32], corner: Any = (0, 0, 0)
+    ) -> kernels.PointMap:
         spacing = float(self.scan.grid.spacing[0])
         first = lattice.origin(self.scan.grid) + lattice.spacing * np.array(corner)
         at = (first - self.corner) / spacing
-        return at.astype(np.float32), np.float32(lattice.step), np.float32(1 / spacing)
+        step, scale = np.float32(lattice.step), np.float32(1 / spacing)
+        return kernels.PointMap(at.astype(np.float32), step, scale, u)
 
     def refine(self) -> NDArray[np.float32]:
         """Compute the correction v at the points of the finest lattice (3, z, y, x), mm."""
@@ -236,26 +248,19 @@ class _Moved:
             if box := _box_of(inside):
                 start = _start(self.nodes, lattice, self.scan.grid)[:3]
                 fixed, inside = np.ascontiguousarray(fixed[box]), np.ascontiguousarray(inside[box])
-                own = (slice(None), *box)
-                at_first = np.ascontiguousarray(start[own])
-                v[own] = self._iterate(
-                    lattice, iterations, box, (fixed, inside, at_first), v[own].copy()
-                )
+                corner = np.array([side.start for side in box])
+                part = (slice(None), *box)
+                here = _LevelPart(lattice, corner, fixed, inside, np.ascontiguousarray(start[part]))
+                v[part] = self._iterate(here, iterations, v[part].copy())
         return v
 
     def _iterate(
-        self,
-        lattice: Lattice,
-        iterations: int,
-        box: tuple[slice, ...],
-        here: tuple[NDArray[np.float32], NDArray[np.bool_], NDArray[np.float32]],
-        v: NDArray[np.float32],
+        self, part: _LevelPart, iterations: int, v: NDArray[np.float32]
     ) -> NDArray[np.float32]:
-        """Iterate v in a box of a lattice; `here` holds F, the points to refine, and u⁰ there."""
-        fixed, inside, start = here
+        """Iterate the correction v, (3, z, y, x) in mm, in a box of a lattice."""
+        lattice, corner, fixed, inside, start = part
         force_taps = kernels.taps(kernels.SMOOTHNESS, 5)
         field_taps = kernels.taps(kernels.ELASTICITY, 2)
-        corner = np.array([side.start for side in box])
         mean, square = np.empty_like(fixed), np.empty_like(fixed)
         kernels.box_moments(fixed, mean, square)
         moving, force, u = np.empty_like(fixed), np.empty_like(v), np.empty_like(v)

@@ -4,7 +4,7 @@ Arrays are float32 in C order, (z, y, x) of a lattice whose spacing is h mm alon
 A map takes a lattice point x to x + u(x), mm. Outside of an array its edge repeats.
 """
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -21,6 +21,27 @@ ELASTICITY = 0.5
 """Standard deviation of the Gaussian on the displacement, lattice points."""
 
 
+class PointMap(NamedTuple):
+    """Map of the lattice's points to voxels of an image: first + step · point + scale · u(point).
+
+    Attributes
+    ----------
+    first : float32 array (3)
+        Index in the image of the lattice's first point.
+    step : float32
+        Voxels from one lattice point to the next.
+    scale : float32
+        Voxels per mm.
+    u : float32 array (3, z, y, x)
+        Displacement at each point, mm.
+    """
+
+    first: NDArray[np.float32]
+    step: np.float32
+    scale: np.float32
+    u: NDArray[np.float32]
+
+
 def taps(sigma: float, radius: int) -> NDArray[np.float32]:
     """One half of a normalized Gaussian, from its middle outwards."""
     weights = np.exp(-0.5 * (np.arange(-radius, radius + 1) / sigma) ** 2)
@@ -34,9 +55,7 @@ def sample(image: Any, where: Any, unit: Any, out: Any) -> None:
     Parameters
     ----------
     image : array (z, y, x)
-    where : tuple
-        The image's index at the lattice's first point, float32 (3); its voxels from one point to
-        the next, and those of a millimetre; displacement, float32 (3, z, y, x), mm.
+    where : PointMap
     unit : float32
         Intensity per step of the image.
     out : float32 array (z, y, x)
@@ -499,11 +518,10 @@ def nearest(packed: Any, held: Any, coding: Any, where: Any, table: Any, out: An
     Parameters
     ----------
     packed : array (z, y, x)
-        Holds labels as `look_up` reads them, in as many voxels as `held` (3) says.
+        Labels, coded as for `look_up`; its first `held` (3) voxels along each axis count.
     coding : (int, int)
         Shift and mask.
-    where
-        As for `sample`.
+    where : PointMap
     table : uint16 array
     out : uint16 array (z, y, x)
         Changed; 0 beside the image.

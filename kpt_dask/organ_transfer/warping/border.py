@@ -22,7 +22,7 @@ from kpt_dask.organ_transfer.decision import Share, finish_slab
 from kpt_dask.organ_transfer.job import TransferJob
 from kpt_dask.organ_transfer.measures import OrganCounts
 from kpt_dask.organ_transfer.warping.block import BIN, FIRST_HU
-from kpt_dask.organ_transfer.warping.kernels import relax, tell_by_hu
+from kpt_dask.organ_transfer.warping.kernels import BorderWeights, relax, tell_by_hu
 from kpt_dask.organ_transfer.warping.landing import in_voxels, step_of
 
 SWEEPS = 5
@@ -151,9 +151,10 @@ def _relax(
     odds = np.float32(min(theta, 0.999))
     r = max(float(borders.grid.spacing[0]), USUAL)
     strength = AGREEMENT * (USUAL / r) ** FADING
-    border = odds, np.float32(strength * LOG2_E), np.float32(LOG2_E / (2 * ALIKE**2))
+    scale = np.float32(LOG2_E / (2 * ALIKE**2))
+    weights = BorderWeights(odds, np.float32(strength * LOG2_E), scale)
     fields = np.empty((2, len(parts) + 1, *shape_of(wide)), np.float32)
-    relax(near, np.ascontiguousarray(hu[within(wide, around)]), border, SWEEPS, fields)
+    relax(near, np.ascontiguousarray(hu[within(wide, around)]), weights, SWEEPS, fields)
     own = fields[SWEEPS % 2]
     core = within(tile, wide)
     rest = own[-1][core] * (1 - odds)

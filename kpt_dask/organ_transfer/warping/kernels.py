@@ -106,6 +106,24 @@ class VoteSums(NamedTuple):
     totals: NDArray[np.float32]
 
 
+class BorderWeights(NamedTuple):
+    """Weights of the mean field.
+
+    Attributes
+    ----------
+    theta : float32
+        θ, the threshold.
+    strength : float32
+        λ log₂ e.
+    scale : float32
+        log₂ e / 2β², 1/HU².
+    """
+
+    theta: np.float32
+    strength: np.float32
+    scale: np.float32
+
+
 @kernel
 def add_votes(part: Any, cells: Any, scan: Any, atlas: Any, sums: Any) -> None:
     """Add an atlas's votes in some cells: K_a ρ_al to the totals, and to the votes of its label.
@@ -350,8 +368,7 @@ def relax(shares: Any, scan: Any, border: Any, sweeps: Any, out: Any) -> None:
         An organ is ruled out where its share is 0.
     scan : float32 array (z, y, x)
         HU.
-    border : (float32, float32, float32)
-        θ; λ, for neighbours of equal intensity, and 1 / 2β², both times log₂ e.
+    border : BorderWeights
     sweeps : int
     out : float32 array (2, organ + 1, z, y, x)
         Changed; which half holds the result, the background last, is `sweeps` % 2.

@@ -26,7 +26,7 @@ def test_sampling(shape: tuple[int, int, int]) -> None:
     image, u = values((6, 5, 8), 2), values((3, *shape), 3) * 3
     first, step, scale = rng.uniform(-2, 2, 3).astype(np.float32), np.float32(0.7), np.float32(0.5)
     out = np.empty(shape, np.float32)
-    kernels.sample(image, (first, step, scale, u), np.float32(2), out)
+    kernels.sample(image, kernels.PointMap(first, step, scale, u), np.float32(2), out)
     np.testing.assert_allclose(out, 2 * naive.sampled(image, first, step, u, scale), atol=1e-5)
 
 
