@@ -25,7 +25,7 @@ class Atlas:
     Attributes
     ----------
     info : AtlasInfo
-        What the marker says.
+        Content of the marker.
     organ_table : OrganTable
         The organs of the store.
 

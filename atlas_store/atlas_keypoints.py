@@ -73,9 +73,9 @@ class AtlasKeypoints:
         Parameters
         ----------
         store : AtlasStore
-            Where they are.
+            Store of the atlases.
         ids : iterable of str, optional
-            Which atlases, in which order; all, in natural order, if not given.
+            Ids of the atlases, in order; by default all, in natural order.
 
         Raises
         ------

@@ -95,7 +95,7 @@ def write_keypoints(group: zarr.Group, keypoints: xr.Dataset) -> None:
     Parameters
     ----------
     group : zarr.Group
-        Where to write; its attributes get ``encoding-type`` and ``encoding-version``.
+        Group to write to; its attributes get ``encoding-type`` and ``encoding-version``.
     keypoints : xarray.Dataset
         The variables of `VARIABLES`, ``label`` if known. Attributes are not kept.
 
@@ -138,7 +138,7 @@ def read_keypoints(group: zarr.Group, labels: Collection[int] | None = None) -> 
     Parameters
     ----------
     group : zarr.Group
-        Where `write_keypoints` wrote.
+        Group that `write_keypoints` wrote to.
     labels : collection of int, optional
         The label values that may occur besides 0. If given, ``label`` must be there.
 

@@ -116,7 +116,7 @@ class Segmentation:
     seconds : float
         Wall time of the whole way.
     warnings : tuple of str
-        What was doubtful about the scan or the answer, one sentence each.
+        Doubts about the scan or the answer, one sentence each.
     """
 
     path: Path
@@ -169,11 +169,11 @@ def segment(
         Use only so many atlases, those that agree best with the scan, and all if there are no
         more; `kpt_dask.matching.selection.USUAL` if not given.
     index : str
-        How to find these atlases: one of `atlas_store.index.search.MODES`.
+        Search for these atlases: one of `atlas_store.index.search.MODES`.
     series : str, optional
         UID of the DICOM series, needed where a folder or zip holds several.
     labels : str or Path, optional
-        Where to write the label map as NIfTI, on the scan's own grid.
+        Path for the label map as NIfTI, on the scan's own grid.
     overwrite : bool
         Whether outputs of earlier runs may be replaced; they are kept until the new ones are
         complete. The ``run`` in the attribute ``kpt`` of `out` is also in the header field
@@ -181,7 +181,7 @@ def segment(
     memory : int, optional
         Bytes that each station may take in each process.
     client : distributed.Client, optional
-        Where blocks are computed; threads of this process if there is no current one.
+        Client whose workers compute; by default the current one, else threads of this process.
 
     Raises
     ------

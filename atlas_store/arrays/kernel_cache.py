@@ -139,7 +139,7 @@ def writable_folder(source: Path) -> tuple[Path | None, str]:
     -------
     folder : Path or None
     failure : str
-        Why there is none.
+        Reason why there is none.
     """
     resolved = os.path.abspath(source)
     own = f"{source.name}_{hashlib.sha1(resolved.encode(), usedforsecurity=False).hexdigest()}"

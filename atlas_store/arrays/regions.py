@@ -21,7 +21,7 @@ def write_region(array: zarr.Array[Any], region: Region, data: NDArray[Any]) -> 
     Parameters
     ----------
     array : zarr.Array
-        Where to write.
+        Array to write to.
     region : tuple of slice
         One slice with plain bounds per axis.
     data : ndarray

@@ -225,7 +225,7 @@ class Segment:
         mode : str
             ``auto``, ``pynndescent`` or ``exact``.
         folder : Path
-            Where graphs are cached.
+            Folder of the cached graphs.
         """
         keypoints = self.by_sign[sign > 0]
         atlas_number, segment_number = numbers.atlas, numbers.segment

@@ -109,7 +109,7 @@ def job_script(command: Sequence[str], logs: Path, resources: Resources) -> str:
     logs : Path
         Folder for the log.
     resources : Resources
-        What to ask SLURM for.
+        Resources to request.
     """
     directives = [
         "--job-name=kpt-segment",

@@ -68,7 +68,7 @@ def slices_for_display(array: Voxels, grid: Grid, index: tuple[int, int, int]) -
     array : array-like, shape (k, j, i)
         NumPy or Zarr; of a Zarr array only the three slices are read.
     grid : Grid
-        Where the voxels lie; its axes run along the world's, in any order and direction.
+        Grid of the voxels; its axes run along the world's, in any order and direction.
     index : tuple of int
         The voxel (k, j, i) where the slices meet.
 
@@ -131,9 +131,9 @@ def overlay_png(
     labels : array-like of uint8 or uint16, shape (k, j, i)
         NumPy or Zarr; streamed once.
     organs : iterable of Organ
-        What the label values mean; organs without a voxel are left out of the legend.
+        Meaning of the label values; organs without a voxel are left out of the legend.
     grid : Grid
-        Where the voxels lie.
+        Grid of the voxels.
     title : str, optional
         Stands above the slices.
     overwrite : bool

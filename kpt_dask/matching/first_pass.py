@@ -47,7 +47,7 @@ def match(
     atlases : AtlasKeypoints
         Keypoints of the atlases, extracted with the same parameters.
     client : distributed.Client, optional
-        Where atlases are matched side by side.
+        Client whose workers match atlases in parallel.
 
     Returns
     -------

@@ -45,7 +45,7 @@ def rematch(
     widths : (float, float)
         σ_x and σ_t of the field, mm.
     client : distributed.Client, optional
-        Where atlases are matched side by side.
+        Client whose workers match atlases in parallel.
 
     Returns
     -------

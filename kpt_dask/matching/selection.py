@@ -134,9 +134,9 @@ def select_atlases(
     atlases : AtlasKeypoints
         Keypoints of the atlases that were matched.
     store : AtlasStore
-        Where they are.
+        Store of the atlases.
     select : int
-        How many atlases to keep.
+        Number of atlases to keep.
     mode : str
         Mode of the transfer that follows, one of `kpt_dask.options.MODES`.
 

@@ -19,9 +19,9 @@ def cut(
     unit : (int, int, int)
         A piece is never cut but at a multiple of this.
     pieces : int
-        How many there are to be at least, if so many can be.
+        Least number of pieces, if the boxes can be split so often.
     cost : callable
-        What a piece costs.
+        Function that estimates the cost of a piece.
     fits : callable
         A piece that does not is cut, if it can be.
 

@@ -52,7 +52,7 @@ def stage(description: str, total: int | None = None) -> Iterator[Callable[[int]
     description : str
         Name that is shown ("Reading scan"), and key of the seconds in `recorded`.
     total : int, optional
-        How many steps there are, if known.
+        Number of steps, if known.
 
     Yields
     ------

@@ -65,13 +65,13 @@ class DicomFile:
     path : Path
         The folder, file or zip.
     grid : Grid
-        Where the voxels lie; sheared for a tilted gantry.
+        Grid of the voxels; sheared for a tilted gantry.
     frames : list of Frame
         The slices, in order.
     files : DicomFiles
-        Where they are.
+        Files that hold them.
     doubts : tuple of str
-        What the headers leave open, one sentence each.
+        Doubts about the headers, one sentence each.
     """
 
     path: Path

@@ -43,7 +43,7 @@ def choose_series(
     chosen : list of Header
         Without localizers.
     doubts : list of str
-        What was left out, one sentence each.
+        Images that were left out, one sentence each.
 
     Raises
     ------
@@ -112,7 +112,7 @@ def in_order(path: Path, headers: Sequence[Header]) -> tuple[list[Frame], Grid, 
     grid : Grid
         On which they lie; sheared for a tilted gantry.
     doubts : list of str
-        What is left open, one sentence each.
+        Doubts about the grid, one sentence each.
 
     Raises
     ------

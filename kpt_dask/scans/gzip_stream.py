@@ -28,14 +28,14 @@ class GzipStream(io.RawIOBase):
     path : Path
         The file.
     start : int
-        Where in it the first member begins, bytes.
+        Offset of the first member, bytes.
 
     Attributes
     ----------
     produced : int
         Bytes that were decoded.
     verified : int
-        How many of these lie in members that ended with the right checksum.
+        Number of these in members that ended with the right checksum.
 
     Raises
     ------

@@ -81,7 +81,7 @@ class LabelFile:
     Attributes
     ----------
     description : str
-        What the header's ``descrip`` says, 79 bytes at most; may be changed until the end.
+        Text of the header's ``descrip``, 79 bytes at most; may be changed until the end.
     """
 
     def __init__(

@@ -238,7 +238,7 @@ def write_labels(
     path : str or Path
         Ends in ``.nii`` or ``.nii.gz``; appears when it is complete.
     scan : Scan
-        Whose grid the labels lie on.
+        Scan whose grid the labels lie on.
     slabs : iterable of ndarray (n, j, i), uint8 or uint16
         All planes in the scan's stored order; the file has the dtype of the first slab.
     overwrite : bool

@@ -149,7 +149,7 @@ def write_label_image(
     grid : Grid
         Grid of the labels, axis-aligned.
     organs : iterable of Labelled
-        What the label values mean; the map is uint8 if they fit, else uint16.
+        Meaning of the label values; the map is uint8 if they fit, else uint16.
 
     Returns
     -------

@@ -36,7 +36,7 @@ def fill_pyramid(
     memory : int, optional
         Bytes that all tasks of a process may take together.
     client : distributed.Client, optional
-        Where the tasks run; see `kpt_dask.runtime.cluster.session`.
+        Client whose workers run the tasks; see `kpt_dask.runtime.cluster.session`.
 
     Raises
     ------

@@ -128,7 +128,7 @@ def make_phantom(
     labels : ndarray of uint8, shape (z, y, x)
         Values of the table ``visceral``.
     grid : Grid
-        Where the voxels lie.
+        Grid of the voxels.
 
     Raises
     ------

@@ -40,7 +40,7 @@ def fit_affines(
     source, target : float64 arrays (n, 3)
         Points before and after, mm; those of a group follow each other.
     ends : int64 array (g)
-        Where each group ends.
+        End of each group.
 
     Returns
     -------

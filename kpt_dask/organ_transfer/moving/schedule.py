@@ -73,7 +73,7 @@ def move_organs(
         In the order of the matches' indices.
     evidence : Evidence
     client : distributed.Client, optional
-        Where the slabs are filled.
+        Client whose workers fill the slabs.
     """
     with cluster.session(client) as session:
         moves = _plan(job, atlases, evidence, session)
