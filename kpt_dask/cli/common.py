@@ -175,11 +175,14 @@ def _wait(ctx: click.Context, param: click.Parameter, value: str | None) -> None
     from kpt_dask.errors import ParameterError
     from kpt_dask.runtime.patience import wait_seconds
 
-    ctx.with_resource(dask.config.set({"kpt.wait": value}))
+    setting = {"kpt.wait": value}
     try:
-        wait_seconds()
+        # A context that refuses its parameters never ends, so it must not hold a wrong one.
+        with dask.config.set(setting):
+            wait_seconds()
     except ParameterError as error:
         raise click.BadParameter(str(error)) from error
+    ctx.with_resource(dask.config.set(setting))
 
 
 memory_option = click.option(

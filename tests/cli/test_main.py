@@ -92,6 +92,7 @@ def test_a_store_is_made_filled_listed_and_emptied(bodies: Path, tmp_path: Path)
         "added": [],
         "present": ["body_1", "body_2", "body_3", "body_4"],
         "failed": {},
+        "warnings": [],
     }
 
     listed = words(run("atlas", "list", store))
