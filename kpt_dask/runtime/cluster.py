@@ -135,7 +135,7 @@ def run(
                 "memory, fewer threads, or the environment that you have here."
             ) from error
         except CancelledError as error:
-            raise lost(client, description) from error
+            raise lost(client, description, error) from error
         except ModuleNotFoundError as error:
             raise witness.lacking(error.name or str(error), f"{description}: a worker") from error
         finally:
@@ -145,10 +145,21 @@ def run(
 
 
 def share(client: Client, value: T) -> Future[T]:
-    """Send a value that many tasks take to all workers."""
+    """Send a value that many tasks take to all workers.
+
+    Raises
+    ------
+    ClusterError
+        If the scheduler has gone.
+    """
     # Not `Client.scatter`: inside a Dask task it would go to that task's worker. No hash as the
     # key: releasing an equal value of an earlier call would race.
-    [shared] = client.sync(client._scatter, [value], broadcast=True, hash=False, direct=False)
+    try:
+        [shared] = client.sync(client._scatter, [value], broadcast=True, hash=False, direct=False)
+    except (*LOST, AttributeError) as error:
+        # A client that has noticed has None for a scheduler.
+        gone = error if isinstance(error, OSError) else ConnectionError()
+        raise lost(client, "Sending to workers", gone) from error
     return shared  # type: ignore[no-any-return]
 
 

@@ -206,16 +206,16 @@ def threads_of_workers(client: Client) -> list[int]:
             scheduler: Any = client.scheduler
             threads = client.sync(scheduler.ncores, callback_timeout=wait_seconds())
         except LOST as error:
-            raise lost(client, "Looking for workers") from error
+            raise lost(client, "Looking for workers", error) from error
         if threads:
             return list(threads.values())
         time.sleep(TICK)
         vigil.look()
 
 
-def lost(client: Client, description: str) -> ClusterError:
+def lost(client: Client, description: str, error: BaseException) -> ClusterError:
     """Make the error for a scheduler that has gone, or has cancelled tasks."""
-    if client.status == "running":
+    if client.status == "running" and not isinstance(error, OSError):
         return ClusterError(
             f"{description}: the workers died that held what others needed; see their logs, then "
             "run the same command again."

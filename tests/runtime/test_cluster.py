@@ -190,6 +190,16 @@ def test_a_lost_scheduler_is_explained() -> None:
             list(results)
 
 
+def test_a_scheduler_lost_while_values_are_sent_is_explained() -> None:
+    with (
+        LocalCluster(processes=False, n_workers=1, dashboard_address="127.0.0.1:0") as doomed,
+        Client(doomed, set_as_default=False) as client,
+    ):
+        doomed.close()
+        with pytest.raises(ClusterError, match=r"^Sending to workers: the connection .* was lost"):
+            cluster.share(client, 1)
+
+
 def test_session_leaves_a_given_client_open(threads: Client) -> None:
     with cluster.session(threads) as client:
         assert client is threads
