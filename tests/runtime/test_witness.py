@@ -6,6 +6,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
+from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 
@@ -16,7 +17,7 @@ from distributed import Client, LocalCluster, Nanny
 
 from atlas_store.storage.objects import Objects
 from kpt_dask.errors import ClusterError
-from kpt_dask.runtime import cluster, witness
+from kpt_dask.runtime import cluster, connect, witness
 
 
 @pytest.fixture(scope="module")
@@ -207,6 +208,9 @@ print(process.exitcode, answers.get())
 
 def test_the_current_folder_of_settings_is_left(monkeypatch: pytest.MonkeyPatch) -> None:
     """Dask's settings are the user's again once a session has ended."""
+    # Sessions of other tests may be open.
+    monkeypatch.setattr(connect._Settings, "sessions", 0)
+    monkeypatch.setattr(connect._Settings, "stack", ExitStack())
     with dask.config.set({"distributed.worker.memory.pause": 0.123}):
         with cluster.local(1):
             assert dask.config.get("distributed.worker.memory.pause") != 0.123
