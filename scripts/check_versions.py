@@ -110,7 +110,8 @@ def run_demo(python: str, out: Path) -> str:
     # Isolated: neither PYTHONPATH nor the current folder shows it the sources.
     command = [python, "-I", __file__, str(out)]
     done = subprocess.run(command, cwd=out.parent, capture_output=True, text=True, check=True)
-    return done.stdout
+    # Libraries may print lines of their own before it.
+    return done.stdout.splitlines(keepends=True)[-1]
 
 
 def demo(out: Path) -> None:
