@@ -49,7 +49,7 @@ from kpt_dask.organ_transfer.probability import TILING, create_probability
 from kpt_dask.output.commit import replacing_together
 from kpt_dask.output.places import check_outputs
 from kpt_dask.runtime import cluster, notices, witness
-from kpt_dask.scans.label_file import RUN, LabelFile
+from kpt_dask.scans.nifti_writer import RUN, LabelFile
 from kpt_dask.scans.scan import Scan, check_ending, open_scan
 from kpt_dask.volumes.conversion import convert_into
 from kpt_dask.volumes.identity import digest_of

@@ -21,9 +21,9 @@ from kpt_dask.scans.contract import ScanFile
 from kpt_dask.scans.dicom_files import ENDINGS as DICOM_ENDINGS
 from kpt_dask.scans.dicom_files import is_dicom, is_zarr, is_zip
 from kpt_dask.scans.intensities import Intensities
-from kpt_dask.scans.label_file import write_nifti
 from kpt_dask.scans.metaimage import open_metaimage
 from kpt_dask.scans.nifti import open_nifti
+from kpt_dask.scans.nifti_writer import write_nifti
 from kpt_dask.scans.nrrd import open_nrrd
 
 READERS: dict[str, Callable[[Path], ScanFile]] = {

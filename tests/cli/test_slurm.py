@@ -24,12 +24,12 @@ import zarr
 from click.testing import CliRunner
 from distributed import Client, LocalCluster, Security
 from distributed.comm.core import connect
+from kpt_dask.scans.nifti_writer import LabelFile, pack
 
 from kpt_dask.cli.batch import outputs, segment_batch
 from kpt_dask.cli.slurm import Resources, job_script, main, submit, worker_cluster, workers
 from kpt_dask.errors import ClusterError, ParameterError, ScanFormatError
 from kpt_dask.runtime import cluster
-from kpt_dask.scans.label_file import LabelFile, pack
 
 RESOURCES = Resources(3, 16, "32GB", "4GB", "02:30:00", "long jobs", "radiology")
 PRINT_ARGUMENTS = [sys.executable, "-c", "import sys; print(sys.argv[1:])"]

@@ -8,14 +8,14 @@ import numpy as np
 import pytest
 import zarr
 from distributed import Client
+from kpt_dask.scans.nifti_writer import LabelFile, planes_at_once, write_nifti
 
 from atlas_store import load_organs
 from kpt_dask.grid import Grid
 from kpt_dask.organ_transfer.delivery import DTYPE, Decision, fill, planes_per_task
 from kpt_dask.organ_transfer.measures import OrganMeasures, as_delivered
 from kpt_dask.resampling.labels_on_scan import labels_onto
-from kpt_dask.scans import label_file
-from kpt_dask.scans.label_file import LabelFile, planes_at_once, write_nifti
+from kpt_dask.scans import nifti_writer
 
 _nib: Any = nibabel
 ORGANS = load_organs("openkbp")
@@ -49,7 +49,7 @@ def test_the_file_is_the_same_whoever_decides(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(label_file, "PIECE_BYTES", 3 * 40 * 44 * 2)
+    monkeypatch.setattr(nifti_writer, "PIECE_BYTES", 3 * 40 * 44 * 2)
     slabs = labels_onto(decision.probability, ORGANS.values, 0.4, GRID, TARGET)
     expected = np.concatenate(list(slabs))
     write_nifti(tmp_path / "whole.nii.gz", header(), TARGET.shape, [expected])

@@ -8,9 +8,9 @@ from typing import Any
 import nibabel
 import numpy as np
 import pytest
+from kpt_dask.scans.nifti_writer import LabelFile, pack, planes_at_once, write_nifti
 
-from kpt_dask.scans import label_file
-from kpt_dask.scans.label_file import LabelFile, pack, planes_at_once, write_nifti
+from kpt_dask.scans import nifti_writer
 
 _nib: Any = nibabel
 SHAPE = (7, 6, 5)
@@ -19,7 +19,7 @@ LABELS = np.random.default_rng(0).integers(0, 3000, SHAPE).astype(np.uint16)
 
 @pytest.fixture(autouse=True)
 def small_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(label_file, "PIECE_BYTES", 2 * LABELS[0].nbytes)
+    monkeypatch.setattr(nifti_writer, "PIECE_BYTES", 2 * LABELS[0].nbytes)
 
 
 def header(kind: str = "Nifti1Header") -> Any:
