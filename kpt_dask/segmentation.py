@@ -49,7 +49,8 @@ from kpt_dask.organ_transfer.probability import TILING, create_probability
 from kpt_dask.output.commit import replacing_together
 from kpt_dask.output.places import check_outputs
 from kpt_dask.runtime import cluster, notices, witness
-from kpt_dask.scans.nifti_writer import RUN, LabelFile
+from kpt_dask.scans.label_header import RUN, label_header
+from kpt_dask.scans.nifti_writer import NiftiWriter
 from kpt_dask.scans.scan import Scan, check_ending, open_scan
 from kpt_dask.volumes.conversion import convert_into
 from kpt_dask.volumes.identity import digest_of
@@ -249,9 +250,10 @@ def segment(
         for partial in partials[1:]:
             smallest = options.smallest_share(mode)
             decision = Decision(found.probability, store.organs, smallest, volume.grid, source.grid)
-            with LabelFile(partial, source.file.header, source.grid.shape, DTYPE) as label_file:
-                label_file.description = f"{RUN}{said['run']}"
-                counts = fill(label_file, decision, memory=memory, client=session)
+            header = label_header(source.file.header, source.grid.shape, DTYPE)
+            with NiftiWriter(partial, header) as file:
+                file.description = f"{RUN}{said['run']}"
+                counts = fill(file, decision, memory=memory, client=session)
             organs, volume_grid = as_delivered(organs, counts, source.grid), "scan"
         finished = Segmentation(
             path=Path(out),

@@ -34,12 +34,14 @@ from kpt_dask.keypoints.extraction import extract
 from kpt_dask.matching.first_pass import match
 from kpt_dask.matching.voting import vote
 from kpt_dask.options import DEFAULTS
+from kpt_dask.organ_transfer.delivery import DTYPE, Decision, fill
 from kpt_dask.organ_transfer.job import Evidence, TransferJob
 from kpt_dask.organ_transfer.modes import transfer
 from kpt_dask.organ_transfer.probability import TILING, create_probability
-from kpt_dask.resampling.labels_on_scan import labels_onto
 from kpt_dask.runtime import cluster
-from kpt_dask.scans.scan import open_scan, write_labels
+from kpt_dask.scans.label_header import label_header
+from kpt_dask.scans.nifti_writer import NiftiWriter
+from kpt_dask.scans.scan import open_scan
 from kpt_dask.volumes.conversion import convert_into
 from kpt_dask.volumes.omezarr import create_label_image, finish_label_image
 
@@ -194,14 +196,11 @@ def stations(scan: Path, store_path: Path, out: Path) -> dict[str, dict[str, flo
             write_keypoints(group.create_group("keypoints"), keypoints)
             for name, table in (("matches", matches), ("votes", votes.drop_vars("organ"))):
                 table.to_zarr(group.store, group=name, zarr_format=3, consolidated=False)
-            slabs = labels_onto(
-                probability,
-                store.organs.values,
-                DEFAULTS.smallest_share("organ"),
-                volume.grid,
-                source.grid,
-            )
-            write_labels(out.with_suffix(".nii.gz"), source, slabs)
+            threshold = DEFAULTS.smallest_share("organ")
+            decision = Decision(probability, store.organs, threshold, volume.grid, source.grid)
+            header = label_header(source.file.header, source.grid.shape, DTYPE)
+            with NiftiWriter(out.with_suffix(".nii.gz"), header) as file:
+                fill(file, decision, memory=None, client=client)
     return figures
 
 

@@ -25,13 +25,13 @@ from typing import Any
 
 import zarr
 from distributed import LocalCluster
-from kpt_dask.scans.nifti_writer import run_of
 
 from atlas_store import AtlasStore, load_organs
 from kpt_dask.atlases.add import add_atlas, store_parameters
 from kpt_dask.demo.phantom import write_phantom
 from kpt_dask.output.commit import sweep
 from kpt_dask.runtime import cluster
+from kpt_dask.scans.label_header import run_of
 
 SHAPE, SPACING = (80, 65, 80), 4.0
 WAYS = (("--mode", "organ"), ("--mode", "local"))

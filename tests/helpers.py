@@ -14,6 +14,9 @@ from atlas_store.crop import write_crop
 from atlas_store.organ_strips import write_strips
 from kpt_dask.grid import Grid
 from kpt_dask.organ_transfer.probability import TILING, Tiling
+from kpt_dask.scans.label_header import label_header
+from kpt_dask.scans.nifti_writer import NiftiWriter, pack
+from kpt_dask.scans.scan import Scan
 from kpt_dask.volumes.blur import blur_planes, blur_scratch
 from kpt_dask.volumes.omezarr import write_label_image
 from kpt_dask.volumes.volume import Volume, create_volume
@@ -157,6 +160,12 @@ def create_labels(group: zarr.Group, shape: tuple[int, ...], tiling: Tiling = TI
     sizes = [min(n, size) for n, size in zip(shape, tiling.shard, strict=True)]
     chunks = (sizes[0], *(size // 2 if size % 2 == 0 else size for size in sizes[1:]))
     return group.create_array("labels", shape=shape, dtype=np.uint16, chunks=chunks, fill_value=0)
+
+
+def write_labels(path: Path, scan: Scan, labels: Array) -> None:
+    """Write a label map on a scan's own grid."""
+    with NiftiWriter(path, label_header(scan.file.header, labels.shape, labels.dtype)) as file:
+        file.write(pack(labels))
 
 
 def data_of(store: Path) -> Path:

@@ -15,7 +15,7 @@ from distributed import Client
 from kpt_dask.errors import USER_ERRORS, OutputExistsError, ParameterError
 from kpt_dask.output import places
 from kpt_dask.runtime import notices
-from kpt_dask.scans import nifti_writer
+from kpt_dask.scans import label_header
 from kpt_dask.scans.scan import scan_name
 
 log = logging.getLogger(__name__)
@@ -39,12 +39,12 @@ class Output(NamedTuple):
     def complete(self) -> bool:
         """Whether both exist and are of the same run; each appears only when it is complete."""
         run = places.run_of(self.segmentation)
-        return run is not None and run == nifti_writer.run_of(self.labels)
+        return run is not None and run == label_header.run_of(self.labels)
 
     @property
     def foreign(self) -> bool:
         """Whether the label map is there, and not by this program."""
-        return self.labels.exists() and nifti_writer.run_of(self.labels) is None
+        return self.labels.exists() and label_header.run_of(self.labels) is None
 
 
 def outputs(scans: Iterable[Path], out_dir: Path) -> Mapping[Path, Output]:

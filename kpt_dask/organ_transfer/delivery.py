@@ -16,7 +16,7 @@ from kpt_dask.grid import Grid
 from kpt_dask.resampling.labels_on_scan import SLAB_VOXELS, count_values, decide_planes
 from kpt_dask.runtime import cluster
 from kpt_dask.runtime.memory import budget
-from kpt_dask.scans.nifti_writer import LabelFile, Packed, pack, planes_at_once
+from kpt_dask.scans.nifti_writer import NiftiWriter, Packed, pack, planes_at_once
 
 VOXEL_BYTES = 16
 """Peak per voxel that is decided: its label, the largest share, and what is read of the working
@@ -52,13 +52,13 @@ class Decision(NamedTuple):
 
 
 def fill(
-    file: LabelFile, decision: Decision, *, memory: int | None, client: Client
+    file: NiftiWriter, decision: Decision, *, memory: int | None, client: Client
 ) -> NDArray[np.int64]:
     """Decide all planes of a grid on the client's workers, and write them.
 
     Parameters
     ----------
-    file : LabelFile
+    file : NiftiWriter
         Label map in the target's shape, uint16.
     decision : Decision
     memory : int, optional

@@ -1,10 +1,10 @@
-"""Scans as they lie on disk: header first, voxels streamed plane by plane, labels back.
+"""Scans as they lie on disk: header first, voxels streamed plane by plane.
 
 Chooses the reader by the file's name, and checks which numbers a CT or a label map may hold. Each
 format has its own module.
 """
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,8 +14,6 @@ from numpy.typing import NDArray
 
 from kpt_dask.errors import ScanFormatError, ScanNotFoundError
 from kpt_dask.grid import Grid
-from kpt_dask.output.commit import replacing
-from kpt_dask.output.places import check_outputs
 from kpt_dask.runtime import notices
 from kpt_dask.scans.contract import ScanFile
 from kpt_dask.scans.dicom_files import ENDINGS as DICOM_ENDINGS
@@ -23,7 +21,6 @@ from kpt_dask.scans.dicom_files import is_dicom, is_zarr, is_zip
 from kpt_dask.scans.intensities import Intensities
 from kpt_dask.scans.metaimage import open_metaimage
 from kpt_dask.scans.nifti import open_nifti
-from kpt_dask.scans.nifti_writer import write_nifti
 from kpt_dask.scans.nrrd import open_nrrd
 
 READERS: dict[str, Callable[[Path], ScanFile]] = {
@@ -226,35 +223,6 @@ def open_labels(path: str | Path, *, series: str | None = None) -> Scan:
             f" {', '.join(READERS)}."
         )
     return Scan(path, file.grid, file.dtype, file)
-
-
-def write_labels(
-    path: str | Path, scan: Scan, slabs: Iterable[NDArray[Any]], *, overwrite: bool = False
-) -> None:
-    """Write a label map on a scan's own grid, with the scan's own affine and its codes.
-
-    Parameters
-    ----------
-    path : str or Path
-        Ends in ``.nii`` or ``.nii.gz``; appears when it is complete.
-    scan : Scan
-        Scan whose grid the labels lie on.
-    slabs : iterable of ndarray (n, j, i), uint8 or uint16
-        All planes in the scan's stored order; the file has the dtype of the first slab.
-    overwrite : bool
-        Whether an existing file may be replaced.
-
-    Raises
-    ------
-    OutputExistsError
-        If `path` exists and `overwrite` is false.
-    ScanFormatError
-        If the extension is unknown.
-    """
-    check_ending(path)
-    [path] = check_outputs(files=[path], inputs=[scan.path], overwrite=overwrite)
-    with replacing(path, overwrite=overwrite) as partial:
-        write_nifti(partial, scan.file.header, scan.grid.shape, slabs)
 
 
 def check_ending(path: str | Path) -> None:

@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 import zarr
 from distributed import Client
-from kpt_dask.scans.nifti_writer import LabelFile, planes_at_once, write_nifti
 
 from atlas_store import load_organs
 from kpt_dask.grid import Grid
@@ -16,6 +15,8 @@ from kpt_dask.organ_transfer.delivery import DTYPE, Decision, fill, planes_per_t
 from kpt_dask.organ_transfer.measures import OrganMeasures, as_delivered
 from kpt_dask.resampling.labels_on_scan import labels_onto
 from kpt_dask.scans import nifti_writer
+from kpt_dask.scans.label_header import label_header
+from kpt_dask.scans.nifti_writer import NiftiWriter, pack, planes_at_once
 
 _nib: Any = nibabel
 ORGANS = load_organs("openkbp")
@@ -39,7 +40,7 @@ def decision(tmp_path_factory: pytest.TempPathFactory) -> Decision:
 def header() -> Any:
     made = _nib.Nifti1Header()
     made.set_data_shape(TARGET.shape[::-1])
-    return made
+    return label_header(made, TARGET.shape, DTYPE)
 
 
 def test_the_file_is_the_same_whoever_decides(
@@ -52,7 +53,9 @@ def test_the_file_is_the_same_whoever_decides(
     monkeypatch.setattr(nifti_writer, "PIECE_BYTES", 3 * 40 * 44 * 2)
     slabs = labels_onto(decision.probability, ORGANS.values, 0.4, GRID, TARGET)
     expected = np.concatenate(list(slabs))
-    write_nifti(tmp_path / "whole.nii.gz", header(), TARGET.shape, [expected])
+    with NiftiWriter(tmp_path / "whole.nii.gz", header()) as file:
+        for z in range(0, len(expected), 3):
+            file.write(pack(expected[z : z + 3]))
     whole = (tmp_path / "whole.nii.gz").read_bytes()
     counts = [int((expected == value).sum()) for value in ORGANS.values]
     assert min(counts) > 0
@@ -63,7 +66,7 @@ def test_the_file_is_the_same_whoever_decides(
         (two_processes, 1 << 30, False),
     ):
         path = tmp_path / "labels.nii.gz"
-        with LabelFile(path, header(), TARGET.shape, DTYPE) as file:
+        with NiftiWriter(path, header()) as file:
             counted = fill(file, decision, memory=memory, client=client)
         assert counted.tolist() == counts
         np.testing.assert_array_equal(np.asarray(_nib.load(path).dataobj).T, expected)

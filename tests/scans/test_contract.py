@@ -14,7 +14,8 @@ from hypothesis import strategies as st
 from kpt_dask.errors import KptError, ScanFormatError
 from kpt_dask.grid import Grid
 from kpt_dask.scans import voxel_stream
-from kpt_dask.scans.scan import open_scan, write_labels
+from kpt_dask.scans.scan import open_scan
+from tests.helpers import write_labels
 from tests.scans.formats import FORMATS, LPS, REVERSED, Array, Format
 
 pytestmark = pytest.mark.parametrize("form", FORMATS, ids=str)
@@ -111,7 +112,7 @@ def test_labels_go_back_onto_its_grid(form: Format, tmp_path: Path) -> None:
     turned = AFFINE[:, [1, 2, 0, 3]]
     scan = open_scan(made(form, tmp_path / "scan", affine=turned))
     labels = np.arange(VALUES.size, dtype=np.uint8).reshape(scan.grid.shape)
-    write_labels(tmp_path / "out.nii.gz", scan, [labels])
+    write_labels(tmp_path / "out.nii.gz", scan, labels)
     image = nib.load(tmp_path / "out.nii.gz")
     np.testing.assert_allclose(LPS @ image.affine, lps(scan.grid), atol=1e-4)
     np.testing.assert_array_equal(np.asarray(image.dataobj).T, labels)

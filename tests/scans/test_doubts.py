@@ -15,7 +15,8 @@ from numpy.typing import NDArray
 from kpt_dask.errors import GridMismatchError, KptWarning, ScanFormatError
 from kpt_dask.runtime import notices
 from kpt_dask.scans.pairs import open_pair
-from kpt_dask.scans.scan import Scan, open_labels, open_scan, write_labels
+from kpt_dask.scans.scan import Scan, open_labels, open_scan
+from tests.helpers import write_labels
 
 SHAPE = (14, 12, 10)
 AFFINE = np.array([[-4.0, 0, 0, 30], [0, -4, 0, 20], [0, 0, 4, 100], [0, 0, 0, 1]])
@@ -94,7 +95,7 @@ def test_units_scale_the_grid(path: Path, tmp_path: Path, unit: str, mm: float) 
     np.testing.assert_allclose(scan.grid.spacing, 4, rtol=1e-5)
     np.testing.assert_allclose(scan.grid.origin, [100, -20, -30], rtol=1e-4)
     assert doubts(path) == []
-    write_labels(tmp_path / "l.nii.gz", scan, [np.zeros(scan.grid.shape, np.uint8)])
+    write_labels(tmp_path / "l.nii.gz", scan, np.zeros(scan.grid.shape, np.uint8))
     assert open_labels(tmp_path / "l.nii.gz").grid.same_as(scan.grid, tolerance=1e-9)
 
 
@@ -151,7 +152,7 @@ def test_a_qfac_of_0_is_1(path: Path, tmp_path: Path) -> None:
     patch(path, 76, struct.pack("<f", 0))
     scan = open_scan(path)
     assert scan.grid.same_as(expected, tolerance=1e-9)
-    write_labels(tmp_path / "l.nii.gz", scan, [np.zeros(scan.grid.shape, np.uint8)])
+    write_labels(tmp_path / "l.nii.gz", scan, np.zeros(scan.grid.shape, np.uint8))
     written: Any = nibabel.load(tmp_path / "l.nii.gz")
     np.testing.assert_allclose(written.affine, straight)
 

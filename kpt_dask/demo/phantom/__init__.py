@@ -12,10 +12,8 @@ Phantoms are for demonstrations and timing; they say nothing about accuracy on p
 
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any
 
 import numpy as np
-from isal import igzip
 from numpy.typing import NDArray
 
 from atlas_store.organs import load_organs
@@ -28,6 +26,7 @@ from kpt_dask.grid import Grid
 from kpt_dask.output.commit import replacing
 from kpt_dask.output.places import check_outputs
 from kpt_dask.scans.nifti import new_header
+from kpt_dask.scans.nifti_writer import NiftiWriter, pack
 
 __all__ = [
     "NOISE",
@@ -39,6 +38,9 @@ __all__ = [
 ]
 
 Shape = tuple[int, int, int]
+
+PLANES = 32
+"""Planes that are made, and compressed, at a time."""
 
 
 def phantom_grid(shape: Shape = (300, 130, 160), spacing: float = 2.0) -> Grid:
@@ -169,19 +171,11 @@ def write_phantom(
     grid = phantom_grid(shape, spacing)
     check_outputs(files=(ct, labels), overwrite=overwrite)
     with ExitStack() as stack:
-        streams: list[Any] = []
-        gzip: Any = igzip.IGzipFile
+        writers = []
         for path, dtype in ((ct, np.int16), (labels, np.uint8)):
             partial = stack.enter_context(replacing(path, overwrite=overwrite))
-            stream: Any = stack.enter_context(partial.open("wb"))
-            if path.name.lower().endswith(".gz"):
-                # Neither name nor time goes into the header: the same seed gives the same bytes.
-                stream = stack.enter_context(gzip("", "wb", fileobj=stream, mtime=0))
-            header = new_header(grid, dtype)
-            stream.write(header.binaryblock)
-            stream.write(bytes(header.single_vox_offset - len(header.binaryblock)))
-            streams.append(stream)
-        for z in range(0, shape[0], 32):
-            image, label = phantom_slab(seed, shape, spacing, z, min(z + 32, shape[0]))
-            streams[0].write(image.astype("<i2").data)
-            streams[1].write(label.data)
+            writers.append(stack.enter_context(NiftiWriter(partial, new_header(grid, dtype))))
+        for z in range(0, shape[0], PLANES):
+            slab = phantom_slab(seed, shape, spacing, z, min(z + PLANES, shape[0]))
+            for writer, planes in zip(writers, slab, strict=True):
+                writer.write(pack(planes))
