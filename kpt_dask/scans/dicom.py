@@ -20,10 +20,10 @@ from kpt_dask.grid import Grid
 from kpt_dask.runtime import progress
 from kpt_dask.scans import jpeg_lossless, voxel_stream
 from kpt_dask.scans.dicom_files import DAMAGE, ENDINGS, DicomFiles, find_files
+from kpt_dask.scans.dicom_frames import Frame
 from kpt_dask.scans.dicom_header import (
     NATIVE,
     UNDEFINED,
-    Frame,
     Header,
     padding_of,
     quiet,

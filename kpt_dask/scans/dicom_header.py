@@ -1,9 +1,8 @@
-"""Header of one DICOM file: its series, and the positions of its frames."""
+"""Header of one DICOM file: what kind of image it holds, and where its pixels begin."""
 
 import logging
 import struct
 import warnings
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, BinaryIO
 
@@ -75,41 +74,6 @@ MEDIA = "MediaStorageSOPClassUID"
 
 _DEFLATED = str(uid.DeflatedExplicitVRLittleEndian).encode()
 _PIXEL_DATA = 0x7FE0, 0x0010
-
-
-@dataclass(frozen=True, eq=False)
-class Frame:
-    """A plane of a scan.
-
-    Attributes
-    ----------
-    header : Header
-        Header of the file that holds it.
-    index : int
-        Index of the frame in the file.
-    position : ndarray (3,)
-        Centre of the first pixel, (x, y, z) in mm, LPS.
-    axes : ndarray (2, 3)
-        Steps to the next column and to the next row, mm.
-    thickness : float
-        Thickness of the slice, or its distance to the next one, mm; 0 if unknown.
-    slope, intercept : float
-        HU = stored × slope + intercept.
-    """
-
-    header: "Header"
-    index: int
-    position: NDArray[np.float64]
-    axes: NDArray[np.float64]
-    thickness: float
-    slope: float
-    intercept: float
-
-    @property
-    def shown(self) -> str:
-        """How a sentence names it."""
-        name = self.header.shown
-        return f"frame {self.index + 1} of {name}" if self.header.n_frames > 1 else name
 
 
 @dataclass(frozen=True, eq=False)
@@ -192,99 +156,6 @@ class Header:
     def n_frames(self) -> int:
         """How many frames it says it has."""
         return self.whole("NumberOfFrames", 1)
-
-    def frames(self) -> Iterator[Frame]:
-        """Give the frames, in the order of the file.
-
-        Raises
-        ------
-        ScanFormatError
-            If a value is missing or damaged, or the image is none of a CT.
-        """
-        if self.sop_class in ENHANCED:
-            yield from self._enhanced()
-            return
-        if self.n_frames != 1:
-            raise ScanFormatError(
-                f"{self.shown} has {self.n_frames} frames, but is no enhanced CT that says where"
-                " they lie; convert it with dcm2niix."
-            )
-        yield self._frame(0, [self.dataset])
-
-    def _enhanced(self) -> Iterator[Frame]:
-        n = self.n_frames
-        try:
-            shared = list(self.dataset.get("SharedFunctionalGroupsSequence") or [])[:1]
-            frame_groups = list(self.dataset.get("PerFrameFunctionalGroupsSequence") or [])
-        except Exception as error:
-            raise self.damaged("functional group", error) from error
-        if len(frame_groups) != n or n < 1:
-            raise ScanFormatError(
-                f"{self.shown} has {n} frames, but says of {len(frame_groups)} where they lie; get"
-                " a new copy."
-            )
-        for index, group in enumerate(frame_groups):
-            sources = []
-            for macro in (
-                "PlanePositionSequence",
-                "PlaneOrientationSequence",
-                "PixelMeasuresSequence",
-                "PixelValueTransformationSequence",
-            ):
-                try:
-                    found = [*(group.get(macro) or [])] or [
-                        item for each in shared for item in each.get(macro) or []
-                    ]
-                except Exception as error:
-                    raise self.damaged(macro, error) from error
-                sources += found[:1]
-            yield self._frame(index, [*sources, self.dataset])
-
-    def _frame(self, index: int, sources: list[Dataset]) -> Frame:
-        def find(keyword: str, n: int) -> NDArray[np.float64] | None:
-            return next(
-                (v for s in sources if (v := numbers(self, s, keyword, n)) is not None), None
-            )
-
-        def need(keyword: str, n: int) -> NDArray[np.float64]:
-            found = find(keyword, n)
-            if found is None:
-                raise ScanFormatError(
-                    f"{self.shown} has no {keyword}, so nobody knows where it lies; leave it out or"
-                    " get a new copy."
-                )
-            return found
-
-        if any("ModalityLUTSequence" in source for source in sources):
-            raise ScanFormatError(
-                f"{self.shown} gives HU by a table (ModalityLUTSequence); convert it with dcm2niix."
-            )
-        position = need("ImagePositionPatient", 3)
-        cosines = need("ImageOrientationPatient", 6).reshape(2, 3)
-        between_rows, between_columns = need("PixelSpacing", 2)
-        lengths = np.sqrt((cosines**2).sum(axis=1))
-        if np.abs(lengths - 1).max() > 1e-2 or abs(cosines[0] @ cosines[1]) > 1e-2:
-            raise ScanFormatError(
-                f"{self.shown} has an ImageOrientationPatient that is none (its axes are not of"
-                " length 1 at right angles); get a new copy."
-            )
-        if min(between_rows, between_columns) <= 0:
-            raise ScanFormatError(f"{self.shown} has a PixelSpacing that is not positive.")
-        slope, intercept = find("RescaleSlope", 1), find("RescaleIntercept", 1)
-        if slope is not None and slope[0] == 0:
-            raise ScanFormatError(f"{self.shown} has the RescaleSlope 0; get a new copy.")
-        thickness = find("SpacingBetweenSlices", 1)
-        if thickness is None:
-            thickness = find("SliceThickness", 1)
-        return Frame(
-            header=self,
-            index=index,
-            position=position,
-            axes=cosines / lengths[:, None] * [[between_columns], [between_rows]],
-            thickness=0.0 if thickness is None else abs(float(thickness[0])),
-            slope=1.0 if slope is None else float(slope[0]),
-            intercept=0.0 if intercept is None else float(intercept[0]),
-        )
 
 
 def quiet() -> None:

@@ -8,7 +8,8 @@ from numpy.typing import NDArray
 
 from kpt_dask.errors import ScanFormatError
 from kpt_dask.grid import Grid
-from kpt_dask.scans.dicom_header import COMPRESSED, MOST_PIXELS, NATIVE, Frame, Header
+from kpt_dask.scans.dicom_frames import Frame, frames_of
+from kpt_dask.scans.dicom_header import COMPRESSED, MOST_PIXELS, NATIVE, Header
 
 MOST_LISTED = 12
 """Series that a sentence lists."""
@@ -121,7 +122,7 @@ def in_order(path: Path, headers: Sequence[Header]) -> tuple[list[Frame], Grid, 
     """
     for header in headers:
         _check_pixels(header, headers[0])
-    frames = [frame for header in headers for frame in header.frames()]
+    frames = [frame for header in headers for frame in frames_of(header)]
     first, doubts = frames[0], []
     for frame in frames:
         lengths = np.sqrt((first.axes**2).sum(axis=1))
