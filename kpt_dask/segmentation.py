@@ -251,9 +251,9 @@ def segment(
             smallest = options.smallest_share(mode)
             decision = Decision(found.probability, store.organs, smallest, volume.grid, source.grid)
             header = label_header(source.file.header, source.grid.shape, DTYPE)
-            with NiftiWriter(partial, header) as file:
-                file.description = f"{RUN}{said['run']}"
-                counts = fill(file, decision, memory=memory, client=session)
+            with NiftiWriter(partial, header) as writer:
+                writer.description = f"{RUN}{said['run']}"
+                counts = fill(writer, decision, memory=memory, client=session)
             organs, volume_grid = as_delivered(organs, counts, source.grid), "scan"
         finished = Segmentation(
             path=Path(out),

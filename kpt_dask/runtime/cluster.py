@@ -24,7 +24,14 @@ from distributed.protocol.pickle import dumps, loads
 from kpt_dask.errors import ClusterError
 from kpt_dask.runtime import progress, witness
 from kpt_dask.runtime.connect import IN_FLIGHT_PER_THREAD, is_own, local, session
-from kpt_dask.runtime.patience import LOST, Vigil, landing, lost, threads_of_workers, wait_seconds
+from kpt_dask.runtime.patience import (
+    Vigil,
+    ask,
+    landing,
+    lost,
+    threads_of_workers,
+    wait_seconds,
+)
 
 __all__ = [
     "count_teams",
@@ -155,11 +162,9 @@ def share(client: Client, value: T) -> Future[T]:
     # Not `Client.scatter`: inside a Dask task it would go to that task's worker. No hash as the
     # key: releasing an equal value of an earlier call would race.
     try:
-        [shared] = client.sync(client._scatter, [value], broadcast=True, hash=False, direct=False)
-    except (*LOST, AttributeError) as error:
-        # A client that has noticed has None for a scheduler.
-        gone = error if isinstance(error, OSError) else ConnectionError()
-        raise lost(client, "Sending to workers", gone) from error
+        [shared] = ask(client, client._scatter, [value], broadcast=True, hash=False, direct=False)
+    except OSError as error:
+        raise lost(client, "Sending to workers", error) from error
     return shared  # type: ignore[no-any-return]
 
 
@@ -252,12 +257,13 @@ def _abandon(client: Client, name: str, futures: list[Future[T]]) -> None:
     if client.status != "running":
         return
     # A scheduler may disappear, and a worker hang, during the request.
-    with suppress(*LOST):
-        client.sync(client._cancel, futures, callback_timeout=wait_seconds())
+    with suppress(OSError):
+        ask(client, client._cancel, futures, callback_timeout=wait_seconds())
         # Twice, because a task may be on its way to a worker at the first poll.
         quiet, deadline = 0, time.monotonic() + wait_seconds()
         while quiet < 2 and time.monotonic() < deadline:
-            busy = client.sync(
+            busy = ask(
+                client,
                 client._run,
                 _holds_tasks,
                 name,

@@ -7,7 +7,7 @@ command line sets it by ``--wait``.
 import contextvars
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import CancelledError
 from contextlib import contextmanager
 from threading import Timer
@@ -39,9 +39,6 @@ _BUSY = ("executing", "flight")
 """Task states that show a worker at work. Tasks that seceded are not counted: they may just wait
 for tasks of their own."""
 
-LOST = (OSError, CancelledError, TimeoutError)
-"""Errors of a client whose scheduler has gone."""
-
 
 def wait_seconds() -> float:
     """Get the limit of waiting for workers, seconds.
@@ -68,10 +65,7 @@ def saying(waiting: str) -> Iterator[None]:
     timer = Timer(
         SOON,
         context.run,
-        (
-            progress.say,
-            f"{waiting} ({_bound()}).",
-        ),
+        (progress.say, f"{waiting} ({_bound()})."),
     )
     timer.daemon = True
     timer.start()
@@ -84,6 +78,37 @@ def saying(waiting: str) -> Iterator[None]:
 
 def _bound() -> str:
     return f"ends after {wait_seconds():g} s; --wait sets it"
+
+
+def ask(client: Client, request: Callable[..., Any], *arguments: Any, **options: Any) -> Any:
+    """Wait for the answer to a request that a client makes of its scheduler.
+
+    Parameters
+    ----------
+    client : distributed.Client
+    request : callable
+        Coroutine function that makes the request.
+    *arguments, **options
+        Arguments of the request; option ``callback_timeout``: limit of waiting, seconds.
+
+    Raises
+    ------
+    TimeoutError
+        If the answer does not come in time.
+    OSError
+        If the scheduler has gone.
+    """
+    try:
+        return client.sync(request, *arguments, **options)
+    except (AttributeError, CancelledError) as error:
+        # A client that knows that its scheduler has gone has None for it, and cancels requests.
+        if isinstance(error, AttributeError) and client.scheduler is not None:
+            raise
+        raise ConnectionError("the scheduler has gone") from error
+
+
+async def _call(client: Client, name: str) -> Any:
+    return await getattr(client.scheduler, name)()
 
 
 class Vigil:
@@ -138,9 +163,8 @@ class Vigil:
         where = scheduler_address(self._client)
         try:
             # The request takes 1 ms, so 2 s are ample.
-            scheduler: Any = self._client.scheduler
-            known = self._client.sync(scheduler.identity, callback_timeout=SOON)
-        except LOST:
+            known = ask(self._client, _call, self._client, "identity", callback_timeout=SOON)
+        except OSError:
             return f"the Dask scheduler at {where} does not answer"
         workers: dict[str, dict[str, Any]] = known["workers"]
         if not workers:
@@ -203,9 +227,8 @@ def threads_of_workers(client: Client) -> list[int]:
     vigil = Vigil(client, "Looking for workers")
     while True:
         try:
-            scheduler: Any = client.scheduler
-            threads = client.sync(scheduler.ncores, callback_timeout=wait_seconds())
-        except LOST as error:
+            threads = ask(client, _call, client, "ncores", callback_timeout=wait_seconds())
+        except OSError as error:
             raise lost(client, "Looking for workers", error) from error
         if threads:
             return list(threads.values())

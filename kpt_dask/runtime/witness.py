@@ -28,7 +28,7 @@ from zarr.storage import LocalStore
 from atlas_store.storage.objects import Objects
 from kpt_dask.errors import ClusterError
 from kpt_dask.runtime.connect import is_own
-from kpt_dask.runtime.patience import saying, scheduler_address, wait_seconds
+from kpt_dask.runtime.patience import ask, lost, saying, scheduler_address, wait_seconds
 
 FOLDER = ".kpt-witness"
 """Name of the folder that holds the token during a run."""
@@ -186,14 +186,21 @@ def _ask_all(client: Client, proof: Proof) -> None:
     """Let every connected worker give the proof."""
     try:
         with saying(f"waiting for the workers at {scheduler_address(client)} to answer"):
-            answers = client.sync(
-                client._run, prove, proof, on_error="return", callback_timeout=wait_seconds()
+            answers = ask(
+                client,
+                client._run,
+                prove,
+                proof,
+                on_error="return",
+                callback_timeout=wait_seconds(),
             )
     except TimeoutError as error:
         raise ClusterError(
             f"A worker at {scheduler_address(client)} does not answer: see the logs of its "
             "workers, and end those that hang."
         ) from error
+    except OSError as error:
+        raise lost(client, "Asking the workers", error) from error
     for address, answer in answers.items():
         if isinstance(answer, ClusterError):
             raise answer

@@ -176,6 +176,6 @@ def write_phantom(
             partial = stack.enter_context(replacing(path, overwrite=overwrite))
             writers.append(stack.enter_context(NiftiWriter(partial, new_header(grid, dtype))))
         for z in range(0, shape[0], PLANES):
-            slab = phantom_slab(seed, shape, spacing, z, min(z + PLANES, shape[0]))
-            for writer, planes in zip(writers, slab, strict=True):
-                writer.write(pack(planes))
+            image, label = phantom_slab(seed, shape, spacing, z, min(z + PLANES, shape[0]))
+            writers[0].write(pack(image))
+            writers[1].write(pack(label))
