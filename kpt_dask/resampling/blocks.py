@@ -6,7 +6,7 @@ reads and writes.
 
 from dataclasses import dataclass
 from itertools import product
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -46,6 +46,37 @@ class Window:
     affine: NDArray[np.float64]
 
 
+class Geometry(NamedTuple):
+    """Way from the voxels of a block to the samples of a part, for kernels.
+
+    Attributes
+    ----------
+    origin : int64 array (3)
+        Index of the first voxel of the part in the source.
+    start : int64 array (3)
+        Index of the first voxel of the block in the target.
+    shape : int64 array (3)
+        Shape of the whole source.
+    affine : float64 array (4, 4)
+        Source index of a target index.
+    """
+
+    origin: NDArray[np.int64]
+    start: NDArray[np.int64]
+    shape: NDArray[np.int64]
+    affine: NDArray[np.float64]
+
+    @classmethod
+    def of(cls, plan: Window) -> "Geometry":
+        """Geometry of a window."""
+        return cls(
+            np.array([s.start for s in plan.region]),
+            np.array([s.start for s in plan.block]),
+            np.array(plan.source_shape),
+            plan.affine,
+        )
+
+
 def window(source: Grid, target: Grid, block: Region) -> Window:
     """Plan the interpolation of a block of the target from an array on the source grid."""
     affine = np.linalg.inv(source.affine) @ target.affine
@@ -75,7 +106,7 @@ def interpolate(part: NDArray[np.float32], plan: Window) -> NDArray[np.float32]:
         Values of ``plan.block``.
     """
     out = np.empty([s.stop - s.start for s in plan.block], np.float32)
-    _trilinear(np.ascontiguousarray(part), *kernel_arguments(plan), out)
+    _interpolate(np.ascontiguousarray(part), Geometry.of(plan), out)
     return out
 
 
@@ -86,22 +117,32 @@ def interpolate_labels(part: NDArray[Any], plan: Window) -> NDArray[Any]:
     `interpolate`.
     """
     out = np.zeros([s.stop - s.start for s in plan.block], part.dtype)
-    _trilinear_labels(np.ascontiguousarray(part), *kernel_arguments(plan), out)
+    _interpolate_labels(np.ascontiguousarray(part), Geometry.of(plan), out)
     return out
 
 
-def kernel_arguments(plan: Window) -> tuple[Any, Any, Any, Any]:
-    """Arguments of the kernels: origins of part and block, shape of the source, affine."""
+@kernel
+def find_row(geometry: Any, z: Any, y: Any, at: Any) -> None:
+    """Write to `at` (3) the source index of a row of the block, without the part along x."""
+    affine, start = geometry.affine, geometry.start
+    for a in range(3):
+        at[a] = affine[a, 3] + affine[a, 0] * (start[0] + z) + affine[a, 1] * (start[1] + y)
+
+
+@kernel
+def neighbours(geometry: Any, at: Any, x: Any) -> Any:
+    """Find the `_neighbours_on_axis` z, y and x around voxel x of the row at `at`."""
+    affine, shape, origin = geometry.affine, geometry.shape, geometry.origin
+    i = geometry.start[2] + x
     return (
-        np.array([s.start for s in plan.region]),
-        np.array([s.start for s in plan.block]),
-        np.array(plan.source_shape),
-        plan.affine,
+        _neighbours_on_axis(at[0] + affine[0, 2] * i, shape[0], origin[0]),
+        _neighbours_on_axis(at[1] + affine[1, 2] * i, shape[1], origin[1]),
+        _neighbours_on_axis(at[2] + affine[2, 2] * i, shape[2], origin[2]),
     )
 
 
 @kernel
-def neighbours_on_axis(position: Any, n: Any, origin: Any) -> Any:
+def _neighbours_on_axis(position: Any, n: Any, origin: Any) -> Any:
     """Find the two samples around a position on an axis of n samples.
 
     Returns
@@ -121,7 +162,7 @@ def neighbours_on_axis(position: Any, n: Any, origin: Any) -> Any:
 
 @kernel
 def trilinear(part: Any, z: Any, y: Any, x: Any) -> Any:
-    """Trilinear value between eight samples, given the `neighbours_on_axis` of each axis."""
+    """Trilinear value between eight samples, given the `neighbours` on each axis."""
     z0, z1, dz, _ = z
     y0, y1, dy, _ = y
     x0, x1, dx, _ = x
@@ -136,17 +177,13 @@ def trilinear(part: Any, z: Any, y: Any, x: Any) -> Any:
 
 
 @kernel
-def _trilinear(part: Any, origin: Any, start: Any, shape: Any, affine: Any, out: Any) -> None:
+def _interpolate(part: Any, geometry: Any, out: Any) -> None:
     at = np.empty(3)
     for z in range(out.shape[0]):
         for y in range(out.shape[1]):
-            for a in range(3):
-                at[a] = affine[a, 3] + affine[a, 0] * (start[0] + z) + affine[a, 1] * (start[1] + y)
+            find_row(geometry, z, y, at)
             for x in range(out.shape[2]):
-                i = start[2] + x
-                on_z = neighbours_on_axis(at[0] + affine[0, 2] * i, shape[0], origin[0])
-                on_y = neighbours_on_axis(at[1] + affine[1, 2] * i, shape[1], origin[1])
-                on_x = neighbours_on_axis(at[2] + affine[2, 2] * i, shape[2], origin[2])
+                on_z, on_y, on_x = neighbours(geometry, at, x)
                 out[z, y, x] = trilinear(part, on_z, on_y, on_x)
 
 
@@ -169,22 +206,16 @@ def _heaviest(labels: Any, weights: Any, sums: Any) -> Any:
 
 
 @kernel
-def _trilinear_labels(
-    part: Any, origin: Any, start: Any, shape: Any, affine: Any, out: Any
-) -> None:
+def _interpolate_labels(part: Any, geometry: Any, out: Any) -> None:
     at = np.empty(3)
     labels = np.empty(8, part.dtype)
     weights = np.empty(8, np.float32)
     sums = np.empty(8, np.float32)
     for z in range(out.shape[0]):
         for y in range(out.shape[1]):
-            for a in range(3):
-                at[a] = affine[a, 3] + affine[a, 0] * (start[0] + z) + affine[a, 1] * (start[1] + y)
+            find_row(geometry, z, y, at)
             for x in range(out.shape[2]):
-                i = start[2] + x
-                on_z = neighbours_on_axis(at[0] + affine[0, 2] * i, shape[0], origin[0])
-                on_y = neighbours_on_axis(at[1] + affine[1, 2] * i, shape[1], origin[1])
-                on_x = neighbours_on_axis(at[2] + affine[2, 2] * i, shape[2], origin[2])
+                on_z, on_y, on_x = neighbours(geometry, at, x)
                 z0, z1, dz, outside_z = on_z
                 y0, y1, dy, outside_y = on_y
                 x0, x1, dx, outside_x = on_x

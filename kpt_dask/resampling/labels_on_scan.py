@@ -17,10 +17,11 @@ from atlas_store.arrays import chunk_io
 from kpt_dask.grid import Grid
 from kpt_dask.kernels.jit import kernel
 from kpt_dask.resampling.blocks import (
+    Geometry,
     Region,
     Window,
-    kernel_arguments,
-    neighbours_on_axis,
+    find_row,
+    neighbours,
     trilinear,
     window,
 )
@@ -90,7 +91,7 @@ def decide_planes(
         )
         _claim(
             part,
-            *kernel_arguments(replace(plan, block=box)),
+            Geometry.of(replace(plan, block=box)),
             np.uint16(value),
             largest[inside],
             labels[inside],
@@ -140,27 +141,14 @@ def _reached(mask: NDArray[np.bool_], plan: Window) -> Region | None:
 
 
 @kernel
-def _claim(
-    part: Any,
-    origin: Any,
-    start: Any,
-    shape: Any,
-    affine: Any,
-    value: Any,
-    largest: Any,
-    labels: Any,
-) -> None:
+def _claim(part: Any, geometry: Any, value: Any, largest: Any, labels: Any) -> None:
     """Give a box the label of one organ where its share is the largest so far."""
     at = np.empty(3)
     for z in range(labels.shape[0]):
         for y in range(labels.shape[1]):
-            for a in range(3):
-                at[a] = affine[a, 3] + affine[a, 0] * (start[0] + z) + affine[a, 1] * (start[1] + y)
+            find_row(geometry, z, y, at)
             for x in range(labels.shape[2]):
-                i = start[2] + x
-                on_z = neighbours_on_axis(at[0] + affine[0, 2] * i, shape[0], origin[0])
-                on_y = neighbours_on_axis(at[1] + affine[1, 2] * i, shape[1], origin[1])
-                on_x = neighbours_on_axis(at[2] + affine[2, 2] * i, shape[2], origin[2])
+                on_z, on_y, on_x = neighbours(geometry, at, x)
                 if max(on_z[3], on_y[3], on_x[3]) > 1:
                     continue
                 share = trilinear(part, on_z, on_y, on_x)
