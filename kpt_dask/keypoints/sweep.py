@@ -29,14 +29,8 @@ class OctaveKeypoints(NamedTuple):
 
     Attributes
     ----------
-    voxel : int64 array (n, 3)
-        Voxel (z, y, x) of the octave.
-    offset : float64 array (n, 4)
-        From there to the extremum along z, y, x (voxels) and scale (levels), each ±0.5.
-    level : uint8 array (n)
-        Level of the octave, 1 … 3.
-    response : float32 array (n)
-        Difference of Gaussians at the voxel, HU.
+    voxel, offset, level, response
+        As of `kpt_dask.keypoints.extrema.Extrema`.
     descriptor : uint8 array (n, 64)
         Ranks 0 … 63, in the frame.
     frame : float32 array (n, 3, 3)

@@ -3,13 +3,16 @@
 Knows points in mm; no atlases, no organs. Deterministic: the samples are drawn once, from a seed.
 """
 
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from kpt_dask.kernels.jit import kernel
 from kpt_dask.runtime.team import map_in_threads
+
+Points = Annotated[NDArray[np.float64], "axis point"]
+"""Coordinates of points axis by axis, so that loops over points are vectorised, mm."""
 
 LEAST = 8
 """Least number of matches that must agree: twice the 4 that any affine fits exactly."""
@@ -24,7 +27,7 @@ SEED = 0
 
 _DRAWN = np.random.default_rng(SEED).random((TRIALS, 4))
 _PARTS = 4
-"""Parts of the groups that are fitted in threads of their own."""
+"""Number of parts that the groups are dealt into, each fitted by one thread."""
 _SQUARED_TOLERANCE = TOLERANCE_MM * TOLERANCE_MM
 _LEAST_VOLUME = 1.0
 """mm³; determinant of the edges below which 4 points count as lying in a plane."""
@@ -74,7 +77,6 @@ def _fit_groups(
     for g in range(first, ends.size, step):
         begin = ends[g - 1] if g > 0 else 0
         n = ends[g] - begin
-        # Axis by axis, so that loops over points are vectorised.
         before, after, apart = np.empty((3, n)), np.empty((3, n)), np.empty(n)
         for m in range(n):
             for axis in range(3):
@@ -125,8 +127,8 @@ def _choose(n: int, drawn: NDArray[np.float64], chosen: NDArray[np.int64]) -> in
 
 @kernel
 def _fit(
-    source: NDArray[np.float64],
-    target: NDArray[np.float64],
+    source: Points,
+    target: Points,
     samples: NDArray[np.int64],
     out: NDArray[np.float64],
     apart: NDArray[np.float64],
@@ -136,6 +138,7 @@ def _fit(
     Parameters
     ----------
     source, target : float64 arrays (3, n)
+        Pairs of points.
     samples : int64 array (m, 4)
         Indices of the pairs through which affines are tried.
     out : float64 array (4, 3)
@@ -157,10 +160,7 @@ def _fit(
 
 @kernel
 def _best(
-    source: NDArray[np.float64],
-    target: NDArray[np.float64],
-    samples: NDArray[np.int64],
-    out: NDArray[np.float64],
+    source: Points, target: Points, samples: NDArray[np.int64], out: NDArray[np.float64]
 ) -> int:
     """Find the plausible affine through 4 pairs that most agree with, the first in a tie.
 
@@ -194,10 +194,7 @@ def _best(
 
 @kernel
 def _least_squares(
-    source: NDArray[np.float64],
-    target: NDArray[np.float64],
-    apart: NDArray[np.float64],
-    out: NDArray[np.float64],
+    source: Points, target: Points, apart: NDArray[np.float64], out: NDArray[np.float64]
 ) -> None:
     """Fit an affine to the pairs that agree by least squares; four of them span a volume."""
     before, after = np.zeros(3), np.zeros(3)
@@ -235,7 +232,7 @@ def _through(inverse: Any, moved: Any, before: Any, after: Any, out: Any) -> Non
 
 
 @kernel
-def _agree(source: Any, target: Any, affine: Any, apart: Any) -> int:
+def _agree(source: Points, target: Points, affine: Any, apart: NDArray[np.float64]) -> int:
     """Count the pairs that agree with an affine; `apart` (n) receives squared distances, mm²."""
     for a in range(3):
         z, y, x, end = affine[0, a], affine[1, a], affine[2, a], affine[3, a]
