@@ -28,7 +28,7 @@ ANISOTROPY = 10_000.0
 """Patches whose structure tensor has trace³ ≥ this · det are refused: flat or line-like.
 
 featExtract uses 140 (an isotropic tensor has 27). On real CT that refuses two keypoints in
-three, and most of those in the parotids; see the README's section on accuracy.
+three, and most of those in the parotids: see `kpt_dask/README.md`.
 """
 PATCH_REACH = math.ceil(STEP * (PATCH // 2 + 1) * level_sigma(LEVELS + 0.5) + 0.5)
 """Planes that a patch may need on either side of its keypoint's plane."""
