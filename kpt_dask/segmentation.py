@@ -49,7 +49,7 @@ from kpt_dask.organ_transfer.probability import TILING, create_probability
 from kpt_dask.output.commit import replacing_together
 from kpt_dask.output.places import check_outputs
 from kpt_dask.runtime import cluster, notices, witness
-from kpt_dask.scans.label_header import RUN, label_header
+from kpt_dask.scans.label_header import RUN, header_like
 from kpt_dask.scans.nifti_writer import NiftiWriter
 from kpt_dask.scans.scan import Scan, check_ending, open_scan
 from kpt_dask.volumes.conversion import convert_into
@@ -250,7 +250,7 @@ def segment(
         for partial in partials[1:]:
             smallest = options.smallest_share(mode)
             decision = Decision(found.probability, store.organs, smallest, volume.grid, source.grid)
-            header = label_header(source.file.header, source.grid.shape, DTYPE)
+            header = header_like(source.file.header, source.grid.shape, DTYPE)
             with NiftiWriter(partial, header) as writer:
                 writer.description = f"{RUN}{said['run']}"
                 counts = fill(writer, decision, memory=memory, client=session)

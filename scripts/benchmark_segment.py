@@ -39,7 +39,7 @@ from kpt_dask.organ_transfer.job import Evidence, TransferJob
 from kpt_dask.organ_transfer.modes import transfer
 from kpt_dask.organ_transfer.probability import TILING, create_probability
 from kpt_dask.runtime import cluster
-from kpt_dask.scans.label_header import label_header
+from kpt_dask.scans.label_header import header_like
 from kpt_dask.scans.nifti_writer import NiftiWriter
 from kpt_dask.scans.scan import open_scan
 from kpt_dask.volumes.conversion import convert_into
@@ -198,7 +198,7 @@ def stations(scan: Path, store_path: Path, out: Path) -> dict[str, dict[str, flo
                 table.to_zarr(group.store, group=name, zarr_format=3, consolidated=False)
             threshold = DEFAULTS.smallest_share("organ")
             decision = Decision(probability, store.organs, threshold, volume.grid, source.grid)
-            header = label_header(source.file.header, source.grid.shape, DTYPE)
+            header = header_like(source.file.header, source.grid.shape, DTYPE)
             with NiftiWriter(out.with_suffix(".nii.gz"), header) as file:
                 fill(file, decision, memory=None, client=client)
     return figures

@@ -14,7 +14,7 @@ from atlas_store.crop import write_crop
 from atlas_store.organ_strips import write_strips
 from kpt_dask.grid import Grid
 from kpt_dask.organ_transfer.probability import TILING, Tiling
-from kpt_dask.scans.label_header import label_header
+from kpt_dask.scans.label_header import header_like
 from kpt_dask.scans.nifti_writer import NiftiWriter, pack
 from kpt_dask.scans.scan import Scan
 from kpt_dask.volumes.blur import blur_planes, blur_scratch
@@ -164,7 +164,7 @@ def create_labels(group: zarr.Group, shape: tuple[int, ...], tiling: Tiling = TI
 
 def write_labels(path: Path, scan: Scan, labels: Array) -> None:
     """Write a label map on a scan's own grid."""
-    with NiftiWriter(path, label_header(scan.file.header, labels.shape, labels.dtype)) as file:
+    with NiftiWriter(path, header_like(scan.file.header, labels.shape, labels.dtype)) as file:
         file.write(pack(labels))
 
 

@@ -13,7 +13,7 @@ RUN = "kpt-dask run "
 """Begins the description of a label map that belongs to an OME-Zarr of the same run."""
 
 
-def label_header(like: Any, shape: tuple[int, int, int], dtype: np.dtype[Any]) -> Any:
+def header_like(like: Any, shape: tuple[int, int, int], dtype: np.dtype[Any]) -> Any:
     """Make the header of a label map on a scan's grid.
 
     Parameters

@@ -67,7 +67,7 @@ class NiftiWriter:
         Compressed if the name ends in ``.gz``.
     header : nibabel.Nifti1Header or nibabel.Nifti2Header
         Header of a single little-endian file, with the shape and dtype of the voxels:
-        from `kpt_dask.scans.nifti.new_header` or `kpt_dask.scans.label_header.label_header`.
+        from `kpt_dask.scans.nifti.new_header` or `kpt_dask.scans.label_header.header_like`.
 
     Attributes
     ----------

@@ -29,7 +29,7 @@ from kpt_dask.cli.batch import outputs, segment_batch
 from kpt_dask.cli.slurm import Resources, job_script, main, submit, worker_cluster, workers
 from kpt_dask.errors import ClusterError, ParameterError, ScanFormatError
 from kpt_dask.runtime import cluster
-from kpt_dask.scans.label_header import label_header
+from kpt_dask.scans.label_header import header_like
 from kpt_dask.scans.nifti_writer import NiftiWriter, pack
 
 RESOURCES = Resources(3, 16, "32GB", "4GB", "02:30:00", "long jobs", "radiology")
@@ -166,7 +166,7 @@ def test_batch_goes_on_where_it_stopped(
 
 def write_labels(path: Path, description: str) -> None:
     like: Any = nibabel.Nifti1Header()
-    with NiftiWriter(path, label_header(like, (1, 1, 1), np.dtype(np.uint16))) as file:
+    with NiftiWriter(path, header_like(like, (1, 1, 1), np.dtype(np.uint16))) as file:
         file.description = description
         file.write(pack(np.zeros((1, 1, 1), np.uint16)))
 

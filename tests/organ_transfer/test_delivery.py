@@ -15,7 +15,7 @@ from kpt_dask.organ_transfer.delivery import DTYPE, Decision, fill, planes_per_t
 from kpt_dask.organ_transfer.measures import OrganMeasures, as_delivered
 from kpt_dask.resampling.labels_on_scan import labels_onto
 from kpt_dask.scans import nifti_writer
-from kpt_dask.scans.label_header import label_header
+from kpt_dask.scans.label_header import header_like
 from kpt_dask.scans.nifti_writer import NiftiWriter, pack, planes_at_once
 
 _nib: Any = nibabel
@@ -40,7 +40,7 @@ def decision(tmp_path_factory: pytest.TempPathFactory) -> Decision:
 def header() -> Any:
     made = _nib.Nifti1Header()
     made.set_data_shape(TARGET.shape[::-1])
-    return label_header(made, TARGET.shape, DTYPE)
+    return header_like(made, TARGET.shape, DTYPE)
 
 
 def test_the_file_is_the_same_whoever_decides(

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from kpt_dask.scans import nifti_writer
-from kpt_dask.scans.label_header import label_header
+from kpt_dask.scans.label_header import header_like
 from kpt_dask.scans.nifti_writer import NiftiWriter, pack, planes_at_once
 
 _nib: Any = nibabel
@@ -33,7 +33,7 @@ def header(kind: str = "Nifti1Header") -> Any:
 def write(path: Path, like: Any) -> bytes:
     step = planes_at_once(SHAPE, LABELS.dtype)
     assert step == 2
-    with NiftiWriter(path, label_header(like, SHAPE, LABELS.dtype)) as file:
+    with NiftiWriter(path, header_like(like, SHAPE, LABELS.dtype)) as file:
         for z in range(0, len(LABELS), step):
             file.write(pack(LABELS[z : z + step]))
         file.description = "said at the end"
@@ -62,7 +62,7 @@ def test_there_is_one_member_as_some_readers_stop_after_the_first(tmp_path: Path
 
 
 def test_missing_planes_are_an_error(tmp_path: Path) -> None:
-    file = NiftiWriter(tmp_path / "labels.nii.gz", label_header(header(), SHAPE, LABELS.dtype))
+    file = NiftiWriter(tmp_path / "labels.nii.gz", header_like(header(), SHAPE, LABELS.dtype))
     with pytest.raises(ValueError, match="2 planes were given for a file of 7"), file:
         file.write(pack(LABELS[:2]))
 
@@ -71,6 +71,6 @@ def test_a_full_disk_is_told_with_the_file() -> None:
     for many in (1, 1000):
         shape = (many, *SHAPE[1:])
         labels = np.random.default_rng(0).integers(0, 9999, shape).astype(np.uint16)
-        file = NiftiWriter(Path("/dev/full"), label_header(header(), shape, labels.dtype))
+        file = NiftiWriter(Path("/dev/full"), header_like(header(), shape, labels.dtype))
         with pytest.raises(OSError, match=r"No space left.*'/dev/full'"), file:
             file.write(pack(labels))
