@@ -18,7 +18,7 @@ import pytest
 from atlas_store import load_organs
 
 ROOT = Path(__file__).parents[1]
-DOCUMENTS = sorted(path for path in ROOT.glob("**/README.md") if ".venv" not in path.parts)
+DOCUMENTS = sorted({ROOT / "README.md", *ROOT.glob("[!.]*/README.md")})
 FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 LINK = re.compile(r"\[[^\]]+\]\((?!http)([^)#]+)\)")
 LOOKED_UP = ("scripts/", "pip ", "git ", "python -m ")
