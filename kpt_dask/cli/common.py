@@ -6,9 +6,7 @@ the commands, so that ``kpt --help`` is fast.
 
 import errno
 import json
-import logging
 import os
-import shutil
 import sys
 import warnings
 from collections.abc import Callable, Container, Iterator, Sequence
@@ -342,6 +340,8 @@ def _quiet() -> Iterator[None]:
     if os.environ.get("KPT_DEBUG"):
         yield
         return
+    import logging
+
     roots = ("distributed", "dask", "tornado", "asyncio", "bokeh")
     known = [name for name in logging.root.manager.loggerDict if name.split(".")[0] in roots]
     loggers = [logging.getLogger(name) for name in {*roots, *known}]
@@ -392,9 +392,11 @@ def columns(header: Sequence[str], rows: Sequence[Sequence[str]], left: Containe
 
     Cells that do not fit on a terminal go into lines of their own.
     """
+    from shutil import get_terminal_size
+
     rows = [[printable(cell) for cell in row] for row in rows]
     widths = [max(map(len, column)) for column in zip(header, *rows, strict=True)]
-    most = shutil.get_terminal_size().columns if sys.stdout.isatty() else PIPED_WIDTH
+    most = get_terminal_size().columns if sys.stdout.isatty() else PIPED_WIDTH
     lines: list[list[int]] = [[]]
     for i, width in enumerate(widths):
         taken = sum(widths[k] + len(GAP) for k in lines[-1]) + len(GAP) * (len(lines) > 1)

@@ -1,6 +1,5 @@
 """The command line: ``kpt``."""
 
-import logging
 import os
 import signal
 import sys
@@ -71,7 +70,8 @@ def _interrupt(signum: int, _: object) -> NoReturn:
     for ending in ENDING:
         signal.signal(ending, signal.SIG_IGN)
     # Libraries' log messages about the interruption help nobody.
-    logging.disable()
+    if disable := getattr(sys.modules.get("logging"), "disable", None):
+        disable()
     raise KeyboardInterrupt if signum == signal.SIGINT else SystemExit(128 + signum)
 
 

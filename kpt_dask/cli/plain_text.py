@@ -4,8 +4,6 @@ Names, notes and sentences may come from a store or a file that somebody else wr
 characters move the cursor, change the title or the colours, and reverse the order of letters.
 """
 
-import unicodedata
-
 _STEERING = frozenset({"Cc", "Cf", "Cs", "Zl", "Zp"})
 """Categories of Unicode: control, format, lone surrogate, separators of lines and paragraphs."""
 
@@ -23,10 +21,7 @@ def printable(text: str, keep: str = "") -> str:
     if text.isprintable():
         return text
     return "".join(
-        c.encode("unicode_escape").decode()
-        if unicodedata.category(c) in _STEERING and c not in keep
-        else c
-        for c in text
+        c.encode("unicode_escape").decode() if c not in keep and _steers(c) else c for c in text
     )
 
 
@@ -35,11 +30,16 @@ def printable_json(text: str) -> str:
     if text.isprintable():
         return text
     return "".join(
-        "".join(f"\\u{unit:04x}" for unit in _units(c))
-        if unicodedata.category(c) in _STEERING and c != "\n"
-        else c
+        "".join(f"\\u{unit:04x}" for unit in _units(c)) if c != "\n" and _steers(c) else c
         for c in text
     )
+
+
+def _steers(character: str) -> bool:
+    # Imported here, because most answers do not need it.
+    from unicodedata import category
+
+    return category(character) in _STEERING
 
 
 def _units(character: str) -> list[int]:
