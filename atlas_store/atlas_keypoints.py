@@ -126,5 +126,5 @@ class AtlasKeypoints:
         return len(self.ids)
 
     def slice_of(self, atlas: int) -> slice:
-        """Where the keypoints of the atlas with this index lie in the arrays."""
+        """Slice of the arrays that holds the keypoints of the atlas with this index."""
         return slice(int(self.offsets[atlas]), int(self.offsets[atlas + 1]))

@@ -347,7 +347,7 @@ def _find_planes(
 
 @kernel
 def _is_short(values: NDArray[np.int16], strip: int) -> bool:
-    """Tell whether a strip has voxels of the organ among its first `SHORT` ones only."""
+    """Whether a strip has voxels of the organ among its first `SHORT` ones only."""
     more = False
     for lane in range(SHORT, STRIP):
         more |= values[strip, HEADER_COLUMNS + lane] != NOT_ORGAN

@@ -63,7 +63,7 @@ class Snapshot(AtlasStore):
         return [found[atlas_id] for atlas_id in self._uuids if atlas_id in found]
 
     def gone(self, ids: Iterable[str]) -> list[str]:
-        """Tell which of some atlases were removed or replaced since."""
+        """Find which of some atlases were removed or replaced since."""
         gone = []
         for atlas_id in ids:
             try:

@@ -60,7 +60,7 @@ class ClusterError(KptError, RuntimeError):
 
 
 class OutputVanishedError(KptError, FileNotFoundError):
-    """What a run had written was deleted by somebody else before the run was done."""
+    """A run's partial output was deleted by somebody else before the run was done."""
 
 
 if TYPE_CHECKING:
@@ -83,7 +83,7 @@ class KptWarning(UserWarning):
 
 @contextmanager
 def naming(path: str | Path) -> Iterator[None]:
-    """Let an error of a full disk name what was being written, as most libraries leave it out."""
+    """Add to an error of a full disk what was being written, which most libraries leave out."""
     try:
         yield
     except OSError as error:

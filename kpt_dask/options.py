@@ -190,7 +190,7 @@ class TransferOptions:
 
 
 MEMORY = 1 << 30
-"""Bytes that the large arrays of a process take at most, unless told otherwise: see
+"""Bytes that the large arrays of a process take at most, by default: see
 `kpt_dask.runtime.memory.budget`."""
 
 DEFAULTS = TransferOptions()

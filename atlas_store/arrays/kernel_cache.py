@@ -43,7 +43,7 @@ class KernelCacheWarning(UserWarning):
 
 
 class KernelCache(_caching._Cache):  # type: ignore[misc]
-    """Where one kernel is kept, by signature and processor.
+    """Files of one compiled kernel, by signature and processor.
 
     Parameters
     ----------
@@ -121,7 +121,7 @@ class KernelCache(_caching._Cache):  # type: ignore[misc]
 
 
 def cached(kernel: Any) -> Any:
-    """Let what numba compiles of a kernel be kept on disk; return the kernel."""
+    """Keep what numba compiles of a kernel on disk; return the kernel."""
     # With NUMBA_DISABLE_JIT it is the plain function.
     if isinstance(kernel, _Dispatcher):
         kernel._cache = KernelCache(kernel)

@@ -21,7 +21,7 @@ def cache_folder() -> Path:
 
 
 def index_folder(store_uuid: str) -> Path:
-    """Where the cache keeps the index of a store."""
+    """Folder in which the cache keeps the index of a store."""
     # A digest, because the uuid comes from a store and might hold "../".
     return cache_folder() / "index" / digest(store_uuid.encode())[:32]
 

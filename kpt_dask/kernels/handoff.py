@@ -26,7 +26,7 @@ BETWEEN_THREADS = not PLAIN
 
 
 def first_steps(stages: int, step: int) -> NDArray[np.int64]:
-    """Make the array ``next_step`` of so many stages that all begin at `step`."""
+    """Make the array ``next_step`` of stages that all begin at `step`."""
     return np.full(stages, step, np.int64)
 
 

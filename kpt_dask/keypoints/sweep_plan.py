@@ -24,7 +24,7 @@ _IDENTITY_TAPS = np.ones(1, np.float32)
 
 
 class SweepPlan(NamedTuple):
-    """What the kernels of a sweep need to know; Gaussian i is made from Gaussian i − 1.
+    """Parameters of a sweep, for its kernels; Gaussian i is made from Gaussian i − 1.
 
     Attributes
     ----------
@@ -60,7 +60,7 @@ class SweepPlan(NamedTuple):
 
 
 class SweepState(NamedTuple):
-    """What the threads of a sweep share.
+    """Buffers that the threads of a sweep share.
 
     Attributes
     ----------
@@ -119,7 +119,7 @@ def plan_sweep(
 
 
 def allocate(plan: SweepPlan, plane_shape: tuple[int, int], threads: int) -> SweepState:
-    """Allocate the buffers of a sweep that so many threads share."""
+    """Allocate the buffers of a sweep that `threads` threads share."""
     # In one piece, which the system maps in huge pages.
     sizes = _ring_sizes(plan.taps, threads)
     differences = LEVELS + 2, 3, *plane_shape
@@ -138,7 +138,7 @@ def halo(first_octave: bool, finer: bool = False) -> int:
 
 
 def planes_held(threads: int) -> int:
-    """Count the planes that a sweep of the first octave keeps in memory if so many share it."""
+    """Count the planes that a sweep of the first octave keeps, if `threads` threads share it."""
     return sum(_ring_sizes(_taps(True, False), threads)) + 3 * (LEVELS + 2)
 
 

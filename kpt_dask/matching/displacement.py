@@ -58,7 +58,7 @@ class Field:
         return cls(position, translation - trend.at(position), trend)
 
     def reversed(self) -> "Field":
-        """Give the field with the roles exchanged: its points are the atlas's."""
+        """Field with the roles exchanged: its points are those of the atlas."""
         translation = self.rest + self.trend.at(self.position)
         return Field.of(self.position - translation, translation)
 

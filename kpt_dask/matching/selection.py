@@ -27,7 +27,7 @@ from kpt_dask.runtime import progress
 BY_ORGANS = ("organ", "affine")
 """Modes in which only matches in organs move an atlas."""
 USUAL = 20
-"""Atlases that are kept of a larger store, unless told otherwise: more gained nothing on real
+"""Atlases that are kept of a larger store by default: more gained nothing on real
 patients, and time would grow with the store."""
 PROPOSED = 3
 """Atlases that are matched for each one that is kept."""

@@ -42,7 +42,7 @@ class Trend:
     known: bool = True
 
     def at(self, points: NDArray[Any]) -> NDArray[np.float32]:
-        """Give the displacement at points (n, 3), mm."""
+        """Displacement at points (n, 3), mm."""
         along = (np.asarray(points, np.float64) - self.centre) / UNIT
         # A product of matrices might sum in another order on other threads.
         moved = self.offset + np.einsum("nj,ja->na", along, self.slope)

@@ -1,4 +1,4 @@
-"""What all blocks of one transfer share, and what the stations before found."""
+"""Jobs: the data that all blocks of one transfer share, and the results of earlier stations."""
 
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -13,7 +13,7 @@ from kpt_dask.volumes.volume import Volume
 
 
 class Evidence(NamedTuple):
-    """What the stations before the transfer found.
+    """Results of the stations before the transfer.
 
     Attributes
     ----------

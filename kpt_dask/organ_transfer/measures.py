@@ -20,13 +20,13 @@ from kpt_dask.kernels.jit import kernel
 from kpt_dask.kernels.views import flat_row
 
 SURE, POSSIBLE = 1.75, 0.375
-"""Bounds of a volume's interval: voxels whose share is at least so many times the threshold."""
+"""Multiples of the threshold: voxels that reach them make up the bounds of a volume's interval."""
 BORDER_ERROR = 5.0
 """mm; a volume's interval is at least as wide as if the border of a ball of that volume were so far
 off. With it, mode local held the true volume of 92 % of the organs of fifteen of OpenKBP's
 patients, on which it was chosen, and of 95 % of those of sixteen others."""
 FIRM = 1.25
-"""The confidence compares the voxels at so many times the threshold with those at the threshold."""
+"""Multiple of the threshold: the confidence is the share of an organ's voxels that reach it."""
 BORDER = 3.0
 """mm; error of a border that seems sure. It costs a small organ more of its confidence. With this
 and `FIRM`, Spearman's ρ of the confidence with the true Dice is 0.49 in mode local (OpenKBP, 31
@@ -38,7 +38,7 @@ LEVELS = POSSIBLE, 1.0, FIRM, SURE
 
 @dataclass(frozen=True)
 class OrganMeasures:
-    """What was found of one organ.
+    """Measures of one organ in a segmentation.
 
     Attributes
     ----------
@@ -79,7 +79,7 @@ class OrganMeasures:
 
 @dataclass(frozen=True)
 class OrganCounts:
-    """What one block, or all blocks, count of each organ; whole numbers.
+    """Counts of each organ in one block, or in all: whole numbers.
 
     Attributes
     ----------

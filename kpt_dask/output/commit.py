@@ -210,7 +210,7 @@ def _finish(moves: Any) -> None:
 
 
 def _is_vouched_for(move: dict[str, Any], moves: Any) -> bool:
-    """Tell whether a lock of this user, beside the source, records the same moves and the target.
+    """Whether a lock of this user, beside the source, records the same moves and the target.
 
     Somebody who can write a lock into one folder must not be able to move files in another.
     """

@@ -174,7 +174,7 @@ def lock_of(path: Path) -> Path:
 
 
 def is_own(path: Path) -> bool:
-    """Tell whether a path belongs to this user."""
+    """Whether a path belongs to this user."""
     try:
         return path.lstat().st_uid == os.geteuid()
     except OSError:
@@ -251,13 +251,13 @@ def _is_at(file: int, path: Path) -> bool:
 
 
 def _is_own(file: int) -> bool:
-    """Tell whether an open file is a regular one of this user."""
+    """Whether an open file is a regular one of this user."""
     status = os.fstat(file)
     return stat.S_ISREG(status.st_mode) and status.st_uid == os.geteuid()
 
 
 def _is_abandoned(file: int, lines: list[dict[str, Any]], locked: bool) -> bool:
-    """Tell whether the run of a lock has ended; `locked`: whether this process could lock it."""
+    """Whether the run of a lock has ended; `locked`: whether this process could lock it."""
     status = os.fstat(file)
     age = time.time() - status.st_mtime
     if not lines:

@@ -118,26 +118,26 @@ def along_own_axes(grid: Grid, spacing: float) -> Grid:
 
     Axes that are coarser already stay as they are.
     """
-    own = Orientation.of(grid).apply(grid)
-    coarser = np.maximum(own.spacing, spacing)
-    size = np.maximum(np.rint(np.array(own.shape) * own.spacing / coarser).astype(int), 1)
-    affine = own.affine.copy()
-    affine[:3, :3] *= coarser / own.spacing
-    affine[:3, 3] = own.to_mm((coarser / own.spacing - 1) / 2)
+    permuted = Orientation.of(grid).apply(grid)
+    coarser = np.maximum(permuted.spacing, spacing)
+    size = np.maximum(np.rint(np.array(permuted.shape) * permuted.spacing / coarser).astype(int), 1)
+    affine = permuted.affine.copy()
+    affine[:3, :3] *= coarser / permuted.spacing
+    affine[:3, 3] = permuted.to_mm((coarser / permuted.spacing - 1) / 2)
     return Grid((int(size[0]), int(size[1]), int(size[2])), affine)
 
 
 def axis_tables(source: Grid, target: Grid) -> tuple[AxisTable, AxisTable, AxisTable]:
     """Tables along the world axes (z, y, x), from a grid to one whose axes are parallel."""
-    own = Orientation.of(source).apply(source)
+    permuted = Orientation.of(source).apply(source)
     middle = (np.array(target.shape) - 1) / 2
     tables = []
     for a in range(3):
         # Rounded to what float32 headers hold, or a flipped file could have other weights in
         # the last bit.
-        ratio = round(float(target.spacing[a] / own.spacing[a]), 7)
+        ratio = round(float(target.spacing[a] / permuted.spacing[a]), 7)
         first = round(
-            float(own.to_index(target.to_mm(np.where(np.arange(3) == a, 0, middle)))[a]), 6
+            float(permuted.to_index(target.to_mm(np.where(np.arange(3) == a, 0, middle)))[a]), 6
         )
-        tables.append(axis_table(own.shape[a], target.shape[a], ratio, first))
+        tables.append(axis_table(permuted.shape[a], target.shape[a], ratio, first))
     return tables[0], tables[1], tables[2]

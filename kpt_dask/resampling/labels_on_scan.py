@@ -142,7 +142,7 @@ def _reached(mask: NDArray[np.bool_], plan: Window) -> Region | None:
 
 @kernel
 def _claim(part: Any, geometry: Any, value: Any, largest: Any, labels: Any) -> None:
-    """Give a box the label of one organ where its share is the largest so far."""
+    """Label a box with one organ where its share is the largest so far."""
     at = np.empty(3)
     for z in range(labels.shape[0]):
         for y in range(labels.shape[1]):

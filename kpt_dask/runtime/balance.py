@@ -62,36 +62,36 @@ def _halves(
     return best
 
 
-def deal(pieces: Sequence[Box], hands: int, cost: Callable[[Box], float]) -> list[list[Box]]:
-    """Deal pieces so that no hand costs much more than another, most of them in a row.
+def distribute(pieces: Sequence[Box], bins: int, cost: Callable[[Box], float]) -> list[list[Box]]:
+    """Distribute pieces to bins of like cost, most of those in a bin one after the other.
 
     Returns
     -------
     list of list of Box
-        At most so many hands, the costliest first; the pieces of each in their order.
+        Contents of at most `bins` bins, the costliest first; the pieces of each in their order.
     """
     costs = [cost(piece) for piece in pieces]
     total, behind = sum(costs) or 1.0, 0.0
-    dealt: list[list[int]] = [[] for _ in range(hands)]
+    filled: list[list[int]] = [[] for _ in range(bins)]
     for i, one in enumerate(costs):
-        # To whom the middle of what it costs would fall.
-        dealt[min(int(hands * (behind + one / 2) / total), hands - 1)].append(i)
+        # Into the bin in which the middle of its cost falls.
+        filled[min(int(bins * (behind + one / 2) / total), bins - 1)].append(i)
         behind += one
 
-    def cost_of(hand: list[int]) -> float:
-        return sum(costs[i] for i in hand)
+    def cost_of(one_bin: list[int]) -> float:
+        return sum(costs[i] for i in one_bin)
 
     while True:
-        dealt.sort(key=cost_of, reverse=True)
-        last = dealt[-1]
-        for hand in dealt:
-            excess = cost_of(hand) - cost_of(last)
-            movable = [i for i in hand if 0 < costs[i] < excess]
+        filled.sort(key=cost_of, reverse=True)
+        last = filled[-1]
+        for one_bin in filled:
+            excess = cost_of(one_bin) - cost_of(last)
+            movable = [i for i in one_bin if 0 < costs[i] < excess]
             if movable:
-                # What leaves the two most alike.
+                # The piece that leaves the two most alike.
                 moved = min(movable, key=lambda i: abs(excess - 2 * costs[i]))
-                hand.remove(moved)
+                one_bin.remove(moved)
                 last.append(moved)
                 break
         else:
-            return [[pieces[i] for i in sorted(own)] for own in dealt if own]
+            return [[pieces[i] for i in sorted(one_bin)] for one_bin in filled if one_bin]

@@ -48,7 +48,7 @@ __all__ = [
 T = TypeVar("T")
 
 TEAM = 2
-"""Threads of a process that share a task, if it has so many. A sweep's slowest stage takes a
+"""Threads of a process that share a task, at most. A sweep's slowest stage takes a
 quarter of its time, so more threads would often wait for that stage."""
 
 _LEADERS: WeakKeyDictionary[Worker, ThreadPoolExecutor] = WeakKeyDictionary()

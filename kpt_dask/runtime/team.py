@@ -1,7 +1,7 @@
 """Teams: threads of one process that share a list of jobs.
 
-A task of a team is a generator of jobs. Whichever thread is free takes the next one, so nobody
-waits for a slower thread. Jobs may depend on earlier ones; these have always begun.
+A task of a team is a generator of jobs. A free thread takes the next one, so none waits for
+a slower one. Jobs may depend on earlier ones; these have always begun.
 """
 
 import threading

@@ -223,7 +223,7 @@ def _native(file: BinaryIO, frame: Frame) -> NDArray[Any]:
             f"{frame.shown} holds {header.length} bytes of pixels, less than {rows} × {columns};"
             " get a new copy."
         )
-    file.seek(header.at + frame.index * size)
+    file.seek(header.offset + frame.index * size)
     data = file.read(size)
     if len(data) < size:
         raise ScanFormatError(
@@ -245,7 +245,7 @@ def _compressed(file: BinaryIO, frame: Frame) -> NDArray[Any]:
     header = frame.header
     if header.length != UNDEFINED:
         raise ScanFormatError(f"{frame.shown} has pixels that are not compressed as it says.")
-    file.seek(header.at)
+    file.seek(header.offset)
     data = encaps.get_frame(file, frame.index, number_of_frames=header.n_frames)
     rows, columns = header.whole("Rows"), header.whole("Columns")
     # Codecs invent pixels where data are cut off.
@@ -291,20 +291,20 @@ def _lossless_jpeg(data: bytes, header: Header) -> NDArray[Any]:
 def _codestream_size(data: bytes) -> tuple[int, int] | None:
     """Read the rows and columns from the data of a JPEG, JPEG-LS or JPEG 2000 image."""
 
-    def number(at: int, size: int) -> int:
-        return int.from_bytes(data[at : at + size], "big")
+    def number(position: int, size: int) -> int:
+        return int.from_bytes(data[position : position + size], "big")
 
-    at = data.find(b"\xff\x4f\xff\x51", 0, 4096)
-    if at >= 0:
-        right, bottom, left, top = (number(at + 8 + 4 * i, 4) for i in range(4))
+    position = data.find(b"\xff\x4f\xff\x51", 0, 4096)
+    if position >= 0:
+        right, bottom, left, top = (number(position + 8 + 4 * i, 4) for i in range(4))
         return bottom - top, right - left
-    at = 2
-    while data[:2] == b"\xff\xd8" and at + 9 <= len(data) and data[at] == 0xFF:
-        marker = data[at + 1]
+    position = 2
+    while data[:2] == b"\xff\xd8" and position + 9 <= len(data) and data[position] == 0xFF:
+        marker = data[position + 1]
         if marker == 0xFF:
-            at += 1
+            position += 1
         elif marker == 0xF7 or (0xC0 <= marker <= 0xCF and marker not in (0xC4, 0xC8, 0xCC)):
-            return number(at + 5, 2), number(at + 7, 2)
+            return number(position + 5, 2), number(position + 7, 2)
         else:
-            at += 2 + max(2, number(at + 2, 2))
+            position += 2 + max(2, number(position + 2, 2))
     return None

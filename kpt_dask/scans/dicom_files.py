@@ -59,7 +59,7 @@ class DicomFiles:
 
     @contextmanager
     def reading(self) -> Iterator[Open]:
-        """Give a function that opens a file by its name, as a stream that can seek."""
+        """Yield a function that opens a file by its name, as a stream that can seek."""
         if not is_zip(self.path):
             yield lambda name: (self.path / name if name else self.path).open("rb")
             return

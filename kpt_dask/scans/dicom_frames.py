@@ -41,7 +41,7 @@ class Frame:
 
     @property
     def shown(self) -> str:
-        """How a sentence names it."""
+        """Name in messages."""
         name = self.header.shown
         return f"frame {self.index + 1} of {name}" if self.header.n_frames > 1 else name
 
@@ -75,8 +75,8 @@ def _enhanced(header: Header) -> Iterator[Frame]:
         raise header.damaged("functional group", error) from error
     if len(frame_groups) != n or n < 1:
         raise ScanFormatError(
-            f"{header.shown} has {n} frames, but says of {len(frame_groups)} where they lie; get"
-            " a new copy."
+            f"{header.shown} has {n} frames, but gives the places of {len(frame_groups)}; get a"
+            " new copy."
         )
     for index, group in enumerate(frame_groups):
         sources = []
@@ -97,7 +97,7 @@ def _enhanced(header: Header) -> Iterator[Frame]:
 
 
 def _frame(header: Header, index: int, sources: list[Dataset]) -> Frame:
-    """Make a frame from the first of several data sets that has an element."""
+    """Make a frame; of several data sets, the first that has an element counts."""
 
     def find(keyword: str, n: int) -> NDArray[np.float64] | None:
         return next((v for s in sources if (v := numbers(header, s, keyword, n)) is not None), None)

@@ -86,18 +86,18 @@ class Header:
         Name of the file: to open it, and for messages.
     dataset : Dataset
         The tags of `TAGS`, and the file meta information.
-    at, length : int
+    offset, length : int
         Offset of the value of the pixel data in the file, and its length, bytes.
     """
 
     name: str
     shown: str
     dataset: Dataset
-    at: int
+    offset: int
     length: int
 
     def text(self, keyword: str) -> str:
-        """Give an element as text, "" where it is absent or empty."""
+        """Get an element as text, "" where it is absent or empty."""
         try:
             value = self.dataset.get(keyword)
         except Exception as error:  # pydicom decodes on access, and raises many kinds
@@ -105,7 +105,7 @@ class Header:
         return "" if value is None else " ".join(str(value).split())
 
     def whole(self, keyword: str, default: int | None = None) -> int:
-        """Give an element that is one whole number."""
+        """Get an element that is one whole number."""
         values = numbers(self, self.dataset, keyword, 1)
         if values is None:
             if default is None:
@@ -125,14 +125,14 @@ class Header:
 
     @property
     def sop_class(self) -> str:
-        """What kind of object it is; the file meta knows it where the data set does not."""
+        """UID of the class of object, from the data set or else from the file meta information."""
         return self.text("SOPClassUID") or str(
             self.dataset.file_meta.get("MediaStorageSOPClassUID", "")
         )
 
     @property
     def instance(self) -> str:
-        """UID of the object; the file meta knows it where the data set does not."""
+        """UID of the object, from the data set or else from the file meta information."""
         return self.text("SOPInstanceUID") or str(
             self.dataset.file_meta.get("MediaStorageSOPInstanceUID", "")
         )
@@ -144,17 +144,17 @@ class Header:
 
     @property
     def is_ct(self) -> bool:
-        """Whether it is of a CT, and no picture that was made of one."""
+        """Whether it is an image of a CT, not one derived from it."""
         return self.text("Modality") == "CT" and self.sop_class in ("", *CT)
 
     @property
     def is_localizer(self) -> bool:
-        """Whether it is an overview, by which a scan was planned."""
+        """Whether it is an overview image, for planning a scan."""
         return "LOCALIZER" in self.text("ImageType").upper()
 
     @property
     def n_frames(self) -> int:
-        """How many frames it says it has."""
+        """Number of frames, as stated."""
         return self.whole("NumberOfFrames", 1)
 
 
@@ -167,7 +167,7 @@ def quiet() -> None:
 
 
 def numbers(header: Header, source: Dataset, keyword: str, n: int) -> NDArray[np.float64] | None:
-    """Give an element that is so many finite numbers; None where it is absent or empty."""
+    """Get an element of `n` finite numbers; None where it is absent or empty."""
     try:
         value = source.get(keyword)
         if value is None or value == "" or (hasattr(value, "__len__") and len(value) == 0):
@@ -245,7 +245,7 @@ def _cut_off(shown: str) -> ScanFormatError:
 
 
 def padding_of(header: Header) -> tuple[int, int] | None:
-    """Give the lowest and the highest stored value that mean no tissue; None if there are none."""
+    """Get the range (lowest, highest) of stored values that are padding; None if there is none."""
     value = numbers(header, header.dataset, "PixelPaddingValue", 1)
     if value is None:
         return None

@@ -134,13 +134,13 @@ def in_order(path: Path, headers: Sequence[Header]) -> tuple[list[Frame], Grid, 
             )
     normal = np.cross(*first.axes)
     normal /= np.sqrt(normal @ normal)
-    at = np.array([frame.position @ normal for frame in frames])
-    order = np.argsort(at, kind="stable")
-    frames, at = [frames[i] for i in order], at[order]
-    frames, at, left_out = _once(frames, at)
+    along = np.array([frame.position @ normal for frame in frames])
+    order = np.argsort(along, kind="stable")
+    frames, along = [frames[i] for i in order], along[order]
+    frames, along, left_out = _once(frames, along)
     if left_out:
         doubts.append(f"{path}: {left_out} copies of slices that occur twice are left out.")
-    step = _step(path, frames, at, normal)
+    step = _step(path, frames, along, normal)
     if len(frames) == 1:
         doubts.append(
             f"{path} is a single slice; give the folder of its series to read the whole scan."
@@ -155,13 +155,13 @@ def in_order(path: Path, headers: Sequence[Header]) -> tuple[list[Frame], Grid, 
 
 
 def _once(
-    frames: list[Frame], at: NDArray[np.float64]
+    frames: list[Frame], along: NDArray[np.float64]
 ) -> tuple[list[Frame], NDArray[np.float64], int]:
     """Leave out further copies of a slice; refuse different slices at one place."""
     kept = [0]
     for i in range(1, len(frames)):
         last, frame = frames[kept[-1]], frames[i]
-        if at[i] - at[kept[-1]] > SAME_PLACE:
+        if along[i] - along[kept[-1]] > SAME_PLACE:
             kept.append(i)
         elif last.header.instance != frame.header.instance or not last.header.instance:
             raise ScanFormatError(
@@ -170,13 +170,13 @@ def _once(
             )
         elif last.header is frame.header:
             raise ScanFormatError(f"{frame.shown} lies at the same place as {last.shown}.")
-    return [frames[i] for i in kept], at[kept], len(frames) - len(kept)
+    return [frames[i] for i in kept], along[kept], len(frames) - len(kept)
 
 
 def _step(
-    path: Path, frames: list[Frame], at: NDArray[np.float64], normal: NDArray[np.float64]
+    path: Path, frames: list[Frame], along: NDArray[np.float64], normal: NDArray[np.float64]
 ) -> NDArray[np.float64]:
-    """Give the step from slice to slice; refuse a slice that is missing or out of line."""
+    """Find the step from slice to slice; refuse a slice that is missing or out of line."""
     if len(frames) == 1:
         if frames[0].thickness <= 0:
             raise ScanFormatError(
@@ -184,7 +184,7 @@ def _step(
                 " give the folder of its series."
             )
         return normal * frames[0].thickness
-    gaps = np.diff(at)
+    gaps = np.diff(along)
     usual = float(np.median(gaps))
     for i in np.flatnonzero(np.abs(gaps - usual) > 2 * UNEVEN * usual):
         raise ScanFormatError(

@@ -40,7 +40,7 @@ class _Image:
     interval: int
     counts: NDArray[np.int64]
     symbols: NDArray[np.int64]
-    at: int
+    position: int
 
 
 def decode(data: bytes) -> NDArray[np.uint16]:
@@ -58,13 +58,13 @@ def decode(data: bytes) -> NDArray[np.uint16]:
     image = _parse(data)
     out = np.zeros((image.rows, image.columns), np.uint16)
     if not _decode(
-        np.frombuffer(data, np.uint8)[image.at :],
+        np.frombuffer(data, np.uint8)[image.position :],
         image.counts,
         image.symbols,
         np.array([image.predictor, image.precision - image.shift, image.interval]),
         out,
     ):
-        raise ValueError("its JPEG data end too early or hold a code that is none")
+        raise ValueError("its JPEG data end too early or hold an unknown code")
     out <<= np.uint16(image.shift)
     return out
 
@@ -72,21 +72,21 @@ def decode(data: bytes) -> NDArray[np.uint16]:
 def _parse(data: bytes) -> _Image:
     tables: dict[int, tuple[NDArray[np.int64], NDArray[np.int64]]] = {}
     frame: tuple[int, int, int] | None = None
-    interval, at = 0, 2
+    interval, position = 0, 2
     if data[:2] != b"\xff\xd8":
         raise ValueError("it does not begin as JPEG does")
-    while at + 4 <= len(data):
-        if data[at] != 0xFF:
+    while position + 4 <= len(data):
+        if data[position] != 0xFF:
             raise ValueError("a JPEG marker is missing")
-        marker = data[at + 1]
+        marker = data[position + 1]
         if marker == 0xFF:
-            at += 1
+            position += 1
             continue
-        size = int.from_bytes(data[at + 2 : at + 4], "big")
-        body = data[at + 4 : at + 2 + size]
+        size = int.from_bytes(data[position + 2 : position + 4], "big")
+        body = data[position + 4 : position + 2 + size]
         if size < 2 or len(body) < size - 2:
             raise ValueError("a JPEG segment is truncated")
-        at += 2 + size
+        position += 2 + size
         if marker == _LOSSLESS and len(body) >= 6:
             if body[5] != 1 or not 2 <= body[0] <= 16:
                 raise ValueError(f"it has {body[5]} components of {body[0]} bits")
@@ -105,20 +105,22 @@ def _parse(data: bytes) -> _Image:
             if interval % columns:
                 raise ValueError("it restarts within a row")
             counts, symbols = tables[body[2] >> 4]
-            return _Image(rows, columns, precision, predictor, shift, interval, counts, symbols, at)
+            return _Image(
+                rows, columns, precision, predictor, shift, interval, counts, symbols, position
+            )
     raise ValueError("it is no lossless JPEG, or truncated")
 
 
 def _huffman_tables(body: bytes) -> dict[int, tuple[NDArray[np.int64], NDArray[np.int64]]]:
-    found, at = {}, 0
-    while at + 17 <= len(body):
-        counts = np.frombuffer(body, np.uint8, 16, at + 1).astype(np.int64)
+    found, position = {}, 0
+    while position + 17 <= len(body):
+        counts = np.frombuffer(body, np.uint8, 16, position + 1).astype(np.int64)
         n = int(counts.sum())
-        symbols = np.frombuffer(body[at + 17 : at + 17 + n], np.uint8).astype(np.int64)
+        symbols = np.frombuffer(body[position + 17 : position + 17 + n], np.uint8).astype(np.int64)
         if not 0 < n == symbols.size <= 256 or symbols.max() > 16:
             raise ValueError("it has a damaged Huffman table")
-        found[body[at]] = counts, symbols
-        at += 17 + n
+        found[body[position]] = counts, symbols
+        position += 17 + n
     return found
 
 
@@ -127,21 +129,25 @@ def _decode(
     data: NDArray[np.uint8],
     counts: NDArray[np.int64],
     symbols: NDArray[np.int64],
-    how: NDArray[np.int64],
+    parameters: NDArray[np.int64],
     out: NDArray[np.uint16],
 ) -> bool:
-    """Decode pixels; False where the data end too early or hold a code that is none."""
-    predictor, bits, interval = how
+    """Decode pixels; False where the data end too early or hold an unknown code."""
+    predictor, bits, interval = parameters
     rows, columns = out.shape
-    at, held, n_held, lacking = 0, np.int64(0), np.int64(0), 0
+    position, held, n_held, lacking = 0, np.int64(0), np.int64(0), 0
     first_row = True
     for y in range(rows):
         if interval > 0 and y > 0 and (y * columns) % interval == 0:
             # The rest of a byte, then a restart marker.
             held, n_held, lacking = np.int64(0), np.int64(0), 0
-            if at + 1 >= data.size or data[at] != 0xFF or not 0xD0 <= data[at + 1] <= 0xD7:
+            if (
+                position + 1 >= data.size
+                or data[position] != 0xFF
+                or not 0xD0 <= data[position + 1] <= 0xD7
+            ):
                 return False
-            at += 2
+            position += 2
             first_row = True
         for x in range(columns):
             # 16 bits of a code and 15 of a difference are enough; behind the end come zeros,
@@ -150,12 +156,12 @@ def _decode(
                 return False
             while n_held < 32:
                 byte = np.int64(0)
-                if at < data.size and data[at] != 0xFF:
-                    byte = np.int64(data[at])
-                    at += 1
-                elif at + 1 < data.size and data[at + 1] == 0:
+                if position < data.size and data[position] != 0xFF:
+                    byte = np.int64(data[position])
+                    position += 1
+                elif position + 1 < data.size and data[position + 1] == 0:
                     byte = np.int64(0xFF)
-                    at += 2
+                    position += 2
                 else:
                     lacking += 8
                 held = ((held << 8) | byte) & 0xFFFFFFFFFF

@@ -123,7 +123,7 @@ def packing(path: Path) -> Packing:
 
 
 def _pair(path: Path) -> tuple[Path, Path]:
-    """Give the files of the header and of the voxels."""
+    """Find the files of the header and of the voxels."""
     found = re.fullmatch(r"(.*)\.(hdr|img)(\.gz)?", path.name, re.IGNORECASE | re.DOTALL)
     if found is None:
         return path, path

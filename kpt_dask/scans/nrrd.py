@@ -149,7 +149,7 @@ def open_nrrd(path: Path) -> PlainFile:
 def _space(
     fields: _Fields, sizes: list[int]
 ) -> tuple[list[NDArray[np.float64] | None], NDArray[np.float64], list[str]]:
-    """Give the step along each axis, None for one that is none of space, and the origin, LPS."""
+    """Read the step along each axis, None for an axis not of space, and the origin, LPS."""
     path, doubts = fields.path, []
     space = fields.get("space")
     guess = (

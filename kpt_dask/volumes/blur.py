@@ -22,7 +22,7 @@ MARGIN = 32
 
 @kernel
 def blur_scratch(n_planes: int, width: int, radius: int) -> Row:
-    """Allocate the scratch buffer of `blur_planes` for so many planes of this width at a time."""
+    """Allocate the scratch buffer of `blur_planes` for batches of planes of this width."""
     return np.zeros(n_planes * (TILE + 2 * radius) * width + 2 * (width + 2 * MARGIN), np.float32)
 
 

@@ -145,11 +145,11 @@ def _check_voxels(scan: Scan, spacing: float) -> None:
     """Refuse a working grid that no disk should be filled with."""
     extent = scan.grid.spacing * scan.grid.shape
     voxels = math.prod(np.maximum(extent / spacing, 1).tolist())
-    own = math.prod(scan.grid.shape)
-    if voxels > MOST_VOXELS or voxels > max(LARGE, MOST_FINER * own):
+    scan_voxels = math.prod(scan.grid.shape)
+    if voxels > MOST_VOXELS or voxels > max(LARGE, MOST_FINER * scan_voxels):
         raise ScanFormatError(
-            f"{scan.path} has {own} voxels and says it is {listed(extent)} mm large, which makes"
-            f" {voxels:.2g} voxels at a spacing of {spacing:g} mm, too many; repair its header, or"
+            f"{scan.path} has {scan_voxels} voxels and says it is {listed(extent)} mm large, which"
+            f" makes {voxels:.2g} voxels at a spacing of {spacing:g} mm, too many; repair its header, or"
             " choose a larger --spacing (a store's is chosen when it is created)."
         )
 
@@ -176,12 +176,12 @@ def _working_blocks(
             for region, values in resample(slabs, scan.grid, target, CHUNKS):
                 yield region, _whole_hu(values)
             return
-        own = along_own_axes(scan.grid, float(target.spacing[0]))
-        with _temporary(volume.group, own, np.float32) as lowpass:
-            for region, values in resample(slabs, scan.grid, own, CHUNKS):
+        coarse = along_own_axes(scan.grid, float(target.spacing[0]))
+        with _temporary(volume.group, coarse, np.float32) as lowpass:
+            for region, values in resample(slabs, scan.grid, coarse, CHUNKS):
                 write_region(lowpass, region, values)
             for block in blocks_of(target.shape, BLOCK):
-                plan = window(own, target, block)
+                plan = window(coarse, target, block)
                 part = chunk_io.read(lowpass, plan.region)
                 yield block, _whole_hu(interpolate(part, plan))
 
@@ -224,12 +224,12 @@ def label_blocks(
         if grid.axis_permutation() is not None:
             yield from resample_labels(slabs, grid, volume.grid, CHUNKS)
             return
-        own = along_own_axes(grid, float(volume.grid.spacing[0]))
-        with _temporary(volume.group, own, np.uint16) as lowpass:
-            for region, labels in resample_labels(slabs, grid, own, CHUNKS):
+        coarse = along_own_axes(grid, float(volume.grid.spacing[0]))
+        with _temporary(volume.group, coarse, np.uint16) as lowpass:
+            for region, labels in resample_labels(slabs, grid, coarse, CHUNKS):
                 write_region(lowpass, region, labels)
             for block in blocks_of(volume.grid.shape, BLOCK):
-                plan = window(own, volume.grid, block)
+                plan = window(coarse, volume.grid, block)
                 yield block, interpolate_labels(chunk_io.read(lowpass, plan.region), plan)
 
 

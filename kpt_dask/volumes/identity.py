@@ -67,7 +67,7 @@ class VoxelDigest:
         self._hashing = self._thread.submit(self._hash, region, values)
 
     def hexdigest(self) -> str:
-        """Give the digest, once the whole volume has come."""
+        """Digest of the volume; all of it must have been added."""
         if self._hashing is not None:
             self._hashing.result()
         total = hashlib.sha256(repr(tuple(map(int, self._shape))).encode())

@@ -32,7 +32,7 @@ _DIRECTIONS = {
 
 
 class Labelled(Protocol):
-    """What a label image says of an organ; an organ of an organ table is one."""
+    """Properties of a label that a label image states; an `atlas_store.Organ` has them."""
 
     @property
     def value(self) -> int:

@@ -3,7 +3,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from atlas_store.arrays.boxes import Box, aligned, shape_of, slices, volume_of
-from kpt_dask.runtime.balance import cut, deal
+from kpt_dask.runtime.balance import cut, distribute
 
 boxes = st.tuples(*[st.tuples(st.integers(0, 30), st.integers(1, 30))] * 3).map(
     lambda ends: tuple((a, a + n) for a, n in ends)
@@ -11,17 +11,17 @@ boxes = st.tuples(*[st.tuples(st.integers(0, 30), st.integers(1, 30))] * 3).map(
 
 
 @given(st.lists(st.integers(1, 100), max_size=20), st.integers(1, 6))
-def test_hands_cost_about_the_same(costs: list[int], hands: int) -> None:
+def test_bins_cost_about_the_same(costs: list[int], bins: int) -> None:
     pieces = [((i, i + 1), (0, 1), (0, cost)) for i, cost in enumerate(costs)]
-    dealt = deal(pieces, hands, volume_of)
-    assert len(dealt) == min(hands, len(pieces))
-    assert sorted(piece for hand in dealt for piece in hand) == pieces
-    assert all(hand == sorted(hand) for hand in dealt)
-    sums = [sum(map(volume_of, hand)) for hand in dealt]
+    filled = distribute(pieces, bins, volume_of)
+    assert len(filled) == min(bins, len(pieces))
+    assert sorted(piece for content in filled for piece in content) == pieces
+    assert all(content == sorted(content) for content in filled)
+    sums = [sum(map(volume_of, content)) for content in filled]
     assert sums == sorted(sums, reverse=True)
-    # The bound of a local search: a hand of several has at most half of its cost above any other.
-    largest, mean = max(costs, default=0), sum(costs) / hands
-    assert max(sums, default=0) <= max(largest, 2 * hands / (hands + 1) * mean + 1e-9)
+    # The bound of a local search: a bin of several has at most half of its cost above any other.
+    largest, mean = max(costs, default=0), sum(costs) / bins
+    assert max(sums, default=0) <= max(largest, 2 * bins / (bins + 1) * mean + 1e-9)
 
 
 @given(boxes, st.tuples(*[st.integers(1, 20)] * 3), st.integers(1, 2000), st.integers(1, 12))

@@ -293,7 +293,7 @@ def test_a_truncated_compressed_slice_is_refused(tmp_path: Path, syntax: uid.UID
 def test_an_enhanced_file_must_say_where_all_frames_lie(tmp_path: Path) -> None:
     dataset = enhanced(VALUES, AFFINE)
     del dataset.PerFrameFunctionalGroupsSequence[0]
-    with pytest.raises(ScanFormatError, match="5 frames, but says of 4"):
+    with pytest.raises(ScanFormatError, match="5 frames, but gives the places of 4"):
         open_scan(save(dataset, tmp_path / "ct.dcm"))
 
 

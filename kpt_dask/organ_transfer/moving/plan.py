@@ -71,16 +71,16 @@ class OrganMoves:
         )
 
     def begins(self) -> NDArray[np.int64]:
-        """Where the moves of each organ of each atlas begin."""
+        """Index of the first move of each organ of each atlas."""
         ahead = (np.diff(self.atlas) != 0) | (np.diff(self.organ) != 0)
         return np.flatnonzero(np.append(self.atlas.size > 0, ahead))
 
     def by_affine(self) -> NDArray[np.bool_]:
-        """Tell which moves are by an affine: bool (n)."""
+        """Whether each move is by an affine: bool (n)."""
         return self.affine >= 0
 
     def reach(self, box: Box) -> NDArray[np.bool_]:
-        """Tell which moves reach a box: bool (n)."""
+        """Whether each move reaches a box: bool (n)."""
         reached = np.empty(self.atlas.size, np.bool_)
         _reach(self.low, self.high, np.array(box), reached)
         return reached

@@ -250,7 +250,7 @@ def _agree(source: Points, target: Points, affine: Any, apart: NDArray[np.float6
 
 @kernel
 def _is_plausible(affine: Any) -> bool:
-    """Tell whether an affine is not mirrored and has singular values within `SCALES`."""
+    """Whether an affine is not mirrored and has singular values within `SCALES`."""
     linear = affine[:3]
     if not _determinant(linear) > 0:
         return False
@@ -291,7 +291,7 @@ def _determinant(m: NDArray[np.float64]) -> float:
 
 @kernel
 def _is_positive(a: float, b: float, c: float, d: float, e: float, f: float) -> bool:
-    """Tell whether the matrix (a b c, b d e, c e f) is positive definite: Sylvester's criterion."""
+    """Whether the matrix (a b c, b d e, c e f) is positive definite: Sylvester's criterion."""
     corner = a * d - b * b
     return (
         a > 0 and corner > 0 and a * (d * f - e * e) - b * (b * f - e * c) + c * (b * e - d * c) > 0

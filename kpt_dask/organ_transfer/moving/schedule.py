@@ -44,7 +44,7 @@ from kpt_dask.organ_transfer.moving.plan import (
     without_negligible,
 )
 from kpt_dask.runtime import cluster
-from kpt_dask.runtime.balance import cut, deal
+from kpt_dask.runtime.balance import cut, distribute
 from kpt_dask.runtime.memory import budget
 from kpt_dask.runtime.team import Jobs, deferred, run_jobs
 
@@ -152,7 +152,7 @@ def _share_out(
     pieces: list[Box] = []
     for slab in job.tiling.cut_in_slabs(reached, shape) if reached else []:
         pieces += [slab] if fits(slab) else cut(slab, job.tiling.shard, 1, cost, fits)
-    shares = deal(pieces, cluster.count_teams(client), cost)
+    shares = distribute(pieces, cluster.count_teams(client), cost)
     return [sorted(share, key=cost, reverse=True) for share in shares]
 
 
