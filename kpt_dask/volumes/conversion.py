@@ -149,8 +149,8 @@ def _check_voxels(scan: Scan, spacing: float) -> None:
     if voxels > MOST_VOXELS or voxels > max(LARGE, MOST_FINER * scan_voxels):
         raise ScanFormatError(
             f"{scan.path} has {scan_voxels} voxels and says it is {listed(extent)} mm large, which"
-            f" makes {voxels:.2g} voxels at a spacing of {spacing:g} mm, too many; repair its header,"
-            " or choose a larger --spacing (a store's is chosen when it is created)."
+            f" makes {voxels:.2g} voxels at a spacing of {spacing:g} mm, too many; repair its"
+            " header, or choose a larger --spacing (a store's is chosen when it is created)."
         )
 
 

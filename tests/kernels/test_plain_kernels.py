@@ -45,7 +45,11 @@ def test_the_environment_chooses(setting: str) -> None:
 
 
 def test_plain_kernels_give_the_same_labels_and_probabilities(
-    bodies: Path, body_store: AtlasStore, tmp_path: Path, one_process: Client
+    bodies: Path,
+    body_store: AtlasStore,
+    tmp_path: Path,
+    one_process: Client,
+    pytestconfig: pytest.Config,
 ) -> None:
     assert handoff.BETWEEN_THREADS
     assert row_filter.sum_row is row_filter.row_llvm
@@ -54,9 +58,11 @@ def test_plain_kernels_give_the_same_labels_and_probabilities(
     for mode in MODES:
         outputs = tmp_path / f"{mode}_fast.zarr", tmp_path / f"{mode}_fast.nii.gz"
         segment(scan, body_store, outputs[0], mode=mode, labels=outputs[1], client=one_process)
+    # Of a kernel, a cache keeps what was compiled last: these would replace those of other tests.
+    cache = pytestconfig.rootpath / ".pytest_cache" / "plain_kernels"
     subprocess.run(
         [sys.executable, "-c", SEGMENT, scan, body_store.url, tmp_path, *MODES],
-        env=os.environ | {"KPT_PLAIN_KERNELS": "1"},
+        env=os.environ | {"KPT_PLAIN_KERNELS": "1", "NUMBA_CACHE_DIR": str(cache)},
         check=True,
         capture_output=True,
     )
