@@ -22,7 +22,7 @@ from kpt_dask.atlases.same_scan import KnownScans
 from kpt_dask.errors import ParameterError
 from kpt_dask.matching.selection import check_selection, how_many
 from kpt_dask.options import DEFAULTS, TransferOptions
-from kpt_dask.resampling.labels_on_scan import labels_onto
+from kpt_dask.resampling.labels_on_scan import Shares, labels_onto
 from kpt_dask.runtime import cluster, notices, progress, witness
 from kpt_dask.scans.pairs import Pair, labelled_organs, open_pair
 from kpt_dask.segmentation import StationResults, choose_atlases, segment_volume
@@ -332,7 +332,8 @@ def _evaluate_pair(
         )
         annotated = tuple(name for name in annotated if name in remaining)
     inside = labels_at(found.keypoints.position.values, level, volume.grid)
-    actual = labels_onto(found.probability, organs.values, threshold, volume.grid, scan.grid)
+    shares = Shares(found.probability, organs.values, threshold, volume.grid)
+    actual = labels_onto(shares, scan.grid)
     scores = dice(_each_plane(labels.label_slabs()), _each_plane(actual), annotated, organs)
     return _result(scores, inside, found, annotated, organs, seconds, total)
 

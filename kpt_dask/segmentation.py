@@ -31,6 +31,7 @@ from kpt_dask.atlases.same_scan import KnownScans
 from kpt_dask.errors import ParameterError
 from kpt_dask.keypoints.extraction import extract
 from kpt_dask.keypoints.parameters import CHOICES, PARAMETERS
+from kpt_dask.label_files.request import LabelRequest
 from kpt_dask.matching.first_pass import match
 from kpt_dask.matching.selection import (
     check_selection,
@@ -41,17 +42,17 @@ from kpt_dask.matching.selection import (
 )
 from kpt_dask.matching.voting import vote
 from kpt_dask.options import DEFAULTS, SPACINGS, TransferOptions
-from kpt_dask.organ_transfer.delivery import DTYPE, Decision, fill
+from kpt_dask.organ_transfer.delivery import Decision, decided
 from kpt_dask.organ_transfer.job import Evidence, TransferJob
 from kpt_dask.organ_transfer.measures import OrganMeasures, as_delivered, organ_measures
 from kpt_dask.organ_transfer.modes import transfer
 from kpt_dask.organ_transfer.probability import TILING, create_probability
 from kpt_dask.output.commit import replacing_together
 from kpt_dask.output.places import check_outputs
+from kpt_dask.resampling.labels_on_scan import Shares
 from kpt_dask.runtime import cluster, notices, witness
-from kpt_dask.scans.label_header import RUN, header_like
-from kpt_dask.scans.nifti_writer import NiftiWriter
-from kpt_dask.scans.scan import Scan, check_ending, open_scan
+from kpt_dask.scans.label_header import RUN
+from kpt_dask.scans.scan import Scan, open_scan
 from kpt_dask.volumes.conversion import convert_into
 from kpt_dask.volumes.identity import digest_of
 from kpt_dask.volumes.omezarr import create_label_image, finish_label_image
@@ -145,7 +146,10 @@ def segment(
     select: int | None = None,
     index: str = "auto",
     series: str | None = None,
-    labels: str | Path | None = None,
+    labels: str | Path | Sequence[str | Path] | None = None,
+    split: str | Path | None = None,
+    organs: Sequence[str] = (),
+    largest: bool = False,
     overwrite: bool = False,
     memory: int | None = None,
     client: Client | None = None,
@@ -173,12 +177,20 @@ def segment(
         Search for these atlases: one of `atlas_store.index.search.MODES`.
     series : str, optional
         UID of the DICOM series, needed where a folder or zip holds several.
-    labels : str or Path, optional
-        Path for the label map as NIfTI, on the scan's own grid.
+    labels : str, Path or sequence of these, optional
+        Files for the label map on the scan's own grid, each in the format that its ending names:
+        ``.nii.gz``, ``.nii``, ``.nrrd``, ``.seg.nrrd`` (3D Slicer), ``.mha``, ``.dcm`` (DICOM SEG),
+        ``rtstruct:FILE.dcm``, ``.label`` (names and colours for ITK-SNAP).
+    split : str or Path, optional
+        Folder for a mask of each organ on the scan's own grid, ``NAME.nii.gz``.
+    organs : sequence of str
+        Names of the organs that label files show, and that are measured; all if empty.
+    largest : bool
+        Whether label files keep only the largest connected component of each organ.
     overwrite : bool
         Whether outputs of earlier runs may be replaced; they are kept until the new ones are
         complete. The ``run`` in the attribute ``kpt`` of `out` is also in the header field
-        ``descrip`` of `labels`: outputs of one run have the same.
+        ``descrip`` of NIfTI label maps: outputs of one run have the same.
     memory : int, optional
         Bytes that each station may take in each process.
     client : distributed.Client, optional
@@ -218,9 +230,9 @@ def segment(
     options.check(mode, store.organs)
     used = choose_atlases(store, exclude)
     check_selection(select, index)
-    files = () if labels is None else (labels,)
-    for file in files:
-        check_ending(file)
+    request = LabelRequest.parse(labels, split, organs, largest=largest)
+    request.check(store.organs, source.grid)
+    files = request.targets(store.organs)
     inputs = (source.path, store.url)
     targets = check_outputs(folders=[out], files=files, inputs=inputs, overwrite=overwrite)
     with ExitStack() as stack:
@@ -246,18 +258,24 @@ def segment(
             client=session,
         )
         said = _provenance(group, found, mode, options, store)
-        organs, volume_grid = found.organs, "working"
-        for partial in partials[1:]:
-            smallest = options.smallest_share(mode)
-            decision = Decision(found.probability, store.organs, smallest, volume.grid, source.grid)
-            header = header_like(source.file.header, source.grid.shape, DTYPE)
-            with NiftiWriter(partial, header) as writer:
-                writer.description = f"{RUN}{said['run']}"
-                counts = fill(writer, decision, memory=memory, client=session)
-            organs, volume_grid = as_delivered(organs, counts, source.grid), "scan"
+        measures, volume_grid = found.organs, "working"
+        threshold = options.smallest_share(mode)
+        if request:
+            decision = Decision(
+                Shares(found.probability, store.organs.values, threshold, volume.grid),
+                store.organs,
+                tuple(organ.value for organ in request.wanted(store.organs)),
+                source.grid,
+            )
+            label_map, counts = decided(decision, request, memory=memory, client=session)
+            label_map = replace(label_map, scan=source.file, description=f"{RUN}{said['run']}")
+            request.write(partials[1:], label_map)
+            measures = {organ.name: measures[organ.name] for organ in label_map.organs}
+            measures = as_delivered(measures, counts, source.grid)
+            volume_grid = "scan"
         finished = Segmentation(
             path=Path(out),
-            organs=organs,
+            organs=measures,
             volume_grid=volume_grid,
             atlases=found.atlases,
             n_keypoints=first_frames(
@@ -469,7 +487,10 @@ def _doubt_little(
     scan: Scan, volume: Volume, found: Segmentation, atlases: Sequence[Atlas]
 ) -> None:
     """Warn if no organ, or hardly any, was found."""
-    volumes = [sum(organ.voxels for organ in atlas.organs.values()) for atlas in atlases]
+    volumes = [
+        sum(organ.voxels for name, organ in atlas.organs.items() if name in found.organs)
+        for atlas in atlases
+    ]
     usual = float(np.mean(volumes)) * volume.grid.voxel_volume / 1000
     total = sum(organ.volume_ml for organ in found.organs.values())
     if total >= LITTLE * usual and found.n_keypoints >= FEW_KEYPOINTS:

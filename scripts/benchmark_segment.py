@@ -20,6 +20,7 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -31,16 +32,17 @@ from kpt_dask.atlases.add import add_atlas, store_parameters
 from kpt_dask.demo import run as demo
 from kpt_dask.demo.phantom import write_phantom
 from kpt_dask.keypoints.extraction import extract
+from kpt_dask.label_files.nifti import write_nifti
+from kpt_dask.label_files.request import LabelRequest
 from kpt_dask.matching.first_pass import match
 from kpt_dask.matching.voting import vote
 from kpt_dask.options import DEFAULTS
-from kpt_dask.organ_transfer.delivery import DTYPE, Decision, fill
+from kpt_dask.organ_transfer.delivery import Decision, decided
 from kpt_dask.organ_transfer.job import Evidence, TransferJob
 from kpt_dask.organ_transfer.modes import transfer
 from kpt_dask.organ_transfer.probability import TILING, create_probability
+from kpt_dask.resampling.labels_on_scan import Shares
 from kpt_dask.runtime import cluster
-from kpt_dask.scans.label_header import header_like
-from kpt_dask.scans.nifti_writer import NiftiWriter
 from kpt_dask.scans.scan import open_scan
 from kpt_dask.volumes.conversion import convert_into
 from kpt_dask.volumes.omezarr import create_label_image, finish_label_image
@@ -197,10 +199,10 @@ def stations(scan: Path, store_path: Path, out: Path) -> dict[str, dict[str, flo
             for name, table in (("matches", matches), ("votes", votes.drop_vars("organ"))):
                 table.to_zarr(group.store, group=name, zarr_format=3, consolidated=False)
             threshold = DEFAULTS.smallest_share("organ")
-            decision = Decision(probability, store.organs, threshold, volume.grid, source.grid)
-            header = header_like(source.file.header, source.grid.shape, DTYPE)
-            with NiftiWriter(out.with_suffix(".nii.gz"), header) as file:
-                fill(file, decision, memory=None, client=client)
+            shares = Shares(probability, store.organs.values, threshold, volume.grid)
+            decision = Decision(shares, store.organs, store.organs.values, source.grid)
+            label_map, _ = decided(decision, LabelRequest(), memory=None, client=client)
+            write_nifti(out.with_suffix(".nii.gz"), replace(label_map, scan=source.file))
     return figures
 
 

@@ -11,7 +11,7 @@ from distributed import Client
 
 from atlas_store import AtlasStore
 from kpt_dask.atlases.add import add_atlas, store_parameters
-from kpt_dask.resampling.labels_on_scan import labels_onto
+from kpt_dask.resampling.labels_on_scan import Shares, labels_onto
 from kpt_dask.scans.scan import open_scan
 from kpt_dask.segmentation import segment
 from kpt_dask.volumes.conversion import convert
@@ -89,7 +89,7 @@ def test_probabilities_may_lie_in_any_order(bodies: Path) -> None:
     grid = target.working(8.0)
     share = np.random.default_rng(0).random((2, *grid.shape), np.float32)
     maps = [
-        np.concatenate(list(labels_onto(given, (1, 2), 0.5, grid, target)))
+        np.concatenate(list(labels_onto(Shares(given, (1, 2), 0.5, grid), target)))
         for given in (share, np.asfortranarray(share))
     ]
     assert maps[0].any()

@@ -11,6 +11,7 @@ from kpt_dask.cli.common import (
     fail,
     json_option,
     memory_option,
+    names,
     overwrite_option,
     print_json,
     say,
@@ -28,18 +29,9 @@ if TYPE_CHECKING:
     from kpt_dask.atlases.add import AddOutcome
 
 
-def _names(ctx: click.Context, param: click.Parameter, value: str | None) -> list[str] | None:
-    if value is None:
-        return None
-    names = [name.strip() for name in value.split(",")]
-    if not all(names):
-        raise click.BadParameter(f"{value!r}: write the names of organs, separated by commas.")
-    return names
-
-
 annotated_option = click.option(
     "--annotated",
-    callback=_names,
+    callback=names,
     metavar="NAME,…",
     help="The organs that whoever annotated the scan looked for. Labels of others are left "
     "out. Unless given, the organs whose labels occur.",
@@ -114,7 +106,7 @@ def add(
     scan: str,
     labels: str,
     atlas_id: str | None,
-    annotated: list[str] | None,
+    annotated: tuple[str, ...] | None,
     series: str | None,
     overwrite: bool,
     memory: int | None,
@@ -179,7 +171,7 @@ def add_folder(
     folder: str,
     scan_pattern: str,
     labels_pattern: str,
-    annotated: list[str] | None,
+    annotated: tuple[str, ...] | None,
     overwrite: bool,
     memory: int | None,
     scheduler: str | None,

@@ -195,6 +195,61 @@ series_option = click.option(
     metavar="UID",
     help="Which DICOM series to read, where SCAN holds several; without it they are listed.",
 )
+
+
+def names(ctx: click.Context, param: click.Parameter, value: str | None) -> tuple[str, ...] | None:
+    """Read names that are separated by commas; None if the option was not given."""
+    if value is None:
+        return None
+    found = tuple(name.strip() for name in value.split(","))
+    if not all(found):
+        raise click.BadParameter(f"{value!r}: write the names of organs, separated by commas.")
+    return found
+
+
+def label_options(command: F) -> F:
+    """Add the options of label files but for the files: ``split``, ``organs``, ``largest``."""
+    adapted: Any = command
+    for option in reversed(_LABEL_FILES):
+        adapted = option(adapted)
+    return cast(F, adapted)
+
+
+LABEL_FORMATS = (
+    ".nii.gz or .nii (NIfTI, names in a header extension), .seg.nrrd (3D Slicer: names, colours,"
+    " codes), .nrrd, .mha, .dcm (DICOM SEG), .label (names and colours for ITK-SNAP);"
+    " rtstruct:FILE.dcm writes contours for radiotherapy"
+)
+
+labels_option = click.option(
+    "--labels",
+    type=click.Path(),
+    multiple=True,
+    metavar="FILE",
+    help="Write the label map on the scan's own grid as well, in the format of the ending: "
+    f"{LABEL_FORMATS}. May be repeated.",
+)
+
+_LABEL_FILES = (
+    click.option(
+        "--split",
+        type=click.Path(),
+        metavar="DIR",
+        help="Write a mask of each organ on the scan's own grid as DIR/NAME.nii.gz.",
+    ),
+    click.option(
+        "--organs",
+        callback=names,
+        metavar="NAME,…",
+        help="Only these organs in label files and in the answer, which is quicker.",
+    ),
+    click.option(
+        "--largest",
+        is_flag=True,
+        help="In label files, keep only the largest connected part of each organ.",
+    ),
+)
+
 overwrite_option = click.option(
     "--overwrite",
     is_flag=True,

@@ -15,6 +15,8 @@ from kpt_dask.cli.common import (
     console,
     index_option,
     json_option,
+    label_options,
+    labels_option,
     memory_option,
     overwrite_option,
     print_json,
@@ -173,12 +175,8 @@ def convert(
 @select_option
 @index_option
 @series_option
-@click.option(
-    "--labels",
-    type=click.Path(),
-    metavar="OUT.nii.gz",
-    help="Write the label map as NIfTI as well, on the scan's own grid.",
-)
+@labels_option
+@label_options
 @overwrite_option
 @memory_option
 @scheduler_option
@@ -193,7 +191,10 @@ def segment(
     select: int | None,
     index: str,
     series: str | None,
-    labels: str | None,
+    labels: tuple[str, ...],
+    split: str | None,
+    organs: tuple[str, ...] | None,
+    largest: bool,
     overwrite: bool,
     memory: int | None,
     scheduler: str | None,
@@ -208,8 +209,10 @@ def segment(
     the probability of each organ, keypoints, matches and votes.
 
     \b
-    Example:
+    Examples:
       kpt segment scan.nii.gz atlases scan.zarr --labels organs.nii.gz
+      kpt segment ct_folder atlases scan.zarr --labels organs.dcm --labels organs.seg.nrrd
+      kpt segment scan.nii.gz atlases scan.zarr --split masks --organs liver,spleen --largest
     """
     from dataclasses import asdict
 
@@ -227,6 +230,9 @@ def segment(
             index=index,
             series=series,
             labels=labels,
+            split=split,
+            organs=organs or (),
+            largest=largest,
             overwrite=overwrite,
             memory=memory,
             client=client,
@@ -235,7 +241,8 @@ def segment(
         print_json(
             {
                 "path": str(found.path),
-                "labels": labels,
+                "labels": list(labels),
+                "split": split,
                 "mode": mode,
                 "organs": {name: asdict(organ) for name, organ in found.organs.items()},
                 "volume_grid": found.volume_grid,
@@ -247,13 +254,13 @@ def segment(
             }
         )
         return
-    organs = table("organ", "volume (mL)", "between", "mean HU", "votes", "confidence", "border")
+    rows = table("organ", "volume (mL)", "between", "mean HU", "votes", "confidence", "border")
     for name, organ in found.organs.items():
         if organ.volume_ml == 0:
-            organs.add_row(name, "not found", "", "", str(organ.votes), "", "")
+            rows.add_row(name, "not found", "", "", str(organ.votes), "", "")
             continue
         low, high = organ.interval_ml
-        organs.add_row(
+        rows.add_row(
             name,
             f"{organ.volume_ml:.1f}",
             f"{low:.1f} – {high:.1f}",
@@ -262,14 +269,14 @@ def segment(
             f"{organ.confidence:.2f}",
             "yes" if organ.at_border else "",
         )
-    console().print(organs)
+    console().print(rows)
     if any(organ.at_border for organ in found.organs.values()):
         click.echo("border: the organ reaches the border of the scan and may go on beyond it.")
     click.echo(
         f"{found.n_keypoints} keypoints, {found.n_matches} matches with {len(found.atlases)}"
         f" atlases, {found.seconds:.1f} s."
     )
-    click.echo(f"Written: {', '.join(filter(None, (str(found.path), labels)))}.")
+    click.echo(f"Written: {', '.join(filter(None, (str(found.path), *labels, split)))}.")
 
 
 @kpt.command()

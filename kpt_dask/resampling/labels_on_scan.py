@@ -7,7 +7,7 @@ of neighbouring labels would show the working grid's steps. The map streams, pla
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from itertools import product
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import zarr
@@ -30,17 +30,10 @@ SLAB_VOXELS = 8 << 20
 """About how many voxels are made at a time."""
 
 
-def labels_onto(
-    probability: Any, values: Sequence[int], threshold: float, grid: Grid, target: Grid
-) -> Iterator[NDArray[np.uint16]]:
-    """Decide the organ of each voxel of any grid, slab by slab.
+class Shares(NamedTuple):
+    """Shares of organs on the working grid, of which labels are decided.
 
-    Trilinear interpolation of each organ's share; a voxel gets the organ with the largest
-    (ties go to the organ that comes first), or 0 where that is below the threshold. On the
-    working grid itself that is the working grid's label map. Farther than one voxel outside
-    the working grid there is background.
-
-    Parameters
+    Attributes
     ----------
     probability : float32 zarr.Array or ndarray (organ, z, y, x)
         Only the part under each slab is read.
@@ -50,6 +43,25 @@ def labels_onto(
         Voxels whose largest share is below this are background; over 0.
     grid : Grid
         The working grid.
+    """
+
+    probability: Any
+    values: Sequence[int]
+    threshold: float
+    grid: Grid
+
+
+def labels_onto(shares: Shares, target: Grid) -> Iterator[NDArray[np.uint16]]:
+    """Decide the organ of each voxel of any grid, slab by slab.
+
+    Trilinear interpolation of each organ's share; a voxel gets the organ with the largest
+    (ties go to the organ that comes first), or 0 where that is below the threshold. On the
+    working grid itself that is the working grid's label map. Farther than one voxel outside
+    the working grid there is background.
+
+    Parameters
+    ----------
+    shares : Shares
     target : Grid
         The grid to fill, for instance a scan's own; axes in stored order.
 
@@ -61,34 +73,46 @@ def labels_onto(
     planes, height, width = target.shape
     step = max(1, SLAB_VOXELS // (height * width))
     for first in range(0, planes, step):
-        last = min(first + step, planes)
-        yield decide_planes(probability, values, threshold, grid, target, first, last)
+        yield decide_planes(shares, target, first, min(first + step, planes))
 
 
 def decide_planes(
-    probability: Any,
-    values: Sequence[int],
-    threshold: float,
-    grid: Grid,
-    target: Grid,
-    first: int,
-    last: int,
+    shares: Shares, target: Grid, first: int, last: int, wanted: Sequence[int] | None = None
 ) -> NDArray[np.uint16]:
-    """Decide the planes of a grid from `first` to before `last`; else as `labels_onto`."""
+    """Decide the planes of a grid from `first` to before `last`; else as `labels_onto`.
+
+    `wanted` are the labels that are shown, all if not given. The other organs compete as well, but
+    are looked at only around these.
+    """
     _, height, width = target.shape
-    below = np.nextafter(np.float32(threshold), np.float32(0))
-    slab = (slice(first, last), slice(0, height), slice(0, width))
-    plan = window(grid, target, slab)
     labels = np.zeros((last - first, height, width), np.uint16)
+    slab: Region = (slice(first, last), slice(0, height), slice(0, width))
+    if wanted is not None and set(wanted) != set(shares.values):
+        around = _around(shares, target, slab, wanted)
+        if around is None:
+            return labels
+        inside = _within(around, slab)
+        part = labels[inside]
+        _decide(shares, target, around, part)
+        shown = np.zeros(max(shares.values) + 1, np.uint16)
+        shown[list(wanted)] = wanted
+        labels[inside] = shown[part]
+        return labels
+    _decide(shares, target, slab, labels)
+    return labels
+
+
+def _decide(shares: Shares, target: Grid, block: Region, labels: NDArray[np.uint16]) -> None:
+    """Decide the labels of a block of the target, 0 before."""
+    below = np.nextafter(np.float32(shares.threshold), np.float32(0))
+    plan = window(shares.grid, target, block)
     largest = np.full(labels.shape, below, np.float32)
-    for organ, value in enumerate(values):
-        part = _read(probability, (slice(organ, organ + 1), *plan.region))[0]
+    for organ, value in enumerate(shares.values):
+        part = _read(shares.probability, (slice(organ, organ + 1), *plan.region))[0]
         box = _reached(part > below, plan)
         if box is None:
             continue
-        inside = tuple(
-            slice(b.start - s.start, b.stop - s.start) for b, s in zip(box, slab, strict=True)
-        )
+        inside = _within(box, block)
         _claim(
             part,
             Geometry.of(replace(plan, block=box)),
@@ -96,7 +120,32 @@ def decide_planes(
             largest[inside],
             labels[inside],
         )
-    return labels
+
+
+def _around(shares: Shares, target: Grid, block: Region, wanted: Sequence[int]) -> Region | None:
+    """Box the voxels of a block that any of the wanted organs can claim."""
+    below = np.nextafter(np.float32(shares.threshold), np.float32(0))
+    plan = window(shares.grid, target, block)
+    boxes = []
+    for organ, value in enumerate(shares.values):
+        if value in wanted:
+            part = _read(shares.probability, (slice(organ, organ + 1), *plan.region))[0]
+            boxes.append(_reached(part > below, plan))
+    found = [box for box in boxes if box is not None]
+    if not found:
+        return None
+    z, y, x = (
+        slice(min(part.start for part in along), max(part.stop for part in along))
+        for along in zip(*found, strict=True)
+    )
+    return z, y, x
+
+
+def _within(box: Region, block: Region) -> tuple[slice, ...]:
+    """Give the place of a box in a block."""
+    return tuple(
+        slice(b.start - s.start, b.stop - s.start) for b, s in zip(box, block, strict=True)
+    )
 
 
 @kernel

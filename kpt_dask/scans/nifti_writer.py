@@ -25,6 +25,8 @@ PIECE_BYTES = 4 << 20
 # Deflate without names or times: the same voxels give the same bytes.
 _GZIP_HEADER = b"\x1f\x8b\x08" + bytes(6) + b"\xff"
 _LAST_BLOCK = b"\x03\x00"
+_LARGEST_STORED = 65535
+"""Bytes of a block that is not compressed at most."""
 
 
 class Packed(NamedTuple):
@@ -68,6 +70,8 @@ class NiftiWriter:
     header : nibabel.Nifti1Header or nibabel.Nifti2Header
         Header of a single little-endian file, with the shape and dtype of the voxels:
         from `kpt_dask.scans.nifti.new_header` or `kpt_dask.scans.label_header.header_like`.
+    extension : bytes
+        Header extensions, with their sizes and codes; a multiple of 16 bytes.
 
     Attributes
     ----------
@@ -75,10 +79,11 @@ class NiftiWriter:
         Text of the header's ``descrip``, 79 bytes at most; may be changed until the end.
     """
 
-    def __init__(self, path: Path, header: Any) -> None:
+    def __init__(self, path: Path, header: Any, extension: bytes = b"") -> None:
         self.description = header["descrip"].item().decode()
         self._path, self._compressed = path, path.name.lower().endswith(".gz")
-        self._header = header
+        self._header, self._extension = header, extension
+        header["vox_offset"] = int(header.single_vox_offset) + len(extension)
         columns, rows, self._planes = header.get_data_shape()
         self._plane_bytes = columns * rows * header.get_data_dtype().itemsize
         self._crc = self._written = 0
@@ -132,14 +137,21 @@ class NiftiWriter:
         header = self._header_bytes()
         if not self._compressed:
             return header
-        size = len(header).to_bytes(2, "little")
-        stored = b"\0" + size + bytes(255 - byte for byte in size) + header
-        return _GZIP_HEADER + stored
+        front = _GZIP_HEADER
+        for first in range(0, len(header), _LARGEST_STORED):
+            part = header[first : first + _LARGEST_STORED]
+            size = len(part).to_bytes(2, "little")
+            front += b"\0" + size + bytes(255 - byte for byte in size) + part
+        return front
 
     def _header_bytes(self) -> bytes:
         self._header["descrip"] = self.description.encode()
         block: bytes = self._header.binaryblock
-        return block + bytes(self._header.single_vox_offset - len(block))
+        # The first of the bytes between says whether extensions follow.
+        between = bytes([bool(self._extension)]).ljust(
+            self._header.single_vox_offset - len(block), b"\0"
+        )
+        return block + between + self._extension
 
     def _put(self, data: bytes) -> None:
         with self._named():

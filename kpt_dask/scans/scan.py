@@ -37,9 +37,6 @@ READERS: dict[str, Callable[[Path], ScanFile]] = {
 }
 """Readers by the ending of the file's name; all other paths may be OME-Zarr or DICOM."""
 
-LABEL_ENDINGS = ".nii", ".nii.gz"
-"""Endings of names under which label maps are written."""
-
 ROUNDING, MOST_ROUNDING = 0.05, 0.25
 """Tolerances of a stored label's distance from a whole number: the usual one, and the largest.
 Programs that write numbers with decimals into a file of scaled integers round to its steps; then
@@ -223,17 +220,3 @@ def open_labels(path: str | Path, *, series: str | None = None) -> Scan:
             f" {', '.join(READERS)}."
         )
     return Scan(path, file.grid, file.dtype, file)
-
-
-def check_ending(path: str | Path) -> None:
-    """Refuse a name under which no label map can be written.
-
-    Raises
-    ------
-    ScanFormatError
-        If the extension is unknown.
-    """
-    if not Path(path).name.lower().endswith(LABEL_ENDINGS):
-        raise ScanFormatError(
-            f"{path} has an unknown extension; write labels to a {' or '.join(LABEL_ENDINGS)} file."
-        )

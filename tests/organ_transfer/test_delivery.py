@@ -1,24 +1,24 @@
-"""The label map on the scan's grid: the same file whoever decides it, counted as it is."""
+"""The label map on the scan's grid: the same whoever decides it, counted as it is."""
 
-from pathlib import Path
+from dataclasses import replace
 from typing import Any
 
-import nibabel
 import numpy as np
 import pytest
 import zarr
 from distributed import Client
+from numpy.typing import NDArray
 
-from atlas_store import load_organs
+from atlas_store import OrganTable, load_organs
 from kpt_dask.grid import Grid
-from kpt_dask.organ_transfer.delivery import DTYPE, Decision, fill, planes_per_task
+from kpt_dask.label_files.packed import PackedLabels
+from kpt_dask.label_files.request import LabelRequest
+from kpt_dask.organ_transfer.delivery import Decision, decide, decided, planes_per_task
 from kpt_dask.organ_transfer.measures import OrganMeasures, as_delivered
-from kpt_dask.resampling.labels_on_scan import labels_onto
+from kpt_dask.resampling.labels_on_scan import Shares, labels_onto
 from kpt_dask.scans import nifti_writer
-from kpt_dask.scans.label_header import header_like
-from kpt_dask.scans.nifti_writer import NiftiWriter, pack, planes_at_once
+from kpt_dask.scans.nifti_writer import planes_at_once
 
-_nib: Any = nibabel
 ORGANS = load_organs("openkbp")
 GRID = Grid((20, 22, 24), np.diag([2.0, 2.0, 2.0, 1]))
 TARGET = Grid(
@@ -34,29 +34,22 @@ def decision(tmp_path_factory: pytest.TempPathFactory) -> Decision:
     shares = [1 - np.linalg.norm(places - centre, axis=-1) / 9 for centre in centres]
     values = np.maximum(np.stack(shares), 0).astype(np.float32)
     array = zarr.create_array(str(path), data=values, chunks=(1, 16, 16, 16), zarr_format=3)
-    return Decision(array, ORGANS, 0.4, GRID, TARGET)
+    return Decision(Shares(array, ORGANS.values, 0.4, GRID), ORGANS, ORGANS.values, TARGET)
 
 
-def header() -> Any:
-    made = _nib.Nifti1Header()
-    made.set_data_shape(TARGET.shape[::-1])
-    return header_like(made, TARGET.shape, DTYPE)
+def voxels(labels: PackedLabels) -> NDArray[Any]:
+    return np.concatenate(list(labels.slabs()))
 
 
-def test_the_file_is_the_same_whoever_decides(
+def test_labels_are_the_same_whoever_decides(
     decision: Decision,
     one_process: Client,
     two_processes: Client,
-    tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(nifti_writer, "PIECE_BYTES", 3 * 40 * 44 * 2)
-    slabs = labels_onto(decision.probability, ORGANS.values, 0.4, GRID, TARGET)
-    expected = np.concatenate(list(slabs))
-    with NiftiWriter(tmp_path / "whole.nii.gz", header()) as file:
-        for z in range(0, len(expected), 3):
-            file.write(pack(expected[z : z + 3]))
-    whole = (tmp_path / "whole.nii.gz").read_bytes()
+    monkeypatch.setattr(nifti_writer, "PIECE_BYTES", 3 * 40 * 44)
+    expected = np.concatenate(list(labels_onto(decision.shares, TARGET))).astype(np.uint8)
+    whole = PackedLabels.of(TARGET.shape, expected.dtype, [expected])
     counts = [int((expected == value).sum()) for value in ORGANS.values]
     assert min(counts) > 0
     # Workers of other processes cut pieces of the usual size, which here is the whole map.
@@ -65,20 +58,44 @@ def test_the_file_is_the_same_whoever_decides(
         (one_process, 1, True),
         (two_processes, 1 << 30, False),
     ):
-        path = tmp_path / "labels.nii.gz"
-        with NiftiWriter(path, header()) as file:
-            counted = fill(file, decision, memory=memory, client=client)
-        assert counted.tolist() == counts
-        np.testing.assert_array_equal(np.asarray(_nib.load(path).dataobj).T, expected)
-        assert not same or path.read_bytes() == whole
+        labels, counted = decide(decision, memory=memory, client=client)
+        assert counted[list(ORGANS.values)].tolist() == counts
+        np.testing.assert_array_equal(voxels(labels), expected)
+        assert not same or labels.pieces == whole.pieces
+
+
+@pytest.mark.parametrize("names", [("larynx",), ("spinal_cord", "mandible"), ORGANS.names])
+def test_wanted_organs_are_what_they_are_among_all(
+    decision: Decision, names: tuple[str, ...], one_process: Client
+) -> None:
+    everything = np.concatenate(list(labels_onto(decision.shares, TARGET)))
+    values = tuple(ORGANS.by_name(name).value for name in names)
+    expected = np.where(np.isin(everything, values), everything, 0)
+    assert np.count_nonzero(expected) > 0
+    request = LabelRequest.parse("l.nii", organs=names, largest=True)
+    wanted = decision._replace(wanted=values)
+    label_map, counts = decided(wanted, request, memory=None, client=one_process)
+    assert [organ.name for organ in label_map.organs] == list(names)
+    # Of which each is one part.
+    np.testing.assert_array_equal(voxels(label_map.voxels), expected)
+    assert counts.tolist() == [int((expected == value).sum()) for value in values]
+
+
+def test_a_label_over_255_needs_more_bits(decision: Decision, one_process: Client) -> None:
+    organs = OrganTable((*ORGANS.organs[:-1], replace(ORGANS.organs[-1], value=300)))
+    shares = decision.shares._replace(values=organs.values)
+    wide = Decision(shares, organs, organs.values, TARGET)
+    labels, counts = decide(wide, memory=None, client=one_process)
+    assert labels.dtype == np.uint16
+    assert counts[300] == np.count_nonzero(voxels(labels) == 300) > 0
 
 
 @pytest.mark.parametrize("memory", [1, 64 << 20, 1 << 30])
 @pytest.mark.parametrize("threads", [[1], [2], [16], [4, 4]])
 def test_tasks_are_whole_pieces_within_memory(threads: list[int], memory: int) -> None:
-    shape = (600, 512, 512)
-    piece = planes_at_once(shape, DTYPE)
-    planes = planes_per_task(shape, threads, memory)
+    shape, dtype = (600, 512, 512), np.dtype(np.uint16)
+    piece = planes_at_once(shape, dtype)
+    planes = planes_per_task(shape, dtype, threads, memory)
     assert planes % piece == 0
     assert planes == piece or planes * 512 * 512 * 16 * max(threads) <= memory
 

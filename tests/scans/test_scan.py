@@ -15,7 +15,7 @@ from kpt_dask.errors import (
     ScanFormatError,
     ScanNotFoundError,
 )
-from kpt_dask.scans.scan import check_ending, open_scan
+from kpt_dask.scans.scan import open_scan
 from tests.helpers import write_labels
 
 SHAPE = (6, 5, 4)  # (i, j, k) as nibabel has it
@@ -358,12 +358,6 @@ def test_labels_of_a_big_endian_scan_read_back(tmp_path: Path) -> None:
     back = nib.load(tmp_path / "labels.nii.gz")
     np.testing.assert_array_equal(np.asarray(back.dataobj), VALUES)
     np.testing.assert_array_equal(back.affine, AFFINE)
-
-
-def test_labels_need_a_nifti_name() -> None:
-    check_ending("labels.NII.gz")
-    with pytest.raises(ScanFormatError, match="extension"):
-        check_ending("labels.png")
 
 
 def test_real_scans_equal_nibabels(openkbp: Path) -> None:

@@ -1,0 +1,123 @@
+"""What label files somebody asks for: which files, of which organs, cleaned or not.
+
+Everything that can be refused is refused by `LabelRequest.check`, before any work.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from os import PathLike, fspath
+from pathlib import Path
+
+from atlas_store import Organ, OrganTable
+from kpt_dask.errors import ParameterError, naming
+from kpt_dask.grid import Grid
+from kpt_dask.label_files.components import largest_components
+from kpt_dask.label_files.formats import FORMATS, LabelFile
+from kpt_dask.label_files.label_map import LabelMap
+
+SPLIT_ENDING = ".nii.gz"
+"""Ending of the files of single organs."""
+
+
+@dataclass(frozen=True)
+class LabelRequest:
+    """Label files to be written of one scan.
+
+    Attributes
+    ----------
+    files : tuple of LabelFile
+        Files of all wanted organs.
+    split : str, optional
+        Folder for a mask of each wanted organ, ``NAME.nii.gz``, 1 where the organ is.
+    organs : tuple of str
+        Names of the wanted organs; all if empty.
+    largest : bool
+        Whether only the largest connected component of each organ is kept.
+    """
+
+    files: tuple[LabelFile, ...] = ()
+    split: str | None = None
+    organs: tuple[str, ...] = ()
+    largest: bool = False
+
+    @classmethod
+    def parse(
+        cls,
+        files: str | PathLike[str] | Sequence[str | PathLike[str]] | None = None,
+        split: str | PathLike[str] | None = None,
+        organs: Sequence[str] = (),
+        *,
+        largest: bool = False,
+    ) -> "LabelRequest":
+        """Understand what was asked; one file needs no list.
+
+        Raises
+        ------
+        ScanFormatError
+            If a file has an ending that no format has.
+        """
+        given = [files] if isinstance(files, str | PathLike) else files or []
+        parsed = tuple(LabelFile.parse(file) for file in given)
+        folder = None if split is None else fspath(split)
+        return cls(parsed, folder, (organs,) if isinstance(organs, str) else tuple(organs), largest)
+
+    def __bool__(self) -> bool:
+        """Whether any file is wanted."""
+        return bool(self.files) or self.split is not None
+
+    def wanted(self, table: OrganTable) -> tuple[Organ, ...]:
+        """Organs that are wanted, in the order of the table."""
+        return tuple(o for o in table if not self.organs or o.name in self.organs)
+
+    def check(self, table: OrganTable, grid: Grid) -> None:
+        """Refuse organs that the table lacks, and formats that cannot hold the scan's grid.
+
+        Raises
+        ------
+        ParameterError
+            If an organ is unknown, or organs are chosen and no file is asked for.
+        ScanFormatError
+            If a format has no label maps on such a grid.
+        """
+        if (self.organs or self.largest) and not self:
+            raise ParameterError(
+                "--organs and --largest are about label files: add --labels FILE or --split DIR"
+                " (OUT.zarr always holds every organ)."
+            )
+        unknown = sorted(set(self.organs) - set(table.names))
+        if unknown:
+            raise ParameterError(
+                f"The atlases know no organ {', '.join(unknown)}; they know"
+                f" {', '.join(table.names)}."
+            )
+        for file in self.files:
+            file.check(grid)
+
+    def targets(self, table: OrganTable) -> list[str]:
+        """Paths of all files that will be written: `files`, then one for each organ."""
+        folder = self.split
+        masks = [] if folder is None else [o.name + SPLIT_ENDING for o in self.wanted(table)]
+        return [file.path for file in self.files] + [str(Path(folder or "", m)) for m in masks]
+
+    def cleaned(self, label_map: LabelMap) -> LabelMap:
+        """Keep the largest components, if that is wanted."""
+        if not self.largest:
+            return label_map
+        return replace(label_map, voxels=largest_components(label_map.voxels))
+
+    def write(self, paths: Sequence[Path], label_map: LabelMap) -> None:
+        """Write all files.
+
+        Parameters
+        ----------
+        paths : sequence of Path
+            Where to write, in the order of `targets`: usually names for the time being.
+        label_map : LabelMap
+            Of the wanted organs.
+        """
+        for file, path in zip(self.files, paths, strict=False):
+            with naming(path):
+                file.format.write(path, label_map)
+        for organ, path in zip(label_map.organs, paths[len(self.files) :], strict=False):
+            with naming(path):
+                FORMATS[SPLIT_ENDING].write(path, label_map.only(organ))
