@@ -1,7 +1,8 @@
 """Keypoint transfer segmentation of CT scans, streamed with Dask and Zarr.
 
 The stations of the data's way, in order: `open_scan`, `convert`, `extract`, `match`, `vote`,
-`transfer`; `segment` walks them all, `add_atlas` makes an atlas, `evaluate` measures.
+`transfer`; `segment` walks them all, `export` writes label files of its output, `add_atlas` makes
+an atlas, `evaluate` measures.
 """
 
 from importlib import import_module
@@ -10,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from kpt_dask.atlases.add import add_atlas, add_folder, store_parameters
     from kpt_dask.evaluation import evaluate
+    from kpt_dask.exports import export, export_atlas
     from kpt_dask.keypoints.extraction import extract
     from kpt_dask.matching.first_pass import match
     from kpt_dask.matching.voting import vote
@@ -24,6 +26,8 @@ __all__ = [
     "add_folder",
     "convert",
     "evaluate",
+    "export",
+    "export_atlas",
     "extract",
     "match",
     "open_probability",
@@ -40,6 +44,8 @@ _HOME = {
     "add_folder": "atlases.add",
     "convert": "volumes.conversion",
     "evaluate": "evaluation",
+    "export": "exports",
+    "export_atlas": "exports",
     "extract": "keypoints.extraction",
     "match": "matching.first_pass",
     "open_probability": "segmentation",

@@ -517,6 +517,7 @@ def _provenance(
             "transfer": options.to_json(mode, store.organs),
             "parameters": dict(store.parameters),
             "atlases": list(found.atlases),
+            "organ_table": store.organs.to_json(),
             "organs": {name: asdict(organ) for name, organ in found.organs.items()},
             # Grid of the label map in this image: its bytes do not depend on other outputs.
             "volume_grid": "working",

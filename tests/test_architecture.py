@@ -15,7 +15,7 @@ ROOT = Path(__file__).parents[1]
 LAYERS = (
     {"kpt_dask.cli"},
     {"kpt_dask.demo"},
-    {"kpt_dask.evaluation"},
+    {"kpt_dask.evaluation", "kpt_dask.exports"},
     {"kpt_dask.segmentation"},
     {"kpt_dask.organ_transfer"},
     {"kpt_dask.matching", "kpt_dask.atlases"},
@@ -67,9 +67,11 @@ MANY_PARAMETERS = {
     "kpt_dask.cli.atlas.add": COMMAND,
     "kpt_dask.cli.atlas.add_folder": COMMAND,
     "kpt_dask.cli.main.evaluate": COMMAND,
+    "kpt_dask.cli.main.export": COMMAND,
     "kpt_dask.cli.main.segment": COMMAND,
     "kpt_dask.cli.slurm.main": COMMAND,
     "kpt_dask.evaluation.evaluate": FACE,
+    "kpt_dask.exports.export": FACE,
     "kpt_dask.segmentation.segment": FACE,
     "kpt_dask.segmentation.segment_volume": FACE,
 }

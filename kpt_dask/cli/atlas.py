@@ -279,6 +279,29 @@ def info(store: str, atlas_id: str | None, as_json: bool) -> None:
 
 @atlas.command()
 @store_argument
+@click.argument("atlas_id", metavar="ID")
+@click.argument("folder", metavar="DIR", type=click.Path())
+@overwrite_option
+def export(store: str, atlas_id: str, folder: str, overwrite: bool) -> None:
+    """Write the scan and the labels of an atlas to DIR, as NIfTI on the grid of the store.
+
+    They are DIR/ID_ct.nii.gz and DIR/ID_seg.nii.gz, which kpt atlas add-folder finds.
+
+    \b
+    Example:
+      kpt atlas export atlases anna back
+    """
+    from atlas_store import AtlasStore
+    from kpt_dask.exports import export_atlas
+
+    opened = AtlasStore.open(store)
+    with working(None):
+        scan, labels = export_atlas(opened[atlas_id], folder, overwrite=overwrite)
+    say(f"{atlas_id}: {scan} and {labels}.")
+
+
+@atlas.command()
+@store_argument
 @click.argument("atlas_ids", metavar="ID…", nargs=-1, required=True)
 def remove(store: str, atlas_ids: tuple[str, ...]) -> None:
     """Remove atlases from a store.

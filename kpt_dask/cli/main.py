@@ -20,6 +20,7 @@ from kpt_dask.cli.common import (
     memory_option,
     overwrite_option,
     print_json,
+    say,
     scheduler_option,
     select_option,
     series_option,
@@ -277,6 +278,68 @@ def segment(
         f" atlases, {found.seconds:.1f} s."
     )
     click.echo(f"Written: {', '.join(filter(None, (str(found.path), *labels, split)))}.")
+
+
+@kpt.command()
+@click.argument("segmentation", metavar="OUT.zarr", type=click.Path())
+@click.argument("files", metavar="[FILE]…", nargs=-1, type=click.Path())
+@label_options
+@click.option(
+    "--scan",
+    type=click.Path(),
+    metavar="SCAN",
+    help="The scan that OUT.zarr was made from: DICOM files then refer to its series, and NIfTI "
+    "keeps its header.",
+)
+@series_option
+@overwrite_option
+@memory_option
+@json_option
+def export(
+    segmentation: str,
+    files: tuple[str, ...],
+    split: str | None,
+    organs: tuple[str, ...] | None,
+    largest: bool,
+    scan: str | None,
+    series: str | None,
+    overwrite: bool,
+    memory: int | None,
+    as_json: bool,
+) -> None:
+    """Write label files of OUT.zarr, which kpt segment made, on the grid of its scan.
+
+    Endings: .nii.gz or .nii (NIfTI with names), .seg.nrrd (3D Slicer), .nrrd, .mha, .dcm (DICOM
+    SEG), .label (names and colours for ITK-SNAP); rtstruct:FILE.dcm is a DICOM RTSTRUCT.
+
+    \b
+    Examples:
+      kpt export scan.zarr organs.seg.nrrd
+      kpt export scan.zarr organs.dcm rtstruct:contours.dcm --scan ct_folder
+      kpt export scan.zarr --split masks --organs liver,spleen --largest
+    """
+    from kpt_dask.exports import export as export_labels
+    from kpt_dask.runtime import notices
+
+    with notices.recorded() as doubts, working(None) as client:
+        volumes = export_labels(
+            segmentation,
+            files,
+            split=split,
+            organs=organs or (),
+            largest=largest,
+            scan=scan,
+            series=series,
+            overwrite=overwrite,
+            memory=memory,
+            client=client,
+        )
+    if as_json:
+        answer = {"files": list(files), "split": split, "volumes_ml": volumes}
+        print_json(answer | {"warnings": doubts})
+        return
+    shown = ", ".join(f"{name} {ml:.1f} mL" for name, ml in volumes.items() if ml) or "no organ"
+    say(f"Written: {', '.join(filter(None, (*files, split)))}: {shown}.")
 
 
 @kpt.command()
