@@ -111,7 +111,10 @@ class AtlasIndex:
         current, stale = _sort_out([s for s in cached.values() if s is not None], uuids)
         known = {atlas for segment in (*current, *stale) for atlas in segment.atlases}
         missing = [i for i, uuid in uuids.items() if (i, uuid) not in known]
-        stale += list(_read(store, missing))
+        read = list(_read(store, missing))
+        gone = set(missing) - {atlas_id for segment in read for atlas_id, _ in segment.atlases}
+        uuids = {i: uuid for i, uuid in uuids.items() if i not in gone}
+        stale += read
         if stale:
             current.append(Segment.join(stale))
         segments = _merge(current)
@@ -161,7 +164,8 @@ class AtlasIndex:
         Raises
         ------
         AtlasNotFoundError
-            If one of them was not in the store when the index was opened.
+            If one of them was not in the store when the index was opened, or was removed before
+            it was read.
         """
         atlas_numbers = self._atlas_numbers(ids)
         scale = np.asarray(scale, np.float32)
@@ -185,7 +189,7 @@ class AtlasIndex:
         Raises
         ------
         AtlasNotFoundError
-            If one of them was not in the store when the index was opened.
+            As for `query`.
         """
         atlas_numbers = self._atlas_numbers(ids)
         organs = max((segment.annotated.shape[1] for segment in self.segments), default=0)

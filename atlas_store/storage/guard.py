@@ -9,13 +9,13 @@ import math
 import struct
 
 import numpy as np
-from zarr.abc.store import ByteRequest, Store
+from zarr.abc.store import ByteRequest, RangeByteRequest, Store
 from zarr.core.buffer import Buffer, BufferPrototype
 from zarr.storage import LocalStore, WrapperStore
 
 from atlas_store.errors import StoreFormatError
 from atlas_store.marker import MAX_VOXELS
-from atlas_store.storage.objects import check_regular
+from atlas_store.storage.objects import MAX_OBJECT, check_regular, check_size
 
 MAX_CHUNK = 1 << 28
 """Limit of the bytes of a decompressed chunk; those of an atlas have a few MiB."""
@@ -32,9 +32,12 @@ class Guarded(WrapperStore[Store]):
         """Read an object; `StoreFormatError` if decompressing it would take too much memory."""
         if isinstance(self._store, LocalStore):
             check_regular(f"{self._store.root}/{key}", key)
-        buffer = await super().get(key, prototype, byte_range)
+        # No more of an object than tells that it is too large.
+        most = RangeByteRequest(0, MAX_OBJECT + 1)
+        buffer = await super().get(key, prototype, byte_range or most)
         if buffer is None or byte_range is not None:
             return buffer
+        check_size(key, len(buffer))
         if key.endswith("zarr.json"):
             _check_description(key, buffer.to_bytes())
         elif "/c/" in key:

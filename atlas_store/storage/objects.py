@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from numpy.typing import NDArray
-from zarr.abc.store import Store
+from zarr.abc.store import RangeByteRequest, Store
 from zarr.core.buffer import Buffer, default_buffer_prototype
 from zarr.core.sync import sync
 from zarr.storage import FsspecStore, LocalStore
@@ -83,10 +83,7 @@ class Objects:
         if path is not None:
             # 20 times faster for small objects than through zarr's event loop.
             return read_file(path, f"{self.url}/{key}", limit)
-        buffer = sync(self.store.get(key, default_buffer_prototype()))
-        if buffer is not None:
-            check_size(f"{self.url}/{key}", len(buffer), limit)
-        return None if buffer is None else buffer.to_bytes()
+        return sync(self._get(key, limit))
 
     @property
     def is_local(self) -> bool:
@@ -99,11 +96,18 @@ class Objects:
             return [self.read(key, limit) for key in keys]
 
         async def gather() -> list[bytes | None]:
-            prototype = default_buffer_prototype()
-            buffers = await asyncio.gather(*(self.store.get(key, prototype) for key in keys))
-            return [None if buffer is None else buffer.to_bytes() for buffer in buffers]
+            return await asyncio.gather(*(self._get(key, limit) for key in keys))
 
         return sync(gather())
+
+    async def _get(self, key: str, limit: int) -> bytes | None:
+        """Read an object of an object store; no more than tells that it is too large."""
+        within = RangeByteRequest(0, limit + 1)
+        buffer = await self.store.get(key, default_buffer_prototype(), within)
+        if buffer is None:
+            return None
+        check_size(f"{self.url}/{key}", len(buffer), limit)
+        return buffer.to_bytes()
 
     def unpack(self, wanted: Sequence[chunk_rows.ChunkRows], out: NDArray[Any]) -> None:
         """Decompress rows of blosc chunks one after another, along the first axis of `out`.
@@ -243,8 +247,8 @@ def check_size(key: str, size: int, limit: int = MAX_OBJECT) -> None:
     """Refuse an object that would take too much memory, before it is read."""
     if size > limit:
         raise StoreFormatError(
-            f"{key} is damaged, it has {size} bytes: restore it from a copy, or remove the atlas"
-            " and add it again."
+            f"{key} is damaged, it has more than {limit} bytes: restore it from a copy, or remove"
+            " the atlas and add it again."
         )
 
 

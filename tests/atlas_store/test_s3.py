@@ -6,11 +6,18 @@ import sys
 from collections.abc import Iterator
 from contextlib import ExitStack
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import xarray as xr
 
-from atlas_store import AtlasExistsError, AtlasStore, StoreExistsError, load_organs
+from atlas_store import (
+    AtlasExistsError,
+    AtlasStore,
+    StoreExistsError,
+    StoreFormatError,
+    load_organs,
+)
 from atlas_store.storage.objects import Objects
 
 SERVER = """
@@ -109,3 +116,25 @@ def test_processes_add_to_s3_at_once(bucket: str, synthetic: SimpleNamespace) ->
     assert seen.count("refused shared") == WRITERS - 1
     assert set(store) == {f"pt_{i}" for i in range(WRITERS)} | {"shared"}
     assert store.verify() == []
+
+
+def test_of_an_object_that_is_too_large_only_the_beginning_is_read(bucket: str) -> None:
+    objects = Objects.at(f"{bucket}/large")
+    objects.write("empty", b"")
+    objects.write("ten", bytes(10))
+    objects.write("eleven", bytes(11))
+    asked = []
+    get = objects.store.get
+
+    async def recorded(*args: Any) -> Any:
+        buffer = await get(*args)
+        asked.append(0 if buffer is None else len(buffer))
+        return buffer
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(objects.store, "get", recorded)
+        assert objects.read_many(["empty", "ten", "none"], 10) == [b"", bytes(10), None]
+        for read in (lambda: objects.read("eleven", 5), lambda: objects.read_many(["eleven"], 5)):
+            with pytest.raises(StoreFormatError, match=r"large/eleven .* more than 5 bytes"):
+                read()
+    assert sorted(asked) == [0, 0, 6, 6, 10]

@@ -15,7 +15,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from atlas_store import AtlasNotFoundError, AtlasStore
+from atlas_store import AtlasNotFoundError, AtlasStore, Snapshot
 from atlas_store.index import search, segments
 from atlas_store.index.search import LISTED_ATLASES, REPRESENTED_BY, AtlasIndex, Neighbours
 from atlas_store.index.segments import Segment, merges
@@ -211,6 +211,18 @@ def test_the_index_follows_the_store_and_reads_only_what_is_new(
         path.unlink()
     assert same(query_all(store, store.ids()), grown)
     assert not same(grown, before)
+
+
+def test_an_atlas_removed_before_the_index_reads_it_is_told(
+    store: AtlasStore, synthetic: SimpleNamespace
+) -> None:
+    for i in range(3):
+        synthetic.add(store, f"a{i}", seed=i)
+    snapshot = Snapshot(store)
+    store.remove("a1")
+    with pytest.raises(AtlasNotFoundError, match="the index has no atlas 'a1'"):
+        query_all(snapshot, snapshot.ids())
+    assert same(query_all(snapshot, ["a0", "a2"]), query_all(store, store.ids()))
 
 
 @pytest.mark.parametrize("damage", [b"", b"nonsense", None])
