@@ -191,7 +191,7 @@ class TransferOptions:
 
 MEMORY = 1 << 30
 """Bytes that the large arrays of a process take at most, by default: see
-`kpt_dask.runtime.memory.budget`."""
+`kpt_dask.runtime.cluster.budget`."""
 
 DEFAULTS = TransferOptions()
 """All options at their defaults."""

@@ -20,7 +20,6 @@ from kpt_dask.keypoints.parameters import keypoint_parameters
 from kpt_dask.keypoints.sweep import OctaveKeypoints, Sweep
 from kpt_dask.keypoints.sweep_plan import halo
 from kpt_dask.runtime import cluster, progress
-from kpt_dask.runtime.memory import budget
 from kpt_dask.runtime.team import Jobs, deferred, run_jobs
 from kpt_dask.volumes.scale_space import LEVELS, level_sigma
 from kpt_dask.volumes.volume import Volume
@@ -102,7 +101,7 @@ def extract(
         cuts: list[list[Part]] = []
         for octave, length in zip(octaves, lengths, strict=True):
             shape, margin = octave.shape, halo(octave.first, octave.finer)
-            core = length, *core_width(shape, threads, budget(memory), margin)
+            core = length, *core_width(shape, threads, cluster.budget(session, memory), margin)
             cuts.append([(octave, block) for block in plan_blocks(shape, core, margin)])
         # The last octaves are small: those that were not cut are one task.
         whole = [len(cut) == 1 for cut in cuts]

@@ -18,7 +18,6 @@ from kpt_dask.label_files.packed import PackedLabels
 from kpt_dask.label_files.request import LabelRequest
 from kpt_dask.resampling.labels_on_scan import SLAB_VOXELS, Shares, count_values, decide_planes
 from kpt_dask.runtime import cluster
-from kpt_dask.runtime.memory import budget
 from kpt_dask.scans.nifti_writer import Packed, pack, planes_at_once
 
 VOXEL_BYTES = 16
@@ -95,7 +94,7 @@ def decide(
         Voxels of each label, from 0 to the largest of the table; that of 0 is 0.
     """
     shape, dtype = decision.target.shape, dtype_of(decision.organs)
-    step = planes_per_task(shape, dtype, cluster.threads(client), budget(memory))
+    step = planes_per_task(shape, dtype, cluster.threads(client), cluster.budget(client, memory))
     tasks = [(decision, first, min(first + step, shape[0])) for first in range(0, shape[0], step)]
     counts = np.zeros(max(decision.organs.values) + 1, np.int64)
     pieces: list[Packed] = []

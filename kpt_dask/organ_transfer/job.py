@@ -47,7 +47,7 @@ class TransferJob:
         Threshold, ν, widths of kernels, and which organs move which.
     memory : int, optional
         Bytes that all blocks of a process may take together, down to one shard per thread; see
-        `kpt_dask.runtime.memory.budget` for the default.
+        `kpt_dask.runtime.cluster.budget` for the default.
     tiling : Tiling
         Tiling of `probability`; blocks are whole shards.
 

@@ -22,6 +22,7 @@ from distributed import Client, Future, KilledWorker, Worker, as_completed, get_
 from distributed.protocol.pickle import dumps, loads
 
 from kpt_dask.errors import ClusterError
+from kpt_dask.runtime import memory as own_memory
 from kpt_dask.runtime import progress, witness
 from kpt_dask.runtime.connect import IN_FLIGHT_PER_THREAD, is_own, local, session
 from kpt_dask.runtime.patience import (
@@ -29,11 +30,13 @@ from kpt_dask.runtime.patience import (
     ask,
     landing,
     lost,
+    memory_of_workers,
     threads_of_workers,
     wait_seconds,
 )
 
 __all__ = [
+    "budget",
     "count_teams",
     "local",
     "run",
@@ -181,6 +184,28 @@ def threads(client: Client) -> list[int]:
         counts = threads_of_workers(client)
         _THREADS[client] = time.monotonic() + 1, counts
     return counts
+
+
+def budget(client: Client, memory: int | None = None) -> int:
+    """Bytes that the large arrays of each worker may take.
+
+    Parameters
+    ----------
+    client : distributed.Client
+        Client whose workers compute.
+    memory : int, optional
+        What the user wants. Without it, what `kpt_dask.runtime.memory.budget` says of this machine,
+        at most half of the limit that Dask holds a worker to.
+
+    Raises
+    ------
+    ClusterError
+        If the scheduler has gone.
+    """
+    usual = own_memory.budget(memory)
+    if memory is not None or is_own(client):
+        return usual
+    return max(min([usual, *(limit // 2 for limit in memory_of_workers(client))]), 1)
 
 
 def teams(threads: int) -> tuple[int, int]:

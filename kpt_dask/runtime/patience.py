@@ -236,6 +236,22 @@ def threads_of_workers(client: Client) -> list[int]:
         vigil.look()
 
 
+def memory_of_workers(client: Client) -> list[int]:
+    """Bytes at which Dask ends workers; of those that have a limit.
+
+    Raises
+    ------
+    ClusterError
+        If the scheduler has gone.
+    """
+    try:
+        known = ask(client, _call, client, "identity", callback_timeout=wait_seconds())
+    except OSError as error:
+        raise lost(client, "Looking for workers", error) from error
+    limits = (worker["memory_limit"] for worker in known["workers"].values())
+    return [int(limit) for limit in limits if limit]
+
+
 def lost(client: Client, description: str, error: BaseException) -> ClusterError:
     """Make the error for a scheduler that has gone, or has cancelled tasks."""
     if client.status == "running" and not isinstance(error, OSError):

@@ -82,7 +82,8 @@ def convert(
         Whether an existing output may be replaced; it is kept until the new one is complete.
     memory : int, optional
         Memory budget of making the higher levels in each process, bytes; see
-        `kpt_dask.runtime.memory.budget`.
+        `kpt_dask.runtime.cluster.budget`. Reading the scan takes as much as a slab of level 0 that
+        is one chunk thick, whatever the budget.
     client : distributed.Client, optional
         Client whose workers compute the higher levels; threads of this process by default.
 

@@ -18,7 +18,6 @@ from atlas_store.arrays.regions import blocks_of, write_region
 from kpt_dask.errors import ParameterError
 from kpt_dask.kernels.jit import kernel
 from kpt_dask.runtime import cluster
-from kpt_dask.runtime.memory import budget
 from kpt_dask.volumes.blur import blur_planes, blur_scratch
 from kpt_dask.volumes.omezarr import CHUNKS
 from kpt_dask.volumes.scale_space import next_octave_taps
@@ -49,7 +48,7 @@ def fill_pyramid(
     with cluster.session(client) as session:
         for octave, (fine, coarse) in enumerate(pairwise(levels)):
             slab = (CHUNKS[0], *coarse.shape[1:])
-            room = budget(memory) // max(cluster.threads(session), default=1)
+            room = cluster.budget(session, memory) // max(cluster.threads(session), default=1)
             planes = planes_at_once(fine.shape, octave, room, wanted=memory is not None)
             cut = blocks_of(coarse.shape, slab)
             tasks = [(fine, coarse, octave, region, planes) for region in cut]

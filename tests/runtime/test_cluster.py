@@ -15,7 +15,7 @@ from dask.system import CPU_COUNT
 from distributed import Client, LocalCluster, Worker, get_client
 
 from kpt_dask.errors import ClusterError, ParameterError, ScanNotFoundError
-from kpt_dask.runtime import cluster, connect, patience, progress
+from kpt_dask.runtime import cluster, connect, memory, patience, progress
 
 
 @pytest.fixture(scope="module")
@@ -68,6 +68,17 @@ def test_tasks_begin_in_their_order() -> None:
     ) as client:
         begun = dict(cluster.run(client, time.monotonic, [()] * 12, "Looking"))
     assert sorted(begun, key=begun.__getitem__) == list(range(12))
+
+
+def test_memory_is_at_most_half_of_what_dask_holds_a_worker_to(
+    threads: Client, processes: Client, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(memory, "MEMORY", 1 << 50)
+    monkeypatch.setattr(memory, "_free", lambda: iter(()))
+    limits = processes.run(lambda dask_worker: dask_worker.memory_manager.memory_limit)
+    assert cluster.budget(processes) == min(limits.values()) // 2
+    assert cluster.budget(processes, 1 << 40) == 1 << 40
+    assert cluster.budget(threads) == 1 << 50
 
 
 def test_no_task_is_no_work(threads: Client) -> None:

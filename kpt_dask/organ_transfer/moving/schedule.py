@@ -45,7 +45,6 @@ from kpt_dask.organ_transfer.moving.plan import (
 )
 from kpt_dask.runtime import cluster
 from kpt_dask.runtime.balance import cut, distribute
-from kpt_dask.runtime.memory import budget
 from kpt_dask.runtime.team import Jobs, deferred, run_jobs
 
 UNPACK_COST, FINISH_COST, AFFINE_COST = 8, 28, 10
@@ -79,7 +78,7 @@ def move_organs(
         moves = _plan(job, atlases, evidence, session)
         totals = np.bincount(moves.organ, moves.weight, minlength=len(job.organs))
         fractions = replace(moves, weight=moves.weight / totals[moves.organ])
-        thread_budget = budget(job.memory) / max(cluster.threads(session))
+        thread_budget = cluster.budget(session, job.memory) / max(cluster.threads(session))
         tasks = []
         for boxes in _share_out(job, atlases, moves, thread_budget, session):
             reaching = np.any([moves.reach(box) for box in boxes], axis=0)

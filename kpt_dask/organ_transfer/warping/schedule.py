@@ -58,7 +58,6 @@ from kpt_dask.organ_transfer.warping.landing import (
 )
 from kpt_dask.runtime import cluster
 from kpt_dask.runtime.balance import cut
-from kpt_dask.runtime.memory import budget
 from kpt_dask.runtime.team import map_in_threads
 
 BLOCKS_PER_TEAM = 1
@@ -112,7 +111,9 @@ def warp_atlases(
         levels = fitting(FAST if options.fast else FULL, typical_size(atlases))
         scan = compare_with(job.volume, in_grid(whole, grid, step), organs, widths, levels)
         stored = create_fields(group, scan, len(atlases))
-        refined = refine(scan, atlases, fields, stored, budget(job.memory), session)
+        refined = refine(
+            scan, atlases, fields, stored, cluster.budget(session, job.memory), session
+        )
         reached = [i for i, one in enumerate(refined) if one is not None]
         known = [one for one in refined if one is not None]
         means = agreement(known, len(organs))
@@ -122,7 +123,7 @@ def warp_atlases(
         ]
         del refined, known
         at_once, threads = cluster.teams(max(cluster.threads(session)))
-        limit = USABLE_BUDGET * budget(job.memory) / at_once
+        limit = USABLE_BUDGET * cluster.budget(session, job.memory) / at_once
         shares = create_probability(group, grid, organs, job.mode, job.tiling)
         votes = VotingJob(job, warped, stored, scan.levels[-1][0], search_boxes, shares, limit)
         pieces = BLOCKS_PER_TEAM * cluster.count_teams(session)
