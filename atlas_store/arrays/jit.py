@@ -22,6 +22,14 @@ def kernel(function: F) -> F:
     return _compile(function, {"contract"})
 
 
+def inlined_kernel(function: F) -> F:
+    """Compile like `kernel`, and copy the code to where kernels call it.
+
+    For loops so short that passing arrays to them would take a measurable part of the time.
+    """
+    return _compile(function, {"contract"}, forceinline=True)
+
+
 def summing_kernel(function: F) -> F:
     """Compile like `kernel`, but sums may be split among the lanes of a vector.
 
@@ -35,6 +43,9 @@ def comparing_kernel(function: F) -> F:
     return _compile(function, {"nnan", "nsz"})
 
 
-def _compile(function: F, fastmath: set[str]) -> F:
-    compiled = numba.njit(nogil=True, fastmath=fastmath, error_model="numpy")(function)
+def _compile(function: F, fastmath: set[str], *, forceinline: bool = False) -> F:
+    compile_ = numba.njit(
+        nogil=True, fastmath=fastmath, error_model="numpy", forceinline=forceinline
+    )
+    compiled = compile_(function)
     return cast(F, cached(compiled))

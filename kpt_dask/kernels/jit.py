@@ -8,9 +8,9 @@ import os
 from collections.abc import Callable
 from typing import Any, TypeVar
 
-from atlas_store.arrays.jit import kernel, summing_kernel
+from atlas_store.arrays.jit import inlined_kernel, kernel, summing_kernel
 
-__all__ = ["PLAIN", "either", "kernel", "summing_kernel"]
+__all__ = ["PLAIN", "either", "inlined_kernel", "kernel", "summing_kernel"]
 
 F = TypeVar("F", bound=Callable[..., Any])
 

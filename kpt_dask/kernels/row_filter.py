@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from kpt_dask.kernels.jit import either, kernel
+from kpt_dask.kernels.jit import either, inlined_kernel, kernel
 from kpt_dask.kernels.row_filter_llvm import filter_voxels
 from kpt_dask.kernels.simd import LANES
 
@@ -67,7 +67,7 @@ def two_rows_plain(source: Any, tables: Any, taps: Any, out: Any, where: Any, n:
     row_plain(source, tables, taps, out, (base, row + 1, at + step), n)
 
 
-@kernel
+@inlined_kernel
 def row_llvm(source: Any, tables: Any, taps: Any, out: Any, where: Any, n: int) -> None:
     """Do what `row_plain` does."""
     base, row, at = where
@@ -86,7 +86,7 @@ def row_llvm(source: Any, tables: Any, taps: Any, out: Any, where: Any, n: int) 
         x += LANES
 
 
-@kernel
+@inlined_kernel
 def two_rows_llvm(source: Any, tables: Any, taps: Any, out: Any, where: Any, n: int) -> None:
     """Do what `two_rows_plain` does."""
     base, row, at, step = where

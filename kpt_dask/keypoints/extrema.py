@@ -125,7 +125,8 @@ def _find_in_rows(
 ) -> int:
     """Write (level, y, x) of the extrema in part of a plane to `found`; return their number.
 
-    All voxels of a row are compared with their six neighbours in space first: few pass.
+    All voxels of a row are compared with eight neighbours first, those along each axis and scale:
+    few pass.
     """
     flat = differences.reshape(-1)
     ny, nx = differences.shape[2:]
@@ -136,7 +137,7 @@ def _find_in_rows(
     for y in range(rows[0], rows[1]):
         for level in range(1, differences.shape[0] - 1):
             at = ((level * 3 + z % 3) * ny + y) * nx + columns[0]
-            _mark_candidates(flat, at, (1, nx), (below, above), passed)
+            _mark_candidates(flat, at, (1, nx, 3 * area), (below, above), passed)
             for i in range(passed.size):
                 if passed[i] and _is_extremum(differences, level, z, y, columns[0] + i):
                     found[count, 0] = level
@@ -150,18 +151,19 @@ def _find_in_rows(
 def _mark_candidates(
     flat: NDArray[np.float32], at: int, steps: Any, planes: Any, passed: NDArray[np.bool_]
 ) -> None:
-    """Mark the voxels of a row that lie above, or below, all six neighbours in space."""
+    """Mark the voxels of a row that lie above, or below, both neighbours on each axis and scale."""
     # Unsigned indices: a loop that asks whether one is negative is not vectorised.
     here = np.uint64(at)
     left, right = np.uint64(at - steps[0]), np.uint64(at + steps[0])
     front, back = np.uint64(at - steps[1]), np.uint64(at + steps[1])
     below, above = np.uint64(at + planes[0]), np.uint64(at + planes[1])
+    finer, coarser = np.uint64(at - steps[2]), np.uint64(at + steps[2])
     for i in range(np.uint64(passed.size)):
         v = flat[here + i]
         a, b, c, d = flat[left + i], flat[right + i], flat[front + i], flat[back + i]
-        e, f = flat[below + i], flat[above + i]
-        maximum = (v > a) & (v > b) & (v > c) & (v > d) & (v > e) & (v > f)
-        minimum = (v < a) & (v < b) & (v < c) & (v < d) & (v < e) & (v < f)
+        e, f, g, h = flat[below + i], flat[above + i], flat[finer + i], flat[coarser + i]
+        maximum = (v > a) & (v > b) & (v > c) & (v > d) & (v > e) & (v > f) & (v > g) & (v > h)
+        minimum = (v < a) & (v < b) & (v < c) & (v < d) & (v < e) & (v < f) & (v < g) & (v < h)
         passed[i] = maximum | minimum
 
 
