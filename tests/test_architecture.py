@@ -13,7 +13,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 
 LAYERS = (
-    {"kpt_dask.cli"},
+    {"kpt_dask.cli", "kpt_dask.napari_plugin"},
     {"kpt_dask.demo"},
     {"kpt_dask.evaluation", "kpt_dask.exports"},
     {"kpt_dask.segmentation"},

@@ -23,6 +23,11 @@ CHUNKS = (32, 128, 128)
 COMPRESSOR = BloscCodec(cname="lz4", shuffle="shuffle")
 """About twice as fast as Zarr's default on CT, hardly larger."""
 
+WINDOW = -160.0, 240.0
+"""First and last HU that viewers tell apart at first: soft tissue, width 400 around 40."""
+RANGE = -1000.0, 3000.0
+"""HU of air and of dense bone, between which a window is chosen."""
+
 _DIRECTIONS = {
     "z": "inferior-to-superior",
     "y": "anterior-to-posterior",
@@ -121,6 +126,18 @@ def multiscale(name: str, grid: Grid, n_levels: int, method: str) -> dict[str, A
             for level in range(n_levels)
         ],
     }
+
+
+def rendering(planes: int) -> dict[str, Any]:
+    """How viewers show a CT of so many planes at first: grey, soft tissue (HU), the middle."""
+    low, high = WINDOW
+    least, most = RANGE
+    window = {"min": least, "max": most, "start": low, "end": high}
+    channel = {"label": "CT", "active": True, "color": "FFFFFF", "window": window}
+    # With all that is optional: some readers ask for it.
+    channel |= {"coefficient": 1, "family": "linear", "inverted": False}
+    first = {"defaultZ": planes // 2, "defaultT": 0, "model": "greyscale"}
+    return {"channels": [channel], "rdefs": first}
 
 
 def multiscale_grid(multiscale: Any, shape: tuple[int, int, int]) -> Grid:

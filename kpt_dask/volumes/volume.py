@@ -23,6 +23,7 @@ from kpt_dask.volumes.omezarr import (
     create_levels,
     multiscale,
     multiscale_grid,
+    rendering,
 )
 from kpt_dask.volumes.scale_space import octave_shapes
 
@@ -98,6 +99,7 @@ def create_volume(
             "ome": {
                 "version": "0.5",
                 "multiscales": [multiscale(name, grid, len(shapes), "gaussian")],
+                "omero": rendering(grid.shape[0]),
             },
         }
     )

@@ -1,0 +1,161 @@
+"""Layers of an OME-Zarr of this program for napari: scan, organs and keypoints, in mm (z, y, x)."""
+
+from collections.abc import Callable, Mapping, Sequence
+from os import PathLike
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import zarr
+
+from kpt_dask.output.places import OWN, encoding_of
+
+Layer = tuple[Any, dict[str, Any], str]
+"""Data, keywords of the layer, and its type."""
+
+COARSEST = 4.0
+"""Spacing, mm, beyond which levels are left out: napari shows the last level in 3-D."""
+
+KEYPOINT_SIZE = 4.0
+"""Diameter of a keypoint on the screen, mm."""
+
+NO_VOTE = (255, 255, 255)
+"""Colour of keypoints that voted for no organ."""
+
+
+def get_reader(
+    path: str | PathLike[str] | Sequence[str | PathLike[str]],
+) -> Callable[[Any], list[Layer]] | None:
+    """Give the function that reads a path; None if it is no output of this program.
+
+    Parameters
+    ----------
+    path : str, Path or a sequence of these
+        As napari hands it over; several must all be such outputs.
+    """
+    paths = [path] if isinstance(path, str | PathLike) else list(path)
+    if not paths or not all(encoding_of(Path(one)) in OWN for one in paths):
+        return None
+    return read
+
+
+def read(path: str | PathLike[str] | Sequence[str | PathLike[str]]) -> list[Layer]:
+    """Make the layers of an output: the scan, and what else it holds.
+
+    Returns
+    -------
+    list of (data, keywords, type)
+        Levels are read where they are looked at.
+    """
+    paths = [path] if isinstance(path, str | PathLike) else list(path)
+    return [layer for one in paths for layer in _layers(Path(one))]
+
+
+def _layers(path: Path) -> list[Layer]:
+    group = zarr.open_group(str(path), mode="r")
+    about: Any = group.attrs["ome"]
+    window = about["omero"]["channels"][0]["window"] if "omero" in about else {}
+    image = _Image(group, about["multiscales"][0])
+    layers: list[Layer] = [
+        (
+            image.levels,
+            {
+                **image.placed,
+                "name": path.name,
+                "colormap": "gray",
+                "contrast_limits": (window.get("start", -160.0), window.get("end", 240.0)),
+                "metadata": {"kpt": group.attrs.get("kpt")},
+            },
+            "image",
+        )
+    ]
+    organs: dict[int, tuple[str, tuple[int, int, int]]] = {}
+    for name in _label_images(group):
+        found = group[f"labels/{name}"]
+        assert isinstance(found, zarr.Group)
+        described: Any = found.attrs["ome"]
+        organs = _organs(described["image-label"])
+        labels = _Image(found, described["multiscales"][0])
+        layers.append(
+            (
+                labels.levels,
+                {
+                    **labels.placed,
+                    "name": f"{path.name} {name}",
+                    "features": {
+                        "index": [0, *organs],
+                        "name": ["background", *(one for one, _ in organs.values())],
+                    },
+                    "colormap": _colours({value: rgb for value, (_, rgb) in organs.items()}),
+                },
+                "labels",
+            )
+        )
+    if "keypoints" in group:
+        layers.append(_keypoints(group, organs, path.name))
+    return layers
+
+
+class _Image:
+    """Levels of a multiscale image that are not too coarse, and where they lie."""
+
+    def __init__(self, group: zarr.Group, multiscale: Mapping[str, Any]) -> None:
+        # Imported here: only reading needs it.
+        import dask.array as da
+
+        datasets = multiscale["datasets"]
+        scales = [one["coordinateTransformations"][0]["scale"] for one in datasets]
+        kept = [one for one, scale in zip(datasets, scales, strict=True) if max(scale) <= COARSEST]
+        self.levels = [da.from_zarr(group[one["path"]]) for one in kept or datasets[:1]]
+        self.placed = {
+            "scale": scales[0],
+            "translate": datasets[0]["coordinateTransformations"][1]["translation"],
+            "multiscale": True,
+            "axis_labels": ("z", "y", "x"),
+            "units": ("mm", "mm", "mm"),
+        }
+
+
+def _label_images(group: zarr.Group) -> list[str]:
+    if "labels" not in group:
+        return []
+    about: Any = group["labels"].attrs.get("ome", {})
+    return list(about.get("labels", ()))
+
+
+def _organs(about: Mapping[str, Any]) -> dict[int, tuple[str, tuple[int, int, int]]]:
+    names = {one["label-value"]: one["name"] for one in about["properties"]}
+    colours = {one["label-value"]: tuple(one["rgba"][:3]) for one in about["colors"]}
+    return {value: (name, colours[value]) for value, name in names.items()}
+
+
+def _colours(colours: Mapping[int, tuple[int, int, int]]) -> dict[int | None, Any]:
+    """Colours by label, 0 to 1; what has none, and the background, is not seen."""
+    unseen = np.zeros(4, np.float32)
+    return {None: unseen, 0: unseen} | {
+        value: np.array([*rgb, 255], np.float32) / 255 for value, rgb in colours.items()
+    }
+
+
+def _keypoints(
+    group: zarr.Group, organs: Mapping[int, tuple[str, tuple[int, int, int]]], name: str
+) -> Layer:
+    """Points at keypoints, in the colour of the organ that they voted for."""
+    position, scale = (np.asarray(group[f"keypoints/{what}"]) for what in ("position", "scale"))
+    voted = np.zeros(len(position), np.uint16)
+    if "votes" in group:
+        voted = np.asarray(group["votes/label"])
+    told = [organs.get(value, ("", NO_VOTE)) for value in voted.tolist()]
+    return (
+        position,
+        {
+            "name": f"{name} keypoints",
+            "size": KEYPOINT_SIZE,
+            "face_color": np.array([rgb for _, rgb in told], np.float32).reshape(-1, 3) / 255,
+            "border_width": 0,
+            "features": {"organ": [named for named, _ in told], "scale_mm": scale},
+            "axis_labels": ("z", "y", "x"),
+            "units": ("mm", "mm", "mm"),
+        },
+        "points",
+    )
