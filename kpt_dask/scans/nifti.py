@@ -17,14 +17,7 @@ from numpy.typing import NDArray
 
 from kpt_dask.errors import ScanFormatError
 from kpt_dask.grid import Grid
-from kpt_dask.scans.placement import (
-    FROM_IJK,
-    FROM_RAS_XYZ,
-    check_extent,
-    listed,
-    place,
-    unusual_unit,
-)
+from kpt_dask.scans.placement import check_extent, listed, place, unusual_unit
 from kpt_dask.scans.voxel_stream import Packing, VoxelStream, guarded, open_stream
 
 PADDING = b"\0\r\n\x1a"
@@ -188,17 +181,3 @@ def _check_bits(path: Path, header: Any, dtype: np.dtype[Any]) -> None:
 
 def _kind(dtype: np.dtype[Any]) -> str:
     return {"c": "complex", "V": "RGB or unknown"}.get(dtype.kind, str(dtype))
-
-
-def new_header(grid: Grid, dtype: type[np.generic]) -> Any:
-    """Make a NIfTI-1 header, little-endian, of voxels of this dtype on a grid (mm, LPS)."""
-    header = _nib.Nifti1Header(endianness="<")
-    header.set_data_dtype(dtype)
-    header.set_data_shape(grid.shape[::-1])
-    header.set_xyzt_units("mm")
-    affine = np.linalg.inv(FROM_RAS_XYZ) @ grid.affine @ FROM_IJK
-    header.set_qform(affine, code="scanner")
-    header.set_sform(affine, code="scanner")
-    header["vox_offset"] = header.single_vox_offset
-    header["scl_slope"], header["scl_inter"] = 1, 0
-    return header

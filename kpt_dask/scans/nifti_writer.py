@@ -69,7 +69,7 @@ class NiftiWriter:
         Compressed if the name ends in ``.gz``.
     header : nibabel.Nifti1Header or nibabel.Nifti2Header
         Header of a single little-endian file, with the shape and dtype of the voxels:
-        from `kpt_dask.scans.nifti.new_header` or `kpt_dask.scans.label_header.header_like`.
+        from `kpt_dask.scans.placement.header_of` or `kpt_dask.scans.label_header.header_like`.
     extension : bytes
         Header extensions, with their sizes and codes; a multiple of 16 bytes.
 

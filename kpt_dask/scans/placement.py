@@ -132,16 +132,18 @@ def check_grid(path: Path, grid: Grid, told: str = "") -> None:
         )
 
 
-def header_of(grid: Grid) -> Any:
-    """Make the NIfTI header of a grid, for the label maps of a scan that is no NIfTI.
+def header_of(grid: Grid, dtype: Any = np.int16) -> Any:
+    """Make the NIfTI header of voxels on a grid, as for label maps of a scan that is no NIfTI.
 
     Returns
     -------
     nibabel.Nifti1Header or nibabel.Nifti2Header
-        With an sform, and a qform too unless the grid is sheared, which a qform cannot say.
+        Little-endian, of a single file. With an sform, and with a qform too unless the grid is
+        sheared, which a qform cannot express.
     """
     large = max(grid.shape) > np.iinfo(np.int16).max
-    header = _nib.Nifti2Header() if large else _nib.Nifti1Header()
+    header = (_nib.Nifti2Header if large else _nib.Nifti1Header)(endianness="<")
+    header.set_data_dtype(dtype)
     header.set_data_shape(grid.shape[::-1])
     header.set_xyzt_units("mm")
     affine = FROM_RAS_XYZ.T @ grid.affine @ FROM_IJK
@@ -149,6 +151,7 @@ def header_of(grid: Grid) -> Any:
     orthogonal = np.abs(cosines.T @ cosines - np.eye(3)).max() < AT_RIGHT_ANGLES
     header.set_qform(affine, code="scanner" if orthogonal else "unknown")
     header.set_sform(affine, code="scanner")
+    header["vox_offset"] = header.single_vox_offset
     return header
 
 

@@ -25,8 +25,8 @@ from kpt_dask.errors import ParameterError
 from kpt_dask.grid import Grid
 from kpt_dask.output.commit import replacing
 from kpt_dask.output.places import check_outputs
-from kpt_dask.scans.nifti import new_header
 from kpt_dask.scans.nifti_writer import NiftiWriter, pack
+from kpt_dask.scans.placement import header_of
 
 __all__ = [
     "NOISE",
@@ -174,7 +174,7 @@ def write_phantom(
         writers = []
         for path, dtype in ((ct, np.int16), (labels, np.uint8)):
             partial = stack.enter_context(replacing(path, overwrite=overwrite))
-            writers.append(stack.enter_context(NiftiWriter(partial, new_header(grid, dtype))))
+            writers.append(stack.enter_context(NiftiWriter(partial, header_of(grid, dtype))))
         for z in range(0, shape[0], PLANES):
             image, label = phantom_slab(seed, shape, spacing, z, min(z + PLANES, shape[0]))
             writers[0].write(pack(image))
