@@ -26,8 +26,8 @@ from kpt_dask.resampling.labels_on_scan import Shares
 from kpt_dask.runtime import cluster, progress
 from kpt_dask.scans.contract import ScanFile
 from kpt_dask.scans.label_header import RUN
-from kpt_dask.scans.nifti import new_header
 from kpt_dask.scans.nifti_writer import NiftiWriter, pack, planes_at_once
+from kpt_dask.scans.placement import header_of
 from kpt_dask.scans.scan import open_scan
 from kpt_dask.volumes.volume import Volume, open_volume
 
@@ -147,7 +147,7 @@ def export_atlas(atlas: Atlas, folder: StrPath, *, overwrite: bool = False) -> t
     targets = check_outputs(files=paths, inputs=[atlas.objects.url], overwrite=overwrite)
     volume = open_volume(atlas.image)
     with replacing_together(targets, overwrite=overwrite) as [scan, labels]:
-        header = new_header(volume.grid, np.int16)
+        header = header_of(volume.grid)
         step = planes_at_once(volume.grid.shape, np.dtype(np.int16))
         with (
             NiftiWriter(scan, header) as file,
