@@ -1,47 +1,41 @@
-"""Dense refinement the plain way, written from the equations in the docstrings, in float64."""
+"""Dense refinement the plain way, written from the equations in the docstrings, in float64.
 
-from itertools import product
+Arrays of a level have `PAD` points more than its lattice on every side.
+"""
+
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.ndimage import correlate1d
+from scipy.ndimage import (
+    binary_dilation,
+    convolve,
+    correlate1d,
+    map_coordinates,
+    uniform_filter,
+)
 
 Array = NDArray[Any]
 
+PAD = 7
 
-def interpolated(values: Array, at: Any) -> float:
-    """Value at an index that need not be whole, edges repeat."""
-    total = 0.0
-    low = [int(np.floor(a)) for a in at]
-    for corner in product(range(2), repeat=3):
-        weight, index = 1.0, []
-        for a, first, one, n in zip(at, low, corner, values.shape, strict=True):
-            weight *= a - first if one else 1 - (a - first)
-            index.append(min(max(first + one, 0), n - 1))
-        total += weight * float(values[tuple(index)])
-    return total
+
+def interpolated(values: Array, at: Array) -> Array:
+    """Values at indices (3, …) that need not be whole; edges repeat."""
+    found: Array = map_coordinates(values.astype(float), at, order=1, mode="nearest")
+    return found
 
 
 def sampled(image: Array, first: Array, step: float, u: Array, scale: float) -> Array:
     """The image where a map takes the points of a lattice."""
-    out = np.zeros(u.shape[1:])
-    limit = np.array(image.shape) - 1
-    for x in np.ndindex(*out.shape):
-        at = first + step * np.array(x) + scale * u[(slice(None), *x)]
-        out[x] = interpolated(image, np.clip(at, 0, limit))
-    return out
-
-
-def around(x: Any, shape: Any) -> tuple[slice, ...]:
-    return tuple(slice(max(i - 2, 0), min(i + 3, n)) for i, n in zip(x, shape, strict=True))
+    points = np.indices(u.shape[1:])
+    return interpolated(image, first[:, None, None, None] + step * points + scale * u)
 
 
 def box_mean(values: Array) -> Array:
-    """Over 5 × 5 × 5 points, as many of them as there are."""
-    return np.array(
-        [values[around(x, values.shape)].mean() for x in np.ndindex(*values.shape)]
-    ).reshape(values.shape)
+    """Over 5 × 5 × 5 points, wherever these exist."""
+    found: Array = uniform_filter(values.astype(float), 5)
+    return found
 
 
 def correlation(f: Array, m: Array) -> tuple[Array, Array, Array]:
@@ -53,37 +47,34 @@ def correlation(f: Array, m: Array) -> tuple[Array, Array, Array]:
     return a, b, c
 
 
-def gradient(values: Array, h: float) -> Array:
-    """Central differences, one-sided at the edges, per mm."""
-    return np.array(np.gradient(values.astype(float), h))
-
-
 def force(f: Array, m: Array, h: float, inside: Array) -> Array:
     a, b, c = correlation(f, m)
     strength = a / (b * c) * ((f - box_mean(f)) - a / c * (m - box_mean(m)))
-    both = (gradient(f, h) + gradient(m, h)) / 2
-    return np.where(inside, strength * both, 0)
+    slopes = np.array(np.gradient(f.astype(float), h)) + np.array(np.gradient(m.astype(float), h))
+    return np.where(inside, strength * slopes / 2, 0)
 
 
-def blurred(values: Array, sigma: float, radius: int) -> Array:
-    weights = np.exp(-0.5 * (np.arange(-radius, radius + 1) / sigma) ** 2)
+def grown(mask: Array, points: int) -> Array:
+    """All points of a cube around each that is marked."""
+    found: Array = binary_dilation(mask, np.ones(3 * (2 * points + 1,)))
+    return found
+
+
+def smoothed(d: Array, moved: Array) -> Array:
+    """By a Gaussian of 1.5 points, along z, y and x in turn from x on; 0 beyond what moves."""
+    weights = np.exp(-0.5 * (np.arange(-5, 6) / 1.5) ** 2)
     weights /= weights.sum()
-    out = values.astype(float)
-    for axis in range(3):
-        out = correlate1d(out, weights, axis, mode="nearest")
-    return out
+    for axis in (2, 1, 0):
+        d = moved * correlate1d(d, weights, axis, mode="constant")
+    return d
 
 
-def composed(u: Array, start: Array, step: Array, h: float) -> Array:
-    """v(x) = u(x + d) + d − u⁰(x)."""
-    out = np.zeros(u.shape)
-    limit = np.array(u.shape[1:]) - 1
-    for x in np.ndindex(*u.shape[1:]):
-        d = step[(slice(None), *x)]
-        at = np.clip(np.array(x) + d / h, 0, limit)
-        for axis in range(3):
-            out[(axis, *x)] = interpolated(u[axis], at) + d[axis] - start[(axis, *x)]
-    return out
+def stepped(v: Array, d: Array, moved: Array) -> Array:
+    """The sum diffuses where points move."""
+    near = np.zeros((3, 3, 3))
+    near[[0, 2, 1, 1, 1, 1], [1, 1, 0, 2, 1, 1], [1, 1, 1, 1, 0, 2]] = 0.1
+    near[1, 1, 1] = 0.4
+    return np.where(moved, [convolve(one, near, mode="nearest") for one in v + d], v)
 
 
 def intensity(hu: Array) -> Array:
@@ -99,8 +90,10 @@ def refined(
     ----------
     scan, atlas : ndarray
         HU, whose first voxels coincide.
-    start, inside : callable
-        Give u⁰ (3, z, y, x) and whether there is a force, for a lattice spacing and a shape.
+    start : callable
+        Gives u⁰ (3, z, y, x) for a lattice spacing and the shape of the padded arrays.
+    inside : callable
+        Gives where there is a force, for a lattice spacing and the shape of the lattice.
     levels
         Spacing in mm and iterations of each.
     """
@@ -109,27 +102,27 @@ def refined(
     for h, iterations in levels:
         step = h / spacing
         shape = tuple(int(np.ceil((n - 1) / step)) + 1 for n in scan.shape)
-        u0 = start(h, shape)
-        nothing = np.zeros((3, *shape))
-        f = sampled(f_image, np.zeros(3), step, nothing, 1.0)
+        wide = tuple(n + 2 * PAD for n in shape)
+        nothing = np.zeros((3, *wide))
+        u0 = start(h, wide)
+        f = sampled(f_image, np.zeros(3), step, np.zeros((3, *shape)), 1.0)
+        f = np.pad(f, PAD, mode="edge")
         if v is None:
             v = nothing
         else:
-            v = np.array([sampled(one, np.zeros(3), h / before, nothing, 1.0) for one in v])
+            first = np.full(3, PAD - PAD * h / before)
+            v = np.array([sampled(one, first, h / before, nothing, 1.0) for one in v])
         before = h
-        # All that is inside, and three points more.
-        hit = np.argwhere(inside(h, shape))
-        low, high = np.maximum(hit.min(axis=0) - 3, 0), np.minimum(hit.max(axis=0) + 4, shape)
-        box = tuple(slice(a, b) for a, b in zip(low, high, strict=True))
-        own = (slice(None), *box)
+        force_in = np.pad(inside(h, shape), PAD)
+        moved = grown(force_in, 2)
+        where = np.full(3, -PAD * step), step
         for _ in range(iterations):
-            m = sampled(m_image, np.zeros(3), step, u0 + v, 1 / spacing)
-            d = force(f[box], m[box], h, inside(h, shape)[box])
-            d = np.array([blurred(one, 1.5, 5) for one in d])
-            length = np.linalg.norm(d, axis=0)[inside(h, shape)[box]]
+            d = force(f, sampled(m_image, *where, u0 + v, 1 / spacing), h, force_in)
+            d = np.array([smoothed(one, moved) for one in d])
+            length = np.linalg.norm(d, axis=0)[force_in]
             d *= 0.5 * h / np.quantile(length, 0.99, method="inverted_cdf")
-            moved = composed((u0 + v)[own], u0[own], d, h)
-            v[own] = np.array([blurred(one, 0.5, 2) for one in moved])
+            v = stepped(v, d, moved)
     assert v is not None
-    a, b, c = correlation(f, sampled(m_image, np.zeros(3), step, u0 + v, 1 / spacing))
-    return u0 + v, a / np.sqrt(b * c)
+    a, b, c = correlation(f, sampled(m_image, *where, u0 + v, 1 / spacing))
+    core = (..., *(3 * (slice(PAD, -PAD),)))
+    return (u0 + v)[core], (a / np.sqrt(b * c))[core]

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from atlas_store import Atlas
 from atlas_store.arrays.boxes import Box, begin_of, shape_of
 from kpt_dask.grid import Grid
-from kpt_dask.organ_transfer.refinement.kernels import BOX
+from kpt_dask.organ_transfer.refinement.iteration import BOX, PAD
 
 Level = tuple[float, int]
 """Spacing of a lattice, mm, and iterations on it."""
@@ -28,7 +28,7 @@ BOXES = 2
 """Least number of boxes of local correlation along a typical organ, for a coarser level."""
 MOST_POINTS = 2_000_000
 """Largest number of points of a lattice. Levels with more are left out, as in whole bodies with ten
-organs, so a task takes at most ≈ 150 MB whatever the scan."""
+organs, so a task takes at most ≈ 270 MB whatever the scan."""
 
 
 @dataclass(frozen=True)
@@ -59,6 +59,20 @@ class Lattice:
         depth, height, width = (math.ceil((n - 1) / step) + 1 for n in shape_of(box))
         z, y, x = begin_of(box).tolist()
         return cls((z, y, x), spacing, step, (depth, height, width))
+
+    @property
+    def padded(self) -> tuple[int, int, int]:
+        """Shape of the arrays of its points, with `PAD` points more on every side."""
+        z, y, x = (n + 2 * PAD for n in self.shape)
+        return z, y, x
+
+    def points_in(self, box: Box) -> tuple[slice, slice, slice]:
+        """Points in a box of voxels, and the next ones around it."""
+        sides = []
+        for (a, b), first, n in zip(box, self.first, self.shape, strict=True):
+            low, high = math.floor((a - first) / self.step), math.ceil((b - 1 - first) / self.step)
+            sides.append(slice(min(max(low, 0), n - 1), min(high + 1, n)))
+        return sides[0], sides[1], sides[2]
 
     @property
     def size(self) -> int:

@@ -14,19 +14,20 @@ from zarr.codecs import BloscCodec
 
 from atlas_store import Atlas, OrganTable
 from atlas_store.arrays import chunk_io
-from atlas_store.arrays.boxes import Box
+from atlas_store.arrays.boxes import Box, enclosing
 from atlas_store.crop import crop_box
 from kpt_dask.matching.displacement import Field, Widths
 from kpt_dask.organ_transfer.refinement import kernels
 from kpt_dask.organ_transfer.refinement.atlas import (
     HU,
-    UNITS,
     Comparison,
     Refined,
     intensity_table,
     refine_atlas,
 )
+from kpt_dask.organ_transfer.refinement.iteration import PAD, UNITS
 from kpt_dask.organ_transfer.refinement.lattice import Level, lattices
+from kpt_dask.organ_transfer.refinement.levels import ScanLevel
 from kpt_dask.runtime import cluster
 from kpt_dask.volumes.volume import Volume
 
@@ -34,24 +35,30 @@ SLAB = 32
 """Thickness of the slabs in which the scan is read, voxels."""
 DEPTH = 16
 """Thickness of a chunk of the stored fields, lattice points."""
-POINT_BYTES = 84
-"""Memory of a task per point of its finest lattice, coarser levels included (typical), bytes."""
+POINT_BYTES = 100
+"""Memory of a task per point of its finest padded lattice, coarser levels included, bytes."""
 VOXEL_BYTES = 4
 """Memory of a task per voxel that it reads of its atlas, bytes."""
 
 
 def compare_with(
-    volume: Volume, box: Box, organs: OrganTable, widths: Widths, levels: Sequence[Level]
+    volume: Volume,
+    boxes: Sequence[Box],
+    organs: OrganTable,
+    widths: Widths,
+    levels: Sequence[Level],
 ) -> Comparison:
-    """Sample the scan's intensities over a box of its voxels, on the lattice of each level.
+    """Sample the scan's intensities over boxes of its voxels, on the lattice of each level.
 
-    The scan is read in slabs; beyond the box its edge repeats.
+    The scan is read in slabs; beyond the box around all boxes its edge repeats.
     """
+    box = enclosing(boxes)
+    assert box is not None
     laid = lattices(box, volume.grid, levels)
     images = [np.empty(lattice.shape, np.float32) for lattice, _ in laid]
     (begin, end), *sides = box
     y, x = (slice(*side) for side in sides)
-    table = intensity_table().astype(np.float32) / np.float32(UNITS)
+    table = intensity_table() / np.float32(UNITS)
     for z in range(begin, end, SLAB):
         stop = min(z + SLAB + 1, end)
         hu = np.asarray(chunk_io.read(volume.levels[0], (slice(z, stop), y, x)))
@@ -63,16 +70,28 @@ def compare_with(
             first = math.ceil((z - begin) / lattice.step)
             after = len(image) if last else math.ceil((z + SLAB - begin) / lattice.step)
             corner = np.array([begin + first * lattice.step - z, 0, 0], np.float32)
-            own = image[None, first:after]
-            kernels.spread(slab[None], corner, np.float32(lattice.step), own)
+            own = image[first:after]
+            rows = np.arange(0, own.size, lattice.shape[2])
+            runs = np.stack([rows, rows + lattice.shape[2]], axis=1)
+            step = np.float32(lattice.step)
+            kernels.spread(slab[None], corner, step, own.shape, runs, own.reshape(1, -1))
         if last:
             break
-    return Comparison(volume.grid, laid, images, organs, widths)
+    finest = laid[-1][0]
+    inside = np.zeros(finest.shape, bool)
+    for one in boxes:
+        inside[finest.points_in(one)] = True
+    scans = []
+    for (lattice, iterations), image in zip(laid, images, strict=True):
+        wanted = np.zeros(lattice.shape, bool)
+        kernels.coarsen(inside, lattice.spacing / finest.spacing, wanted)
+        scans.append(ScanLevel.of(lattice, iterations, image, np.pad(wanted, PAD)))
+    return Comparison(volume.grid, scans, organs, widths)
 
 
 def create_fields(group: zarr.Group, scan: Comparison, n: int) -> "zarr.Array[Any]":
     """Create the array of the refined fields of n atlases; see `refine_atlas`."""
-    shape = scan.levels[-1][0].shape
+    shape = scan.levels[-1].lattice.shape
     return group.create_array(
         "fields",
         shape=(n, 4, *shape),
@@ -108,7 +127,7 @@ def refine(
     """
     found: list[Refined | None] = [None] * len(atlases)
     scattered = cluster.share(client, scan)
-    points = POINT_BYTES * scan.levels[-1][0].size
+    points = POINT_BYTES * math.prod(scan.levels[-1].lattice.padded)
     tasks = []
     for i, (atlas, field) in enumerate(zip(atlases, fields, strict=True)):
         voxels = math.prod(b - a for a, b in crop_box(atlas))

@@ -207,11 +207,7 @@ class _Block:
         self._plan = CellPlan(self._step, cells.index, cells.groups, cells.organs, scale)
         self.box = in_grid(cells.box, votes.grid, self._step)
         self.scan = np.empty(shape_of(self.box), np.float32)
-        lattice, ends = votes.lattice, []
-        for (a, b), first, n in zip(self.box, lattice.first, lattice.shape, strict=True):
-            low = max(math.floor((a - first) / lattice.step), 0)
-            ends.append((min(low, n - 1), min(math.ceil((b - 1 - first) / lattice.step) + 1, n)))
-        self._part = ends[0], ends[1], ends[2]
+        self._part = box_of(votes.lattice.points_in(self.box))
         n = width_of(self._step)
         self._here = np.empty((len(cells.index), n), np.float32)
         slots = cells.organ.size

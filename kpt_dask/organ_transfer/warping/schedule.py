@@ -104,28 +104,28 @@ def warp_atlases(
     own = zip(atlases, fields, strict=True)
     predicted = map_in_threads(predicted_boxes, ((*one, organs, grid, widths) for one in own))
     search_boxes = search_boxes_of(predicted, step)
-    whole = enclosing([search_box for search_box in search_boxes if search_box is not None])
-    if whole is None:
+    known = [in_grid(box, grid, step) for box in search_boxes if box is not None]
+    if not known:
         return OrganCounts.empty(len(organs))
     with cluster.session(client) as session, _scratch(job.probability) as group:
         levels = fitting(FAST if options.fast else FULL, typical_size(atlases))
-        scan = compare_with(job.volume, in_grid(whole, grid, step), organs, widths, levels)
+        scan = compare_with(job.volume, known, organs, widths, levels)
         stored = create_fields(group, scan, len(atlases))
         refined = refine(
             scan, atlases, fields, stored, cluster.budget(session, job.memory), session
         )
         reached = [i for i, one in enumerate(refined) if one is not None]
-        known = [one for one in refined if one is not None]
-        means = agreement(known, len(organs))
+        found = [one for one in refined if one is not None]
+        means = agreement(found, len(organs))
         warped = [
             WarpedAtlas(atlases[i], i, one.base, mean)
-            for i, one, mean in zip(reached, known, means, strict=True)
+            for i, one, mean in zip(reached, found, means, strict=True)
         ]
-        del refined, known
+        del refined, found
         at_once, threads = cluster.teams(max(cluster.threads(session)))
         limit = USABLE_BUDGET * cluster.budget(session, job.memory) / at_once
         shares = create_probability(group, grid, organs, job.mode, job.tiling)
-        votes = VotingJob(job, warped, stored, scan.levels[-1][0], search_boxes, shares, limit)
+        votes = VotingJob(job, warped, stored, scan.levels[-1].lattice, search_boxes, shares, limit)
         pieces = BLOCKS_PER_TEAM * cluster.count_teams(session)
         largest = per_plane(atlases)
         blocks = plan_blocks(search_boxes, grid, step, job.tiling, largest, pieces, threads, limit)

@@ -31,9 +31,9 @@ ORIGIN = (10.0, -40.0, 7.0)
 LEVELS = ((8.0, 3), (6.0, 2), (4.0, 2))
 
 
-def body(seed: int) -> Array:
+def body(seed: int, shape: tuple[int, int, int] = SHAPE) -> Array:
     """Soft tissue, smooth at the scale of organs."""
-    noise = np.random.default_rng(seed).normal(0, 1, SHAPE)
+    noise = np.random.default_rng(seed).normal(0, 1, shape)
     smooth = gaussian_filter(noise, 2.5)
     return np.asarray((200 * smooth / smooth.std()).round())
 
@@ -50,7 +50,7 @@ def refine(tmp_path: Path, scan: Array, atlas: Array, field: Field, levels: Any)
     store = make_store(tmp_path / "s", [AnnotatedImage(atlas, labels(), ORIGIN)])
     volume = volume_of(tmp_path / "v.zarr", AnnotatedImage(scan, labels(), ORIGIN))
     box: Any = tuple((0, n) for n in SHAPE)
-    comparison = compare_with(volume, box, ORGANS, (25.0, 10.0), levels)
+    comparison = compare_with(volume, [box], ORGANS, (25.0, 10.0), levels)
     out = create_fields(zarr.create_group(str(tmp_path / "out")), comparison, 1)
     [one] = store.atlases(store.ids())
     found = refine_atlas(comparison, one, field, out, 0)
@@ -70,25 +70,27 @@ def test_a_refined_field_is_what_the_equations_say(tmp_path: Path) -> None:
     field = Field.of(position, rng.normal(0, 2, (20, 3)).astype(np.float32))
     u, weight, found, comparison = refine(tmp_path, scan, atlas, field, LEVELS)
 
-    def nodes() -> Array:
-        counts = [int(np.ceil((n - 1) * 4.0 / 16)) + 1 for n in comparison.levels[-1][0].shape]
-        points = np.array(ORIGIN) + 16 * np.indices(counts).reshape(3, -1).T
-        at = field.at(points).astype(float)
-        at[:, :3] *= -1
-        return at.T.reshape(4, *counts)
+    finest = comparison.levels[-1].lattice.shape
+    counts = [int(np.ceil((n - 1) * 4.0 / 16)) + 1 for n in finest]
+    points = np.array(ORIGIN) + 16 * np.indices(counts).reshape(3, -1).T
+    nodes = field.at(points).astype(float)
+    nodes[:, :3] *= -1
+    nodes = nodes.T.reshape(4, *counts)
 
-    def start(h: float, shape: Any, channels: int = 3) -> Array:
+    def start(h: float, shape: Any, pad: int = naive.PAD) -> Array:
         nothing = np.zeros((3, *shape))
-        where = np.zeros(3), h / 16, nothing, 1.0
-        return np.array([naive.sampled(one, *where) for one in nodes()[:channels]])
+        where = np.full(3, -pad * h / 16), h / 16, nothing, 1.0
+        return np.array([naive.sampled(one, *where) for one in nodes])
+
+    def start_of_field(h: float, shape: Any) -> Array:
+        return start(h, shape)[:3]
 
     def near(h: float, shape: Any) -> Array:
         """Within a cube of 12 mm of where organs land, on the finest lattice and from there."""
-        finest = comparison.levels[-1][0].shape
-        u0 = start(4.0, finest)
+        u0 = start(4.0, finest, 0)
         landed = np.zeros(finest, bool)
         for x in np.ndindex(*finest):
-            at = np.floor(2 * np.array(x) + u0[(slice(None), *x)] / SPACING + 0.5).astype(int)
+            at = np.floor(2 * np.array(x) + u0[(slice(3), *x)] / SPACING + 0.5).astype(int)
             if (at >= 0).all() and (at < SHAPE).all():
                 landed[x] = labels()[tuple(at)] > 0
         grown = np.zeros(finest, bool)
@@ -102,13 +104,13 @@ def test_a_refined_field_is_what_the_equations_say(tmp_path: Path) -> None:
             coarse[tuple(at)] = True
         return coarse
 
-    expected, cc = naive.refined(scan, atlas, start, near, LEVELS, SPACING)
+    expected, cc = naive.refined(scan, atlas, start_of_field, near, LEVELS, SPACING)
     # The percentile is good to 0.4 %, and steps of a mm to 1/128.
     np.testing.assert_allclose(u, expected, atol=0.06)
-    assert np.abs(u - start(4.0, u.shape[1:])).max() > 1
+    first = start(4.0, finest, 0)
+    assert np.abs(u - first[:3]).max() > 1
     cc = np.maximum(cc, 0.02)
-    support = start(4.0, u.shape[1:], 4)[3]
-    np.testing.assert_allclose(weight, cc * support**0.25, atol=0.02)
+    np.testing.assert_allclose(weight, cc * first[3] ** 0.25, atol=0.02)
     np.testing.assert_allclose(found.correlation / 255, cc, atol=0.03)
     said = [found.labels == o for o in (1, 2)]
     assert all(one.sum() > 20 for one in said)
@@ -130,6 +132,35 @@ def test_a_shift_that_the_matches_do_not_know_is_found(tmp_path: Path) -> None:
     inner = u[:, 2:-2, 2:-2, 2:-2].reshape(3, -1)
     np.testing.assert_allclose(np.median(inner, axis=1), by, atol=1)
     assert found.correlation[found.labels == 1].mean() > 0.8 * 255
+
+
+def test_where_no_organ_may_lie_is_left_out(tmp_path: Path) -> None:
+    """The rest is the same, to the byte."""
+    shape = 20, 22, 70
+    scan = body(5, shape)
+    organ = np.zeros(shape, np.uint16)
+    organ[8:14, 8:16, 8:20] = 5
+    shifted = map_coordinates(scan, np.indices(shape) + 0.8, order=1, mode="nearest").round()
+    store = make_store(tmp_path / "s", [AnnotatedImage(shifted, organ, ORIGIN)])
+    volume = volume_of(tmp_path / "v.zarr", AnnotatedImage(scan, organ, ORIGIN))
+    position = (np.array(ORIGIN) + np.indices((2, 2, 5)).reshape(3, -1).T * 25).astype(np.float32)
+    field = Field.of(position, np.zeros_like(position))
+    [atlas] = store.atlases(store.ids())
+    whole: Any = tuple((0, n) for n in shape)
+    parts: Any = [(*whole[:2], (0, 40)), ((0, 4), (0, 4), (60, 70))]
+    arrays, results = [], []
+    for i, boxes in enumerate(([whole], parts)):
+        comparison = compare_with(volume, boxes, ORGANS, (25.0, 10.0), LEVELS)
+        out = create_fields(zarr.create_group(str(tmp_path / f"out{i}")), comparison, 1)
+        results.append(refine_atlas(comparison, atlas, field, out, 0))
+        arrays.append(np.asarray(out[0]))
+    assert arrays[0].shape == arrays[1].shape
+    assert (arrays[0] == arrays[1])[..., :21].all()
+    assert arrays[0][..., 21:30].any()
+    assert not arrays[1][..., 21:30].any()
+    for one in results:
+        assert one is not None
+        assert (one.labels == 1).sum() > 20
 
 
 def test_organs_say_where_to_begin(tmp_path: Path) -> None:

@@ -114,7 +114,7 @@ def test_shares_are_what_the_equations_say(
     def refine(scan: Any, atlases: Any, fields: Any, out: Any, *others: Any) -> Any:
         """Note what the fields have become."""
         found = schedule_refine(scan, atlases, fields, out, *others)
-        lattice = scan.levels[-1][0]
+        lattice = scan.levels[-1].lattice
         said = [np.any([one.labels == o + 1 for one in found], axis=0) for o in range(3)]
         for stored, one in zip(np.asarray(out[...]).astype(float), found, strict=True):
             means = [one.correlation[where].mean() / 255 for where in said]

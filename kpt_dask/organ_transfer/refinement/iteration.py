@@ -1,0 +1,430 @@
+"""One iteration of the refinement: sampling, local correlation, force, smoothing, step.
+
+Arrays are float32 and flat: points (z, y, x) of a lattice in C order. A step along z, y or x is a
+stride in them. Kernels visit runs, int64 arrays (run, 2): half-open ranges of points of one row.
+What they read beyond a run must exist, so lattices have `PAD` points more on every side.
+"""
+
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from kpt_dask.kernels.jit import kernel
+
+BOX = 2
+"""Lattice points on each side of the middle one of the box of local correlation."""
+UNITS = 8192
+"""Steps per unit of an atlas's intensities, int16."""
+NOISE = np.float32(1e-3)
+"""ε, added to variances: squared intensity of noise."""
+SMOOTHNESS = 1.5
+"""Standard deviation of the Gaussian on the force, lattice points."""
+RADIUS = 5
+"""Points on each side that it reaches."""
+DIFFUSION = 0.1
+"""κ: how far neighbours draw the correction in each iteration, no unit; at most 1/6."""
+PAD = BOX + RADIUS
+"""Points by which a lattice's arrays are wider than the lattice, on every side."""
+_POINTS = np.float32(1 / (2 * BOX + 1) ** 3)
+
+
+class PointMap(NamedTuple):
+    """Map of the lattice's points to voxels: first + step · point + scale · (start + v)(point).
+
+    Attributes
+    ----------
+    first : float32 array (3)
+        Index in the image of the arrays' first point.
+    step : float32
+        Voxels from one lattice point to the next.
+    scale : float32
+        Voxels per mm.
+    start, v : float32 arrays (3, point)
+        Displacement of each point: u⁰ and the correction, mm.
+    shape : (int, int, int)
+        Points along z, y and x.
+    """
+
+    first: NDArray[np.float32]
+    step: np.float32
+    scale: np.float32
+    start: NDArray[np.float32]
+    v: NDArray[np.float32]
+    shape: tuple[int, int, int]
+
+
+def taps(sigma: float, radius: int) -> NDArray[np.float32]:
+    """One half of a normalized Gaussian, from its middle outwards."""
+    weights = np.exp(-0.5 * (np.arange(-radius, radius + 1) / sigma) ** 2)
+    return np.asarray((weights / weights.sum())[radius:], np.float32)
+
+
+@kernel
+def runs_of(mask: Any) -> Any:
+    """Find the runs of the points that are marked: int64 array (run, 2), in order.
+
+    Parameters
+    ----------
+    mask : bool array (z, y, x)
+    """
+    nz, ny, nx = mask.shape
+    most = 0
+    for z in range(nz):
+        for y in range(ny):
+            row = mask[z, y]
+            for x in range(1, nx):
+                most += row[x] != row[x - 1]
+            most += 2
+    out = np.empty((most, 2), np.int64)
+    n = 0
+    for z in range(nz):
+        for y in range(ny):
+            row, first = mask[z, y], (z * ny + y) * nx
+            before = False
+            for x in range(nx):
+                if row[x] and not before:
+                    out[n, 0] = first + x
+                elif before and not row[x]:
+                    out[n, 1] = first + x
+                    n += 1
+                before = row[x]
+            if before:
+                out[n, 1] = first + nx
+                n += 1
+    return out[:n].copy()
+
+
+@kernel
+def sample(image: Any, where: Any, runs: Any, out: Any) -> None:
+    """Sample an image at the mapped points, trilinearly; beyond it its edge repeats.
+
+    Parameters
+    ----------
+    image : int16 array (z, y, x)
+        In 1/`UNITS`.
+    where : PointMap
+    runs : int64 array (run, 2)
+    out : float32 array (point)
+        Changed.
+    """
+    at, step, scale, start, v, (_, ny, nx) = where
+    dz, dy, dx = image.shape
+    flat = image.reshape(-1)
+    zero, unit = np.float32(0), np.float32(1 / UNITS)
+    lz, ly, lx = np.float32(dz - 1), np.float32(dy - 1), np.float32(dx - 1)
+    mz, my, mx = np.float32(max(dz - 2, 0)), np.float32(max(dy - 2, 0)), np.float32(max(dx - 2, 0))
+    height, width = np.int32(dy), np.int32(dx)
+    near = np.empty(nx, np.int32)
+    fz, fy, fx = np.empty(nx, np.float32), np.empty(nx, np.float32), np.empty(nx, np.float32)
+    # Unsigned, or each index would be checked for counting from the end.
+    up = np.uint64(dy * dx if dz > 1 else 0)
+    across = np.uint64(dx if dy > 1 else 0)
+    along = np.uint64(1 if dx > 1 else 0)
+    for r in range(runs.shape[0]):
+        i, end = runs[r, 0], runs[r, 1]
+        n = end - i
+        row = i // nx
+        z0 = at[0] + step * np.float32(row // ny)
+        y0 = at[1] + step * np.float32(row % ny)
+        x0 = at[2] + step * np.float32(i - row * nx)
+        a, b = start[0, i:end], v[0, i:end]
+        for k in range(n):
+            p = min(max(z0 + scale * (a[k] + b[k]), zero), lz)
+            q = np.int32(min(p, mz))
+            fz[k] = p - np.float32(q)
+            near[k] = q * height
+        a, b = start[1, i:end], v[1, i:end]
+        for k in range(n):
+            p = min(max(y0 + scale * (a[k] + b[k]), zero), ly)
+            q = np.int32(min(p, my))
+            fy[k] = p - np.float32(q)
+            near[k] = (near[k] + q) * width
+        a, b = start[2, i:end], v[2, i:end]
+        for k in range(n):
+            x = x0 + step * np.float32(np.int32(k))
+            p = min(max(x + scale * (a[k] + b[k]), zero), lx)
+            q = np.int32(min(p, mx))
+            fx[k] = p - np.float32(q)
+            near[k] += q
+        line = out[i:end]
+        for k in range(n):
+            j = np.uint64(near[k])
+            a0, a1 = np.float32(flat[j]), np.float32(flat[j + along])
+            b0, b1 = np.float32(flat[j + across]), np.float32(flat[j + across + along])
+            j += up
+            d0, d1 = np.float32(flat[j]), np.float32(flat[j + along])
+            e0, e1 = np.float32(flat[j + across]), np.float32(flat[j + across + along])
+            g = fx[k]
+            p, q = a0 + g * (a1 - a0), b0 + g * (b1 - b0)
+            s, t = d0 + g * (d1 - d0), e0 + g * (e1 - e0)
+            g = fy[k]
+            p, s = p + g * (q - p), s + g * (t - s)
+            line[k] = unit * (p + fz[k] * (s - p))
+
+
+@kernel
+def sum_along_x(f: Any, m: Any, runs: Any, out: Any) -> None:
+    """Sum m, f · m and m · m over five points along x.
+
+    Parameters
+    ----------
+    f, m : float32 arrays (point)
+    runs : int64 array (run, 2)
+    out : float32 array (3, point)
+        Changed.
+    """
+    for r in range(runs.shape[0]):
+        i, end = runs[r, 0], runs[r, 1]
+        a, b, c = m[i - 2 : end - 2], m[i - 1 : end - 1], m[i:end]
+        d, e = m[i + 1 : end + 1], m[i + 2 : end + 2]
+        p, q, s = f[i - 2 : end - 2], f[i - 1 : end - 1], f[i:end]
+        t, u = f[i + 1 : end + 1], f[i + 2 : end + 2]
+        line = out[0, i:end]
+        for k in range(end - i):
+            line[k] = a[k] + b[k] + c[k] + d[k] + e[k]
+        line = out[1, i:end]
+        for k in range(end - i):
+            line[k] = p[k] * a[k] + q[k] * b[k] + s[k] * c[k] + t[k] * d[k] + u[k] * e[k]
+        line = out[2, i:end]
+        for k in range(end - i):
+            line[k] = a[k] * a[k] + b[k] * b[k] + c[k] * c[k] + d[k] * d[k] + e[k] * e[k]
+
+
+@kernel
+def sum_along(values: Any, stride: Any, runs: Any, out: Any) -> None:
+    """Sum over five points along an axis.
+
+    Parameters
+    ----------
+    values : float32 array (c, point)
+    stride : int
+        From one point to the next.
+    runs : int64 array (run, 2)
+    out : float32 array (c, point)
+        Changed.
+    """
+    s, s2 = stride, 2 * stride
+    for r in range(runs.shape[0]):
+        i, end = runs[r, 0], runs[r, 1]
+        for channel in range(values.shape[0]):
+            own = values[channel]
+            a, b, c = own[i - s2 : end - s2], own[i - s : end - s], own[i:end]
+            d, e = own[i + s : end + s], own[i + s2 : end + s2]
+            line = out[channel, i:end]
+            for k in range(end - i):
+                line[k] = a[k] + b[k] + c[k] + d[k] + e[k]
+
+
+@kernel
+def moments(sums: Any, runs: Any, out: Any) -> None:
+    """Mean and variance with ε, in rows 1 and 2 of `out`, from rows 0 and 2 of `sums`."""
+    for r in range(runs.shape[0]):
+        for k in range(runs[r, 0], runs[r, 1]):
+            mean = sums[0, k] * _POINTS
+            out[1, k] = mean
+            out[2, k] = sums[2, k] * _POINTS - mean * mean + NOISE
+
+
+@kernel
+def _covariances(fixed: Any, sums: Any, i: Any, end: Any, stats: Any) -> None:
+    """Mean of m, covariance a of f and m, and variance c of m, with ε, of a run."""
+    mean = fixed[1, i:end]
+    own, m = sums[0, i:end], stats[0]
+    for k in range(end - i):
+        m[k] = own[k] * _POINTS
+    own, a = sums[1, i:end], stats[1]
+    for k in range(end - i):
+        a[k] = own[k] * _POINTS - mean[k] * m[k]
+    own, c = sums[2, i:end], stats[2]
+    for k in range(end - i):
+        c[k] = own[k] * _POINTS - m[k] * m[k] + NOISE
+
+
+@kernel
+def correlation(fixed: Any, sums: Any, runs: Any, out: Any) -> None:
+    """Local correlation a / √(bc) of two images, with the parameters of `force`."""
+    longest = 0
+    for r in range(runs.shape[0]):
+        longest = max(longest, runs[r, 1] - runs[r, 0])
+    stats = np.empty((3, longest), np.float32)
+    for r in range(runs.shape[0]):
+        i, end = runs[r, 0], runs[r, 1]
+        _covariances(fixed, sums, i, end, stats)
+        a, b, c, line = stats[1], fixed[2, i:end], stats[2], out[i:end]
+        for k in range(end - i):
+            line[k] = a[k] / np.sqrt(b[k] * c[k])
+
+
+@kernel
+def force(fixed: Any, m: Any, sums: Any, h: Any, strides: Any, runs: Any, out: Any) -> None:
+    """Force that increases the local correlation of two images.
+
+    With a = ⟨fm⟩ − f̄m̄, b = ⟨ff⟩ − f̄² + ε and c = ⟨mm⟩ − m̄² + ε over boxes of 5 × 5 × 5 points
+    it is a/(bc) · [(f − f̄) − (a/c)(m − m̄)] · ½(∇f + ∇m), per mm.
+
+    Parameters
+    ----------
+    fixed : float32 array (3, point)
+        f, f̄ and b.
+    m : float32 array (point)
+    sums : float32 array (3, point)
+        Sums of m, f · m and m · m over the boxes.
+    h : float32
+        Spacing, mm.
+    strides : (int, int, int)
+        From one point to the next along z, y and x.
+    runs : int64 array (run, 2)
+    out : float32 array (3, point)
+        Changed.
+    """
+    longest = 0
+    for r in range(runs.shape[0]):
+        longest = max(longest, runs[r, 1] - runs[r, 0])
+    stats = np.empty((3, longest), np.float32)
+    strength = np.empty(longest, np.float32)
+    per = np.float32(0.25) / h
+    f = fixed[0]
+    for r in range(runs.shape[0]):
+        i, end = runs[r, 0], runs[r, 1]
+        _covariances(fixed, sums, i, end, stats)
+        mm, a, c = stats[0], stats[1], stats[2]
+        fr, fm, b, mr = f[i:end], fixed[1, i:end], fixed[2, i:end], m[i:end]
+        for k in range(end - i):
+            q = a[k] / c[k]
+            strength[k] = per * q / b[k] * ((fr[k] - fm[k]) - q * (mr[k] - mm[k]))
+        for axis in range(3):
+            s = strides[axis]
+            after, before = f[i + s : end + s], f[i - s : end - s]
+            m_after, m_before = m[i + s : end + s], m[i - s : end - s]
+            line = out[axis, i:end]
+            for k in range(end - i):
+                slope = (after[k] - before[k]) + (m_after[k] - m_before[k])
+                line[k] = strength[k] * slope
+
+
+@kernel
+def smooth(values: Any, stride: Any, half: Any, runs: Any, out: Any) -> None:
+    """Smooth vectors along one axis by a symmetric filter of eleven taps.
+
+    Parameters
+    ----------
+    values : float32 array (3, point)
+    stride : int
+        From one point to the next.
+    half : float32 array (6)
+        From `taps`.
+    runs : int64 array (run, 2)
+    out : float32 array (3, point)
+        Changed.
+    """
+    h0, h1, h2, h3, h4, h5 = half[0], half[1], half[2], half[3], half[4], half[5]
+    s = stride
+    for channel in range(3):
+        own = values[channel]
+        for r in range(runs.shape[0]):
+            i, end = runs[r, 0], runs[r, 1]
+            v = own[i:end]
+            a1, b1 = own[i - s : end - s], own[i + s : end + s]
+            a2, b2 = own[i - 2 * s : end - 2 * s], own[i + 2 * s : end + 2 * s]
+            a3, b3 = own[i - 3 * s : end - 3 * s], own[i + 3 * s : end + 3 * s]
+            a4, b4 = own[i - 4 * s : end - 4 * s], own[i + 4 * s : end + 4 * s]
+            a5, b5 = own[i - 5 * s : end - 5 * s], own[i + 5 * s : end + 5 * s]
+            line = out[channel, i:end]
+            for k in range(end - i):
+                line[k] = (
+                    h0 * v[k]
+                    + h1 * (a1[k] + b1[k])
+                    + h2 * (a2[k] + b2[k])
+                    + h3 * (a3[k] + b3[k])
+                    + h4 * (a4[k] + b4[k])
+                    + h5 * (a5[k] + b5[k])
+                )
+
+
+@kernel
+def copy(values: Any, runs: Any, out: Any) -> None:
+    """Copy what is in runs, int64 array (run, 2), of an array (3, point) to another."""
+    for channel in range(3):
+        for r in range(runs.shape[0]):
+            i, end = runs[r, 0], runs[r, 1]
+            out[channel, i:end] = values[channel, i:end]
+
+
+@kernel
+def add_step(v: Any, d: Any, factor: Any, strides: Any, runs: Any, out: Any) -> None:
+    """Add a step to the correction, and let the sum w diffuse: w(x) + κ Σ_y (w(y) − w(x)).
+
+    Parameters
+    ----------
+    v : float32 array (3, point)
+        Correction, mm.
+    d : float32 array (3, point)
+        Step before it is scaled.
+    factor : float32
+        Its scale, mm.
+    strides : (int, int, int)
+        From one point to the next along z, y and x: the neighbours y.
+    runs : int64 array (run, 2)
+    out : float32 array (3, point)
+        Changed.
+    """
+    near, own = np.float32(DIFFUSION), np.float32(1 - 6 * DIFFUSION)
+    s, t, _ = strides
+    for channel in range(3):
+        w, step = v[channel], d[channel]
+        for r in range(runs.shape[0]):
+            i, end = runs[r, 0], runs[r, 1]
+            line = out[channel, i:end]
+            a, b, c = w[i:end], w[i - 1 : end - 1], w[i + 1 : end + 1]
+            e, f, g, h = (
+                w[i - t : end - t],
+                w[i + t : end + t],
+                w[i - s : end - s],
+                w[i + s : end + s],
+            )
+            for k in range(end - i):
+                line[k] = own * a[k] + near * (b[k] + c[k] + (e[k] + f[k]) + (g[k] + h[k]))
+            a, b, c = step[i:end], step[i - 1 : end - 1], step[i + 1 : end + 1]
+            e, f = step[i - t : end - t], step[i + t : end + t]
+            g, h = step[i - s : end - s], step[i + s : end + s]
+            for k in range(end - i):
+                side = b[k] + c[k] + (e[k] + f[k]) + (g[k] + h[k])
+                line[k] += factor * (own * a[k] + near * side)
+
+
+@kernel
+def largest(d: Any, runs: Any, share: Any) -> Any:
+    """Quantile of the lengths of vectors, to 0.4 %.
+
+    A histogram over the upper bits of the squared length: exact whatever the order.
+
+    Parameters
+    ----------
+    d : float32 array (3, point)
+    runs : int64 array (run, 2)
+    share : float
+        Fraction of the vectors that are not longer.
+    """
+    counts = np.zeros(1 << 16, np.int64)
+    longest = total = 0
+    for r in range(runs.shape[0]):
+        longest = max(longest, runs[r, 1] - runs[r, 0])
+    squared = np.empty(longest, np.float32)
+    bits = squared.view(np.int32)
+    for r in range(runs.shape[0]):
+        i, end = runs[r, 0], runs[r, 1]
+        a, b, c = d[0, i:end], d[1, i:end], d[2, i:end]
+        for k in range(end - i):
+            squared[k] = a[k] * a[k] + b[k] * b[k] + c[k] * c[k]
+        for k in range(end - i):
+            counts[bits[k] >> 15] += 1
+        total += end - i
+    wanted = share * total
+    below, i = 0, 0
+    while i < counts.size and below < wanted:
+        below += counts[i]
+        i += 1
+    one = np.empty(1, np.int32)
+    one[0] = i << 15
+    return np.sqrt(one.view(np.float32)[0])
