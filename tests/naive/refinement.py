@@ -72,8 +72,8 @@ def smoothed(d: Array, moved: Array) -> Array:
 def stepped(v: Array, d: Array, moved: Array) -> Array:
     """The sum diffuses where points move."""
     near = np.zeros((3, 3, 3))
-    near[[0, 2, 1, 1, 1, 1], [1, 1, 0, 2, 1, 1], [1, 1, 1, 1, 0, 2]] = 0.1
-    near[1, 1, 1] = 0.4
+    near[[0, 2, 1, 1, 1, 1], [1, 1, 0, 2, 1, 1], [1, 1, 1, 1, 0, 2]] = 0.15
+    near[1, 1, 1] = 0.1
     return np.where(moved, [convolve(one, near, mode="nearest") for one in v + d], v)
 
 

@@ -6,7 +6,7 @@ field on one lattice, and the local correlation of the warped atlas with the sca
 F is the scan and M the atlas, both mapped by a piecewise linear function of HU (`atlas.HU`,
 `atlas.INTENSITY`). The field maps a lattice point x to y = x + u(x), mm; u⁰ is the field of the
 matches and v = u − u⁰ the correction. Ω are the points where an organ of the atlas, as u⁰ maps it,
-is at most 12 mm away along each axis, and Ω⁺ those within two points of Ω. On each level of the
+is at most 18 mm away along each axis, and Ω⁺ those within two points of Ω. On each level of the
 lattice (`lattice.FULL`; `lattice.FAST` with ``--fast``), from coarse to fine, each iteration
 
 1. samples M at y, trilinearly; edges repeat;
@@ -17,7 +17,7 @@ lattice (`lattice.FULL`; `lattice.FAST` with ``--fast``), from coarse to fine, e
 4. smooths d by a Gaussian of 1.5 points along x, then y, then z, each time 0 beyond Ω⁺, and scales
    it so that the 99th percentile of |d| in Ω is half the lattice spacing;
 5. adds it, w = v + d, and lets the sum diffuse: v(x) ← w(x) + κ Σ_y (w(y) − w(x)) in Ω⁺, over the
-   six neighbours y of x, with κ = 0.1.
+   six neighbours y of x, with κ = 0.15.
 
 Beyond Ω⁺ v is what the coarser level gave, so the time goes with the organs, not with the box
 around them. At the end cc = max(a/√(bc), 0.02), and the weight of the atlas is cc² √s, s the

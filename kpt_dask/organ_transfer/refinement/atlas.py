@@ -33,7 +33,7 @@ HU = -1000.0, -200.0, 0.0, 200.0, 1200.0
 """Breakpoints of the map from HU to intensity, HU."""
 INTENSITY = -1.6, -1.0, 0.0, 1.0, 2.0
 """Intensities at `HU`, no unit; constant beyond the ends. Soft tissue has the steepest slope."""
-NEAR = 12.0
+NEAR = 18.0
 """Distance from an organ, as u⁰ maps it, up to which the field is refined, mm."""
 NODE = 16.0
 """Distance between the nodes at which a field is regressed, mm; linear in between.
@@ -186,7 +186,7 @@ class _Moved:
         start = _start(nodes, finest, wanted.fringe)
         made = cls(scan, packed, coding, corner, image, nodes, start, np.empty(0, bool))
         landed = made.labels(np.zeros_like(start[:3])).reshape(finest.padded) > 0
-        near = round(NEAR / finest.spacing)
+        near = min(round(NEAR / finest.spacing), PAD)
         return replace(made, inside=grown(landed, (near, near, near)) & wanted.mask)
 
     def labels(self, v: NDArray[np.float32]) -> NDArray[np.uint16]:

@@ -22,7 +22,7 @@ SMOOTHNESS = 1.5
 """Standard deviation of the Gaussian on the force, lattice points."""
 RADIUS = 5
 """Points on each side that it reaches."""
-DIFFUSION = 0.1
+DIFFUSION = 0.15
 """κ: how far neighbours draw the correction in each iteration, no unit; at most 1/6."""
 PAD = BOX + RADIUS
 """Points by which a lattice's arrays are wider than the lattice, on every side."""

@@ -25,7 +25,8 @@ In: matches and crops of atlases. Out: probabilities and labels. `landing` predi
 
    over the six neighbours y of x, with U_l = max(P_l, 10⁻⁴), or 0 where P_l = 0, for an organ and
    U_0 = max(1 − Σ_l P_l, 10⁻³) · θ/(1 − θ) for the background, θ the threshold and β = 25 HU.
-   λ = 1 for neighbours up to 3 mm apart, and (3 mm / r)⁴ at r mm. The probability of organ l is
+   λ = min(size / 120 mm, 1)², with the typical size of the atlases' organs, for neighbours up to
+   3 mm apart, and (3 mm / r)⁴ times that at r mm. The probability of organ l is
    θ q_l / (θ q_l + (1 − θ) q_0).
 
 A voxel gets the organ with the largest probability (ties go to the organ that comes first in the

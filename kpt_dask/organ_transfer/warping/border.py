@@ -27,8 +27,8 @@ from kpt_dask.organ_transfer.warping.landing import in_voxels, step_of
 
 SWEEPS = 5
 """Sweeps of the mean field."""
-AGREEMENT = 1.0
-"""Weight λ of neighbours up to `USUAL` apart, no unit."""
+LARGE = 120.0
+"""Typical size from which on organs' neighbours count fully, mm; see `weight_of_neighbours`."""
 USUAL = 3.0
 """Distance up to which neighbours count fully, mm; at r mm they count (`USUAL` / r)^`FADING`."""
 FADING = 4
@@ -53,17 +53,36 @@ class Borders:
         Shares of the votes.
     by_hu : float32 array (organ, bin)
         Shifts of the logit, from `kpt_dask.organ_transfer.warping.schedule.log_ratios`.
+    agreement : float
+        λ, from `weight_of_neighbours`.
     """
 
     job: TransferJob
     search_boxes: Sequence[Box | None]
     shares: "zarr.Array[Any]"
     by_hu: NDArray[np.float32]
+    agreement: float
 
     @property
     def grid(self) -> Grid:
         """The working grid."""
         return self.job.volume.grid
+
+
+def weight_of_neighbours(size: float, spacing: float) -> float:
+    """Weight λ of a voxel's neighbours, no unit.
+
+    Of small organs, as of the head and neck, a large part lies within the few voxels that sweeps
+    reach: there, what neighbours say blurs thin ends and outweighs votes.
+
+    Parameters
+    ----------
+    size : float
+        From `kpt_dask.organ_transfer.refinement.lattice.typical_size`, mm.
+    spacing : float
+        Of the working grid, mm.
+    """
+    return min(size / LARGE, 1.0) ** 2 * (USUAL / max(spacing, USUAL)) ** FADING
 
 
 def plan_borders(job: TransferJob, search_boxes: Sequence[Box | None]) -> list[Region]:
@@ -149,10 +168,8 @@ def _relax(
     theta = borders.job.threshold
     # Votes at exactly 1 would leave no odds.
     odds = np.float32(min(theta, 0.999))
-    r = max(float(borders.grid.spacing[0]), USUAL)
-    strength = AGREEMENT * (USUAL / r) ** FADING
     scale = np.float32(LOG2_E / (2 * ALIKE**2))
-    weights = BorderWeights(odds, np.float32(strength * LOG2_E), scale)
+    weights = BorderWeights(odds, np.float32(borders.agreement * LOG2_E), scale)
     fields = np.empty((2, len(parts) + 1, *shape_of(wide)), np.float32)
     relax(near, np.ascontiguousarray(hu[within(wide, around)]), weights, SWEEPS, fields)
     own = fields[SWEEPS % 2]

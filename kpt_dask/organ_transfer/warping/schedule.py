@@ -45,7 +45,12 @@ from kpt_dask.organ_transfer.warping.block import (
     per_plane,
     vote_in_block,
 )
-from kpt_dask.organ_transfer.warping.border import Borders, draw_borders, plan_borders
+from kpt_dask.organ_transfer.warping.border import (
+    Borders,
+    draw_borders,
+    plan_borders,
+    weight_of_neighbours,
+)
 from kpt_dask.organ_transfer.warping.kernels import ONE
 from kpt_dask.organ_transfer.warping.landing import (
     by_atlas,
@@ -108,7 +113,8 @@ def warp_atlases(
     if not known:
         return OrganCounts.empty(len(organs))
     with cluster.session(client) as session, _scratch(job.probability) as group:
-        levels = fitting(FAST if options.fast else FULL, typical_size(atlases))
+        size = typical_size(atlases)
+        levels = fitting(FAST if options.fast else FULL, size)
         scan = compare_with(job.volume, known, organs, widths, levels)
         stored = create_fields(group, scan, len(atlases))
         refined = refine(
@@ -135,7 +141,8 @@ def warp_atlases(
             session, vote_in_block, tasks, "Transferring organs"
         ):
             counts += counted
-        borders = Borders(job, search_boxes, shares, log_ratios(counts))
+        weight = weight_of_neighbours(size, float(grid.spacing[0]))
+        borders = Borders(job, search_boxes, shares, log_ratios(counts), weight)
         regions = [(borders, region) for region in plan_borders(job, search_boxes)]
         total = OrganCounts.empty(len(organs))
         for _, of_shard in cluster.run(session, draw_borders, regions, "Drawing borders"):

@@ -86,7 +86,7 @@ def test_a_refined_field_is_what_the_equations_say(tmp_path: Path) -> None:
         return start(h, shape)[:3]
 
     def near(h: float, shape: Any) -> Array:
-        """Within a cube of 12 mm of where organs land, on the finest lattice and from there."""
+        """Within a cube of 18 mm of where organs land, on the finest lattice and from there."""
         u0 = start(4.0, finest, 0)
         landed = np.zeros(finest, bool)
         for x in np.ndindex(*finest):
@@ -95,7 +95,7 @@ def test_a_refined_field_is_what_the_equations_say(tmp_path: Path) -> None:
                 landed[x] = labels()[tuple(at)] > 0
         grown = np.zeros(finest, bool)
         for x in np.argwhere(landed):
-            grown[tuple(slice(max(i - 3, 0), i + 4) for i in x)] = True
+            grown[tuple(slice(max(i - 4, 0), i + 5) for i in x)] = True
         if h == 4.0:
             return grown
         coarse = np.zeros(shape, bool)

@@ -17,6 +17,7 @@ from kpt_dask.organ_transfer.probability import TILING, Tiling, create_probabili
 from kpt_dask.organ_transfer.refinement.atlas import PER_MM, WEIGHT
 from kpt_dask.organ_transfer.warping import block as module
 from kpt_dask.organ_transfer.warping import border, schedule
+from kpt_dask.organ_transfer.warping.kernels import BorderWeights, relax
 from kpt_dask.organ_transfer.warping.schedule import warp_atlases
 from kpt_dask.runtime import cluster
 from kpt_dask.segmentation import segment
@@ -101,6 +102,29 @@ def whole(
     return run(volume, store, MATCHES, tmp_path_factory.mktemp("w") / "whole", one_process)
 
 
+@pytest.mark.parametrize(
+    ("size", "spacing", "expected"), [(60, 2, 0.25), (120, 3, 1), (300, 1, 1), (120, 6, 1 / 16)]
+)
+def test_neighbours_count_more_in_large_organs(
+    size: float, spacing: float, expected: float
+) -> None:
+    assert border.weight_of_neighbours(size, spacing) == pytest.approx(expected)
+
+
+def test_neighbours_of_like_intensity_agree() -> None:
+    rng = np.random.default_rng(7)
+    shares = rng.dirichlet((1, 1, 2), (5, 6, 9)).transpose(3, 0, 1, 2)[:2].astype(np.float32)
+    shares[1, :, :3] = 0
+    hu = rng.normal(0, 20, (5, 6, 9)).astype(np.float32)
+    scale = np.float32(np.log2(np.e) / (2 * border.ALIKE**2))
+    weights = BorderWeights(np.float32(0.4), np.float32(0.8 * np.log2(np.e)), scale)
+    out = np.empty((2, 3, 5, 6, 9), np.float32)
+    relax(shares, hu, weights, 5, out)
+    q = out[1]
+    found = 0.4 * q[:2] / (0.4 * q[:2] + 0.6 * q[2])
+    np.testing.assert_allclose(found, warping.agreed(shares, hu, 0.4, 0.8), atol=1e-5)
+
+
 def test_shares_are_what_the_equations_say(
     monkeypatch: pytest.MonkeyPatch,
     tmp_path: Path,
@@ -134,7 +158,8 @@ def test_shares_are_what_the_equations_say(
     nus = [organ.nu for organ in ORGANS]
     where = warping.inside(SCAN, ATLASES, boxes, MATCHES, ORGANS.values, SPACING)
     voted = warping.shares(SCAN, ATLASES, maps, where, ORGANS.values, nus, SPACING)
-    strength = border.AGREEMENT
+    sides = [max(b - a for a, b in box) for each in boxes for box in each.values()]
+    strength = (SPACING * np.median(sides) / 120) ** 2
     expected = warping.agreed(warping.by_hu(voted, SCAN.image), SCAN.image, 0.4, strength)
     expected = np.where(where, expected, 0)
     assert (expected > 0).sum() > 1000
