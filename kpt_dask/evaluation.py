@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from atlas_store import Atlas, AtlasStore, OrganTable, Snapshot
 from atlas_store.arrays.regions import open_array
 from atlas_store.keypoints import first_frames
+from kpt_dask.annotations.opening import open_pair
 from kpt_dask.atlases.add import labels_at, survey
 from kpt_dask.atlases.same_scan import KnownScans
 from kpt_dask.errors import ParameterError
@@ -24,7 +25,8 @@ from kpt_dask.matching.selection import check_selection, how_many
 from kpt_dask.options import DEFAULTS, TransferOptions
 from kpt_dask.resampling.labels_on_scan import Shares, labels_onto
 from kpt_dask.runtime import cluster, notices, progress, witness
-from kpt_dask.scans.pairs import Pair, labelled_organs, open_pair
+from kpt_dask.scans.pairs import Pair, labelled_organs
+from kpt_dask.scans.scan import Scan
 from kpt_dask.segmentation import StationResults, choose_atlases, segment_volume
 from kpt_dask.volumes.conversion import convert_into, label_blocks
 from kpt_dask.volumes.identity import digest_of
@@ -92,7 +94,7 @@ def evaluate(
     store : AtlasStore
         The atlases.
     scans : sequence of Pair, optional
-        From `kpt_dask.scans.pairs.find_pairs`.
+        From `kpt_dask.annotations.layouts.pairs_of`.
     mode, options
         As for `kpt_dask.segment`.
     atlases : int, optional
@@ -156,7 +158,7 @@ def evaluate(
     choose_atlases(store, ())
     pairs = {pair.id: pair for pair in (scans or [])[:limit]}
     for pair in pairs.values():
-        open_pair(pair.scan, pair.labels)
+        _open(pair, store)
     results: dict[str, ScanResult] = {}
     known, most, left_out = KnownScans(store.atlases()), 0, {}
     with (
@@ -303,6 +305,10 @@ def _evaluate_atlas(
     return _result(scores, inside, found, atlas.annotated, organs, seconds, total)
 
 
+def _open(pair: Pair, store: AtlasStore) -> tuple[Scan, Scan]:
+    return open_pair(pair.scan, pair.labels, store.organs, values=pair.values, series=pair.series)
+
+
 def _evaluate_pair(
     pair: Pair,
     group: zarr.Group,
@@ -312,7 +318,7 @@ def _evaluate_pair(
     memory: int | None,
     client: Client,
 ) -> ScanResult:
-    scan, labels = open_pair(pair.scan, pair.labels)
+    scan, labels = _open(pair, store)
     organs = store.organs
     annotated = labelled_organs(labels, organs)
     start = time.perf_counter()

@@ -21,6 +21,7 @@ LAYERS = (
     {"kpt_dask.matching", "kpt_dask.atlases"},
     {"kpt_dask.keypoints"},
     {"kpt_dask.volumes"},
+    {"kpt_dask.annotations"},
     {"kpt_dask.label_files"},
     {"kpt_dask.scans"},
     {"kpt_dask.resampling", "kpt_dask.runtime", "kpt_dask.output"},

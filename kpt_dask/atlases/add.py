@@ -3,7 +3,7 @@
 An atlas appears in the store when it is complete, or not at all.
 """
 
-from collections.abc import Callable, Container, Iterable, Iterator, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,15 +24,17 @@ from atlas_store import (
 from atlas_store.arrays.regions import Region, open_array
 from atlas_store.crop import write_crop
 from atlas_store.organ_strips import write_strips
+from kpt_dask.annotations.layouts import pairs_of
+from kpt_dask.annotations.opening import open_pair
 from kpt_dask.atlases.profiles import organ_profiles
 from kpt_dask.atlases.same_scan import KnownScans
 from kpt_dask.errors import USER_ERRORS, LabelError, ParameterError
 from kpt_dask.grid import Grid
 from kpt_dask.keypoints.extraction import extract
 from kpt_dask.keypoints.parameters import keypoint_parameters
-from kpt_dask.options import LABELS, SCANS, SPACINGS
+from kpt_dask.options import SPACINGS
 from kpt_dask.runtime import cluster, notices, progress, witness
-from kpt_dask.scans.pairs import find_pairs, labelled_organs, open_pair
+from kpt_dask.scans.pairs import labelled_organs
 from kpt_dask.scans.scan import Scan, scan_name
 from kpt_dask.volumes.conversion import AIR_HU, convert_into, label_blocks
 from kpt_dask.volumes.identity import digest_of
@@ -101,6 +103,7 @@ def add_atlas(
     *,
     atlas_id: str | None = None,
     annotated: Sequence[str] | None = None,
+    values: Mapping[int, str] | None = None,
     series: str | None = None,
     replace: bool = False,
     memory: int | None = None,
@@ -113,8 +116,9 @@ def add_atlas(
     store : AtlasStore
         Created with `store_parameters`.
     scan, labels : str or Path
-        A scan and its label map on the same grid, with the label values of the store's
-        organ table.
+        A scan and its labels on the same grid: a label map with the values of the store's organ
+        table; or a folder with a mask for each organ, ``.seg.nrrd``, DICOM SEG or RTSTRUCT, whose
+        names decide.
     atlas_id : str, optional
         Its name in the store; the scan's file name without ending unless given.
     annotated : sequence of str, optional
@@ -122,6 +126,8 @@ def add_atlas(
         the working grid. An organ that vanishes there, such as a stray voxel, is left out with a
         warning. Labelled organs that are not named are left out of the atlas: they neither vote
         nor are transferred. Named organs without a label are known to be outside the scan.
+    values : mapping of int to str, optional
+        Names of the values of a label map, where they are not those of the store.
     series : str, optional
         UID of the DICOM series, needed where a folder or zip holds several.
     replace : bool
@@ -155,7 +161,7 @@ def add_atlas(
     >>> info.id, len(store)
     ('first', 1)
     """
-    source, labelled = open_pair(scan, labels, series=series)
+    source, labelled = open_pair(scan, labels, store.organs, values=values, series=series)
     made_with = store_parameters(
         store.parameters.get("spacing", 2.0),
         descriptor=store.parameters.get("descriptor", "upright"),
@@ -211,9 +217,11 @@ def add_folder(
     store: AtlasStore,
     folder: str | Path,
     *,
-    scan_pattern: str = SCANS,
-    labels_pattern: str = LABELS,
+    layout: str | None = None,
+    scan_pattern: str | None = None,
+    labels_pattern: str | None = None,
     annotated: Sequence[str] | None = None,
+    series: str | None = None,
     replace: bool = False,
     memory: int | None = None,
     client: Client | None = None,
@@ -225,8 +233,16 @@ def add_folder(
     ----------
     store, annotated, memory, client
         As for `add_atlas`.
-    folder, scan_pattern, labels_pattern
-        As for `kpt_dask.scans.pairs.find_pairs`; the text at ``{id}`` is the id of the atlas.
+    folder : str or Path
+        Folder of the scans.
+    layout : str, optional
+        Layout of a public collection, one of `kpt_dask.annotations.layouts.LAYOUTS`: patterns, and
+        what values mean.
+    scan_pattern, labels_pattern : str, optional
+        Patterns as for `kpt_dask.scans.pairs.find_pairs`; the text at ``{id}`` is the id of the
+        atlas.
+    series : str, optional
+        UID of the DICOM series, or words of its description, in every scan that holds several.
     replace : bool
         Whether to replace existing atlases; otherwise they are skipped.
     told : callable, optional
@@ -240,7 +256,7 @@ def add_folder(
     Raises
     ------
     ParameterError, ScanNotFoundError
-        If there is nothing to add; see `find_pairs`.
+        If there is nothing to add; see `kpt_dask.scans.pairs.find_pairs`.
     ParameterMismatchError
         If the store was made with other parameters.
 
@@ -254,7 +270,7 @@ def add_folder(
     ['body_2']
     """
     outcomes = []
-    pairs = find_pairs(folder, scan_pattern, labels_pattern)
+    pairs = pairs_of(folder, layout, scan_pattern, labels_pattern, series)
     with (
         cluster.session(client) as session,
         progress.stage("Adding atlases", total=len(pairs)) as advance,
@@ -269,6 +285,8 @@ def add_folder(
                         pair.labels,
                         atlas_id=pair.id,
                         annotated=annotated,
+                        values=pair.values,
+                        series=pair.series,
                         replace=replace,
                         memory=memory,
                         client=session,

@@ -10,6 +10,7 @@ from kpt_dask.cli.common import (
     console,
     fail,
     json_option,
+    layout_option,
     memory_option,
     names,
     overwrite_option,
@@ -113,11 +114,16 @@ def add(
     scheduler: str | None,
     as_json: bool,
 ) -> None:
-    """Add the scan SCAN with the label map LABELS, which lies on the same grid.
+    """Add the scan SCAN with the labels LABELS, which lie on the same grid.
+
+    LABELS is a label map with the values of the store's organs; or a folder with a mask for each
+    organ (liver.nii.gz, …), a segmentation of 3D Slicer (.seg.nrrd), a DICOM SEG or an RTSTRUCT,
+    whose names decide. Names that the store does not know are reported and left out.
 
     \b
-    Example:
+    Examples:
       kpt atlas add atlases anna_ct.nii.gz anna_organs.nii.gz --id anna
+      kpt atlas add atlases ct_folder contours.dcm --id berta
     """
     from atlas_store import AtlasStore
     from kpt_dask.atlases.add import add_atlas
@@ -145,23 +151,22 @@ def add(
 @atlas.command("add-folder")
 @store_argument
 @click.argument("folder", metavar="DIR", type=click.Path())
+@layout_option
 @click.option(
     "--scan",
     "scan_pattern",
-    default=SCANS,
-    show_default=True,
     metavar="PATTERN",
-    help="How scans are named; {id} is the id of the atlas.",
+    help=f"How scans are named; {{id}} is the id of the atlas.  [default: {SCANS}]",
 )
 @click.option(
     "--labels",
     "labels_pattern",
-    default=LABELS,
-    show_default=True,
     metavar="PATTERN",
-    help="How their label maps are named.",
+    help="How their labels are named: label maps, folders of masks, segmentations."
+    f"  [default: {LABELS}]",
 )
 @annotated_option
+@series_option
 @overwrite_option
 @memory_option
 @scheduler_option
@@ -169,9 +174,11 @@ def add(
 def add_folder(
     store: str,
     folder: str,
-    scan_pattern: str,
-    labels_pattern: str,
+    layout: str | None,
+    scan_pattern: str | None,
+    labels_pattern: str | None,
     annotated: tuple[str, ...] | None,
+    series: str | None,
     overwrite: bool,
     memory: int | None,
     scheduler: str | None,
@@ -182,8 +189,9 @@ def add_folder(
     A scan that cannot be added does not stop the others. Run it again after an interruption.
 
     \b
-    Example:
+    Examples:
       kpt atlas add-folder atlases scans --scan '{id}/ct.nii.gz' --labels '{id}/organs.nii.gz'
+      kpt atlas add-folder atlases Totalsegmentator_dataset --layout totalsegmentator
     """
     from rich.console import Console
 
@@ -197,9 +205,11 @@ def add_folder(
         outcomes = add.add_folder(
             opened,
             folder,
+            layout=layout,
             scan_pattern=scan_pattern,
             labels_pattern=labels_pattern,
             annotated=annotated,
+            series=series,
             replace=overwrite,
             memory=memory,
             client=client,

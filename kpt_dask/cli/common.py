@@ -193,7 +193,16 @@ memory_option = click.option(
 series_option = click.option(
     "--series",
     metavar="UID",
-    help="Which DICOM series to read, where SCAN holds several; without it they are listed.",
+    help="Which DICOM series to read, where a scan holds several: its UID, or words of its "
+    "description; without it they are listed.",
+)
+layout_option = click.option(
+    "--layout",
+    metavar="NAME",
+    help="Layout of a public collection, in place of --scan and --labels: totalsegmentator "
+    "(ID/ct.nii.gz with ID/segmentations/NAME.nii.gz), amos (imagesTr, labelsTr), btcv (img, "
+    "label) or nnunet (imagesTr, labelsTr, dataset.json). Names decide what is which organ; those "
+    "that the store does not know are reported.",
 )
 
 

@@ -17,6 +17,7 @@ from kpt_dask.cli.common import (
     json_option,
     label_options,
     labels_option,
+    layout_option,
     memory_option,
     overwrite_option,
     print_json,
@@ -350,22 +351,20 @@ def export(
     metavar="DIR",
     help="Evaluate the scans of a folder. Without it, each atlas by means of the others.",
 )
+@layout_option
 @click.option(
     "--scan",
     "scan_pattern",
-    default=SCANS,
-    show_default=True,
     metavar="PATTERN",
-    help="How scans are named in DIR.",
+    help=f"How scans are named in DIR.  [default: {SCANS}]",
 )
 @click.option(
     "--labels",
     "labels_pattern",
-    default=LABELS,
-    show_default=True,
     metavar="PATTERN",
-    help="How their label maps are named.",
+    help=f"How their labels are named.  [default: {LABELS}]",
 )
+@series_option
 @transfer_options
 @click.option(
     "--atlases", type=int, metavar="N", help="Use only the first N atlases other than the scan."
@@ -385,8 +384,10 @@ def export(
 def evaluate(
     store: str,
     scans: str | None,
-    scan_pattern: str,
-    labels_pattern: str,
+    layout: str | None,
+    scan_pattern: str | None,
+    labels_pattern: str | None,
+    series: str | None,
     mode: str,
     options: TransferOptions,
     atlases: int | None,
@@ -411,13 +412,15 @@ def evaluate(
     import json
 
     from atlas_store import AtlasStore
+    from kpt_dask.annotations.layouts import pairs_of
     from kpt_dask.evaluation import evaluate as evaluate_store
     from kpt_dask.output.commit import replacing
     from kpt_dask.output.places import check_outputs
-    from kpt_dask.scans.pairs import find_pairs
 
     opened = AtlasStore.open(store)
-    pairs = None if scans is None else find_pairs(scans, scan_pattern, labels_pattern)
+    pairs = None
+    if scans is not None:
+        pairs = pairs_of(scans, layout, scan_pattern, labels_pattern, series)
     if json_file not in (None, "-"):
         read = [path for pair in pairs or () for path in (pair.scan, pair.labels)]
         check_outputs(files=[json_file], inputs=[opened.url, *read], overwrite=True)

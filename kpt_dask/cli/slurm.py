@@ -334,6 +334,9 @@ def _span(context: click.Context, option: click.Parameter, value: str) -> str:
 @click.option("--partition", "--queue", help="SLURM partition.  [default: the site's]")
 @click.option("--account", help="SLURM account.  [default: yours]")
 @click.option("--mode", default="local", show_default=True, help="As of kpt segment.")
+@click.option(
+    "--series", help="DICOM series of scans that hold several: UID, or words of its description."
+)
 @click.option("--dry-run", is_flag=True, help="Print the job script and submit nothing.")
 @click.option("--inside", is_flag=True, hidden=True)
 def main(
@@ -350,6 +353,7 @@ def main(
     partition: str | None,
     account: str | None,
     mode: str,
+    series: str | None,
     dry_run: bool,
     inside: bool,
 ) -> None:
@@ -374,13 +378,14 @@ def main(
         outputs(scans, out)
         if inside:
             with dask.config.set({"kpt.wait": wait}):
-                _work(scans, store, out, resources, mode)
+                _work(scans, store, out, resources, mode=mode, series=series)
             return
         command = [sys.executable, "-P", "-m", "kpt_dask.cli.slurm", "--inside"]
         command += [f"--workers={n_workers}", f"--cores={cores}", f"--memory={memory}"]
         command += [f"--walltime={walltime}", f"--wait={wait}", f"--mode={mode}"]
         command += [f"--partition={partition}"] if partition is not None else []
         command += [f"--account={account}"] if account is not None else []
+        command += [f"--series={series}"] if series is not None else []
         command += ["--", *map(str, scans), store, str(out)]
         script = job_script(command, logs, resources)
         if dry_run:
@@ -392,13 +397,15 @@ def main(
         raise click.ClickException(str(error)) from error
 
 
-def _work(scans: Sequence[Path], store: str, out: Path, resources: Resources, mode: str) -> None:
+def _work(
+    scans: Sequence[Path], store: str, out: Path, resources: Resources, **options: Any
+) -> None:
     # SLURM says so before it kills; leaving properly ends the worker jobs.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     logging.basicConfig(format="%(asctime)s %(message)s")
     logging.getLogger("kpt_dask").setLevel(logging.INFO)
     with workers(out / "logs", resources) as client:
-        failed = segment_batch(scans, store, out, client, mode=mode)
+        failed = segment_batch(scans, store, out, client, **options)
     if failed:
         reasons = "".join(f"\n  {reason}" for reason in failed.values())
         raise ParameterError(f"{len(failed)} of {len(scans)} scans failed:{reasons}")

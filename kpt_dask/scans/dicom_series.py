@@ -37,7 +37,7 @@ def choose_series(
     headers : iterable of Header
         Headers of all images.
     series : str, optional
-        UID of the wanted series.
+        UID of the wanted series, or words of its description.
 
     Returns
     -------
@@ -57,11 +57,12 @@ def choose_series(
     if not found:
         raise ScanFormatError(f"{path} holds no DICOM image; give the folder of a CT series.")
     if series is not None:
-        if series not in found:
+        wanted = {uid: group for uid, group in found.items() if _is_called(series, uid, group)}
+        if not wanted:
             raise ScanFormatError(
                 f"{path} holds no series {series}; it holds {_listed(found.values())}."
             )
-        found = {series: found[series]}
+        found = wanted
     usable = {uid: kept for uid, group in found.items() if (kept := _of_ct(group))}
     if not usable:
         raise ScanFormatError(
@@ -83,6 +84,13 @@ def choose_series(
             f" and are left out, {left.shown} among them."
         )
     return chosen, doubts
+
+
+def _is_called(series: str, uid: str, group: Sequence[Header]) -> bool:
+    """Whether a series has a UID, or the same words in its description."""
+    words = series.casefold().split()
+    told = group[0].text("SeriesDescription").casefold().split()
+    return uid == series or (bool(words) and set(words) <= set(told))
 
 
 def _of_ct(group: Sequence[Header]) -> list[Header]:

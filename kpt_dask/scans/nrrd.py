@@ -4,13 +4,16 @@ Source: the format's definition, https://teem.sourceforge.net/nrrd/format.html.
 """
 
 import re
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from kpt_dask.errors import ScanFormatError
+from kpt_dask.grid import Grid
 from kpt_dask.scans.plain_header import (
     PlainFile,
     as_floats,
@@ -19,7 +22,7 @@ from kpt_dask.scans.plain_header import (
     placed,
     read_start,
 )
-from kpt_dask.scans.voxel_stream import Packing
+from kpt_dask.scans.voxel_stream import Packing, VoxelStream
 
 TYPES = {
     "i1": ("signed char", "int8", "int8_t"),
@@ -61,6 +64,9 @@ SPACES = {
 }
 """Signs that take (x, y, z) of a space to LPS."""
 
+MOST_LAYERS = 256
+"""Limit of the layers of a segmentation."""
+
 _VECTOR = re.compile(r"\(([^()]*)\)|none", re.IGNORECASE)
 
 
@@ -81,6 +87,52 @@ class _Fields:
         return value
 
 
+@dataclass(frozen=True, eq=False)
+class Layers:
+    """A file of one or more volumes on one grid, which alternate voxel by voxel.
+
+    Attributes
+    ----------
+    layers : int
+        Number of volumes.
+    grid : Grid
+        Their grid.
+    """
+
+    layers: int
+    grid: Grid
+    voxels: VoxelStream
+    dtype: np.dtype[Any]
+
+    def slabs(self) -> Iterator[NDArray[Any]]:
+        """Stream the voxels, (n, j, i, layer)."""
+        for slab in self.voxels.slabs():
+            yield slab.view(self.dtype).reshape(*slab.shape, self.layers)
+
+
+def open_layers(path: Path) -> tuple[Layers, dict[str, str]]:
+    """Read the header of a segmentation of 3D Slicer.
+
+    Returns
+    -------
+    layers : Layers
+    remarks : dict of str to str
+        What it says by ``name:=value``.
+
+    Raises
+    ------
+    ScanFormatError
+        As for `open_nrrd`.
+    """
+    fields, _, remarks = _read(path)
+    sizes = as_ints(path, "sizes", fields.need("sizes"))
+    layers = sizes[0] if len(sizes) == 4 else 1
+    if not 0 < layers <= MOST_LAYERS:
+        raise ScanFormatError(f"{path} has {layers} layers, which no segmentation has.")
+    file, dtype = _open(path, layers)
+    return Layers(layers, file.grid, file.voxels, dtype), remarks
+
+
 def open_nrrd(path: Path) -> PlainFile:
     """Read an NRRD header.
 
@@ -89,18 +141,34 @@ def open_nrrd(path: Path) -> PlainFile:
     ScanFormatError
         If the file is no NRRD, or not one 3-D volume of real numbers on a usable grid.
     """
+    return _open(path, 1)[0]
+
+
+def _read(path: Path) -> tuple["_Fields", int, dict[str, str]]:
+    """Read the fields of a header, the offset of the data behind it, and its remarks."""
     start, end = read_start(path, "NRRD", re.compile(rb"NRRD000[1-5]\r?\n"), rb"\r?\n\r?\n")
-    values = {}
+    values, remarks = {}, {}
     for line in start.decode("utf-8", "replace").splitlines()[1:]:
-        # «key:=value» is a remark.
-        if not line.startswith("#") and ":=" not in line and ":" in line:
+        if line.startswith("#"):
+            continue
+        if ":=" in line:
+            name, _, value = line.partition(":=")
+            remarks[name.strip()] = value.strip()
+        elif ":" in line:
             name, _, value = line.partition(":")
             values[name.strip().lower()] = value.strip()
-    fields = _Fields(path, values)
+    return _Fields(path, values), end, remarks
+
+
+def _open(path: Path, layers: int) -> tuple[PlainFile, np.dtype[Any]]:
+    """Read a header of so many volumes; of several, a voxel is a tuple of values."""
+    fields, end, _ = _read(path)
     sizes = as_ints(path, "sizes", fields.need("sizes"))
     if as_ints(path, "dimension", fields.need("dimension")) != [len(sizes)]:
         raise ScanFormatError(f"{path} has a “dimension” that is not the number of its “sizes”.")
     columns, origin, doubts = _space(fields, sizes)
+    if layers > 1 and columns[0] is None:
+        del sizes[0], columns[0]
     while len(sizes) > 3 and 1 in sizes:
         # A non-spatial axis of length 1: a list of one volume.
         at = next((i for i, n in enumerate(sizes) if n == 1 and columns[i] is None), None)
@@ -134,16 +202,18 @@ def open_nrrd(path: Path) -> PlainFile:
     name_of_data = fields.get("data file", "datafile")
     data = path if name_of_data is None else beside(path, name_of_data)
     where = placed(path, sizes, affine)
-    return PlainFile.of(
+    stored = np.dtype((np.void, layers * dtype.itemsize)) if layers > 1 else dtype
+    file = PlainFile.of(
         path,
         where,
-        dtype,
+        stored,
         data=data,
         packing=ENCODINGS[encoding],
         start=end if name_of_data is None else 0,
         skip=skip[0],
         doubts=tuple(doubts),
     )
+    return file, dtype
 
 
 def _space(

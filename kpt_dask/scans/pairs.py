@@ -1,6 +1,7 @@
 """Scans and the label maps that belong to them: found by name, checked before the long work."""
 
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path, PurePath
 
@@ -8,10 +9,10 @@ import numpy as np
 
 from atlas_store import OrganTable
 from atlas_store.marker import natural_order
-from kpt_dask.errors import GridMismatchError, LabelError, ParameterError, ScanNotFoundError
+from kpt_dask.errors import LabelError, ParameterError, ScanNotFoundError
 from kpt_dask.options import LABELS, SCANS
 from kpt_dask.runtime import progress
-from kpt_dask.scans.scan import Scan, open_labels, open_scan
+from kpt_dask.scans.scan import Scan
 
 _ID = "{id}"
 
@@ -25,12 +26,18 @@ class Pair:
     id : str
         Text at ``{id}`` in both names.
     scan, labels : Path
-        The files.
+        The files, or folders.
+    values : mapping of int to str, optional
+        Names of the values of the labels, where they are not those of the store.
+    series : str, optional
+        Which DICOM series of the scan it is.
     """
 
     id: str
     scan: Path
     labels: Path
+    values: Mapping[int, str] | None = None
+    series: str | None = None
 
 
 def find_pairs(
@@ -85,30 +92,6 @@ def find_pairs(
     return sorted(found, key=lambda pair: natural_order(pair.id))
 
 
-def open_pair(
-    scan: str | Path, labels: str | Path, *, series: str | None = None
-) -> tuple[Scan, Scan]:
-    """Open a scan and its label map; for `series` see `open_scan`.
-
-    Raises
-    ------
-    GridMismatchError
-        If they do not lie on the same grid.
-    ScanNotFoundError, ScanFormatError
-        If one of them cannot be opened.
-    """
-    source, labelled = open_scan(scan, series=series), open_labels(labels)
-    if not source.grid.same_as(labelled.grid):
-        if source.grid.shape != labelled.grid.shape:
-            how = f"shape {_stored_shape(labelled)} against {_stored_shape(source)}"
-        else:
-            how = "their affines differ"
-        raise GridMismatchError(
-            f"{labels} does not lie on the grid of {scan} ({how}); resample it to the scan first."
-        )
-    return source, labelled
-
-
 def labelled_organs(labels: Scan, organs: OrganTable) -> tuple[str, ...]:
     """Name the organs that a label map shows, in the order of the table.
 
@@ -135,11 +118,6 @@ def labelled_organs(labels: Scan, organs: OrganTable) -> tuple[str, ...]:
             f" {', '.join(map(str, unknown))}; the store knows {known}."
         )
     return tuple(organ.name for organ in organs if organ.value in values)
-
-
-def _stored_shape(scan: Scan) -> str:
-    """Shape as the file's own header gives it, fastest axis first."""
-    return " × ".join(map(str, scan.grid.shape[::-1]))
 
 
 def _matching(folder: Path, pattern: str) -> dict[str, Path]:

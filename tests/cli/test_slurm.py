@@ -85,6 +85,7 @@ def segmentation(monkeypatch: pytest.MonkeyPatch) -> list[Path]:
         out: Path,
         *,
         mode: str = "local",
+        series: str | None = None,
         labels: Path,
         overwrite: bool,
         client: Client,

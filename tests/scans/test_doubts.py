@@ -12,11 +12,11 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
+from kpt_dask.annotations.opening import open_pair
 from kpt_dask.errors import GridMismatchError, KptWarning, ScanFormatError
 from kpt_dask.runtime import notices
-from kpt_dask.scans.pairs import open_pair
 from kpt_dask.scans.scan import Scan, open_labels, open_scan
-from tests.helpers import write_labels
+from tests.helpers import ORGANS, write_labels
 
 SHAPE = (14, 12, 10)
 AFFINE = np.array([[-4.0, 0, 0, 30], [0, -4, 0, 20], [0, 0, 4, 100], [0, 0, 0, 1]])
@@ -231,10 +231,10 @@ def test_grids_may_differ_by_rounding(tmp_path: Path, voxels: float, taken: bool
     scan = save(tmp_path / "ct.nii.gz", np.zeros(SHAPE, np.int16))
     labels = save(tmp_path / "l.nii.gz", np.zeros(SHAPE, np.uint8), moved)
     if taken:
-        open_pair(scan, labels)
+        open_pair(scan, labels, ORGANS)
     else:
         with pytest.raises(GridMismatchError):
-            open_pair(scan, labels)
+            open_pair(scan, labels, ORGANS)
 
 
 def test_labels_come_onto_the_grid_of_the_scan(tmp_path: Path) -> None:
@@ -247,6 +247,7 @@ def test_labels_come_onto_the_grid_of_the_scan(tmp_path: Path) -> None:
     scan, labelled = open_pair(
         save(tmp_path / "ct.nii.gz", labels.astype(np.int16)),
         save(tmp_path / "l.nii.gz", labels, turned),
+        ORGANS,
     )
     volume = convert(scan, tmp_path / "v.zarr", spacing=4.0)
     [(_, found)] = label_blocks(labelled, volume)

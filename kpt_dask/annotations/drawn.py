@@ -1,0 +1,169 @@
+"""Label maps that are put together on a scan's grid, from parts that may overlap."""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from atlas_store import OrganTable
+from kpt_dask.errors import LabelError
+from kpt_dask.grid import Grid
+from kpt_dask.label_files.label_map import dtype_of
+from kpt_dask.runtime import notices
+from kpt_dask.scans import voxel_stream
+from kpt_dask.scans.placement import header_of
+
+NEAR = 0.1
+"""Largest distance of a voxel from one of the scan, in voxels of the scan, to be that one."""
+
+
+UNNAMED = -1
+"""Value of stored labels that have no name."""
+
+
+class Canvas:
+    """Labels of a scan's grid, drawn part by part; of two at one voxel, the first stays.
+
+    Memory is that of the voxels' labels, of which the system provides only what is drawn on.
+
+    Parameters
+    ----------
+    grid : Grid
+        The scan's grid.
+    dtype : dtype
+        uint8 or uint16.
+    """
+
+    def __init__(self, grid: Grid, dtype: np.dtype[Any]) -> None:
+        self.grid = grid
+        self.labels: NDArray[Any] = np.zeros(grid.shape, dtype)
+        self.overlaps: dict[tuple[int, int], int] = {}
+        self.outside = 0
+
+    def draw(self, where: tuple[Any, ...], mask: NDArray[np.bool_], value: int) -> None:
+        """Draw a mask of a box; `where` are the box's slices or indices, (k, j, i)."""
+        part = self.labels[where]
+        taken = part[mask]
+        for other in np.unique(taken[(taken != 0) & (taken != value)]).tolist():
+            pair = (int(other), value)
+            self.overlaps[pair] = self.overlaps.get(pair, 0) + int((taken == other).sum())
+        part[mask & (part == 0)] = value
+        self.labels[where] = part
+
+    def draw_points(self, index: NDArray[np.float64], value: int) -> float:
+        """Draw voxels (n, 3) given by fractional indices; tell how far off the worst is."""
+        nearest = np.rint(index).astype(np.int64)
+        off = float(np.abs(index - nearest).max(initial=0.0))
+        inside = ((nearest >= 0) & (nearest < self.grid.shape)).all(axis=1)
+        self.outside += int(np.count_nonzero(~inside))
+        k, j, i = nearest[inside].T
+        self.draw((k, j, i), np.ones(len(k), bool), value)
+        return off
+
+
+@dataclass(frozen=True, eq=False)
+class DrawnLabels:
+    """A label map that is drawn when it is first read; see `kpt_dask.scans.contract.ScanFile`.
+
+    Attributes
+    ----------
+    path : Path
+        The file or folder.
+    grid : Grid
+        The scan's grid.
+    organs : OrganTable
+        Meaning of the labels.
+    draw : callable
+        Draws everything on a `Canvas`.
+    doubts : tuple of str
+        Doubts about the headers, one sentence each.
+    """
+
+    path: Path
+    grid: Grid
+    organs: OrganTable
+    draw: Callable[[Canvas], None]
+    doubts: tuple[str, ...] = ()
+    slope: float = 1.0
+    intercept: float = 0.0
+
+    @property
+    def dtype(self) -> np.dtype[Any]:
+        """Type of a label."""
+        return dtype_of(self.organs)
+
+    @property
+    def header(self) -> Any:
+        """NIfTI header for label maps on this grid."""
+        return header_of(self.grid)
+
+    @cached_property
+    def labels(self) -> NDArray[Any]:
+        """The label map, (k, j, i); warns of what overlaps."""
+        canvas = Canvas(self.grid, self.dtype)
+        self.draw(canvas)
+        if canvas.overlaps:
+            names = {organ.value: organ.name for organ in self.organs}
+            told = ", ".join(
+                f"{names[a]} and {names[b]} in {n} voxels"
+                for (a, b), n in sorted(canvas.overlaps.items(), key=lambda pair: -pair[1])[:5]
+            )
+            notices.warn(f"{self.path}: organs overlap ({told}); the one named first is kept.")
+        if canvas.outside:
+            notices.warn(
+                f"{self.path}: {canvas.outside} voxels lie outside of the scan and are left out."
+            )
+        return canvas.labels
+
+    def slabs(self) -> Iterator[NDArray[Any]]:
+        """Stream the labels; see `kpt_dask.scans.contract.ScanFile`."""
+        planes, rows, columns = self.grid.shape
+        step = max(1, voxel_stream.SLAB_BYTES // (rows * columns * self.dtype.itemsize))
+        for first in range(0, planes, step):
+            yield self.labels[first : first + step]
+
+
+@dataclass(frozen=True, eq=False)
+class RenamedLabels:
+    """A label map whose values become those of a store; see `kpt_dask.scans.contract.ScanFile`.
+
+    Attributes
+    ----------
+    path : Path
+    grid : Grid
+    source : callable
+        Streams the labels as they are stored, uint16.
+    values : ndarray (65536), int32
+        The store's value for every stored one; 0 for what is left out, `UNNAMED` for what nobody
+        named, which is an error where it occurs.
+    """
+
+    path: Path
+    grid: Grid
+    source: Callable[[], Iterator[NDArray[np.uint16]]]
+    values: NDArray[np.int32]
+    doubts: tuple[str, ...] = ()
+    slope: float = 1.0
+    intercept: float = 0.0
+    dtype: np.dtype[Any] = np.dtype(np.uint16)  # noqa: RUF009
+
+    @property
+    def header(self) -> Any:
+        """NIfTI header for label maps on this grid."""
+        return header_of(self.grid)
+
+    def slabs(self) -> Iterator[NDArray[Any]]:
+        """Stream the labels; see `kpt_dask.scans.contract.ScanFile`."""
+        for slab in self.source():
+            named = self.values[slab]
+            if (named == UNNAMED).any():
+                found = np.unique(slab[named == UNNAMED]).tolist()
+                raise LabelError(
+                    f"{self.path} holds labels without a name: {', '.join(map(str, found[:12]))};"
+                    " choose the layout that it has."
+                )
+            yield named.astype(np.uint16)

@@ -1,0 +1,65 @@
+"""Folders with a mask for each organ, such as ``segmentations/liver.nii.gz``."""
+
+from collections.abc import Mapping
+from pathlib import Path
+
+from atlas_store import Organ
+from kpt_dask.annotations.drawn import Canvas
+from kpt_dask.annotations.names import printable_name
+from kpt_dask.errors import GridMismatchError, ScanFormatError
+from kpt_dask.runtime import progress
+from kpt_dask.scans.scan import READERS, open_labels, scan_name
+
+
+def mask_files(folder: Path) -> Mapping[str, Path]:
+    """Find the masks of a folder by the names of their organs; empty if there is none."""
+    endings = tuple(READERS)
+    return {
+        scan_name(path): path
+        for path in sorted(folder.iterdir())
+        if path.name.lower().endswith(endings) and not path.name.startswith(".") and path.is_file()
+    }
+
+
+class MaskFolder:
+    """Masks of organs, of which only the names have been looked at.
+
+    Attributes
+    ----------
+    names : mapping of int to str
+        Names of the masks, by their number in alphabetical order.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        files = mask_files(path)
+        self._paths = list(files.values())
+        self.names: Mapping[int, str] = dict(enumerate(map(printable_name, files)))
+
+    def draw(self, canvas: Canvas, organs: Mapping[int, Organ]) -> None:
+        """Draw the masks of some numbers.
+
+        Raises
+        ------
+        GridMismatchError
+            If a mask lies on another grid than the scan.
+        ScanFormatError
+            If a mask cannot be read.
+        """
+        with progress.stage("Reading masks", total=len(organs)) as advance:
+            for n, organ in organs.items():
+                mask = open_labels(self._paths[n])
+                if not mask.grid.same_as(canvas.grid):
+                    raise GridMismatchError(
+                        f"{mask.path} does not lie on the grid of the scan; resample it first."
+                    )
+                first = 0
+                for slab in mask.label_slabs():
+                    if slab.max() > 1 and slab[slab > 0].min() != slab.max():
+                        raise ScanFormatError(
+                            f"{mask.path} holds several labels; a mask of one organ has one."
+                        )
+                    where = (slice(first, first + len(slab)), slice(None), slice(None))
+                    canvas.draw(where, slab > 0, organ.value)
+                    first += len(slab)
+                advance(1)

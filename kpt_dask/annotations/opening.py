@@ -1,0 +1,147 @@
+"""Opening of labels, whatever they come as: names become the values of the store."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+
+from atlas_store import Organ, OrganTable
+from kpt_dask.annotations.drawn import UNNAMED, Canvas, DrawnLabels, RenamedLabels
+from kpt_dask.annotations.masks import MaskFolder, mask_files
+from kpt_dask.annotations.names import match_names
+from kpt_dask.errors import GridMismatchError, LabelError, ScanNotFoundError
+from kpt_dask.grid import Grid
+from kpt_dask.runtime import notices
+from kpt_dask.scans.dicom_files import is_dicom, is_zarr
+from kpt_dask.scans.scan import Scan, open_labels, open_scan
+
+
+class NamedParts(Protocol):
+    """Labels that have names: masks, segments or regions, by number."""
+
+    @property
+    def names(self) -> Mapping[int, str]:
+        """Names by number."""
+
+    def draw(self, canvas: Canvas, organs: Mapping[int, Organ]) -> None:
+        """Draw the parts of some numbers."""
+
+
+def open_pair(
+    scan: str | Path,
+    labels: str | Path,
+    organs: OrganTable,
+    *,
+    values: Mapping[int, str] | None = None,
+    series: str | None = None,
+) -> tuple[Scan, Scan]:
+    """Open a scan and its labels.
+
+    Parameters
+    ----------
+    scan : str or Path
+        As for `kpt_dask.open_scan`.
+    labels : str or Path
+        A label map in a format of scans, with the values of the organs; or a folder with a mask
+        for each organ, a segmentation of 3D Slicer (``.seg.nrrd``), a DICOM SEG or RTSTRUCT, whose
+        names decide. What no organ is called is left out, with a warning.
+    organs : OrganTable
+        Organs of the store.
+    values : mapping of int to str, optional
+        Names of the values of a label map, where they are not those of `organs`.
+    series : str, optional
+        UID of the DICOM series of the scan.
+
+    Returns
+    -------
+    scan, labels : Scan
+        The labels lie on the grid of the scan, and have the values of `organs`.
+
+    Raises
+    ------
+    GridMismatchError
+        If they do not lie on the same grid.
+    LabelError
+        If no name is that of an organ.
+    ScanNotFoundError, ScanFormatError
+        If one of them cannot be opened.
+    """
+    source = open_scan(scan, series=series)
+    path = Path(labels)
+    parts = _named_parts(path)
+    if parts is not None:
+        return source, _drawn(path, parts, source.grid, organs)
+    labelled = open_labels(path)
+    if not source.grid.same_as(labelled.grid):
+        if source.grid.shape != labelled.grid.shape:
+            how = f"shape {_stored_shape(labelled)} against {_stored_shape(source)}"
+        else:
+            how = "their affines differ"
+        raise GridMismatchError(
+            f"{labels} does not lie on the grid of {scan} ({how}); resample it to the scan first."
+        )
+    return source, _renamed(labelled, values, organs) if values else labelled
+
+
+def _named_parts(path: Path) -> NamedParts | None:
+    """Open labels that have names; None for a label map of values, or for nothing."""
+    if path.is_dir():
+        return MaskFolder(path) if not is_zarr(path) and mask_files(path) else None
+    if not path.exists():
+        raise ScanNotFoundError(f"{path} does not exist.")
+    if path.name.lower().endswith(".seg.nrrd"):
+        from kpt_dask.annotations.slicer import SlicerFile
+
+        return SlicerFile(path)
+    if path.is_file() and is_dicom(path):
+        # Importing pydicom takes longer than to read most headers.
+        from kpt_dask.annotations import dicom_objects
+        from kpt_dask.annotations.dicom_seg import SegmentationFile
+        from kpt_dask.annotations.rtstruct import StructureFile
+
+        kind = dicom_objects.kind_of(path)
+        if kind in dicom_objects.SEGMENTATIONS:
+            return SegmentationFile(path)
+        if kind in dicom_objects.STRUCTURE_SETS:
+            return StructureFile(path)
+    return None
+
+
+def _known(path: Path, names: Mapping[int, str], organs: OrganTable) -> dict[int, Organ]:
+    """Find the organs that numbers mean, and warn of names that mean none."""
+    found, unknown = match_names(names.values(), organs)
+    if not found:
+        raise LabelError(
+            f"{path} shows {_few(unknown)}, of which the store knows none; it knows"
+            f" {', '.join(organs.names)}."
+        )
+    if unknown:
+        notices.warn(f"{path}: {_few(unknown)} mean no organ of the store and are left out.")
+    return {n: found[name] for n, name in names.items() if name in found}
+
+
+def _drawn(path: Path, parts: NamedParts, grid: Grid, organs: OrganTable) -> Scan:
+    known = _known(path, parts.names, organs)
+    file = DrawnLabels(path, grid, organs, lambda canvas: parts.draw(canvas, known))
+    return Scan(path, grid, file.dtype, file)
+
+
+def _renamed(labelled: Scan, values: Mapping[int, str], organs: OrganTable) -> Scan:
+    known = _known(labelled.path, values, organs)
+    lookup = np.full(1 << 16, UNNAMED, np.int32)
+    lookup[0] = 0
+    for value in values:
+        lookup[value] = known[value].value if value in known else 0
+    file = RenamedLabels(labelled.path, labelled.grid, labelled.label_slabs, lookup)
+    return Scan(labelled.path, labelled.grid, file.dtype, file)
+
+
+def _stored_shape(scan: Scan) -> str:
+    """Shape as the file's own header gives it, fastest axis first."""
+    return " × ".join(map(str, scan.grid.shape[::-1]))
+
+
+def _few(names: tuple[str, ...], most: int = 12) -> str:
+    rest = len(names) - most
+    return ", ".join(names[:most]) + (f" and {rest} more" if rest > 0 else "")

@@ -1,0 +1,102 @@
+"""Names of somebody else's: the organ that they mean, or none."""
+
+from pathlib import Path
+
+import pytest
+
+from atlas_store import Organ, OrganTable, load_organs
+from kpt_dask.annotations.layouts import LAYOUTS, layout_of, pairs_of
+from kpt_dask.annotations.names import match_names, organ_named
+from kpt_dask.errors import ParameterError
+
+VISCERAL, OPENKBP = load_organs("visceral"), load_organs("openkbp")
+
+
+def table(*names: str) -> OrganTable:
+    return OrganTable(tuple(Organ(n, name, 50.0, (1, 2, 3)) for n, name in enumerate(names, 1)))
+
+
+@pytest.mark.parametrize(
+    ("name", "organs", "meant"),
+    [
+        ("liver", VISCERAL, "liver"),
+        ("Liver", VISCERAL, "liver"),
+        ("Kidney_L", VISCERAL, "kidney_left"),
+        ("right kidney", VISCERAL, "kidney_right"),
+        ("KidneyRight", VISCERAL, "kidney_right"),
+        ("Lung Lt", VISCERAL, "lung_left"),
+        ("lung_middle_lobe_right", VISCERAL, "lung_right"),
+        ("SpinalCord", OPENKBP, "spinal_cord"),
+        ("Parotid_L", OPENKBP, "parotid_left"),
+        ("Parotid gland right", OPENKBP, "parotid_right"),
+        ("Oesophagus", OPENKBP, "esophagus"),
+        ("Brain Stem", OPENKBP, "brainstem"),
+        ("postcava", table("inferior_vena_cava"), "inferior_vena_cava"),
+        ("urinary bladder", table("bladder", "gallbladder"), "bladder"),
+        ("gall_bladder", table("bladder", "gallbladder"), "gallbladder"),
+        ("vertebrae_L1", table("vertebrae_L1", "vertebrae_L2"), "vertebrae_L1"),
+        ("rib_left_1", table("rib_left_1", "rib_right_1", "rib_left_10"), "rib_left_1"),
+        ("lung_upper_lobe_left", table("lung_upper_lobe_left", "lung_left"), None),
+        ("kidney", VISCERAL, None),
+        ("iliopsoas_left", VISCERAL, None),
+        ("liver tumour", VISCERAL, None),
+        ("", VISCERAL, None),
+    ],
+)
+def test_names_mean_organs(name: str, organs: OrganTable, meant: str | None) -> None:
+    found = organ_named(name, organs)
+    if name == "lung_upper_lobe_left" and meant is None:
+        meant = "lung_upper_lobe_left"
+    assert (found.name if found else None) == meant
+
+
+def test_what_means_nothing_is_told() -> None:
+    known, unknown = match_names(["Liver", "moon", "Spleen"], VISCERAL)
+    assert [organ.name for organ in known.values()] == ["liver", "spleen"]
+    assert unknown == ("moon",)
+
+
+def test_names_of_public_collections_mean_their_own_organs() -> None:
+    for layout in LAYOUTS.values():
+        if layout.values:
+            organs = table(*layout.values.values())
+            known, unknown = match_names(layout.values.values(), organs)
+            assert all(name == organ.name for name, organ in known.items())
+            assert unknown == ()
+    assert LAYOUTS["amos"].values[6] == LAYOUTS["btcv"].values[6] == "liver"
+    assert (LAYOUTS["amos"].values[10], LAYOUTS["btcv"].values[11]) == ("pancreas", "pancreas")
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        '{"labels": {"background": 0, "liver": 1, "spleen": 2}}',
+        '{"labels": {"0": "background", "1": "liver", "2": "spleen"}}',
+    ],
+)
+def test_nnunet_names_its_labels_in_both_versions(text: str, tmp_path: Path) -> None:
+    (tmp_path / "dataset.json").write_text(text)
+    assert layout_of("nnunet", tmp_path).values == {1: "liver", 2: "spleen"}
+
+
+@pytest.mark.parametrize("text", [None, "", "[]", '{"labels": 3}', '{"labels": {"liver": "x"}}'])
+def test_a_dataset_without_names_is_refused(text: str | None, tmp_path: Path) -> None:
+    if text is not None:
+        (tmp_path / "dataset.json").write_text(text)
+    with pytest.raises(ParameterError, match=r"dataset\.json"):
+        layout_of("nnunet", tmp_path)
+
+
+def test_layouts_say_where_files_lie(tmp_path: Path) -> None:
+    for name in ("s1/ct.nii.gz", "s1/segmentations/liver.nii.gz", "img/img0001.nii.gz"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).touch()
+    [pair] = pairs_of(tmp_path, "totalsegmentator", series="thorax")
+    assert (pair.id, pair.labels, pair.series) == ("s1", tmp_path / "s1/segmentations", "thorax")
+    [pair] = pairs_of(tmp_path, "btcv")
+    assert pair.labels == tmp_path / "label/label0001.nii.gz"
+    assert pair.values is not None
+    [pair] = pairs_of(tmp_path, scans="{id}/ct.nii.gz")
+    assert pair.values is None
+    with pytest.raises(ParameterError, match="layout"):
+        pairs_of(tmp_path, "visceral")

@@ -1,0 +1,299 @@
+"""Labels in every format that has names come onto the scan's grid with the store's values."""
+
+import warnings
+from collections.abc import Callable
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import nibabel as nib
+import numpy as np
+import pydicom
+import pytest
+import SimpleITK
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from atlas_store import Organ, OrganTable
+from kpt_dask.annotations.opening import open_pair
+from kpt_dask.annotations.rtstruct import count_crossings
+from kpt_dask.errors import (
+    GridMismatchError,
+    KptError,
+    KptWarning,
+    LabelError,
+    ScanFormatError,
+    ScanNotFoundError,
+)
+from kpt_dask.label_files.formats import LabelFile
+from kpt_dask.label_files.label_map import LabelMap
+from kpt_dask.label_files.request import LabelRequest
+from kpt_dask.scans.scan import open_scan
+from tests.label_files.maps import affine, label_map, labels
+from tests.scans.dicom_writer import write_folder
+from tests.scans.formats import LPS, Array
+
+STORE = OrganTable(
+    (
+        Organ(40, "liver", 50.0, (1, 2, 3)),
+        Organ(2, "kidney_left", 50.0, (1, 2, 3)),
+        Organ(300, "spleen", 50.0, (1, 2, 3)),
+    )
+)
+EXPECTED = np.select([labels() == 1, labels() == 5], [40, 2], 0)
+"""Of the organs that are drawn, the store does not know the long one."""
+
+
+def scan_at(path: Path, of: Array | None = None) -> Path:
+    of = affine() if of is None else of
+    nib.save(nib.Nifti1Image(np.zeros(labels().shape, np.int16).T, LPS @ of), path)
+    return path
+
+
+def masks(folder: Path, made: LabelMap) -> Path:
+    folder.mkdir()
+    request = LabelRequest(split=str(folder))
+    request.write([folder / f"{organ.name}.nii.gz" for organ in made.organs], made)
+    return folder
+
+
+def written(asked: str, made: LabelMap) -> Path:
+    file = LabelFile.parse(asked)
+    file.format.write(Path(file.path), made)
+    return Path(file.path)
+
+
+WRITERS: dict[str, Callable[[Path, LabelMap], Path]] = {
+    "masks": lambda folder, made: masks(folder / "segmentations", made),
+    "slicer": lambda folder, made: written(str(folder / "l.seg.nrrd"), made),
+    "seg": lambda folder, made: written(str(folder / "l.dcm"), made),
+    "rtstruct": lambda folder, made: written(f"rtstruct:{folder / 'rt.dcm'}", made),
+}
+
+
+def read(scan: Path, path: Path, **others: Any) -> tuple[Array, list[str]]:
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always", KptWarning)
+        _, found = open_pair(scan, path, STORE, **others)
+        values = np.concatenate(list(found.label_slabs()))
+        np.testing.assert_array_equal(values, np.concatenate(list(found.label_slabs())))
+    return values, [str(one.message) for one in caught]
+
+
+@pytest.mark.parametrize("name", WRITERS)
+def test_what_was_written_is_read_by_name(name: str, tmp_path: Path) -> None:
+    path = WRITERS[name](tmp_path, label_map())
+    values, told = read(scan_at(tmp_path / "ct.nii.gz"), path)
+    np.testing.assert_array_equal(values, EXPECTED)
+    assert len(told) == 1
+    assert "my_organ_with_a_long_name" in told[0]
+    assert str(path) in told[0]
+
+
+@pytest.mark.parametrize("name", ["slicer", "seg", "rtstruct"])
+@pytest.mark.parametrize("order", [[0, 1, 2, 3], [1, 0, 2, 3], [2, 0, 1, 3]])
+def test_the_scan_may_be_stored_in_another_order(
+    name: str, order: list[int], tmp_path: Path
+) -> None:
+    """Drawn on a DICOM series, read onto the NIfTI that was made of it."""
+    path = WRITERS[name](tmp_path, label_map())
+    image = nib.Nifti1Image(np.zeros(labels().shape, np.int16).T, LPS @ affine())
+    turns = np.stack([order[:3], [-1, 1, -1]], axis=1)
+    nib.save(image.as_reoriented(turns), tmp_path / "ct.nii.gz")
+    values, _ = read(tmp_path / "ct.nii.gz", path)
+    expected = nib.Nifti1Image(EXPECTED.astype(np.int16).T, LPS @ affine()).as_reoriented(turns)
+    np.testing.assert_array_equal(values, np.asarray(expected.dataobj).T)
+
+
+def test_masks_in_other_formats_and_overlaps_are_told(tmp_path: Path) -> None:
+    scan = scan_at(tmp_path / "ct.nii.gz")
+    folder = tmp_path / "masks"
+    folder.mkdir()
+    whole = SimpleITK.ReadImage(str(scan))
+    for name, mask in (("liver", labels() > 0), ("Spleen", labels() == 5)):
+        image = SimpleITK.GetImageFromArray(mask.astype(np.uint8) * 255)
+        image.CopyInformation(whole)
+        SimpleITK.WriteImage(image, str(folder / f"{name}.nrrd"))
+    (folder / "notes.txt").write_text("x")
+    values, told = read(scan, folder)
+    np.testing.assert_array_equal(values > 0, labels() > 0)
+    assert {int(v) for v in np.unique(values)} <= {0, 40, 300}
+    assert "organs overlap" in told[0]
+    assert f"{(labels() == 5).sum()} voxels" in told[0]
+
+
+def test_lobes_are_one_lung_and_no_overlap(tmp_path: Path) -> None:
+    lungs = OrganTable((Organ(6, "lung_left", 300.0, (1, 2, 3)),))
+    organs = tuple(
+        Organ(value, f"lung_{part}_lobe_left", 300.0, (1, 2, 3))
+        for value, part in ((1, "upper"), (5, "lower"))
+    )
+    path = masks(
+        tmp_path / "m", label_map(organs=organs, values=np.where(labels() < 7, labels(), 0))
+    )
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", KptWarning)
+        _, found = open_pair(scan_at(tmp_path / "ct.nii.gz"), path, lungs)
+        values = np.concatenate(list(found.label_slabs()))
+    np.testing.assert_array_equal(values == 6, np.isin(labels(), (1, 5)))
+
+
+def test_3d_slicers_layers_and_crops_are_put_in_their_place(tmp_path: Path) -> None:
+    """As 3D Slicer writes segments that overlap, cropped to their box."""
+    whole = labels()
+    box = (slice(2, 8), slice(3, 38), slice(1, 35))
+    layers = np.stack([(whole == 1)[box], (whole == 5)[box]], axis=-1).astype(np.uint8)
+    k, j, i = layers.shape[:3]
+    origin = affine() @ [box[2].start, box[1].start, box[0].start, 1]
+    steps = " ".join("(" + ",".join(map(str, affine()[:3, a])) + ")" for a in range(3))
+    header = [
+        "NRRD0004",
+        "type: unsigned char",
+        "dimension: 4",
+        "space: left-posterior-superior",
+        f"sizes: 2 {i} {j} {k}",
+        f"space directions: none {steps}",
+        "kinds: list domain domain domain",
+        "encoding: raw",
+        f"space origin: ({','.join(map(str, origin[:3]))})",
+        *("Segment0_ID:=Segment_1", "Segment0_Name:=Liver", "Segment0_LabelValue:=1"),
+        *("Segment0_Layer:=0", "Segment1_ID:=Segment_2", "Segment1_Name:=Kidney L"),
+        *("Segment1_LabelValue:=1", "Segment1_Layer:=1"),
+    ]
+    path = tmp_path / "s.seg.nrrd"
+    path.write_bytes("\n".join(header).encode() + b"\n\n" + layers.tobytes())
+    values, told = read(scan_at(tmp_path / "ct.nii.gz"), path)
+    expected = np.zeros_like(EXPECTED)
+    expected[box] = EXPECTED[box]
+    np.testing.assert_array_equal(values, expected)
+    assert told == []
+
+
+def test_values_are_named_by_a_layout(tmp_path: Path) -> None:
+    scan = scan_at(tmp_path / "ct.nii.gz")
+    path = written(str(tmp_path / "l.nii.gz"), label_map())
+    names = {1: "Liver", 5: "left kidney", 7: "moon"}
+    values, told = read(scan, path, values=names)
+    np.testing.assert_array_equal(values, EXPECTED)
+    assert told == [f"{path}: moon mean no organ of the store and are left out."]
+    with pytest.raises(LabelError, match="labels without a name: 7"):
+        read(scan, path, values={1: "Liver", 5: "left kidney"})
+    with pytest.raises(LabelError, match="of which the store knows none"):
+        read(scan, path, values={1: "sun", 5: "moon", 7: "stars"})
+
+
+@pytest.mark.parametrize("name", WRITERS)
+def test_labels_beside_the_scan_are_refused(name: str, tmp_path: Path) -> None:
+    path = WRITERS[name](tmp_path, label_map())
+    moved = affine()
+    moved[:3, 3] += (0.4, 0.0, 1.2)
+    with pytest.raises(GridMismatchError) as caught:
+        read(scan_at(tmp_path / "ct.nii.gz", moved), path)
+    assert str(path if name != "masks" else path / "kidney_left.nii.gz") in str(caught.value)
+
+
+@pytest.mark.parametrize("name", WRITERS)
+def test_what_no_organ_is_called_is_an_error(name: str, tmp_path: Path) -> None:
+    made = label_map(organs=(Organ(1, "moon", 5.0, (1, 2, 3)), Organ(5, "sun", 5.0, (1, 2, 3))))
+    path = WRITERS[name](tmp_path, made)
+    with pytest.raises(LabelError, match="moon, sun, of which the store knows none"):
+        read(scan_at(tmp_path / "ct.nii.gz"), path)
+
+
+def test_nothing_is_an_error(tmp_path: Path) -> None:
+    scan = scan_at(tmp_path / "ct.nii.gz")
+    with pytest.raises(ScanNotFoundError):
+        read(scan, tmp_path / "none")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ScanFormatError):
+        read(scan, tmp_path / "empty")
+
+
+def test_label_maps_and_frac_segments_are_read_as_well(tmp_path: Path) -> None:
+    """Another program's objects: a SEG of kind LABELMAP, and one of shares."""
+    import highdicom
+
+    write_folder(tmp_path / "ct", np.zeros(labels().shape, np.int16), affine())
+    scan: Any = open_scan(tmp_path / "ct").file
+    sources = []
+    for frame in scan.frames:
+        dataset = pydicom.dcmread(tmp_path / "ct" / frame.header.name)
+        for keyword in ("PatientName", "PatientBirthDate", "PatientSex", "AccessionNumber"):
+            setattr(dataset, keyword, "")
+        dataset.StudyID = dataset.StudyDate = dataset.StudyTime = ""
+        sources.append(dataset)
+    code = highdicom.sr.CodedConcept("10200004", "SCT", "Liver")
+    for kind in ("LABELMAP", "FRACTIONAL"):
+        mask = (labels() == 1).astype(np.uint8 if kind == "LABELMAP" else np.float32)
+        made = highdicom.seg.Segmentation(
+            sources,
+            mask,
+            kind,
+            [highdicom.seg.SegmentDescription(1, "Liver", code, code, "MANUAL")],
+            *(pydicom.uid.generate_uid(), 1, pydicom.uid.generate_uid(), 1),
+            *("maker", "model", "1", "2"),
+        )
+        made.save_as(tmp_path / f"{kind}.dcm")
+        values, _ = read(tmp_path / "ct", tmp_path / f"{kind}.dcm")
+        np.testing.assert_array_equal(values, np.where(labels() == 1, 40, 0))
+
+
+@settings(max_examples=40, deadline=None)
+@given(seed=st.integers(0, 10**6), corners=st.integers(3, 12))
+def test_contours_are_filled_by_even_and_odd(seed: int, corners: int) -> None:
+    from matplotlib.path import Path as Polygon
+
+    contour = np.random.default_rng(seed).uniform(-3, 14, (corners, 2))
+    crossings = np.zeros((12, 11), np.int32)
+    count_crossings(contour, crossings)
+    mask = crossings.cumsum(axis=1)[:, :10] % 2 == 1
+    centres = np.indices((12, 10)).reshape(2, -1).T
+    # A simple polygon for matplotlib, which fills others by winding: count triangles of a fan.
+    inside = np.zeros(len(centres), int)
+    for a, b in pairwise(contour[1:]):
+        inside += Polygon(np.array([contour[0], a, b, contour[0]])).contains_points(centres)
+    np.testing.assert_array_equal(mask, (inside % 2 == 1).reshape(12, 10))
+
+
+@pytest.mark.parametrize("name", ["slicer", "seg", "rtstruct"])
+@settings(
+    max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+@given(data=st.data())
+def test_damaged_files_end_in_a_sentence_or_in_labels(
+    name: str, data: st.DataObject, tmp_path: Path
+) -> None:
+    scan, whole = tmp_path / "ct.nii.gz", tmp_path / "whole"
+    if not whole.exists():
+        # Once: UIDs differ from time to time, also in length.
+        scan_at(scan)
+        WRITERS[name](tmp_path, label_map()).rename(whole)
+    path = tmp_path / f"l{'.seg.nrrd' if name == 'slicer' else '.dcm'}"
+    content = bytearray(whole.read_bytes())
+    if data.draw(st.booleans()):
+        content = content[: data.draw(st.integers(0, len(content) - 1))]
+    else:
+        for _ in range(data.draw(st.integers(1, 4))):
+            at = data.draw(st.integers(0, min(len(content), 6000) - 1))
+            content[at] = data.draw(st.integers(0, 255))
+    path.write_bytes(content)
+    said = str(path)
+    try:
+        read(scan, path)
+    except KptError as error:
+        said = str(error)
+    assert "\n" not in said
+    assert str(path) in said
+
+
+@pytest.mark.parametrize("name", WRITERS)
+def test_truncated_files_are_refused(name: str, tmp_path: Path) -> None:
+    scan = scan_at(tmp_path / "ct.nii.gz")
+    path = WRITERS[name](tmp_path, label_map())
+    file = path / "liver.nii.gz" if path.is_dir() else path
+    whole = file.read_bytes()
+    for part in (0, 0.1, 0.5, 0.9, 0.99):
+        file.write_bytes(whole[: int(part * len(whole))])
+        with pytest.raises((ScanFormatError, LabelError)) as caught:
+            read(scan, path)
+        assert str(file) in str(caught.value)
