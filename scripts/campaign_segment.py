@@ -34,7 +34,7 @@ from kpt_dask.runtime import cluster
 from kpt_dask.scans.label_header import run_of
 
 SHAPE, SPACING = (80, 65, 80), 4.0
-WAYS = (("--mode", "organ"), ("--mode", "local"))
+WAYS = (("--mode", "organ"), ("--mode", "local", "--fast"))
 HANGS = 300.0
 """Seconds after which a run counts as hung."""
 EVENTS = ("KILL", "INT", "chunk", "TERM", "INT INT", "folder", "HUP", "USR1", "nothing")

@@ -31,6 +31,7 @@ from atlas_store import AtlasNotFoundError, AtlasStore, AtlasStoreError, load_or
 from kpt_dask.atlases.add import add_atlas, store_parameters
 from kpt_dask.demo.phantom import write_phantom
 from kpt_dask.errors import KptError
+from kpt_dask.options import TransferOptions
 from kpt_dask.runtime import cluster
 from kpt_dask.segmentation import segment
 
@@ -289,7 +290,8 @@ def bodies(folder: Path) -> tuple[str, Path]:
 def answer(scan: Path, store: str, out: Path, mode: str, client: Client) -> str | dict[str, bytes]:
     """Segment a scan: its label map and probabilities, or the sentence that says why not."""
     try:
-        segment(scan, store, out, mode=mode, client=client)
+        options = TransferOptions(fast=mode == "local")
+        segment(scan, store, out, mode=mode, options=options, client=client)
     except (AtlasStoreError, KptError) as error:
         return str(error)
     folders = [out / "labels" / "organs" / "0", out / "probability"]

@@ -151,7 +151,6 @@ def _own_settings() -> Iterator[None]:
             tuning = {
                 "distributed.scheduler.worker-saturation": IN_FLIGHT_PER_THREAD,
                 "distributed.worker.profile.enabled": False,
-                "distributed.admin.tick.interval": "1s",
             }
             _Settings.stack.enter_context(
                 dask.config.set(
