@@ -157,7 +157,7 @@ def shares(
     return np.where(where, smoothed(out), 0)
 
 
-def by_hu(shares: Array, hu: Array) -> Array:
+def by_hu(shares: Array, hu: Array, weight: float) -> Array:
     """Logits shifted by what the HU of the whole scan say."""
     out = shares.astype(float)
     bins = np.clip(np.floor((hu + 1000) / 20).astype(int), 0, 199)
@@ -167,7 +167,7 @@ def by_hu(shares: Array, hu: Array) -> Array:
         own = np.bincount(at, p * (p > 0.5), 200)
         rest = np.bincount(at, 1 - p, 200)
         own, rest = (gaussian_filter1d(h, 1, mode="constant") + 0.2 for h in (own, rest))
-        odds = p * ((own / own.sum()) / (rest / rest.sum()))[at] ** 0.3
+        odds = p * ((own / own.sum()) / (rest / rest.sum()))[at] ** weight
         share[some] = odds / (odds + 1 - p)
     return out
 

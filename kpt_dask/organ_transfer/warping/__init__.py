@@ -16,17 +16,17 @@ In: matches and crops of atlases. Out: probabilities and labels. `landing` predi
    the scan, HU; I_a, HU, is interpolated trilinearly; L_a is the label of the nearest voxel; ρ_al
    is the fourth power of the mean of cc_a over the points where any atlas labels l. Shares are
    averaged over neighbours with weights ¼, ½ and ¼ along each axis; edges of the scan repeat.
-3. HU of the scan. logit P_l grows by 0.3 ln(h₁/h₀), where h₁ (Σ P_l over P_l > ½) and h₀
+3. HU of the scan. logit P_l grows by 0.3 γ ln(h₁/h₀), where h₁ (Σ P_l over P_l > ½) and h₀
    (Σ (1 − P_l)) are normalized histograms of the HU of all voxels with P_l > 0.02, in bins of
-   20 HU, smoothed by a Gaussian of one bin, with 0.2 voxels added to each bin.
+   20 HU, smoothed by a Gaussian of one bin, with 0.2 voxels added to each bin. γ is ½ where the
+   atlases' organs are typically 60 mm long or less, 1 from 120 mm on, and linear in between.
 4. Borders. A mean field over organs and background (`warping.kernels.relax`), 5 Jacobi sweeps:
 
        q_c(x) ∝ U_c(x) · exp(λ Σ_y exp(−(I(x) − I(y))² / 2β²) q_c(y))
 
    over the six neighbours y of x, with U_l = max(P_l, 10⁻⁴), or 0 where P_l = 0, for an organ and
    U_0 = max(1 − Σ_l P_l, 10⁻³) · θ/(1 − θ) for the background, θ the threshold and β = 25 HU.
-   λ = min(size / 120 mm, 1)², with the typical size of the atlases' organs, for neighbours up to
-   3 mm apart, and (3 mm / r)⁴ times that at r mm. The probability of organ l is
+   λ = γ² for neighbours up to 3 mm apart, and γ² (3 mm / r)⁴ at r mm. The probability of organ l is
    θ q_l / (θ q_l + (1 − θ) q_0).
 
 A voxel gets the organ with the largest probability (ties go to the organ that comes first in the

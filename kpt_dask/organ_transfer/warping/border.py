@@ -27,8 +27,10 @@ from kpt_dask.organ_transfer.warping.landing import in_voxels, step_of
 
 SWEEPS = 5
 """Sweeps of the mean field."""
-LARGE = 120.0
-"""Typical size from which on organs' neighbours count fully, mm; see `weight_of_neighbours`."""
+SIZES = 60.0, 120.0
+"""Typical sizes of small and of large organs, mm; see `size_weight`."""
+BY_HU = 0.3
+"""Weight of the scan's own HU beside the votes, no unit."""
 USUAL = 3.0
 """Distance up to which neighbours count fully, mm; at r mm they count (`USUAL` / r)^`FADING`."""
 FADING = 4
@@ -53,15 +55,15 @@ class Borders:
         Shares of the votes.
     by_hu : float32 array (organ, bin)
         Shifts of the logit, from `kpt_dask.organ_transfer.warping.schedule.log_ratios`.
-    agreement : float
-        λ, from `weight_of_neighbours`.
+    size_weight : float
+        γ, from `size_weight`.
     """
 
     job: TransferJob
     search_boxes: Sequence[Box | None]
     shares: "zarr.Array[Any]"
     by_hu: NDArray[np.float32]
-    agreement: float
+    size_weight: float
 
     @property
     def grid(self) -> Grid:
@@ -69,20 +71,19 @@ class Borders:
         return self.job.volume.grid
 
 
-def weight_of_neighbours(size: float, spacing: float) -> float:
-    """Weight λ of a voxel's neighbours, no unit.
+def size_weight(size: float) -> float:
+    """Weight γ of what organs' HU and a voxel's neighbours say: ½ of small organs, 1 of large ones.
 
-    Of small organs, as of the head and neck, a large part lies within the few voxels that sweeps
-    reach: there, what neighbours say blurs thin ends and outweighs votes.
+    Of small organs, as of the head and neck, more voxels lie at a border: these mix the HU of both
+    sides, and the few voxels that sweeps reach are a large part of the organ.
 
     Parameters
     ----------
     size : float
         From `kpt_dask.organ_transfer.refinement.lattice.typical_size`, mm.
-    spacing : float
-        Of the working grid, mm.
     """
-    return min(size / LARGE, 1.0) ** 2 * (USUAL / max(spacing, USUAL)) ** FADING
+    small, large = SIZES
+    return min(max(size, small), large) / large
 
 
 def plan_borders(job: TransferJob, search_boxes: Sequence[Box | None]) -> list[Region]:
@@ -168,8 +169,10 @@ def _relax(
     theta = borders.job.threshold
     # Votes at exactly 1 would leave no odds.
     odds = np.float32(min(theta, 0.999))
+    r = max(float(borders.grid.spacing[0]), USUAL)
+    strength = borders.size_weight**2 * (USUAL / r) ** FADING
     scale = np.float32(LOG2_E / (2 * ALIKE**2))
-    weights = BorderWeights(odds, np.float32(borders.agreement * LOG2_E), scale)
+    weights = BorderWeights(odds, np.float32(strength * LOG2_E), scale)
     fields = np.empty((2, len(parts) + 1, *shape_of(wide)), np.float32)
     relax(near, np.ascontiguousarray(hu[within(wide, around)]), weights, SWEEPS, fields)
     own = fields[SWEEPS % 2]

@@ -46,10 +46,11 @@ from kpt_dask.organ_transfer.warping.block import (
     vote_in_block,
 )
 from kpt_dask.organ_transfer.warping.border import (
+    BY_HU,
     Borders,
     draw_borders,
     plan_borders,
-    weight_of_neighbours,
+    size_weight,
 )
 from kpt_dask.organ_transfer.warping.kernels import ONE
 from kpt_dask.organ_transfer.warping.landing import (
@@ -71,8 +72,6 @@ CELL_COST = 6
 """Cost of voting in a voxel, relative to reading one (measured; only balance depends on it)."""
 USABLE_BUDGET = 0.75
 """Fraction of its memory budget that a block plans with; the rest covers heap fragmentation."""
-BY_HU = 0.3
-"""Weight of the scan's own HU beside the votes, no unit."""
 FEW = 0.2
 """Voxels added to each bin of a histogram."""
 SCRATCH = "warping"
@@ -141,8 +140,9 @@ def warp_atlases(
             session, vote_in_block, tasks, "Transferring organs"
         ):
             counts += counted
-        weight = weight_of_neighbours(size, float(grid.spacing[0]))
-        borders = Borders(job, search_boxes, shares, log_ratios(counts), weight)
+        weight = size_weight(size)
+        by_hu = log_ratios(counts, BY_HU * weight)
+        borders = Borders(job, search_boxes, shares, by_hu, weight)
         regions = [(borders, region) for region in plan_borders(job, search_boxes)]
         total = OrganCounts.empty(len(organs))
         for _, of_shard in cluster.run(session, draw_borders, regions, "Drawing borders"):
@@ -150,24 +150,26 @@ def warp_atlases(
     return total
 
 
-def log_ratios(counts: NDArray[np.int64]) -> NDArray[np.float32]:
+def log_ratios(counts: NDArray[np.int64], weight: float) -> NDArray[np.float32]:
     """Shift of the logit of each organ's share, by HU.
 
     Parameters
     ----------
     counts : int64 array (organ, 2, bin)
         From `vote_in_block`, of all blocks.
+    weight : float
+        Weight of the HU beside the votes.
 
     Returns
     -------
     float32 array (organ, bin)
-        `BY_HU` · ln(h₁ / h₀), of histograms in voxels, smoothed by a Gaussian of one bin, with
+        ``weight`` · ln(h₁ / h₀), of histograms in voxels, smoothed by a Gaussian of one bin, with
         `FEW` added, that sum to 1.
     """
     voxels = counts / ONE
     smooth = gaussian_filter1d(voxels, 1.0, axis=2, mode="constant") + FEW
     smooth /= smooth.sum(axis=2, keepdims=True)
-    return np.asarray(BY_HU * np.log(smooth[:, 0] / smooth[:, 1]), np.float32)
+    return np.asarray(weight * np.log(smooth[:, 0] / smooth[:, 1]), np.float32)
 
 
 def plan_blocks(
