@@ -173,7 +173,7 @@ def refinement(one: Confined, two: Confined, scan: Scan, repeats: int) -> dict[s
     """How long the fields of mode `local` are refined, beside a pass over what that touches.
 
     The floor is what memory allows: `ARRAYS` float32 read or written for each point of the lattices
-    and iteration.
+    and iteration. Only points near organs are visited, so the ratio may be below 1.
     """
     found: dict[str, float] = {}
     for name, fast in (("refine", False), ("refine_fast", True)):

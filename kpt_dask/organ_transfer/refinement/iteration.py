@@ -60,39 +60,16 @@ def taps(sigma: float, radius: int) -> NDArray[np.float32]:
     return np.asarray((weights / weights.sum())[radius:], np.float32)
 
 
-@kernel
-def runs_of(mask: Any) -> Any:
+def runs_of(mask: NDArray[np.bool_]) -> NDArray[np.int64]:
     """Find the runs of the points that are marked: int64 array (run, 2), in order.
 
     Parameters
     ----------
     mask : bool array (z, y, x)
+        False at both ends of each row.
     """
-    nz, ny, nx = mask.shape
-    most = 0
-    for z in range(nz):
-        for y in range(ny):
-            row = mask[z, y]
-            for x in range(1, nx):
-                most += row[x] != row[x - 1]
-            most += 2
-    out = np.empty((most, 2), np.int64)
-    n = 0
-    for z in range(nz):
-        for y in range(ny):
-            row, first = mask[z, y], (z * ny + y) * nx
-            before = False
-            for x in range(nx):
-                if row[x] and not before:
-                    out[n, 0] = first + x
-                elif before and not row[x]:
-                    out[n, 1] = first + x
-                    n += 1
-                before = row[x]
-            if before:
-                out[n, 1] = first + nx
-                n += 1
-    return out[:n].copy()
+    flat = mask.reshape(-1)
+    return (np.flatnonzero(flat[1:] != flat[:-1]) + 1).reshape(-1, 2)
 
 
 @kernel

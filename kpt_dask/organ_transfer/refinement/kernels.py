@@ -31,16 +31,20 @@ def spread(values: Any, first: Any, step: Any, shape: Any, runs: Any, out: Any) 
     zero, one = np.float32(0), np.float32(1)
     # Along x first: once for each row of `values`, of which there are fewer.
     wide = np.empty((channels, dz, dy, nx), np.float32)
+    near, after = np.empty(nx, np.int64), np.empty(nx, np.int64)
+    part = np.empty(nx, np.float32)
     for x in range(nx):
         p = min(max(first[2] + step * np.float32(x), zero), np.float32(dx - 1))
-        near = min(np.int64(p), max(dx - 2, 0))
-        after = min(near + 1, dx - 1)
-        part = p - np.float32(near)
-        for c in range(channels):
-            for k in range(dz):
-                for j in range(dy):
-                    a, b = values[c, k, j, near], values[c, k, j, after]
-                    wide[c, k, j, x] = a + part * (b - a)
+        near[x] = min(np.int64(p), max(dx - 2, 0))
+        after[x] = min(near[x] + 1, dx - 1)
+        part[x] = p - np.float32(near[x])
+    for c in range(channels):
+        for k in range(dz):
+            for j in range(dy):
+                a, line = values[c, k, j], wide[c, k, j]
+                for x in range(nx):
+                    low = a[np.uint64(near[x])]
+                    line[x] = low + part[x] * (a[np.uint64(after[x])] - low)
     for r in range(runs.shape[0]):
         begin, end = runs[r, 0], runs[r, 1]
         row = begin // nx
