@@ -52,9 +52,9 @@ def joined(ranges: Iterable[tuple[int, int]]) -> list[tuple[int, int]]:
     return found
 
 
-def wider(box: Box, shape: tuple[int, int, int]) -> Box:
-    """Box one voxel larger on each side, within an array of this shape."""
-    z, y, x = ((max(a - 1, 0), min(b + 1, n)) for (a, b), n in zip(box, shape, strict=True))
+def wider(box: Box, shape: tuple[int, int, int], by: int) -> Box:
+    """Box so many voxels larger on each side, within an array of this shape."""
+    z, y, x = ((max(a - by, 0), min(b + by, n)) for (a, b), n in zip(box, shape, strict=True))
     return z, y, x
 
 

@@ -193,12 +193,12 @@ def agreed(shares: Array, hu: Array, theta: float, strength: float, sweeps: int 
 
 
 def smoothed(shares: Array) -> Array:
-    """The mean over 27 neighbours, those on the diagonals of less weight; edges repeat."""
-    padded = np.pad(shares, [(0, 0)] + 3 * [(1, 1)], mode="edge")
+    """The mean over 125 neighbours, the farther of less weight; edges repeat."""
+    padded = np.pad(shares, [(0, 0)] + 3 * [(2, 2)], mode="edge")
     out = np.zeros_like(shares)
     depth, height, width = shares.shape[1:]
-    for k, j, i in product(range(3), repeat=3):
-        weight = np.prod([(1, 2, 1)[d] / 4 for d in (k, j, i)])
+    for k, j, i in product(range(5), repeat=3):
+        weight = np.prod([(1, 4, 6, 4, 1)[d] / 16 for d in (k, j, i)])
         out += weight * padded[:, k : k + depth, j : j + height, i : i + width]
     return out
 

@@ -35,6 +35,7 @@ from kpt_dask.organ_transfer.refinement.atlas import PER_MM, WEIGHT
 from kpt_dask.organ_transfer.refinement.lattice import Lattice
 from kpt_dask.organ_transfer.warping.cells import Cells, gather, plan_cells, spread, width_of
 from kpt_dask.organ_transfer.warping.kernels import (
+    REACH,
     AtlasPart,
     CellPlan,
     FieldPart,
@@ -139,8 +140,9 @@ def vote_in_block(votes: VotingJob, region: Region, threads: int = 1) -> NDArray
     known = list(dict.fromkeys(nus))
     groups = [known.index(nu) for nu in nus]
     step = step_of(grid)
-    # One voxel more on each side: shares are averaged over neighbours.
-    cells = plan_cells(search_boxes, groups, wider(box_of(region), grid.shape), step)
+    # More voxels on each side: shares are averaged over neighbours.
+    around = wider(box_of(region), grid.shape, REACH)
+    cells = plan_cells(search_boxes, groups, around, step)
     block = _Block(votes, cells, known)
     found = {
         o: in_voxels(search_box, step)
@@ -258,15 +260,15 @@ class _Block:
             slots = np.flatnonzero(cells.organ == o)
             index = cells.index[cells.cell_of[slots]]
             depth, height, width = shape_of(box)
-            around = np.zeros((depth + 2, height + 2, width + 2), np.float32)
-            corner = begin_of(box) - 1
+            wide = depth + 2 * REACH, height + 2 * REACH, width + 2 * REACH
+            around = np.zeros(wide, np.float32)
+            corner = begin_of(box) - REACH
             spread(self._sums, slots, index, corner, self._step, around)
             for axis, ((begin, end), n) in enumerate(zip(box, self._all.grid.shape, strict=True)):
                 along = np.moveaxis(around, axis, 0)
-                if begin == 0:
-                    along[0] = along[1]
-                if end == n:
-                    along[-1] = along[-2]
+                before, last = max(REACH - begin, 0), len(along) - max(end + REACH - n, 0)
+                along[:before] = along[before]
+                along[last:] = along[last - 1]
             share = np.empty((depth, height, width), np.float32)
             smooth(around, share)
             yield o, box, share

@@ -14,7 +14,16 @@ import zarr
 from numpy.typing import NDArray
 
 from atlas_store.arrays import chunk_io
-from atlas_store.arrays.boxes import Box, box_of, enclosing, overlap, shape_of, slices, within
+from atlas_store.arrays.boxes import (
+    Box,
+    box_of,
+    enclosing,
+    overlap,
+    shape_of,
+    slices,
+    wider,
+    within,
+)
 from atlas_store.arrays.regions import Region
 from kpt_dask.grid import Grid
 from kpt_dask.kernels.exponential import LOG2_E
@@ -108,7 +117,7 @@ def plan_borders(job: TransferJob, search_boxes: Sequence[Box | None]) -> list[R
 def draw_borders(borders: Borders, region: Region) -> OrganCounts:
     """Turn the shares of a shard into probabilities, decide its labels, and count them."""
     shard = box_of(region)
-    around = _wider(shard, borders.grid.shape)
+    around = wider(shard, borders.grid.shape, SWEEPS)
     scan = np.empty(shape_of(around), np.float32)
     chunk_io.read(borders.job.volume.levels[0], slices(around), scan)
     shares = dict(_read(borders, around, scan))
@@ -149,7 +158,7 @@ def _relax(
     out: dict[int, tuple[Box, NDArray[np.float32]]],
 ) -> None:
     """Relax a tile with its halo, and write its probabilities into `out`."""
-    wide = _wider(tile, borders.grid.shape)
+    wide = wider(tile, borders.grid.shape, SWEEPS)
     parts = []
     for o, (box, share) in shares.items():
         here = overlap(box, wide)
@@ -185,14 +194,6 @@ def _relax(
         q = own[i][core] * odds
         share = q / (q + rest)
         target[within(here, box)] = share[within(here, tile)]
-
-
-def _wider(box: Box, shape: tuple[int, int, int]) -> Box:
-    """Box with its halo, one voxel per sweep, clipped to the scan."""
-    z, y, x = (
-        (max(a - SWEEPS, 0), min(b + SWEEPS, n)) for (a, b), n in zip(box, shape, strict=True)
-    )
-    return z, y, x
 
 
 def _tiles(shard: Box) -> Iterator[Box]:

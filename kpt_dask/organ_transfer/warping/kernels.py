@@ -12,6 +12,8 @@ SMALLEST = np.float32(1e-6)
 """Likelihood added to that of intensities, so that weights still decide where no atlas fits."""
 FARTHEST = np.float32(40.0)
 """Largest −log₂ of a likelihood; smaller likelihoods count as this one."""
+REACH = 2
+"""Voxels on each side over which shares are averaged."""
 LEAST = np.float32(0.02)
 """Share above which a voxel enters an organ's HU histogram."""
 ONE = 1 << 16
@@ -264,33 +266,36 @@ def add_votes(part: Any, cells: Any, scan: Any, atlas: Any, sums: Any) -> None:
 
 @kernel
 def smooth(around: Any, out: Any) -> None:
-    """Average over neighbours, with weights ¼, ½ and ¼ along each axis.
+    """Average over neighbours, with weights 1, 4, 6, 4 and 1 along each axis, over 16.
 
     Parameters
     ----------
-    around : float32 array (z + 2, y + 2, x + 2)
-        One voxel more on every side.
+    around : float32 array (z + 4, y + 4, x + 4)
+        `REACH` voxels more on every side.
     out : float32 array (z, y, x)
         Changed.
     """
-    quarter, half = np.float32(0.25), np.float32(0.5)
+    far, near, middle = np.float32(1 / 16), np.float32(4 / 16), np.float32(6 / 16)
     depth, height, width = out.shape
-    rows = np.empty((3, width + 2), np.float32)
-    mean = np.empty(width + 2, np.float32)
+    rows = np.empty((5, width + 4), np.float32)
+    mean = np.empty(width + 4, np.float32)
     for z in range(depth):
-        for y in range(height + 2):
-            row = rows[y % 3]
-            low, here, high = around[z, y], around[z + 1, y], around[z + 2, y]
-            for x in range(width + 2):
-                row[x] = quarter * (low[x] + high[x]) + half * here[x]
-            if y < 2:
+        for y in range(height + 4):
+            row = rows[y % 5]
+            a, b, c = around[z, y], around[z + 1, y], around[z + 2, y]
+            d, e = around[z + 3, y], around[z + 4, y]
+            for x in range(width + 4):
+                row[x] = far * (a[x] + e[x]) + near * (b[x] + d[x]) + middle * c[x]
+            if y < 4:
                 continue
-            before, same = rows[(y - 2) % 3], rows[(y - 1) % 3]
-            for x in range(width + 2):
-                mean[x] = quarter * (before[x] + row[x]) + half * same[x]
-            line = out[z, y - 2]
+            a, b, c = rows[(y - 4) % 5], rows[(y - 3) % 5], rows[(y - 2) % 5]
+            d, e = rows[(y - 1) % 5], row
+            for x in range(width + 4):
+                mean[x] = far * (a[x] + e[x]) + near * (b[x] + d[x]) + middle * c[x]
+            line = out[z, y - 4]
             for x in range(width):
-                line[x] = quarter * (mean[x] + mean[x + 2]) + half * mean[x + 1]
+                ends, sides = mean[x] + mean[x + 4], mean[x + 1] + mean[x + 3]
+                line[x] = far * ends + near * sides + middle * mean[x + 2]
 
 
 @kernel

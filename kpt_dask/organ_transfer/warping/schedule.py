@@ -52,7 +52,7 @@ from kpt_dask.organ_transfer.warping.border import (
     plan_borders,
     size_weight,
 )
-from kpt_dask.organ_transfer.warping.kernels import ONE
+from kpt_dask.organ_transfer.warping.kernels import ONE, REACH
 from kpt_dask.organ_transfer.warping.landing import (
     by_atlas,
     in_cells,
@@ -218,7 +218,7 @@ def plan_blocks(
         return CELL_COST * cells(box) * step**3 + planes(box)
 
     def fits(piece: Box) -> bool:
-        box = wider(piece, grid.shape)
+        box = wider(piece, grid.shape, REACH)
         votes = sum(volume_of(overlap(in_voxels(search_box, step), box)) for search_box in known)
         finished = threads * SLAB_BYTES * math.prod(tiling.slab_shape(box))
         summed = 4 * (2 * cells(box) * step**3 + 2 * votes + planes(box))
