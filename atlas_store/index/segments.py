@@ -1,25 +1,29 @@
 """A segment of the index: keypoints of several atlases, immutable.
 
-Small segments are searched exactly, by BLAS. In large ones a graph of neighbours (pynndescent)
-proposes atlases, which are then searched exactly.
+Small segments are searched exactly, by BLAS. In large ones a graph of neighbours proposes atlases,
+which are then searched exactly (`atlas_store.index.graph`).
 """
 
 import io
 import json
-import math
-import pickle
 import threading
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from importlib.metadata import version
 from pathlib import Path
-from typing import Any, Self
+from typing import Self
 
 import numpy as np
 from numpy.typing import NDArray
 
+from atlas_store.index.graph import (
+    FEWEST,
+    Graph,
+    build_graph,
+    cached_graph,
+    nearest_in_graph,
+)
 from atlas_store.index.nearest import (
     Best,
     Candidates,
@@ -28,21 +32,15 @@ from atlas_store.index.nearest import (
     search_every_atlas,
     search_listed_atlases,
 )
-from atlas_store.keypoints import DESCRIPTOR_BINS
-from atlas_store.storage.cache import keep, recall
 from atlas_store.storage.digests import canonical, digest
 
 ENCODING = {"encoding-type": "kpt-index-segment", "encoding-version": "2"}
 
-PAYS_FROM = 1 << 24
-"""Descriptors of one sign from which a graph beats BLAS, although pynndescent compiles for a
-minute in every process; see scripts/benchmark_store.py."""
-LISTED = 512
-"""Neighbours asked of a graph. Among the keypoints of 100 patients it then finds 99.97 % of the
-matches that pass the ratio test, with half as many 99.2 %."""
+PAYS_FROM = 1 << 17
+"""Keypoints of one sign from which a graph is built without being asked for: of some 2 000 atlases.
+Building it takes a minute or two, as long as BLAS takes for 100 scans; see
+scripts/benchmark_store.py."""
 
-_FEWEST = 512
-"""Fewest descriptors of which a graph can be made."""
 _COLUMNS = 8192
 """Descriptors of atlases whose scalar products are in memory at a time."""
 _FIRST_LEVEL = 4096
@@ -52,8 +50,10 @@ _FANOUT = 4
 
 _FIELDS = ("keypoint", "label", "position", "scale", "descriptor")
 
+_graphs: dict[str, Graph] = {}
+"""Graphs of this process by name: loading one takes longer than a query."""
 _one_at_a_time = threading.Lock()
-"""pynndescent 0.7.0 gives wrong neighbours to two threads that query one graph."""
+"""Threads that want the same graph wait for the one that loads or builds it."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -229,7 +229,6 @@ class Segment:
         """
         keypoints = self.by_sign[sign > 0]
         atlas_number, segment_number = numbers.atlas, numbers.segment
-        fewest = {"auto": PAYS_FROM, "pynndescent": _FEWEST}.get(mode, math.inf)
         if 2 * np.count_nonzero(atlas_number >= 0) < atlas_number.size:
             # Most atlases that a graph lists would be unwanted ones.
             wanted = np.flatnonzero(atlas_number >= 0)
@@ -238,13 +237,39 @@ class Segment:
             shift = keypoints.offsets[wanted] - part.offsets[:-1]
             found = best.segment == segment_number
             best.row[found] += shift[part.atlas_of[best.row[found]]]
-        elif len(keypoints.scale) < fewest:
+        elif (graph := self.graph(sign, mode, folder)) is None:
             keypoints.search(query, atlas_number, segment_number, best)
         else:
-            stem = f"{self.name}-{max(sign, 0)}-pynndescent-{version('pynndescent')}"
-            listed = _listed(keypoints.descriptor, query.descriptor, folder, stem)
             candidates = Candidates(keypoints.descriptor, keypoints.scale, keypoints.offsets)
+            wanted_rows = atlas_number[keypoints.atlas_of] >= 0
+            listed = nearest_in_graph(graph, query, candidates, wanted_rows)
             search_listed_atlases(listed, keypoints.atlas_of, query, candidates, numbers, best)
+
+    def graph(self, sign: int, mode: str, folder: Path) -> Graph | None:
+        """Get the graph of the keypoints of one sign; None if they are to be searched exactly.
+
+        Parameters
+        ----------
+        sign : int
+            -1 or 1.
+        mode : str
+            ``exact``: none. ``auto``: one from the cache; built from `PAYS_FROM` keypoints on.
+            ``pynndescent``: built wherever that is possible.
+        folder : Path
+            Folder of the cached graphs.
+        """
+        keypoints = self.by_sign[sign > 0]
+        n = len(keypoints.scale)
+        if mode == "exact" or n < FEWEST:
+            return None
+        stem = f"{self.name}-{max(sign, 0)}"
+        with _one_at_a_time:
+            if (graph := _graphs.get(stem) or cached_graph(folder, stem)) is None:
+                if mode == "auto" and n < PAYS_FROM:
+                    return None
+                graph = build_graph(keypoints.descriptor, folder, stem)
+            _graphs[stem] = graph
+            return graph
 
 
 def merges(sizes: Sequence[int]) -> list[list[int]]:
@@ -294,37 +319,3 @@ def _runs(offsets: NDArray[np.int64]) -> list[tuple[int, int]]:
         runs.append((a, b))
         a = b
     return runs
-
-
-def _listed(
-    known: NDArray[np.uint8], descriptor: NDArray[np.uint8], folder: Path, stem: str
-) -> NDArray[np.int32]:
-    """Rows of `known` that are probably the nearest, (n, `LISTED`); -1 where there are fewer."""
-    assert known.shape[1] == DESCRIPTOR_BINS
-    with _one_at_a_time:
-        graph = _graph(known, folder, stem)
-        listed, _ = graph.query(descriptor.astype(np.float32), k=LISTED, epsilon=0.3)
-        return np.ascontiguousarray(listed, np.int32)
-
-
-_graphs: dict[str, Any] = {}
-"""Graphs of this process by name: loading one takes longer than a query."""
-
-
-def _graph(known: NDArray[np.uint8], folder: Path, stem: str) -> Any:
-    """Get a graph: from this process, from the user's cache, or built now."""
-    # Imported only where needed: it takes seconds, and a minute the first time on a machine.
-    from pynndescent import NNDescent
-
-    graph = _graphs.get(stem)
-    for path in folder.glob(f"{stem}-*.graph") if graph is None else ():
-        # A pickle, but one that this user's own process wrote; never one of a store.
-        if (data := recall(path)) is not None:
-            graph = pickle.loads(data)
-            break
-    if graph is None:
-        graph = NNDescent(known.astype(np.float32), random_state=0)
-        graph.prepare()
-        keep(folder, stem, ".graph", pickle.dumps(graph))
-    _graphs[stem] = graph
-    return graph

@@ -1,9 +1,6 @@
 """The index finds what a plain search finds, however it grew and whoever asks."""
 
-import os
-import subprocess
 import sys
-import time
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -15,13 +12,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from atlas_store import AtlasNotFoundError, AtlasStore, Snapshot
-from atlas_store.index import search, segments
+from atlas_store import AtlasNotFoundError, AtlasStore, AtlasStoreError, Snapshot
+from atlas_store.index import graph, search, segments
+from atlas_store.index.graph import Graph
+from atlas_store.index.nearest import Candidates, Query
 from atlas_store.index.search import LISTED_ATLASES, REPRESENTED_BY, AtlasIndex, Neighbours
 from atlas_store.index.segments import Segment, merges
 from atlas_store.storage.cache import cache_folder, index_folder, recall
-
-ASK_PYNNDESCENT = Path(__file__).with_name("ask_pynndescent.py")
 
 
 @pytest.fixture(autouse=True)
@@ -111,17 +108,17 @@ def test_listed_atlases_are_searched_exactly(seed: int, a: int) -> None:
     exact = AtlasIndex([made], dict(atlases.keys()), "exact", Path("nowhere"))
     expected = exact.query(*asked(test), chosen)
 
-    def listed(known: np.ndarray, descriptor: np.ndarray, *_: object) -> np.ndarray:
-        columns = np.arange(-1, len(known), dtype=np.int32)
-        return rng.permuted(np.tile(columns, (len(descriptor), 1)), axis=1)
+    def listed(_: Graph, query: Query, candidates: Candidates, wanted: np.ndarray) -> np.ndarray:
+        columns = np.arange(-1, len(wanted), dtype=np.int32)
+        return rng.permuted(np.tile(columns, (len(query.low), 1)), axis=1)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(segments, "_listed", listed)
-        patch.setattr(segments, "_FEWEST", 0)
+        patch.setattr(segments, "nearest_in_graph", listed)
+        patch.setattr(Segment, "graph", lambda *_: Graph(np.zeros(0), np.zeros(0)))
         graph = AtlasIndex([made], dict(atlases.keys()), "pynndescent", Path("nowhere"))
         assert same(graph.query(*asked(test), chosen), expected)
         # A list that ends early: atlases may be missing, but none is told wrongly.
-        patch.setattr(segments, "_listed", lambda *args: listed(*args)[:, :4])
+        patch.setattr(segments, "nearest_in_graph", lambda *args: listed(*args)[:, :4])
         found = graph.query(*asked(test), chosen)
     for i in range(8):
         true = {
@@ -266,25 +263,38 @@ def test_a_cache_that_cannot_be_written_is_done_without(
     assert same(query_all(store, ["a0"]), expected)
 
 
-def test_a_graph_is_never_asked_by_two_threads(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    inside = [0]
-    together: list[int] = []
+def naive_graph(descriptor: np.ndarray, k: int) -> Graph:
+    """Each row leads to its k nearest and to one other at random, so that all can be reached."""
+    n = len(descriptor)
+    squared = ((descriptor[:, None].astype(int) - descriptor[None].astype(int)) ** 2).sum(axis=2)
+    near = np.argsort(squared, axis=1, kind="stable")[:, : k + 1]
+    ahead = np.concatenate([near, (np.arange(n)[:, None] + 1) % n], axis=1)
+    begin = np.arange(n + 1) * ahead.shape[1]
+    return Graph(begin.astype(np.int32), ahead.ravel().astype(np.int32))
 
-    class Graph:
-        def query(self, descriptor: np.ndarray, k: int, epsilon: float) -> tuple[Any, Any]:
-            inside[0] += 1
-            time.sleep(0.01)
-            together.append(inside[0])
-            inside[0] -= 1
-            return np.zeros((len(descriptor), k), np.int32), None
 
-    monkeypatch.setattr(segments, "_graph", lambda *_: Graph())
-    known = np.zeros((4, 64), np.uint8)
-    with ThreadPoolExecutor(4) as threads:
-        list(threads.map(lambda _: segments._listed(known, known, tmp_path, "x"), range(12)))
-    assert set(together) == {1}
+@given(st.integers(0, 2**32 - 1), st.integers(1, 300), st.integers(0, 5))
+@settings(max_examples=25, deadline=None)
+def test_a_graph_search_lists_the_nearest_that_constraints_allow(seed: int, m: int, n: int) -> None:
+    """In a graph that leads everywhere, with a slack that lets nothing be missed."""
+    rng = np.random.default_rng(seed)
+    known, test = random_keypoints(rng, m), random_keypoints(rng, n)
+    candidates = Candidates(known["descriptor"], known["scale"], np.array([0, m]))
+    query = Query(test["descriptor"], test["scale"] / 2, test["scale"] * 2)
+    wanted = rng.random(m) < 0.7
+    made = naive_graph(known["descriptor"], 3)
+    listed = graph.nearest_in_graph(made, query, candidates, wanted)
+    for i in range(n):
+        apart = known["descriptor"].astype(int) - test["descriptor"][i].astype(int)
+        squared = (apart**2).sum(axis=1)
+        ratio = known["scale"] / test["scale"][i]
+        fitting = wanted & (ratio >= 0.5) & (ratio <= 2)
+        expected = np.sort(squared[fitting])[: graph.LISTED]
+        rows = listed[i][listed[i] >= 0]
+        assert fitting[rows].all()
+        assert len(set(rows.tolist())) == len(rows) == min(len(expected), graph.LISTED)
+        if m <= graph.ENTRIES:  # all are compared
+            assert np.sort(squared[rows]).tolist() == expected.tolist()
 
 
 def real_atlases(store: AtlasStore) -> dict[tuple[str, str], dict[str, Any]]:
@@ -306,25 +316,37 @@ def accepted(of: Mapping[str, np.ndarray]) -> set[tuple[int, ...]]:
     return set(zip(*(column.tolist() for column in found), strict=True))
 
 
-def test_pynndescent_agrees_with_exact_search_on_real_ct_in_threads_and_processes(
-    patients: AtlasStore, tmp_path: Path
+def test_a_graph_of_pynndescent_agrees_with_exact_search_on_real_ct(
+    patients: AtlasStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     atlases = real_atlases(patients)
     segment, names = segment_of(atlases), dict(atlases.keys())
     arrays = patients[patients.ids()[0]].keypoint_arrays()
     scan = {name: arrays[name][::4] for name in ("descriptor", "scale", "sign")}
-    (tmp_path / "segment").write_bytes(segment.dump())
-    np.savez(tmp_path / "scan.npz", **scan)
     # Nearly all of the time goes into compiling; what hardly runs need not be optimized, and
     # must not be mistaken later for what was.
-    environment = {
-        "NUMBA_OPT": "0",
-        "NUMBA_CACHE_DIR": str(tmp_path / "numba"),
-        "PYTHONPATH": os.pathsep.join(sys.path),
-    }
-    command = [sys.executable, "-W", "ignore", ASK_PYNNDESCENT, tmp_path]
-    subprocess.run(command, env=os.environ | environment, check=True)
-    one = dict(np.load(tmp_path / "found.npz"))
-    exact = AtlasIndex([segment], names, "exact", tmp_path).query(*asked(scan), list(names))
-    expected, found = accepted(vars(exact)), accepted(one)
-    assert len(expected & found) >= 0.99 * max(len(expected), len(found)) > 0
+    for name, value in {"NUMBA_OPT": "0", "NUMBA_CACHE_DIR": str(tmp_path / "numba")}.items():
+        monkeypatch.setenv(name, value)
+
+    def ask(mode: str) -> Neighbours:
+        return AtlasIndex([segment], names, mode, tmp_path).query(*asked(scan), list(names))
+
+    exact, found = ask("exact"), ask("pynndescent")
+    assert len(list(tmp_path.glob("*.graph"))) == 2
+    expected, accepted_too = accepted(vars(exact)), accepted(vars(found))
+    assert len(expected & accepted_too) >= 0.99 * max(len(expected), len(accepted_too)) > 0
+    with monkeypatch.context() as patch:
+        patch.setattr(segments, "_graphs", {})
+        patch.setattr(segments, "build_graph", None)
+        with ThreadPoolExecutor(3) as threads:
+            # `auto` takes the graph that is there, whatever its size.
+            for other in threads.map(ask, ["pynndescent", "auto", "auto"]):
+                assert same(other, found)
+    assert "pynndescent" not in sys.modules
+
+
+def test_a_graph_that_cannot_be_built_is_told(tmp_path: Path) -> None:
+    few = np.zeros((0, 64), np.uint8)
+    with pytest.raises(AtlasStoreError, match=r"of 0 keypoints .*--index exact"):
+        graph.build_graph(few, tmp_path, "few")
+    assert list(tmp_path.iterdir()) == []
