@@ -148,8 +148,8 @@ class AtlasIndex:
 
         The constraints are inside the argmin, as in eq. 2: equal signs, and scales that
         differ by at most the factor `scale_ratio`. The mode ``exact`` searches every atlas.
-        pynndescent proposes atlases, which are then searched exactly; an atlas that it does
-        not propose counts as farther away than all others.
+        A graph proposes atlases, which are then searched exactly; an atlas that it does not
+        propose counts as farther away than all others.
 
         Parameters
         ----------
@@ -182,6 +182,25 @@ class AtlasIndex:
             for name, values in found.items():
                 columns[name][rows] = values
         return Neighbours(**columns)
+
+    def build_graphs(self) -> Iterator[int]:
+        """Build the graphs of all segments large enough for one, unless the cache has them.
+
+        Yields
+        ------
+        int
+            Number of keypoints of a graph, 0 where a segment has too few keypoints for one;
+            twice for each segment, as each sign has a graph.
+
+        Raises
+        ------
+        AtlasStoreError
+            If pynndescent cannot build one.
+        """
+        for segment in self.segments:
+            for sign in (-1, 1):
+                graph = segment.graph(sign, "pynndescent", self._folder)
+                yield 0 if graph is None else graph.begin.size - 1
 
     def annotated(self, ids: Sequence[str]) -> NDArray[np.bool_]:
         """Which organs of the store's table atlases annotate, (atlas, organ).

@@ -363,6 +363,40 @@ def verify(store: str, repair: bool, as_json: bool) -> None:
         raise Failure(f"{opened.url} has {_count(left, 'problem', 'problems')}.")
 
 
+@atlas.command("index")
+@store_argument
+def build_index(store: str) -> None:
+    """Build graphs by which a large store is searched, and keep them in your cache.
+
+    With graphs, kpt segment finds the atlases that are like a scan without comparing the scan's
+    keypoints with all of the store's. A store of some 2000 atlases gets them by itself; smaller
+    ones gain from them too, from some 200 on. A graph takes a minute or more to build. As a store
+    grows, new graphs are needed now and then: run this again.
+
+    \b
+    Example:
+      kpt atlas index atlases
+    """
+    from atlas_store import AtlasStore
+    from atlas_store.index.search import AtlasIndex
+    from kpt_dask.runtime import progress
+
+    opened = AtlasStore.open(store)
+    sizes = []
+    with progress.shown():
+        with progress.stage("Reading keypoints"):
+            index = AtlasIndex.open(opened)
+        with progress.stage("Building graphs", total=2 * len(index.segments)) as advance:
+            for n in index.build_graphs():
+                sizes.append(n)
+                advance(1)
+    graphs = [n for n in sizes if n]
+    if not graphs:
+        say(f"{opened.url}: too few keypoints for a graph; all are compared, which is faster.")
+        return
+    say(f"{opened.url}: {_count(len(graphs), 'graph', 'graphs')} of {sum(graphs)} keypoints.")
+
+
 def _describe(info: "AtlasInfo") -> dict[str, Any]:
     from dataclasses import asdict
 

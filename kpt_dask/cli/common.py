@@ -380,8 +380,10 @@ index_option = click.option(
     default="auto",
     show_default=True,
     metavar="WAY",
-    help="How --select finds like keypoints: exact compares all; pynndescent asks a graph that is "
-    "made once, in minutes, and kept in your cache; auto does that where it pays.",
+    help="How --select finds like keypoints: exact compares all; pynndescent searches graphs that "
+    "are built once, in minutes, and kept in your cache (kpt atlas index); auto takes graphs that "
+    "are there, and builds those of some 2000 atlases or more. A graph may miss a few of the "
+    "atlases that exact finds.",
 )
 
 

@@ -111,6 +111,7 @@ def test_a_store_is_made_filled_listed_and_emptied(bodies: Path, tmp_path: Path)
     assert AtlasStore.open(store).ids() == ids[2:]
     assert "3 atlases, all sound." in run("atlas", "verify", store).stdout
     assert answer("atlas", "verify", store) == []
+    assert "too few keypoints for a graph" in run("atlas", "index", store).stdout
 
 
 def test_damage_is_found_and_leftovers_are_repaired(bodies: Path, tmp_path: Path) -> None:
