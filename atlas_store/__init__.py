@@ -21,6 +21,7 @@ from atlas_store.marker import AtlasInfo, OrganInfo
 from atlas_store.organs import Organ, OrganTable, load_organs
 from atlas_store.snapshot import Snapshot
 from atlas_store.store import AtlasStore
+from atlas_store.trash import RemovedAtlas
 from atlas_store.verify import Problem
 
 __all__ = [
@@ -41,6 +42,7 @@ __all__ = [
     "OrganTableError",
     "ParameterMismatchError",
     "Problem",
+    "RemovedAtlas",
     "Snapshot",
     "StoreExistsError",
     "StoreFormatError",

@@ -16,14 +16,14 @@ import numpy as np
 import xarray as xr
 import zarr
 
-from atlas_store.atlas import check_labels
+from atlas_store.atlas import Atlas, check_labels
 from atlas_store.errors import AtlasExistsError, KeypointsFormatError, StoreFormatError
 from atlas_store.keypoints import check_keypoints, first_labels, write_keypoints
 from atlas_store.layout import KEYPOINTS, LABELS, data_folder, marker_key
 from atlas_store.marker import ENCODING_TYPE, ENCODING_VERSION, AtlasInfo, OrganInfo, table_digest
 from atlas_store.organs import OrganTable
 from atlas_store.storage.digests import Json, digest
-from atlas_store.storage.objects import Objects, finish_writes
+from atlas_store.storage.objects import MAX_OBJECT, Objects, finish_writes
 
 ABANDONED_AFTER = timedelta(hours=24)
 """Age after which an unfinished add of another machine counts as interrupted."""
@@ -178,6 +178,29 @@ class Draft:
             digest=self._seal(),
             scan_digest=scan_digest,
         )
+        self._publish(info)
+        return info
+
+    def commit_copy(self, atlas: Atlas) -> AtlasInfo:
+        """Copy the data of an atlas of another store, and make it visible.
+
+        Raises
+        ------
+        AtlasExistsError
+            If another process added this id meanwhile.
+        StoreFormatError
+            If the atlas is damaged.
+        """
+        source = atlas.sealed
+
+        def copy(key: str) -> None:
+            data = source.read(f"{atlas.path}/{key}", MAX_OBJECT)
+            assert data is not None  # a missing object is refused by `read`
+            self._objects.write(f"{self._folder}/{key}", data)
+
+        with ThreadPoolExecutor(_HASHING_THREADS) as threads:
+            list(threads.map(copy, source.contents()))
+        info = replace(atlas.info, id=self.id, uuid=self._uuid, digest=self._seal())
         self._publish(info)
         return info
 

@@ -4,6 +4,7 @@
 
     zarr.json                     the store: encoding, uuid, organ table, parameters
     markers/<id>.json             one per atlas, written last: names the uuid of its data
+    removed/<id>.<uuid>.json      one per removed atlas that can be restored: its marker, and when
     atlases/<id>.<uuid>/          the data of an atlas, a Zarr group; its attributes hold the
                                   SHA-256 of every other object in it
         image/                    OME-Zarr image; image/labels/organs its label map
@@ -14,9 +15,9 @@
 Every object read from an atlas is compared with its SHA-256 (`atlas_store.storage.sealed`), and
 its marker with the organ table and the parameters of the store.
 
-An atlas exists if, and only if, its marker does. Data that no marker names belongs to a
-running or an interrupted add. Every add makes a new folder, so that replacing an atlas never
-mixes two, and no lock is needed.
+An atlas exists if, and only if, its marker does. Data that neither a marker nor a removed atlas
+names belongs to a running or an interrupted add. Every add makes a new folder, so that replacing an
+atlas never mixes two, and no lock is needed.
 """
 
 import re
@@ -24,6 +25,7 @@ import re
 ROOT = "zarr.json"
 MARKERS = "markers"
 ATLASES = "atlases"
+REMOVED = "removed"
 IMAGE = "image"
 LABELS = "image/labels/organs/0"
 KEYPOINTS = "keypoints"
@@ -34,6 +36,11 @@ _FOLDER = re.compile(r"(?P<id>.+)\.(?P<uuid>[0-9a-f]{32})", re.DOTALL)
 def marker_key(atlas_id: str) -> str:
     """Key of the marker of an atlas."""
     return f"{MARKERS}/{atlas_id}.json"
+
+
+def removed_key(atlas_id: str, uuid: str) -> str:
+    """Key of what describes a removed atlas."""
+    return f"{REMOVED}/{atlas_id}.{uuid}.json"
 
 
 def data_folder(atlas_id: str, uuid: str) -> str:

@@ -8,12 +8,13 @@ import gc
 import json
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from datetime import timedelta
 from os import PathLike
 from typing import Self
 from uuid import uuid4
 
 from atlas_store.atlas import Atlas
-from atlas_store.draft import Draft, remove_data
+from atlas_store.draft import Draft
 from atlas_store.errors import (
     AtlasNotFoundError,
     OrganTableError,
@@ -36,6 +37,7 @@ from atlas_store.marker import (
 from atlas_store.organs import OrganTable
 from atlas_store.storage.digests import Json, canonical
 from atlas_store.storage.objects import MAX_DOCUMENT, Objects
+from atlas_store.trash import RemovedAtlas, prune, restore, throw_away, thrown_away
 from atlas_store.verify import Problem, verify_index, verify_store
 
 ENCODING_TYPE = "kpt-atlas-store"
@@ -266,16 +268,92 @@ class AtlasStore:
         return Draft(self.objects, self.organs, self.parameters, atlas_id, replace=replace)
 
     def remove(self, atlas_id: str) -> None:
-        """Remove an atlas: first its marker, then its data.
+        """Remove an atlas; `restore` brings it back until `prune` deletes its data.
 
         Raises
         ------
         AtlasNotFoundError
             If there is no atlas of this id.
         """
-        marker = self._marker(atlas_id)
-        self.objects.delete(marker_key(atlas_id))
-        remove_data(self.objects, atlas_id, marker)
+        throw_away(self.objects, atlas_id, self._marker(atlas_id))
+
+    def removed(self) -> list[RemovedAtlas]:
+        """List removed atlases that can be restored: in natural order, the last removed first.
+
+        Raises
+        ------
+        StoreFormatError
+            If what describes one is damaged.
+        """
+        found = sorted(thrown_away(self.objects), key=lambda one: one.removed, reverse=True)
+        return sorted(found, key=lambda one: natural_order(one.info.id))
+
+    def restore(self, atlas_id: str) -> Atlas:
+        """Restore an atlas, the last removed of its id.
+
+        Raises
+        ------
+        AtlasNotFoundError
+            If none of this id was removed, or its data was pruned.
+        AtlasExistsError
+            If there is an atlas of this id.
+        StoreFormatError
+            If what describes it is damaged.
+        """
+        restore(self.objects, atlas_id)
+        return self[atlas_id]
+
+    def prune(self, older_than: timedelta = timedelta(0)) -> list[str]:
+        """Delete the data of atlases that were removed some time ago.
+
+        Parameters
+        ----------
+        older_than : timedelta
+            Time that has passed since, at least.
+
+        Returns
+        -------
+        list of str
+            Their ids.
+        """
+        return prune(self.objects, older_than)
+
+    def copy_from(self, atlas: Atlas, atlas_id: str | None = None) -> Atlas:
+        """Copy an atlas of another store; its content is compared with its SHA-256.
+
+        Parameters
+        ----------
+        atlas : Atlas
+            Atlas of a store with the same organ table and parameters.
+        atlas_id : str, optional
+            Its id here; by default the same.
+
+        Raises
+        ------
+        ParameterMismatchError
+            If the stores have other parameters or organ tables.
+        AtlasExistsError
+            If there is an atlas of this id.
+        StoreFormatError
+            If the atlas is damaged.
+
+        Examples
+        --------
+        >>> from atlas_store import AtlasStore
+        >>> source = AtlasStore.open("atlases")
+        >>> target = AtlasStore.create("copy", source.organs, source.parameters)
+        >>> target.copy_from(source["body_1"]).id
+        'body_1'
+        """
+        if atlas.info.organ_table != self._table:
+            raise ParameterMismatchError(
+                f"{self.url} has another organ table than {atlas.objects.url}: make a store with"
+                " the same table, or add the scan with its labels again."
+            )
+        atlas_id = atlas.id if atlas_id is None else atlas_id
+        with self.draft(atlas_id, atlas.info.parameters) as draft:
+            draft.commit_copy(atlas)
+        return self[atlas_id]
 
     def verify(self, *, repair: bool = False) -> list[Problem]:
         """Read everything again and report what is wrong; see `atlas_store.verify`."""

@@ -15,7 +15,15 @@ from atlas_store.atlas import Atlas
 from atlas_store.draft import digests_of, is_abandoned
 from atlas_store.errors import AtlasStoreError, StoreFormatError
 from atlas_store.keypoints import first_labels
-from atlas_store.layout import ATLASES, MARKERS, ROOT, marker_key, parse_folder
+from atlas_store.layout import (
+    ATLASES,
+    MARKERS,
+    REMOVED,
+    ROOT,
+    marker_key,
+    parse_folder,
+    removed_key,
+)
 from atlas_store.marker import (
     AtlasInfo,
     differences,
@@ -99,6 +107,8 @@ def verify_store(
         faults, path = _verify_atlas(objects, organs, parameters, atlas_id)
         problems += faults
         named.add(path)
+    entries = [name.removesuffix(".json") for name in objects.names(REMOVED)]
+    named |= {f"{ATLASES}/{name}" for name in entries if parse_folder(name)}
     data = {f"{ATLASES}/{name}" for name in folders if parse_folder(name)}
     partial = {f"{MARKERS}/{name}" for name in markers if name.endswith(PARTIAL_SUFFIX)}
     left = _abandoned(objects, (data - named) | partial)
@@ -230,6 +240,8 @@ def _is_named(objects: Objects, path: str) -> bool:
     folder = parse_folder(path.removeprefix(f"{ATLASES}/"))
     if folder is None:
         return False
+    if objects.exists(removed_key(*folder)):
+        return True
     try:
         data = objects.read(marker_key(folder[0]))
         if data is None:

@@ -171,6 +171,9 @@ def ids_of(turn: int, processes: int) -> list[list[str]]:
 def remove(store: AtlasStore, ids: Iterable[str]) -> None:
     for atlas_id in ids:
         store.remove(atlas_id)
+        store.restore(atlas_id)
+        store.remove(atlas_id)
+    assert sorted(ids) == sorted(store.prune())
 
 
 def read_all(store: AtlasStore) -> int:

@@ -64,6 +64,10 @@ class Sealed(Objects):
         self._digests()
         return zarr.open_group(_Checked(self.store, self), path=self._folder, mode="r")
 
+    def contents(self) -> list[str]:
+        """Keys of the objects that were added, below the folder, sorted; without its own."""
+        return sorted(self._digests())
+
     def read(self, key: str, limit: int = MAX_DOCUMENT) -> bytes | None:
         """Read one object; None if none was added."""
         return self.checked(key, super().read(key, limit))

@@ -229,18 +229,36 @@ def add_folder(
 
 @atlas.command("list")
 @store_argument
+@click.option(
+    "--where",
+    multiple=True,
+    metavar="CONDITION",
+    help="Only atlases of which it holds, such as 'keypoints<500', organ=liver, 'added>=2026-01' "
+    "or from~ct. Several must all hold.",
+)
+@click.option(
+    "--sort",
+    metavar="COLUMN",
+    help="id, organs, keypoints, in_organs, added or from; -COLUMN for the largest first.",
+)
+@click.option("--removed", is_flag=True, help="List what kpt atlas restore can bring back.")
 @json_option
-def list_atlases(store: str, as_json: bool) -> None:
+def list_atlases(
+    store: str, where: tuple[str, ...], sort: str | None, removed: bool, as_json: bool
+) -> None:
     """List the atlases of a store.
 
     \b
-    Example:
+    Examples:
       kpt atlas list atlases
+      kpt atlas list atlases --where organ=liver --where 'keypoints<500' --sort -added
     """
     from atlas_store import AtlasStore
+    from kpt_dask.cli.atlas_filter import filtered
 
     opened = AtlasStore.open(store)
-    infos = [found.info for found in opened.atlases()]
+    found = opened.removed() if removed else opened.atlases()
+    infos = filtered([one.info for one in found], where, sort)
     if as_json:
         print_json([_describe(info) for info in infos])
         return
@@ -262,7 +280,8 @@ def list_atlases(store: str, as_json: bool) -> None:
     ]
     if rows:
         say(columns(header, rows, left=(0, 1, 5, 6)))
-    number = _count(len(infos), "atlas", "atlases")
+    one, many = ("removed atlas", "removed atlases") if removed else ("atlas", "atlases")
+    number = _count(len(infos), one, many)
     say(f"{opened.url}: {number} at {opened.parameters['spacing']:g} mm.")
 
 
@@ -316,6 +335,8 @@ def export(store: str, atlas_id: str, folder: str, overwrite: bool) -> None:
 def remove(store: str, atlas_ids: tuple[str, ...]) -> None:
     """Remove atlases from a store.
 
+    Their data stays until kpt atlas prune, so that kpt atlas restore can bring them back.
+
     \b
     Example:
       kpt atlas remove atlases anna
@@ -329,7 +350,99 @@ def remove(store: str, atlas_ids: tuple[str, ...]) -> None:
         fail(f"{opened.url} has no atlas {', '.join(missing)}: use an id that it lists.")
     for atlas_id in atlas_ids:
         opened.remove(atlas_id)
-        say(f"{atlas_id}: removed.")
+        say(f"{atlas_id}: removed; kpt atlas restore brings it back.")
+
+
+@atlas.command()
+@store_argument
+@click.argument("atlas_ids", metavar="ID…", nargs=-1, required=True)
+def restore(store: str, atlas_ids: tuple[str, ...]) -> None:
+    """Bring removed atlases back, of each id the last removed.
+
+    \b
+    Example:
+      kpt atlas restore atlases anna
+    """
+    from atlas_store import AtlasStore
+
+    opened = AtlasStore.open(store)
+    for atlas_id in atlas_ids:
+        restored = opened.restore(atlas_id)
+        say(f"{atlas_id}: {_in_short(restored.info)}.")
+
+
+@atlas.command()
+@store_argument
+@click.option(
+    "--older-than",
+    type=click.FloatRange(min=0.0),
+    default=30.0,
+    show_default=True,
+    metavar="DAYS",
+    help="Only what was removed longer ago; 0 for all.",
+)
+def prune(store: str, older_than: float) -> None:
+    """Delete the data of removed atlases for ever.
+
+    \b
+    Example:
+      kpt atlas prune atlases --older-than 7
+    """
+    from datetime import timedelta
+
+    from atlas_store import AtlasStore
+
+    opened = AtlasStore.open(store)
+    pruned = opened.prune(timedelta(days=older_than))
+    left = len(opened.removed())
+    say(
+        f"{opened.url}: {_count(len(pruned), 'removed atlas', 'removed atlases')} deleted, {left}"
+        " can be restored still."
+    )
+
+
+@atlas.command()
+@click.argument("source", metavar="FROM")
+@click.argument("target", metavar="TO")
+@click.argument("atlas_ids", metavar="[ID]…", nargs=-1)
+@click.option("--as", "new_id", metavar="ID", help="Another id in TO, for one atlas.")
+def copy(source: str, target: str, atlas_ids: tuple[str, ...], new_id: str | None) -> None:
+    """Copy atlases from the store FROM to the store TO; all of them unless ids are given.
+
+    Both must have the same organs and parameters. Atlases whose id is in TO already are skipped, so
+    that an interrupted copy goes on when it is run again. Copying all merges two stores.
+
+    \b
+    Examples:
+      kpt atlas copy atlases s3://bucket/atlases
+      kpt atlas copy atlases others anna --as anna_2
+    """
+    from atlas_store import AtlasStore
+    from kpt_dask.runtime import progress
+
+    opened, into = AtlasStore.open(source), AtlasStore.open(target)
+    ids = atlas_ids or tuple(opened.ids())
+    if new_id is not None and len(ids) != 1:
+        fail(f"--as names one atlas, and {len(ids)} are copied: give the id of one.")
+    wanted = opened.atlases(ids)
+    scans = {one.id: one.info.scan_digest for one in into.atlases()}
+    copied, other = 0, []
+    with progress.shown(), progress.stage("Copying atlases", total=len(wanted)) as advance:
+        for one in wanted:
+            name = one.id if new_id is None else new_id
+            if name not in scans:
+                into.copy_from(one, name)
+                copied += 1
+            elif scans[name] != one.info.scan_digest:
+                other.append(name)
+            advance(1)
+    present = len(wanted) - copied - len(other)
+    say(f"{into.url}: {copied} copied, {present} there already.")
+    if other:
+        fail(
+            f"{into.url} has other scans by the ids {', '.join(other)}: copy them one by one, each"
+            " with --as."
+        )
 
 
 @atlas.command()

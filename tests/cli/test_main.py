@@ -109,6 +109,19 @@ def test_a_store_is_made_filled_listed_and_emptied(bodies: Path, tmp_path: Path)
     run("atlas", "remove", store, "anna", "nobody", code=1)
     run("atlas", "remove", store, "anna", "body_1")
     assert AtlasStore.open(store).ids() == ids[2:]
+    assert len(answer("atlas", "list", store, "--removed")) == 2
+    run("atlas", "restore", store, "anna")
+    assert [a["id"] for a in answer("atlas", "list", store, "--where", "id~ann")] == ["anna"]
+    copies = tmp_path / "copies"
+    run("atlas", "create", copies, "--spacing", "8")
+    copied = run("atlas", "copy", store, copies, "anna", ids[2])
+    assert "2 copied, 0 there already." in copied.stdout
+    assert "2 copied, 2 there already." in run("atlas", "copy", store, copies).stdout
+    found = run("atlas", "copy", store, copies, ids[2], "--as", "anna", code=1)
+    assert "has other scans by the ids anna" in found.stderr
+    run("atlas", "remove", store, "anna")
+    pruned = run("atlas", "prune", store, "--older-than", "0")
+    assert "2 removed atlases deleted, 0 can be restored still." in pruned.stdout
     assert "3 atlases, all sound." in run("atlas", "verify", store).stdout
     assert answer("atlas", "verify", store) == []
     assert "too few keypoints for a graph" in run("atlas", "index", store).stdout

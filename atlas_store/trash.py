@@ -1,0 +1,154 @@
+"""Removed atlases: their data stays until it is pruned, so that they can be restored.
+
+``removed/<id>.<uuid>.json`` holds the marker of a removed atlas and when it was removed. It is
+written before the marker is deleted, and deleted before the data is: an interruption at any moment
+leaves the atlas in the store, restorable, or data that `AtlasStore.verify` finds.
+"""
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
+
+from atlas_store.errors import AtlasExistsError, AtlasNotFoundError, StoreFormatError
+from atlas_store.layout import REMOVED, data_folder, marker_key, parse_folder, removed_key
+from atlas_store.marker import AtlasInfo, check_encoding, parse_json
+from atlas_store.storage.objects import MAX_DOCUMENT, Objects
+
+ENCODING = {"encoding-type": "kpt-removed-atlas", "encoding-version": "1"}
+
+
+@dataclass(frozen=True, slots=True)
+class RemovedAtlas:
+    """An atlas that was removed and can be restored.
+
+    Attributes
+    ----------
+    info : AtlasInfo
+        Content of its marker.
+    removed : datetime
+        When it was removed, UTC.
+
+    Examples
+    --------
+    >>> from atlas_store import AtlasStore
+    >>> AtlasStore.open("atlases").removed()
+    []
+    """
+
+    info: AtlasInfo
+    removed: datetime
+
+
+def throw_away(objects: Objects, atlas_id: str, marker: bytes) -> None:
+    """Remove an atlas, given its marker; its data stays."""
+    try:
+        info = AtlasInfo.load(marker, atlas_id, f"{objects.url}/{marker_key(atlas_id)}")
+    except StoreFormatError:
+        # Nothing tells what it was; `verify` finds its data, as that of no atlas.
+        objects.delete(marker_key(atlas_id))
+        return
+    now = datetime.now(UTC).isoformat(timespec="seconds")
+    content = ENCODING | {"removed": now, "marker": marker.decode()}
+    key = removed_key(atlas_id, info.uuid)
+    objects.write(key, json.dumps(content).encode())
+    objects.settle(key)
+    objects.delete(marker_key(atlas_id))
+
+
+def thrown_away(objects: Objects) -> Iterator[RemovedAtlas]:
+    """Read the atlases that were removed, in no order.
+
+    Raises
+    ------
+    StoreFormatError
+        If what describes one is damaged.
+    """
+    for name in objects.names(REMOVED):
+        if not name.endswith(".json") or parse_folder(name.removesuffix(".json")) is None:
+            continue
+        if (found := _read(objects, f"{REMOVED}/{name}")) is not None:
+            yield found[0]
+
+
+def restore(objects: Objects, atlas_id: str) -> AtlasInfo:
+    """Restore an atlas, the last removed of its id.
+
+    Raises
+    ------
+    AtlasNotFoundError
+        If none of this id was removed, or its data was pruned.
+    AtlasExistsError
+        If there is an atlas of this id.
+    StoreFormatError
+        If what describes it is damaged.
+    """
+    removed = [one for one in thrown_away(objects) if one.info.id == atlas_id]
+    missing = AtlasNotFoundError(
+        f"{objects.url} has no removed atlas {atlas_id!r}: use an id that list --removed shows."
+    )
+    if not removed:
+        raise missing
+    info = max(removed, key=lambda one: (one.removed, one.info.added)).info
+    entry, key = removed_key(atlas_id, info.uuid), marker_key(atlas_id)
+    found = _read(objects, entry)
+    if found is None:
+        raise missing
+    if not objects.write_new(key, found[1]):
+        raise AtlasExistsError(
+            f"{objects.url} has an atlas {atlas_id!r}: remove it before another is restored."
+        )
+    # Another process may prune it: that deletes the entry, and then looks for a marker.
+    if not objects.exists(entry):
+        objects.delete(key)
+        raise missing
+    objects.settle(key)
+    objects.delete(entry)
+    return info
+
+
+def prune(objects: Objects, older_than: timedelta) -> list[str]:
+    """Delete the data of atlases that were removed some time ago; return their ids, sorted."""
+    now = datetime.now(UTC)
+    pruned = []
+    for one in list(thrown_away(objects)):
+        info = one.info
+        if now - one.removed < older_than:
+            continue
+        objects.delete(removed_key(info.id, info.uuid))
+        if _uuid(objects, info.id) != info.uuid:  # restored meanwhile
+            objects.delete_folder(data_folder(info.id, info.uuid))
+            pruned.append(info.id)
+    return sorted(pruned)
+
+
+def _read(objects: Objects, key: str) -> tuple[RemovedAtlas, bytes] | None:
+    """Read what describes a removed atlas, and its marker; None if it is not there any more."""
+    data = objects.read(key, 2 * MAX_DOCUMENT)
+    if data is None:
+        return None
+    where = f"{objects.url}/{key}"
+    content = parse_json(data, where)
+    check_encoding(content, ENCODING["encoding-type"], ENCODING["encoding-version"], where)
+    folder = parse_folder(key.removeprefix(f"{REMOVED}/").removesuffix(".json"))
+    try:
+        removed = datetime.fromisoformat(content["removed"]).astimezone(UTC)
+        marker = str(content["marker"]).encode()
+        info = AtlasInfo.load(marker, folder[0] if folder else "", where)
+        if folder is None or info.uuid != folder[1]:
+            raise ValueError("it is another atlas than its name says")
+    except (KeyError, TypeError, ValueError, OverflowError) as error:
+        if isinstance(error, StoreFormatError):
+            raise
+        raise StoreFormatError(
+            f"{where} is damaged ({error}): restore it from a copy, or delete it."
+        ) from error
+    return RemovedAtlas(info, removed), marker
+
+
+def _uuid(objects: Objects, atlas_id: str) -> str | None:
+    """Uuid of the data of an atlas of the store; None if there is none."""
+    data = objects.read(marker_key(atlas_id), MAX_DOCUMENT)
+    if data is None:
+        return None
+    return AtlasInfo.load(data, atlas_id, f"{objects.url}/{marker_key(atlas_id)}").uuid

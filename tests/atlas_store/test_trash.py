@@ -1,0 +1,147 @@
+"""Removed atlases come back whole, or are gone for ever; nothing between."""
+
+import json
+import os
+from contextlib import suppress
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import xarray as xr
+
+from atlas_store import AtlasExistsError, AtlasNotFoundError, AtlasStore, StoreFormatError, trash
+from atlas_store.storage.objects import Objects
+
+
+def folders(store: AtlasStore) -> int:
+    return len([name for name in os.listdir(Path(store.url, "atlases")) if name != "zarr.json"])
+
+
+def test_a_removed_atlas_is_restored_as_it_was(
+    store: AtlasStore, synthetic: SimpleNamespace
+) -> None:
+    synthetic.add(store, "pt_1", seed=1)
+    before = store["pt_1"].info
+    store.remove("pt_1")
+    assert (store.ids(), [one.info for one in store.removed()]) == ([], [before])
+    assert store.verify(repair=True) == []
+    assert store.restore("pt_1").info == before
+    assert store.removed() == []
+    xr.testing.assert_equal(store["pt_1"].keypoints(), synthetic.keypoints(seed=1))
+    assert store.verify() == []
+
+
+def test_the_last_removed_of_an_id_is_restored(
+    store: AtlasStore, synthetic: SimpleNamespace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for seed in (1, 2):
+        synthetic.add(store, "pt_1", seed)
+        with monkeypatch.context() as patch:
+            now = datetime(2026, 1, seed, tzinfo=UTC)
+            patch.setattr(trash, "datetime", SimpleNamespace(now=lambda _, now=now: now))
+            store.remove("pt_1")
+    assert [one.removed.day for one in store.removed()] == [2, 1]
+    restored = store.restore("pt_1")
+    xr.testing.assert_equal(restored.keypoints(), synthetic.keypoints(seed=2))
+    with pytest.raises(AtlasExistsError, match="has an atlas 'pt_1'"):
+        store.restore("pt_1")
+    assert len(store.removed()) == 1
+    assert store.verify() == []
+
+
+def test_only_what_was_removed_long_ago_is_pruned(
+    store: AtlasStore, synthetic: SimpleNamespace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for seed, atlas_id in enumerate(["pt_1", "pt_2", "pt_3"]):
+        synthetic.add(store, atlas_id, seed)
+    store.remove("pt_1")
+    with monkeypatch.context() as patch:
+        now = datetime.now(UTC) - timedelta(days=9)
+        patch.setattr(trash, "datetime", SimpleNamespace(now=lambda _: now))
+        store.remove("pt_2")
+    assert store.prune(timedelta(days=8)) == ["pt_2"]
+    with pytest.raises(AtlasNotFoundError, match="no removed atlas 'pt_2'"):
+        store.restore("pt_2")
+    assert folders(store) == 2
+    assert store.prune() == ["pt_1"]
+    assert (store.ids(), folders(store), store.verify()) == (["pt_3"], 1, [])
+
+
+@pytest.mark.parametrize("action", ["remove", "restore", "prune"])
+@pytest.mark.parametrize("call", range(4))
+def test_interrupted_anywhere_an_atlas_is_there_removed_or_a_leftover(
+    store: AtlasStore,
+    synthetic: SimpleNamespace,
+    monkeypatch: pytest.MonkeyPatch,
+    action: str,
+    call: int,
+) -> None:
+    synthetic.add(store, "pt_1", seed=1)
+    if action != "remove":
+        store.remove("pt_1")
+    calls = 0
+
+    def interrupted(name: str) -> None:
+        original = getattr(Objects, name)
+
+        def counted(*args: object) -> object:
+            nonlocal calls
+            calls += 1
+            if calls == call + 1:
+                raise KeyboardInterrupt
+            return original(*args)
+
+        monkeypatch.setattr(Objects, name, counted)
+
+    with monkeypatch.context():
+        for name in ("write", "write_new", "delete", "delete_folder"):
+            interrupted(name)
+        with suppress(KeyboardInterrupt):
+            store.prune() if action == "prune" else getattr(store, action)("pt_1")
+    monkeypatch.undo()
+    if "pt_1" not in store and store.removed():
+        store.restore("pt_1")
+    if "pt_1" in store:
+        xr.testing.assert_equal(store["pt_1"].keypoints(), synthetic.keypoints(seed=1))
+        assert action != "prune" or call == 0
+    else:
+        assert action == "prune"
+    store.verify(repair=True)
+    assert store.verify() == []
+
+
+def test_an_atlas_pruned_while_it_is_restored_is_not_there(
+    store: AtlasStore, synthetic: SimpleNamespace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    synthetic.add(store, "pt_1", seed=1)
+    store.remove("pt_1")
+    write_new = Objects.write_new
+
+    def pruned_before(*args: object) -> bool:
+        AtlasStore.open(store.url).prune()
+        return write_new(*args)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(Objects, "write_new", pruned_before)
+    with pytest.raises(AtlasNotFoundError, match="no removed atlas 'pt_1'"):
+        store.restore("pt_1")
+    assert store.ids() == []
+    assert store.verify() == []
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"encoding-version": "9"}, {"removed": "once"}, {"marker": "{}"}, {"removed": None}],
+)
+def test_a_damaged_description_is_refused(
+    store: AtlasStore, synthetic: SimpleNamespace, change: dict[str, object]
+) -> None:
+    synthetic.add(store, "pt_1", seed=1)
+    store.remove("pt_1")
+    [path] = Path(store.url, "removed").iterdir()
+    path.write_text(json.dumps(json.loads(path.read_text()) | change))
+    for action in (store.removed, store.prune, lambda: store.restore("pt_1")):
+        with pytest.raises(StoreFormatError, match=path.name):
+            action()
+    assert folders(store) == 1
+    assert store.verify(repair=True) == []
