@@ -572,6 +572,7 @@ def test_an_atlas_removed_meanwhile_is_left_out_and_this_is_said(
     def removing(*args: Any, **more: Any) -> Any:
         if "body_2" in moving:
             moving.remove("body_2")
+            moving.prune()
         return station(*args, **more)
 
     monkeypatch.setattr(segmentation, when, removing)
@@ -595,6 +596,7 @@ def test_a_store_of_which_nothing_is_left_is_refused(
     def emptied(*args: Any, **more: Any) -> Any:
         for atlas_id in moving:
             moving.remove(atlas_id)
+        moving.prune()
         return match(*args, **more)
 
     monkeypatch.setattr(segmentation, "match", emptied)

@@ -6,6 +6,7 @@ pickle, and gives the same result in any number of threads.
 """
 
 import io
+import os
 import subprocess
 import sys
 import tempfile
@@ -94,8 +95,14 @@ def build_graph(descriptor: NDArray[np.uint8], folder: Path, stem: str) -> Graph
         source, target = Path(place, "descriptors.npy"), Path(place, "graph.npz")
         np.save(source, descriptor, allow_pickle=False)
         command = [sys.executable, "-W", "ignore", "-m", "atlas_store.index.graph"]
+        # It finds packages where this process does.
+        found = {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
         done = subprocess.run(
-            [*command, source, target], capture_output=True, text=True, check=False
+            [*command, source, target],
+            env=os.environ | found,
+            capture_output=True,
+            text=True,
+            check=False,
         )
         if done.returncode:
             said = done.stderr.strip().splitlines() or [f"exit code {done.returncode}"]

@@ -274,6 +274,7 @@ def test_a_snapshot_keeps_to_the_atlases_it_began_with(
     synthetic.add(store, "pt_2", seed=9, replace=True)
     store.remove("pt_3")
     store.remove("pt_4")
+    store.prune()
     assert snapshot.ids() == list(snapshot) == ["pt_1", "pt_2", "pt_3", "pt_4"]
     assert snapshot.uuids().keys() == set(snapshot)
     assert "pt_3" in snapshot
@@ -494,7 +495,7 @@ def test_an_endless_file_is_not_read(
         atlas = AtlasStore.open(store.url)["pt_1"]
         _ = (atlas.labels[...], atlas.keypoints())
 
-    with pytest.raises((StoreFormatError, KeypointsFormatError), match=f"{1 << 42} bytes"):
+    with pytest.raises((StoreFormatError, KeypointsFormatError), match=r"more than \d+ bytes"):
         read()
     if name != "zarr.json":
         assert {problem.atlas for problem in store.verify()} == {"pt_1"}
