@@ -16,6 +16,7 @@ from kpt_dask.label_files.label_map import dtype_of
 from kpt_dask.runtime import notices
 from kpt_dask.scans import voxel_stream
 from kpt_dask.scans.placement import header_of
+from kpt_dask.scans.remote import Remote
 
 NEAR = 0.1
 """Largest distance of a voxel from one of the scan, in voxels of the scan, to be that one."""
@@ -133,7 +134,7 @@ class RenamedLabels:
 
     Attributes
     ----------
-    path : Path
+    path : Path or Remote
     grid : Grid
     source : callable
         Streams the labels as they are stored, uint16.
@@ -142,7 +143,7 @@ class RenamedLabels:
         named, which is an error where it occurs.
     """
 
-    path: Path
+    path: Path | Remote
     grid: Grid
     source: Callable[[], Iterator[NDArray[np.uint16]]]
     values: NDArray[np.int32]

@@ -14,6 +14,7 @@ from kpt_dask.errors import GridMismatchError, LabelError, ScanNotFoundError
 from kpt_dask.grid import Grid
 from kpt_dask.runtime import notices
 from kpt_dask.scans.dicom_files import is_dicom, is_zarr
+from kpt_dask.scans.remote import Remote, scheme_of
 from kpt_dask.scans.scan import Scan, open_labels, open_scan
 
 
@@ -69,10 +70,10 @@ def open_pair(
     """
     source = open_scan(scan, series=series)
     path = Path(labels)
-    parts = _named_parts(path)
+    parts = _named_parts(path) if scheme_of(str(labels)) is None else None
     if parts is not None:
         return source, _drawn(path, parts, source.grid, organs)
-    labelled = open_labels(path)
+    labelled = open_labels(labels)
     if not source.grid.same_as(labelled.grid):
         if source.grid.shape != labelled.grid.shape:
             how = f"shape {_stored_shape(labelled)} against {_stored_shape(source)}"
@@ -108,7 +109,7 @@ def _named_parts(path: Path) -> NamedParts | None:
     return None
 
 
-def _known(path: Path, names: Mapping[int, str], organs: OrganTable) -> dict[int, Organ]:
+def _known(path: Path | Remote, names: Mapping[int, str], organs: OrganTable) -> dict[int, Organ]:
     """Find the organs that numbers mean, and warn of names that mean none."""
     found, unknown = match_names(names.values(), organs)
     if not found:

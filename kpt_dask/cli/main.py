@@ -133,8 +133,8 @@ def convert(
 ) -> None:
     """Convert SCAN to an OME-Zarr image on an isotropic grid.
 
-    SCAN is a DICOM series (folder, zip or file), an OME-Zarr image, or a NIfTI, NRRD or
-    MetaImage file.
+    SCAN is a DICOM series (folder, zip or file), an OME-Zarr image (folder, or URL: s3://…,
+    http://…), or a NIfTI, NRRD or MetaImage file.
 
     \b
     Example:
@@ -204,8 +204,8 @@ def segment(
 ) -> None:
     """Segment SCAN from the atlases of STORE.
 
-    SCAN is a DICOM series (folder, zip or file), an OME-Zarr image, or a NIfTI, NRRD or
-    MetaImage file.
+    SCAN is a DICOM series (folder, zip or file), an OME-Zarr image (folder, or URL: s3://…,
+    http://…), or a NIfTI, NRRD or MetaImage file.
 
     OUT.zarr is an OME-Zarr image of the scan with the label map labels/organs; it also holds
     the probability of each organ, keypoints, matches and votes.

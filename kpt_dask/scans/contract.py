@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kpt_dask.grid import Grid
+from kpt_dask.scans.remote import Remote
 
 
 class ScanFile(Protocol):
@@ -24,8 +25,8 @@ class ScanFile(Protocol):
     """
 
     @property
-    def path(self) -> Path:
-        """Path as given by the user."""
+    def path(self) -> Path | Remote:
+        """Path or URL as given by the user."""
 
     @property
     def grid(self) -> Grid:

@@ -5,6 +5,7 @@ Directions of axes are those of RFC-4 (anatomical orientation), which this progr
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +14,12 @@ import zarr
 from numpy.typing import NDArray
 
 from atlas_store.arrays import chunk_io
-from kpt_dask.errors import ScanFormatError
+from atlas_store.storage.objects import Objects
+from kpt_dask.errors import ScanFormatError, ScanNotFoundError
 from kpt_dask.grid import Grid
 from kpt_dask.scans import voxel_stream
 from kpt_dask.scans.placement import check_grid, header_of, listed
+from kpt_dask.scans.remote import Remote
 
 UNITS = {"meter": 1e3, "centimeter": 10.0, "millimeter": 1.0, "micrometer": 1e-3}
 """Length of each unit, mm."""
@@ -41,8 +44,8 @@ class OmeZarrFile:
 
     Attributes
     ----------
-    path : Path
-        Folder of the image.
+    path : Path or Remote
+        Folder or URL of the image.
     grid : Grid
         Grid of the finest level.
     array : zarr.Array
@@ -53,7 +56,7 @@ class OmeZarrFile:
         Doubts about the metadata, one sentence each.
     """
 
-    path: Path
+    path: Path | Remote
     grid: Grid
     array: "zarr.Array[Any]"
     axes: tuple[int, ...]
@@ -71,26 +74,55 @@ class OmeZarrFile:
         """NIfTI header for label maps on this grid."""
         return header_of(self.grid)
 
+    def _check_complete(self) -> None:
+        """Refuse an image of this program that lacks chunks, which would be read as 0."""
+        if isinstance(self.path, Path):
+            chunk_io.check_complete(self.array)
+        elif self.array.attrs.get(chunk_io.COMPLETE):
+            objects = Objects.at(str(self.path))
+            for key in self._chunk_keys:
+                if not objects.exists(key):
+                    raise ScanFormatError(f"{self.path} lacks {key}; copy it again.")
+
+    @property
+    def _chunk_keys(self) -> Iterator[str]:
+        """Names of the objects that hold the chunks."""
+        metadata = self.array.metadata
+        ends = (
+            range(-(-n // chunk))
+            for n, chunk in zip(
+                self.array.shape, self.array.shards or self.array.chunks, strict=True
+            )
+        )
+        for index in product(*ends):
+            yield f"{self.array.path}/{metadata.encode_chunk_key(index)}"
+
     def slabs(self) -> Iterator[NDArray[Any]]:
         """Stream the stored voxels; see `kpt_dask.scans.contract.ScanFile`."""
         planes, rows, columns = self.grid.shape
         depth = min(self.array.chunks[self.axes[0]], planes)
         few = max(1, voxel_stream.SLAB_BYTES // (rows * columns * self.dtype.itemsize))
+        checked = False
         for begin in range(0, planes, depth):
             where: list[Any] = [0] * self.array.ndim
             for axis in self.axes:
                 where[axis] = slice(None)
             where[self.axes[0]] = slice(begin, min(begin + depth, planes))
             try:
-                chunk_io.check_complete(self.array)
+                # What lies on a disk may be deleted while it is read.
+                if not checked or isinstance(self.path, Path):
+                    self._check_complete()
+                checked = True
                 values = np.asarray(self.array[tuple(where)])
+            except ScanFormatError:
+                raise
             except Exception as error:  # codecs and stores raise many kinds
                 raise _damaged(self.path, "chunk", error) from error
             for first in range(0, len(values), few):
                 yield values[first : first + few]
 
 
-def open_omezarr(path: Path) -> OmeZarrFile:
+def open_omezarr(path: Path | Remote) -> OmeZarrFile:
     """Read the metadata of an OME-Zarr image.
 
     Raises
@@ -99,9 +131,16 @@ def open_omezarr(path: Path) -> OmeZarrFile:
         If the folder is no OME-Zarr image, or not one 3-D volume of real numbers on a usable grid.
     """
     try:
-        group = zarr.open_group(str(path), mode="r")
+        group = zarr.open_group(Objects.at(str(path)).store, mode="r")
         about: Any = group.attrs.asdict()
         images = about.get("ome", about).get("multiscales")
+    except FileNotFoundError as error:
+        raise ScanNotFoundError(
+            f"{path} does not exist, cannot be reached, or is no Zarr group; give the URL or folder"
+            " of an OME-Zarr image."
+        ) from error
+    except ImportError as error:
+        raise ScanFormatError(f"{path} cannot be read without a library: {error}.") from error
     except Exception as error:
         raise _damaged(path, "metadata", error) from error
     if not images:
@@ -165,7 +204,9 @@ def open_omezarr(path: Path) -> OmeZarrFile:
         affine[:3, 3] += towards * translation[i] * step_mm
     grid = Grid(shape, affine)
     check_grid(path, grid)
-    missing = array.nchunks - array.nchunks_initialized
+    # Web servers do not list what they hold.
+    listed_there = array.store.supports_listing and not str(path).startswith("http")
+    missing = array.nchunks - array.nchunks_initialized if listed_there else 0
     if missing > 0 and not array.attrs.get(chunk_io.COMPLETE):
         doubts.append(
             f"{path} lacks {missing} of {array.nchunks} chunks, which count as"
@@ -174,6 +215,6 @@ def open_omezarr(path: Path) -> OmeZarrFile:
     return OmeZarrFile(path, grid, array, space, tuple(doubts))
 
 
-def _damaged(path: Path, what: str, error: object) -> ScanFormatError:
+def _damaged(path: Path | Remote, what: str, error: object) -> ScanFormatError:
     said = " ".join(str(error).split())[:200]
     return ScanFormatError(f"{path} has a damaged {what} ({said}); get a new copy.")

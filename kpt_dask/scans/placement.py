@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 
 from kpt_dask.errors import ScanFormatError
 from kpt_dask.grid import Grid
+from kpt_dask.scans.remote import Remote
 
 SMALLEST_SPACING = 1e-4
 LARGEST_EXTENT = 1e5
@@ -102,7 +103,7 @@ def check_extent(path: Path, header: Any, grid: Grid) -> None:
     check_grid(path, grid, f" (its unit of length is given as {unit[0]})" if unit else "")
 
 
-def check_grid(path: Path, grid: Grid, told: str = "") -> None:
+def check_grid(path: Path | Remote, grid: Grid, told: str = "") -> None:
     """Refuse a grid that no scan has.
 
     Parameters

@@ -4,6 +4,7 @@ Chooses the reader by the file's name, and checks which numbers a CT or a label 
 format has its own module.
 """
 
+import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +23,7 @@ from kpt_dask.scans.intensities import Intensities
 from kpt_dask.scans.metaimage import open_metaimage
 from kpt_dask.scans.nifti import open_nifti
 from kpt_dask.scans.nrrd import open_nrrd
+from kpt_dask.scans.remote import SCHEMES, Remote, scheme_of
 
 READERS: dict[str, Callable[[Path], ScanFile]] = {
     ".nii": open_nifti,
@@ -49,8 +51,8 @@ class Scan:
 
     Attributes
     ----------
-    path : Path
-        The file.
+    path : Path or Remote
+        The file or folder, or the URL.
     grid : Grid
         Grid of its voxels; axes (k, j, i) in stored order, slowest first.
     dtype : dtype
@@ -59,7 +61,7 @@ class Scan:
         The reader's view of the file.
     """
 
-    path: Path
+    path: Path | Remote
     grid: Grid
     dtype: np.dtype[Any]
     file: ScanFile
@@ -137,10 +139,10 @@ class Scan:
         return values
 
 
-def scan_name(path: Path) -> str:
+def scan_name(path: Path | Remote) -> str:
     """Name a scan after its file or folder, without the ending that a reader knows."""
     # "." has no name.
-    name = path.name or path.resolve().name
+    name = path.name or (path.resolve().name if isinstance(path, Path) else "")
     for ending in sorted(
         [*READERS, *DICOM_ENDINGS, ".zip", ".ome.zarr", ".zarr"], key=len, reverse=True
     ):
@@ -157,8 +159,8 @@ def open_scan(path: str | Path, *, series: str | None = None) -> Scan:
     Parameters
     ----------
     path : str or Path
-        A file that `READERS` know, an OME-Zarr image, or DICOM: a folder with all below it, a zip,
-        or one file.
+        A file that `READERS` know, an OME-Zarr image (its folder, or its URL: s3://, http://, …),
+        or DICOM: a folder with all below it, a zip, or one file.
     series : str, optional
         UID of the DICOM series, needed where there are several.
 
@@ -192,7 +194,10 @@ def open_labels(path: str | Path, *, series: str | None = None) -> Scan:
 
     It must lie on the grid of its scan, whose doubts `open_scan` warns of.
     """
-    path = Path(path)
+    text = os.fspath(path)
+    if (scheme := scheme_of(text)) is not None:
+        return _open_remote(text, scheme, series)
+    path = Path(text.removeprefix("file://"))
     if not path.exists():
         raise ScanNotFoundError(f"{path} does not exist.")
     if not (path.is_file() or path.is_dir()):
@@ -220,3 +225,18 @@ def open_labels(path: str | Path, *, series: str | None = None) -> Scan:
             f" {', '.join(READERS)}."
         )
     return Scan(path, file.grid, file.dtype, file)
+
+
+def _open_remote(url: str, scheme: str, series: str | None) -> Scan:
+    if scheme not in SCHEMES:
+        raise ScanFormatError(
+            f"{url} cannot be read: scans are files, or OME-Zarr images at {', '.join(SCHEMES)};"
+            " copy it to a disk."
+        )
+    if series is not None:
+        raise ScanFormatError(f"{url} is no DICOM and has no series; leave --series out.")
+    from kpt_dask.scans.omezarr_scan import open_omezarr
+
+    place = Remote(url)
+    file = open_omezarr(place)
+    return Scan(place, file.grid, file.dtype, file)
