@@ -101,7 +101,7 @@ _COMMON = {
     "spleen": ("78961009", "Spleen"),
     "sternum": ("56873002", "Sternum"),
     "stomach": ("69695003", "Stomach"),
-    "subclavian_artery": ("29700009", "Subclavian artery"),
+    "subclavian_artery": ("36765005", "Subclavian artery"),
     "superior_vena_cava": ("48345005", "Superior vena cava"),
     "thyroid_gland": ("69748006", "Thyroid gland"),
     "tibia": ("12611008", "Tibia"),
