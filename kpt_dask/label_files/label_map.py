@@ -79,9 +79,7 @@ class LabelMap:
             for a, b in [(low[label].tolist(), high[label].tolist())]
         }
 
-    def only(self, organ: Organ) -> "LabelMap":
-        """Mask of one organ: 1 where it is, uint8."""
-        mask = (np.equal(slab, organ.value).view(np.uint8) for slab in self.voxels.slabs())
-        shape = self.voxels.shape
-        voxels = PackedLabels.of(shape, np.dtype(np.uint8), mask)
+    def only(self, organ: Organ, extent: Extent | None) -> "LabelMap":
+        """Mask of one organ: 1 where it is, uint8; its extent is None where it does not occur."""
+        voxels = self.voxels.mask(organ.value, slice(0, 0) if extent is None else extent[0])
         return replace(self, voxels=voxels, organs=(replace(organ, value=1),))

@@ -79,10 +79,27 @@ class PackedLabels:
 
     def slabs(self) -> Iterator[NDArray[Any]]:
         """Inflate all planes in order, piece by piece: read-only arrays (n, j, i)."""
+        return map(self.planes, self.pieces)
+
+    def planes(self, piece: Packed) -> NDArray[Any]:
+        """Inflate the planes (n, j, i) of a piece, read-only."""
+        labels = np.frombuffer(self.inflated(piece), self.dtype.newbyteorder("<"))
+        return labels.astype(self.dtype, copy=False).reshape(-1, *self.shape[1:])
+
+    def mask(self, value: int, along: slice) -> "PackedLabels":
+        """Mask of a label, uint8, which occurs in no planes but those of a slice."""
+        nowhere: dict[int, Packed] = {}
+        pieces, first = [], 0
         for piece in self.pieces:
-            plain = self.inflated(piece)
-            planes = np.frombuffer(plain, self.dtype.newbyteorder("<"))
-            yield planes.astype(self.dtype, copy=False).reshape(-1, *self.shape[1:])
+            number = piece.size // self._plane_bytes
+            if along.start < first + number and first < along.stop:
+                pieces.append(pack(np.equal(self.planes(piece), value).view(np.uint8)))
+            else:
+                if number not in nowhere:
+                    nowhere[number] = pack(np.zeros((number, *self.shape[1:]), np.uint8))
+                pieces.append(nowhere[number])
+            first += number
+        return PackedLabels(self.shape, np.dtype(np.uint8), tuple(pieces))
 
     def counts(self, size: int) -> NDArray[np.int64]:
         """Count the voxels of each label below `size`; those of the background count as 0."""

@@ -118,6 +118,10 @@ class LabelRequest:
         for file, path in zip(self.files, paths, strict=False):
             with naming(path):
                 file.format.write(path, label_map)
-        for organ, path in zip(label_map.organs, paths[len(self.files) :], strict=False):
+        if self.split is None:
+            return
+        extents = label_map.extents()
+        for organ, path in zip(label_map.organs, paths[len(self.files) :], strict=True):
             with naming(path):
-                FORMATS[SPLIT_ENDING].write(path, label_map.only(organ))
+                mask = label_map.only(organ, extents.get(organ.value))
+                FORMATS[SPLIT_ENDING].write(path, mask)

@@ -16,8 +16,9 @@ import contourpy
 import numpy as np
 from numpy.typing import NDArray
 from pydicom import uid
+from pydicom.dataelem import RawDataElement
 from pydicom.dataset import Dataset, FileMetaDataset
-from pydicom.valuerep import format_number_as_ds
+from pydicom.tag import Tag
 
 from atlas_store import Organ
 from kpt_dask.errors import ScanFormatError
@@ -28,6 +29,8 @@ from kpt_dask.label_files.label_map import Extent, LabelMap
 
 AXIAL = 1e-3
 """Tolerance of the planes' normal to the body's axis, as a direction cosine."""
+
+CONTOUR_DATA = Tag("ContourData")
 
 SOP_CLASS = uid.RTStructureSetStorage
 _STUDY_COMPONENT = "1.2.840.10008.3.1.2.3.1"
@@ -86,7 +89,8 @@ def _header(now: datetime) -> Dataset:
     made = Dataset()
     made.file_meta = FileMetaDataset()
     made.file_meta.MediaStorageSOPClassUID = SOP_CLASS
-    made.file_meta.TransferSyntaxUID = uid.ExplicitVRLittleEndian
+    # Explicit lengths of coordinates end at 64 KiB, about 2000 points.
+    made.file_meta.TransferSyntaxUID = uid.ImplicitVRLittleEndian
     made.file_meta.ImplementationVersionName = "KPT-DASK"
     made.SOPClassUID = SOP_CLASS
     made.SOPInstanceUID = uid.generate_uid()
@@ -168,8 +172,15 @@ def _contour(outline: Points, plane: int, grid: Grid, source: Source) -> Dataset
     item.ContourGeometricType = "CLOSED_PLANAR"
     item.NumberOfContourPoints = len(outline)
     at = np.column_stack([np.full(len(outline), plane), outline])
-    item.ContourData = [format_number_as_ds(mm) for mm in grid.to_mm(at)[:, ::-1].ravel().tolist()]
+    item[CONTOUR_DATA] = _coordinates(grid.to_mm(at)[:, ::-1])
     return item
+
+
+def _coordinates(points: Points) -> RawDataElement:
+    """Spell points (n, 3) in mm; as bytes, because pydicom keeps a number in 300 of them."""
+    text = "\\".join(f"{mm:.3f}" for mm in points.ravel().tolist()).encode()
+    text += b" " * (len(text) % 2)
+    return RawDataElement(CONTOUR_DATA, "DS", len(text), text, 0, True, True)
 
 
 def outlines(mask: NDArray[np.bool_], box: Extent) -> Iterator[Points]:
@@ -195,8 +206,15 @@ def outlines(mask: NDArray[np.bool_], box: Extent) -> Iterator[Points]:
     corner = np.array([box[1].start - 1, box[2].start - 1])
     for points, ends in zip(polygons, offsets, strict=True):
         # Rings are closed: their last point is the first again.
-        rings = [points[a : b - 1, ::-1] for a, b in pairwise(ends.tolist())]
+        rings = [_corners(points[a : b - 1, ::-1]) for a, b in pairwise(ends.tolist())]
         yield _joined(rings[0], rings[1:]) + corner
+
+
+def _corners(ring: Points) -> Points:
+    """Leave out the points of a closed ring at which it goes straight on."""
+    come, go = ring - np.roll(ring, 1, axis=0), np.roll(ring, -1, axis=0) - ring
+    corners: Points = ring[come[:, 0] * go[:, 1] != come[:, 1] * go[:, 0]]
+    return corners
 
 
 def _joined(outer: Points, holes: list[Points]) -> Points:

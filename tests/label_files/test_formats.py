@@ -15,6 +15,7 @@ from atlas_store import Organ
 from kpt_dask.errors import ScanFormatError
 from kpt_dask.label_files.formats import FORMATS, LabelFile
 from kpt_dask.label_files.label_map import LabelMap
+from kpt_dask.scans import nifti_writer
 from kpt_dask.scans.placement import header_of
 from kpt_dask.scans.scan import open_labels
 from tests.label_files.maps import ORGANS, WIDE, affine, label_map, labels, places
@@ -133,11 +134,15 @@ def test_itk_snap_is_told_names_and_colours(tmp_path: Path) -> None:
     assert lines[2][:4] == ["5", "0", "128", "255"]
 
 
-def test_a_mask_shows_one_organ(tmp_path: Path) -> None:
-    mask = label_map(organs=WIDE).only(WIDE[-1])
-    values, _ = by_nibabel(write(tmp_path / "m.nii.gz", mask))
-    assert values.dtype == np.uint8
-    np.testing.assert_array_equal(values, labels(organs=WIDE) == 300)
+def test_a_mask_shows_one_organ(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(nifti_writer, "PIECE_BYTES", 1)
+    made = label_map(organs=WIDE)
+    assert len(made.voxels.pieces) == len(labels())
+    for organ in WIDE:
+        mask = made.only(organ, made.extents().get(organ.value))
+        values, _ = by_nibabel(write(tmp_path / "m.nii.gz", mask))
+        assert values.dtype == np.uint8
+        np.testing.assert_array_equal(values, labels(organs=WIDE) == organ.value)
 
 
 def test_extents_are_those_of_the_labels() -> None:
