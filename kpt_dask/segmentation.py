@@ -65,6 +65,8 @@ FEW_KEYPOINTS = 20
 """Fewer keypoints than this are doubtful, and warned of."""
 LITTLE = 0.01
 """A smaller share of the organs' volume in the atlases is doubtful, and warned of."""
+UNSURE = 0.35
+"""Confidence in mode `local` below which an organ is doubtful, and warned of."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -285,6 +287,8 @@ def segment(
             seconds=time.perf_counter() - start,
         )
         _doubt_little(source, volume, finished, atlases)
+        if mode == "local":
+            _doubt_organs(source, finished)
         finished = replace(finished, warnings=(*doubts, *later))
         _keep(group, found, {**said, "warnings": list(finished.warnings)})
         for array in (*volume.levels, *found.label_levels, found.probability):
@@ -480,6 +484,16 @@ def _doubt_itself(scan: Scan, volume: Volume, store: AtlasStore, atlases: Sequen
         notices.warn(
             f"{scan.path} is in {store.url} itself, as {', '.join(same)}, whose labels vote too;"
             f" to see what the others make of it, add {excluded}."
+        )
+
+
+def _doubt_organs(scan: Scan, found: Segmentation) -> None:
+    """Warn of organs on which the atlases, warped to the scan, hardly agree."""
+    names = [n for n, o in found.organs.items() if o.volume_ml and o.confidence < UNSURE]
+    if names:
+        notices.warn(
+            f"{scan.path}: the atlases hardly agree on {', '.join(names)} (confidence below"
+            f" {UNSURE:g}); look at the label map there before anything depends on it."
         )
 
 

@@ -28,9 +28,7 @@ patients, on which it was chosen, and of 95 % of those of sixteen others."""
 FIRM = 1.25
 """Multiple of the threshold: the confidence is the share of an organ's voxels that reach it."""
 BORDER = 3.0
-"""mm; error of a border that seems sure. It costs a small organ more of its confidence. With this
-and `FIRM`, Spearman's ρ of the confidence with the true Dice is 0.49 in mode local (OpenKBP, 31
-patients): a low value is a warning, a high one no promise."""
+"""mm; error of a border that seems sure. It costs a small organ more of its confidence."""
 _BORDER_ERRORS = -BORDER_ERROR, BORDER_ERROR
 LEVELS = POSSIBLE, 1.0, FIRM, SURE
 """Multiples of the threshold at which shares are counted."""
@@ -61,9 +59,11 @@ class OrganMeasures:
     at_border : bool
         Whether it reaches the first or last voxels of the field of view: it may be cut off.
     confidence : float
-        From 0 to 1: Dice of the voxels whose share reaches the threshold with those whose share
-        reaches `FIRM` times as much, times 1 − `BORDER` / r, where r is the radius of a ball of
-        the organ's volume. 0 if the organ was not found, or if r ≤ `BORDER`.
+        From 0 to 1; 0 if the organ was not found. In mode `local`, where two atlases or more label
+        the organ: the mean overlap of two of them, `OrganCounts.overlap`. Else Dice of the voxels
+        whose share reaches the threshold with those whose share reaches `FIRM` times as much,
+        times 1 − `BORDER` / r, where r is the radius of a ball of the organ's volume; 0 if
+        r ≤ `BORDER`.
     """
 
     volume_ml: float
@@ -93,6 +93,8 @@ class OrganCounts:
         Sum of their indices z, y, x.
     low, high : int64 arrays (organ, 3)
         Their lowest and highest indices.
+    overlap : float64 array (organ)
+        Mean overlap of two warped atlases' labels, of the whole scan; NaN where there is none.
     """
 
     above: NDArray[np.int64]
@@ -101,6 +103,7 @@ class OrganCounts:
     indices: NDArray[np.int64]
     low: NDArray[np.int64]
     high: NDArray[np.int64]
+    overlap: NDArray[np.float64]
 
     @classmethod
     def empty(cls, organs: int) -> "OrganCounts":
@@ -112,6 +115,7 @@ class OrganCounts:
             np.zeros((organs, 3), np.int64),
             np.full((organs, 3), np.iinfo(np.int64).max),
             np.full((organs, 3), -1),
+            np.full(organs, np.nan),
         )
 
     def __add__(self, other: "OrganCounts") -> "OrganCounts":
@@ -123,6 +127,7 @@ class OrganCounts:
             self.indices + other.indices,
             np.minimum(self.low, other.low),
             np.maximum(self.high, other.high),
+            self.overlap,
         )
 
 
@@ -300,6 +305,9 @@ def _one(counts: OrganCounts, o: int, grid: Grid, voting: NDArray[np.float64]) -
     possible, whole, firm, sure = counts.above[o].tolist()
     whole = max(whole, count)
     low, high = (count * ml * max(1 + e / _radius(count * ml), 0) ** 3 for e in _BORDER_ERRORS)
+    confidence = float(counts.overlap[o])
+    if math.isnan(confidence):
+        confidence = 2 * firm / (whole + firm) * max(1 - BORDER / _radius(count * ml), 0)
     corners = [_point(grid, counts.low[o]), _point(grid, counts.high[o])]
     last = np.array(grid.shape) - 1
     return OrganMeasures(
@@ -311,7 +319,7 @@ def _one(counts: OrganCounts, o: int, grid: Grid, voting: NDArray[np.float64]) -
         votes=len(voting),
         spread_mm=spread,
         at_border=bool((counts.low[o] <= 0).any() or (counts.high[o] >= last).any()),
-        confidence=2 * firm / (whole + firm) * max(1 - BORDER / _radius(count * ml), 0),
+        confidence=confidence,
     )
 
 

@@ -1,3 +1,4 @@
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -38,7 +39,9 @@ def arrays() -> Arrays:
     return random.integers(-1000, 1000, SHAPE).astype(np.float32), labels, shares
 
 
-def found(arrays: Arrays, block: tuple[int, int, int]) -> dict[str, OrganMeasures]:
+def found(
+    arrays: Arrays, block: tuple[int, int, int], overlap: Any = None
+) -> dict[str, OrganMeasures]:
     hu, labels, shares = arrays
     position = np.array([[100, -50, 20], [106, -50, 20], [103, -46, 20]], np.float32)
     keypoints = xr.Dataset({"position": (("keypoint", "axis"), position)})
@@ -56,6 +59,8 @@ def found(arrays: Arrays, block: tuple[int, int, int]) -> dict[str, OrganMeasure
         corner = np.array([part.start for part in region])
         count_labels(labels[region], hu[region], ORGANS.values, corner, counts)
         total += counts
+    if overlap is not None:
+        total = replace(total, overlap=overlap)
     return organ_measures(total, ORGANS, GRID, keypoints, votes)
 
 
@@ -86,6 +91,18 @@ def test_measures_follow_from_their_definitions(
         inner, outer = (volume * max(1 + e / radius, 0) ** 3 for e in (-5, 5))
         assert low == pytest.approx(min((p >= 0.7).sum() * 0.008, inner))
         assert high == pytest.approx(max((p >= 0.15).sum() * 0.008, outer))
+
+
+def test_confidence_is_the_overlap_of_atlases_where_it_is_known(arrays: Arrays) -> None:
+    overlap = np.array([0.7, np.nan, 0.5, 0.6, 0.8, 0.2, np.nan])
+    usual, measured = found(arrays, (8, 16, 32)), found(arrays, (8, 16, 32), overlap)
+    for organ, expected in zip(ORGANS, overlap, strict=True):
+        one = measured[organ.name].confidence
+        if np.isnan(expected) or not measured[organ.name].volume_ml:
+            assert one == usual[organ.name].confidence
+        else:
+            assert one == expected != usual[organ.name].confidence
+    assert measured[ORGANS.names[0]].volume_ml
 
 
 def test_an_organ_at_the_border_and_the_spread_of_votes_are_told(

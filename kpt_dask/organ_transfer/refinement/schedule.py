@@ -153,6 +153,25 @@ def agreement(refined: Sequence[Refined], organs: int) -> NDArray[np.float64]:
     return found
 
 
+def overlap(refined: Sequence[Refined], organs: int) -> NDArray[np.float64]:
+    """Mean overlap of two atlases' labels, of each organ, float64 array (organ).
+
+    With n(x) atlases that label the organ at x, and A that label it anywhere, it is
+    Σ n (n − 1) / ((A − 1) Σ n): for two atlases, their Dice coefficient. NaN where A < 2.
+    """
+    counts = np.zeros((2, organs + 1), np.int64)
+    seen = np.zeros((len(refined), organs + 1), bool)
+    # Plane by plane, so that not all labels are held twice.
+    for planes in zip(*(one.labels for one in refined), strict=True):
+        kernels.count_pairs(np.stack(planes).reshape(len(refined), -1), counts, seen)
+    found = np.full(organs, np.nan)
+    atlases = seen.sum(axis=0)[1:]
+    several = atlases > 1
+    single, pairs = counts[:, 1:][:, several]
+    found[several] = pairs / ((atlases[several] - 1) * single)
+    return found
+
+
 def _refine(
     scan: Comparison,
     atlas: Atlas,

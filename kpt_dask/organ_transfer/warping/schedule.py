@@ -7,6 +7,7 @@ voxel's votes do not depend on how the volume is cut into blocks.
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -34,6 +35,9 @@ from kpt_dask.organ_transfer.refinement.schedule import (
     compare_with,
     create_fields,
     refine,
+)
+from kpt_dask.organ_transfer.refinement.schedule import (
+    overlap as overlap_of_atlases,
 )
 from kpt_dask.organ_transfer.warping.block import (
     BINS,
@@ -120,7 +124,7 @@ def warp_atlases(
         )
         reached = [i for i, one in enumerate(refined) if one is not None]
         found = [one for one in refined if one is not None]
-        means = agreement(found, len(organs))
+        means, alike = agreement(found, len(organs)), overlap_of_atlases(found, len(organs))
         warped = [
             WarpedAtlas(atlases[i], i, one.base, mean)
             for i, one, mean in zip(reached, found, means, strict=True)
@@ -146,7 +150,7 @@ def warp_atlases(
         total = OrganCounts.empty(len(organs))
         for _, of_shard in cluster.run(session, draw_borders, regions, "Drawing borders"):
             total += of_shard
-    return total
+    return replace(total, overlap=alike)
 
 
 def log_ratios(counts: NDArray[np.int64], weight: float) -> NDArray[np.float32]:
