@@ -20,7 +20,7 @@ LAYERS = (
     {"kpt_dask.organ_transfer"},
     {"kpt_dask.matching", "kpt_dask.atlases"},
     {"kpt_dask.keypoints"},
-    {"kpt_dask.volumes"},
+    {"kpt_dask.volumes", "kpt_dask.measures"},
     {"kpt_dask.annotations"},
     {"kpt_dask.label_files"},
     {"kpt_dask.scans"},
@@ -70,6 +70,7 @@ MANY_PARAMETERS = {
     "kpt_dask.cli.main.evaluate": COMMAND,
     "kpt_dask.cli.main.export": COMMAND,
     "kpt_dask.cli.main.segment": COMMAND,
+    "kpt_dask.cli.measure.measure": COMMAND,
     "kpt_dask.cli.slurm.main": COMMAND,
     "kpt_dask.evaluation.evaluate": FACE,
     "kpt_dask.exports.export": FACE,
@@ -81,6 +82,7 @@ MANY_PARAMETERS = {
 NAMED_ALIKE = {
     "kpt_dask.cli.atlas": "the click group of `kpt atlas`",
     "kpt_dask.cli.main": "an entry point is called main",
+    "kpt_dask.cli.measure": "the click command `kpt measure`",
 }
 """Rooms and files named like what their package exports, and why."""
 

@@ -30,6 +30,7 @@ from kpt_dask.cli.common import (
     transfer_options,
     working,
 )
+from kpt_dask.cli.measure import measure
 from kpt_dask.cli.streams import keep_streams_open
 from kpt_dask.options import LABELS, SCANS, TransferOptions
 from kpt_dask.output.interruption import ENDING
@@ -108,6 +109,7 @@ def kpt() -> None:
 
 
 kpt.add_command(atlas)
+kpt.add_command(measure)
 
 
 @kpt.command()

@@ -77,9 +77,21 @@ class PackedLabels:
     def _plane_bytes(self) -> int:
         return self.shape[1] * self.shape[2] * self.dtype.itemsize
 
-    def slabs(self) -> Iterator[NDArray[Any]]:
-        """Inflate all planes in order, piece by piece: read-only arrays (n, j, i)."""
-        return map(self.planes, self.pieces)
+    def slabs(self, wanted: slice | None = None) -> Iterator[NDArray[Any]]:
+        """Inflate planes in order, piece by piece: read-only arrays (n, j, i).
+
+        Parameters
+        ----------
+        wanted : slice, optional
+            First plane and end of those that are wanted; pieces without any are not inflated.
+        """
+        first = 0
+        for piece in self.pieces:
+            n = piece.size // self._plane_bytes
+            a, b = (0, n) if wanted is None else (wanted.start - first, wanted.stop - first)
+            if b > 0 and a < n:
+                yield self.planes(piece)[max(a, 0) : b]
+            first += n
 
     def planes(self, piece: Packed) -> NDArray[Any]:
         """Inflate the planes (n, j, i) of a piece, read-only."""

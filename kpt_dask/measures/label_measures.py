@@ -1,0 +1,263 @@
+"""Measures of each label of a label map, by streaming it beside its scan."""
+
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from atlas_store import OrganTable
+from kpt_dask.annotations.opening import open_pair
+from kpt_dask.errors import GridMismatchError
+from kpt_dask.grid import Grid
+from kpt_dask.label_files.label_map import Extent, LabelMap
+from kpt_dask.label_files.packed import PackedLabels
+from kpt_dask.measures.surfaces import Agreement, agreement
+from kpt_dask.runtime import notices, progress
+from kpt_dask.scans.scan import Scan, open_labels, open_scan
+
+RIGHT_ANGLE = 1e-3
+"""Largest cosine of an angle between axes that counts as a right one."""
+
+
+@dataclass(frozen=True)
+class LabelMeasures:
+    """Measures of one label.
+
+    Attributes
+    ----------
+    name : str
+        Name of the organ, or ``label N`` without an organ table.
+    value : int
+        Label value.
+    voxels : int
+    volume_ml : float
+    mean_hu, sd_hu : float or None
+        Mean and standard deviation of the scan's values; None if the label does not occur.
+    centroid_mm : (float, float, float) or None
+        Mean position (z, y, x) of its voxels, LPS.
+    at_border : bool
+        Whether it reaches the first or last voxels of the scan: it may be cut off.
+    agreement : Agreement or None
+        Comparison with the other labels, if there are any.
+    """
+
+    name: str
+    value: int
+    voxels: int
+    volume_ml: float
+    mean_hu: float | None
+    sd_hu: float | None
+    centroid_mm: tuple[float, float, float] | None
+    at_border: bool
+    agreement: Agreement | None = None
+
+
+def measure(
+    scan: str | Path,
+    labels: str | Path,
+    *,
+    organs: OrganTable | None = None,
+    reference: str | Path | None = None,
+    tolerance_mm: float = 3.0,
+    series: str | None = None,
+) -> list[LabelMeasures]:
+    """Measure every label of any label map, and compare it with another one.
+
+    Parameters
+    ----------
+    scan : str or Path
+        As for `kpt_dask.open_scan`.
+    labels : str or Path
+        Labels on the grid of the scan; with `organs` in any format that an atlas's may have,
+        without it a label map of values.
+    organs : OrganTable, optional
+        Names of the values; only these are measured, whether they occur or not.
+    reference : str or Path, optional
+        Labels to compare with, like `labels`.
+    tolerance_mm : float
+        For the surface Dice.
+    series : str, optional
+        UID of the DICOM series of the scan.
+
+    Returns
+    -------
+    list of LabelMeasures
+        In the order of the table, or of the values.
+
+    Raises
+    ------
+    GridMismatchError
+        If labels do not lie on the grid of the scan.
+    LabelError, ScanNotFoundError, ScanFormatError
+        If something cannot be read, or is no label map.
+
+    Examples
+    --------
+    >>> from atlas_store import load_organs
+    >>> found = measure("body_1_ct.nii.gz", "body_1_seg.nii.gz", organs=load_organs("visceral"))
+    >>> found[0].name, found[0].volume_ml > 0
+    ('liver', True)
+    """
+    source, labelled = _opened(scan, labels, organs, series)
+    sums = _Sums.of(source, labelled)
+    other = None
+    if reference is not None:
+        _, compared = _opened(scan, reference, organs, series)
+        other = _packed(compared, "Reading reference")
+        _doubt_shear(source)
+    table: Mapping[int, str]
+    if organs is None:
+        values = set(np.flatnonzero(sums.voxels).tolist())
+        values |= set() if other is None else set(np.flatnonzero(_counts(other)).tolist())
+        table = {value: f"label {value}" for value in sorted(values - {0})}
+    else:
+        table = {organ.value: organ.name for organ in organs}
+    compared_with = _agreements(sums.labels, other, table, source.grid, tolerance_mm)
+    return [
+        sums.measures(name, value, source.grid, compared_with.get(value))
+        for value, name in table.items()
+    ]
+
+
+def _opened(
+    scan: str | Path, labels: str | Path, organs: OrganTable | None, series: str | None
+) -> tuple[Scan, Scan]:
+    if organs is not None:
+        return open_pair(scan, labels, organs, series=series)
+    source, labelled = open_scan(scan, series=series), open_labels(labels)
+    if not source.grid.same_as(labelled.grid):
+        raise GridMismatchError(
+            f"{labels} does not lie on the grid of {scan}; resample it to the scan first."
+        )
+    return source, labelled
+
+
+def _doubt_shear(scan: Scan) -> None:
+    axes = scan.grid.affine[:3, :3] / scan.grid.spacing
+    if np.abs(axes.T @ axes - np.eye(3)).max() > RIGHT_ANGLE:
+        notices.warn(
+            f"{scan.path}: its axes are not at right angles (its gantry was tilted), so distances"
+            " of surfaces are off by as much."
+        )
+
+
+@dataclass(frozen=True, eq=False)
+class _Sums:
+    """Sums over the voxels of each label value; `labels` is the label map that was read."""
+
+    labels: PackedLabels
+    voxels: NDArray[np.int64]
+    hu: NDArray[np.float64]
+    squares: NDArray[np.float64]
+    indices: NDArray[np.float64]
+    border: NDArray[np.bool_]
+
+    @classmethod
+    def of(cls, scan: Scan, labelled: Scan) -> "_Sums":
+        size = np.iinfo(np.uint16).max + 1
+        voxels = np.zeros(size, np.int64)
+        hu, squares, indices = np.zeros(size), np.zeros(size), np.zeros((size, 3))
+        border = np.zeros(size, np.bool_)
+        shape = scan.grid.shape
+        rows, columns = np.indices(shape[1:], np.float64).reshape(2, -1)
+
+        def planes() -> Iterator[NDArray[np.uint16]]:
+            with progress.stage("Measuring", total=shape[0]) as advance:
+                pairs = zip(_planes(scan.slabs()), _planes(labelled.label_slabs()), strict=True)
+                for k, (values, plane) in enumerate(pairs):
+                    shown = np.flatnonzero(plane)
+                    at, of = plane.reshape(-1)[shown], values.reshape(-1)[shown].astype(np.float64)
+                    largest = int(at.max(initial=0)) + 1
+                    here = np.bincount(at, minlength=largest)
+                    voxels[:largest] += here
+                    hu[:largest] += np.bincount(at, of, largest)
+                    squares[:largest] += np.bincount(at, of * of, largest)
+                    indices[:largest, 0] += k * here
+                    indices[:largest, 1] += np.bincount(at, rows[shown], largest)
+                    indices[:largest, 2] += np.bincount(at, columns[shown], largest)
+                    edges = (plane[0], plane[-1], plane[:, 0], plane[:, -1])
+                    for edge in (plane,) if k in (0, shape[0] - 1) else edges:
+                        border[edge] = True
+                    advance(1)
+                    yield plane[None]
+
+        labels = PackedLabels.of(shape, np.dtype(np.uint16), planes())
+        return cls(labels, voxels, hu, squares, indices, border)
+
+    def measures(
+        self, name: str, value: int, grid: Grid, compared: Agreement | None
+    ) -> LabelMeasures:
+        n = int(self.voxels[value])
+        volume = n * grid.voxel_volume / 1000
+        if n == 0:
+            return LabelMeasures(name, value, 0, 0.0, None, None, None, False, compared)
+        mean = float(self.hu[value] / n)
+        variance = max(float(self.squares[value] / n) - mean * mean, 0.0)
+        z, y, x = (grid.affine @ np.append(self.indices[value] / n, 1.0))[:3].tolist()
+        border = bool(self.border[value])
+        sd = math.sqrt(variance)
+        return LabelMeasures(name, value, n, volume, mean, sd, (z, y, x), border, compared)
+
+
+def _planes(slabs: Iterator[NDArray[Any]]) -> Iterator[NDArray[Any]]:
+    for slab in slabs:
+        yield from slab
+
+
+def _packed(labelled: Scan, description: str) -> PackedLabels:
+    with progress.stage(description, total=labelled.grid.shape[0]) as advance:
+
+        def slabs() -> Iterator[NDArray[np.uint16]]:
+            for slab in labelled.label_slabs():
+                yield slab
+                advance(len(slab))
+
+        return PackedLabels.of(labelled.grid.shape, np.dtype(np.uint16), slabs())
+
+
+def _counts(labels: PackedLabels) -> NDArray[np.int64]:
+    return labels.counts(np.iinfo(np.uint16).max + 1)
+
+
+def _agreements(
+    labels: PackedLabels,
+    other: PackedLabels | None,
+    table: Mapping[int, str],
+    grid: Grid,
+    tolerance_mm: float,
+) -> dict[int, Agreement]:
+    """Compare each label of the table in the box that holds both."""
+    if other is None:
+        return {}
+    boxes = [LabelMap(one, grid, ()).extents() for one in (labels, other)]
+    spacing = (float(grid.spacing[0]), float(grid.spacing[1]), float(grid.spacing[2]))
+    found = {}
+    with progress.stage("Comparing", total=len(table)) as advance:
+        for value in table:
+            known = [box[value] for box in boxes if value in box]
+            if known:
+                box = _enclosing(known)
+                masks = [_mask(one, value, box) for one in (labels, other)]
+            else:
+                masks = [np.zeros((1, 1, 1), np.bool_)] * 2
+            found[value] = agreement(masks[0], masks[1], spacing, tolerance_mm=tolerance_mm)
+            advance(1)
+    return found
+
+
+def _enclosing(boxes: list[Extent]) -> Extent:
+    z, y, x = (
+        slice(min(part.start for part in parts), max(part.stop for part in parts))
+        for parts in zip(*boxes, strict=True)
+    )
+    return z, y, x
+
+
+def _mask(labels: PackedLabels, value: int, box: Extent) -> NDArray[np.bool_]:
+    """Cut the mask of a label out of a label map."""
+    parts = [slab[(slice(None), *box[1:])] == value for slab in labels.slabs(box[0])]
+    return np.concatenate(parts)
