@@ -165,6 +165,6 @@ class RenamedLabels:
                 found = np.unique(slab[named == UNNAMED]).tolist()
                 raise LabelError(
                     f"{self.path} holds labels without a name: {', '.join(map(str, found[:12]))};"
-                    " choose the layout that it has."
+                    " name them where the others are named, or choose the layout that it has."
                 )
             yield named.astype(np.uint16)

@@ -10,10 +10,12 @@ from atlas_store import Organ, OrganTable
 from kpt_dask.annotations.drawn import UNNAMED, Canvas, DrawnLabels, RenamedLabels
 from kpt_dask.annotations.masks import MaskFolder, mask_files
 from kpt_dask.annotations.names import match_names
+from kpt_dask.annotations.nifti_names import label_names
 from kpt_dask.errors import GridMismatchError, LabelError, ScanNotFoundError
 from kpt_dask.grid import Grid
 from kpt_dask.runtime import notices
 from kpt_dask.scans.dicom_files import is_dicom, is_zarr
+from kpt_dask.scans.nifti import NiftiFile
 from kpt_dask.scans.remote import Remote, scheme_of
 from kpt_dask.scans.scan import Scan, open_labels, open_scan
 
@@ -44,9 +46,10 @@ def open_pair(
     scan : str or Path
         As for `kpt_dask.open_scan`.
     labels : str or Path
-        A label map in a format of scans, with the values of the organs; or a folder with a mask
-        for each organ, a segmentation of 3D Slicer (``.seg.nrrd``), a DICOM SEG or RTSTRUCT, whose
-        names decide. What no organ is called is left out, with a warning.
+        A label map in a format of scans, with the values of the organs; or a NIfTI label map that
+        names its values (as of TotalSegmentator), a folder with a mask for each organ, a
+        segmentation of 3D Slicer (``.seg.nrrd``), a DICOM SEG or RTSTRUCT: then the names decide.
+        What no organ is called is left out, with a warning.
     organs : OrganTable
         Organs of the store.
     values : mapping of int to str, optional
@@ -82,6 +85,8 @@ def open_pair(
         raise GridMismatchError(
             f"{labels} does not lie on the grid of {scan} ({how}); resample it to the scan first."
         )
+    if values is None and isinstance(labelled.file, NiftiFile):
+        values = label_names(labelled.file)
     return source, _renamed(labelled, values, organs) if values else labelled
 
 
@@ -118,7 +123,7 @@ def _known(path: Path | Remote, names: Mapping[int, str], organs: OrganTable) ->
             f" {', '.join(organs.names)}."
         )
     if unknown:
-        notices.warn(f"{path}: {_few(unknown)} mean no organ of the store and are left out.")
+        notices.warn(f"{path}: no organ of the store is called {_few(unknown)}, left out.")
     return {n: found[name] for n, name in names.items() if name in found}
 
 

@@ -116,9 +116,10 @@ def add(
 ) -> None:
     """Add the scan SCAN with the labels LABELS, which lie on the same grid.
 
-    LABELS is a label map with the values of the store's organs; or a folder with a mask for each
-    organ (liver.nii.gz, …), a segmentation of 3D Slicer (.seg.nrrd), a DICOM SEG or an RTSTRUCT,
-    whose names decide. Names that the store does not know are reported and left out.
+    LABELS is a label map with the values of the store's organs; or a NIfTI label map that names
+    them (as of TotalSegmentator), a folder with a mask for each organ (liver.nii.gz, …), a
+    segmentation of 3D Slicer (.seg.nrrd), a DICOM SEG or an RTSTRUCT, whose names decide. Names
+    that the store does not know are reported and left out.
 
     \b
     Examples:

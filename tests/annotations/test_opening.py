@@ -64,6 +64,7 @@ def written(asked: str, made: LabelMap) -> Path:
 
 
 WRITERS: dict[str, Callable[[Path, LabelMap], Path]] = {
+    "nifti": lambda folder, made: written(str(folder / "l.nii.gz"), made),
     "masks": lambda folder, made: masks(folder / "segmentations", made),
     "slicer": lambda folder, made: written(str(folder / "l.seg.nrrd"), made),
     "seg": lambda folder, made: written(str(folder / "l.dcm"), made),
@@ -171,11 +172,12 @@ def test_3d_slicers_layers_and_crops_are_put_in_their_place(tmp_path: Path) -> N
 
 def test_values_are_named_by_a_layout(tmp_path: Path) -> None:
     scan = scan_at(tmp_path / "ct.nii.gz")
-    path = written(str(tmp_path / "l.nii.gz"), label_map())
+    path = tmp_path / "l.nii.gz"
+    nib.save(nib.Nifti1Image(labels().T, LPS @ affine()), path)
     names = {1: "Liver", 5: "left kidney", 7: "moon"}
     values, told = read(scan, path, values=names)
     np.testing.assert_array_equal(values, EXPECTED)
-    assert told == [f"{path}: moon mean no organ of the store and are left out."]
+    assert told == [f"{path}: no organ of the store is called moon, left out."]
     with pytest.raises(LabelError, match="labels without a name: 7"):
         read(scan, path, values={1: "Liver", 5: "left kidney"})
     with pytest.raises(LabelError, match="of which the store knows none"):
@@ -297,3 +299,27 @@ def test_truncated_files_are_refused(name: str, tmp_path: Path) -> None:
         with pytest.raises((ScanFormatError, LabelError)) as caught:
             read(scan, path)
         assert str(file) in str(caught.value)
+
+
+def test_values_of_the_store_need_no_names(tmp_path: Path) -> None:
+    scan, path = scan_at(tmp_path / "ct.nii.gz"), tmp_path / "l.nii.gz"
+    nib.save(nib.Nifti1Image(EXPECTED.astype(np.int16).T, LPS @ affine()), path)
+    values, told = read(scan, path)
+    np.testing.assert_array_equal(values, EXPECTED)
+    assert told == []
+
+
+def test_totalsegmentators_label_table_is_read(tmp_path: Path) -> None:
+    """As its `save_multilabel_nifti` writes it: nibabel pads the extension, names in CDATA."""
+    scan, path = scan_at(tmp_path / "ct.nii.gz"), tmp_path / "l.nii"
+    image = nib.Nifti1Image(labels().T, LPS @ affine())
+    table = "".join(
+        f'<Label Key="{value}" Red="1" Green="0.5" Blue="0" Alpha="1"><![CDATA[{name}]]></Label>\n'
+        for value, name in ((1, "liver"), (5, "kidney_left"), (7, "urinary_bladder"))
+    )
+    text = f'<?xml version="1.0" encoding="UTF-8"?> <CaretExtension>  {table} </CaretExtension>'
+    image.header.extensions.append(nib.nifti1.Nifti1Extension(0, text.encode()))
+    nib.save(image, path)
+    values, told = read(scan, path)
+    np.testing.assert_array_equal(values, EXPECTED)
+    assert told == [f"{path}: no organ of the store is called urinary_bladder, left out."]
