@@ -10,6 +10,7 @@ import os
 import subprocess
 import sys
 import tempfile
+from collections.abc import Iterator, Mapping
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -74,56 +75,76 @@ def cached_graph(folder: Path, stem: str) -> Graph | None:
     return None
 
 
-def build_graph(descriptor: NDArray[np.uint8], folder: Path, stem: str) -> Graph:
-    """Build the graph of some descriptors in a process of its own, and keep it in the cache.
+def build_graphs(
+    wanted: Mapping[str, NDArray[np.uint8]], folder: Path
+) -> Iterator[tuple[str, Graph]]:
+    """Build graphs in a process of their own, and keep them in the cache.
 
     Parameters
     ----------
-    descriptor : uint8 array (m, 64)
-        Ranks; m is at least `FEWEST`.
+    wanted : mapping of str to uint8 array (m, 64)
+        Descriptors (ranks), `FEWEST` or more, by a name of their content.
     folder : Path
         Folder of the cache.
-    stem : str
-        Name of the content of the descriptors.
+
+    Yields
+    ------
+    str, Graph
+        Each as soon as it is built.
 
     Raises
     ------
     AtlasStoreError
-        If pynndescent cannot build it, most often for lack of memory.
+        If pynndescent cannot build one, most often for lack of memory.
     """
-    with tempfile.TemporaryDirectory(prefix="kpt-graph-") as place:
-        source, target = Path(place, "descriptors.npy"), Path(place, "graph.npz")
-        np.save(source, descriptor, allow_pickle=False)
+    with tempfile.TemporaryDirectory(prefix="kpt-graph-") as name:
+        place = Path(name)
+        for stem, descriptor in wanted.items():
+            np.save(place / f"{stem}.npy", descriptor, allow_pickle=False)
         command = [sys.executable, "-W", "ignore", "-m", "atlas_store.index.graph"]
         # It finds packages where this process does.
         found = {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
-        done = subprocess.run(
-            [*command, source, target],
-            env=os.environ | found,
-            capture_output=True,
-            text=True,
-            check=False,
-        )
-        if done.returncode:
-            said = done.stderr.strip().splitlines() or [f"exit code {done.returncode}"]
-            raise AtlasStoreError(
-                f"pynndescent could not build a graph of {len(descriptor)} keypoints"
-                f" ({said[-1]}); give it more memory, or search with --index exact."
-            )
-        data = target.read_bytes()
-    keep(folder, _name(stem), _SUFFIX, data)
-    return Graph.load(data)
+        with (
+            open(place / "errors", "w+") as errors,
+            subprocess.Popen(
+                [*command, *(str(place / stem) for stem in wanted)],
+                env=os.environ | found,
+                stdout=subprocess.PIPE,
+                stderr=errors,
+                text=True,
+            ) as process,
+        ):
+            assert process.stdout is not None
+            built = 0
+            try:
+                for stem, line in zip(wanted, process.stdout, strict=False):
+                    assert Path(line.strip()).name == stem
+                    data = (place / f"{stem}{_SUFFIX}").read_bytes()
+                    keep(folder, _name(stem), _SUFFIX, data)
+                    built += 1
+                    yield stem, Graph.load(data)
+            finally:
+                if built < len(wanted):
+                    process.kill()
+            if built < len(wanted):
+                errors.seek(0)
+                *_, said = ["it ended", *errors.read().split("\n")[:-1]]
+                n = len(list(wanted.values())[built])
+                raise AtlasStoreError(
+                    f"pynndescent could not build a graph of {n} keypoints ({said}); give it more"
+                    " memory, or search with --index exact."
+                )
 
 
 def _name(stem: str) -> str:
     return f"{stem}-pynndescent-{version('pynndescent')}"
 
 
-def _build(source: Path, target: Path) -> None:
-    """Build a graph; runs in a process of its own."""
+def _build(path: str) -> None:
+    """Build the graph of the descriptors in a file; runs in a process of its own."""
     from pynndescent import NNDescent
 
-    descriptor = np.load(source, allow_pickle=False)
+    descriptor = np.load(f"{path}.npy", allow_pickle=False)
     index: Any = NNDescent(descriptor.astype(np.float32), random_state=0)
     index.prepare()
     # pynndescent sorts the rows by its trees, and numbers its graph in that order.
@@ -132,7 +153,8 @@ def _build(source: Path, target: Path) -> None:
     order = np.lexsort(ends[::-1])
     begin = np.searchsorted(ends[0][order], np.arange(len(descriptor) + 1))
     graph = Graph(begin.astype(np.int32), ends[1][order].astype(np.int32))
-    target.write_bytes(graph.dump())
+    Path(f"{path}{_SUFFIX}").write_bytes(graph.dump())
+    print(path, flush=True)
 
 
 @kernel
@@ -275,4 +297,5 @@ def nearest_in_graph(
 
 
 if __name__ == "__main__":
-    _build(Path(sys.argv[1]), Path(sys.argv[2]))
+    for each in sys.argv[1:]:
+        _build(each)

@@ -18,8 +18,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from atlas_store.errors import AtlasNotFoundError
+from atlas_store.index.graph import FEWEST
 from atlas_store.index.nearest import Best, Numbers, Query
-from atlas_store.index.segments import Segment, SignedKeypoints, merges
+from atlas_store.index.segments import Segment, SignedKeypoints, build_missing, merges
 from atlas_store.storage.cache import forget, index_folder, keep, recall
 from atlas_store.store import AtlasStore
 
@@ -184,23 +185,25 @@ class AtlasIndex:
         return Neighbours(**columns)
 
     def build_graphs(self) -> Iterator[int]:
-        """Build the graphs of all segments large enough for one, unless the cache has them.
+        """Build the graphs that the cache lacks, of all segments large enough for one.
 
         Yields
         ------
         int
-            Number of keypoints of a graph, 0 where a segment has too few keypoints for one;
-            twice for each segment, as each sign has a graph.
+            Number of keypoints of each graph, when it is built.
 
         Raises
         ------
         AtlasStoreError
             If pynndescent cannot build one.
         """
-        for segment in self.segments:
-            for sign in (-1, 1):
-                graph = segment.graph(sign, "pynndescent", self._folder)
-                yield 0 if graph is None else graph.begin.size - 1
+        return build_missing(self.segments, self._folder)
+
+    @property
+    def n_graphs(self) -> int:
+        """Number of the graphs that can be built."""
+        counts = (len(keypoints.scale) for s in self.segments for keypoints in s.by_sign)
+        return sum(n >= FEWEST for n in counts)
 
     def annotated(self, ids: Sequence[str]) -> NDArray[np.bool_]:
         """Which organs of the store's table atlases annotate, (atlas, organ).

@@ -8,7 +8,7 @@ import io
 import json
 import threading
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from atlas_store.index.graph import (
     FEWEST,
     Graph,
-    build_graph,
+    build_graphs,
     cached_graph,
     nearest_in_graph,
 )
@@ -258,18 +258,50 @@ class Segment:
         folder : Path
             Folder of the cached graphs.
         """
-        keypoints = self.by_sign[sign > 0]
-        n = len(keypoints.scale)
-        if mode == "exact" or n < FEWEST:
+        if mode == "exact":
             return None
-        stem = f"{self.name}-{max(sign, 0)}"
+        fewest = PAYS_FROM if mode == "auto" else FEWEST
         with _one_at_a_time:
-            if (graph := _graphs.get(stem) or cached_graph(folder, stem)) is None:
-                if mode == "auto" and n < PAYS_FROM:
-                    return None
-                graph = build_graph(keypoints.descriptor, folder, stem)
-            _graphs[stem] = graph
-            return graph
+            for _ in build_missing([self], folder, fewest):
+                pass
+            return self._known_graph(sign, folder)
+
+    def _known_graph(self, sign: int, folder: Path) -> Graph | None:
+        stem = self._stem(sign)
+        if stem not in _graphs and (found := cached_graph(folder, stem)) is not None:
+            _graphs[stem] = found
+        return _graphs.get(stem)
+
+    def _stem(self, sign: int) -> str:
+        """Name of the content of the keypoints of one sign."""
+        return f"{self.name}-{max(sign, 0)}"
+
+    def missing_graphs(self, folder: Path, fewest: int) -> dict[str, NDArray[np.uint8]]:
+        """Descriptors of which a graph is to be built, by the name of their content."""
+        return {
+            self._stem(sign): self.by_sign[sign > 0].descriptor
+            for sign in (-1, 1)
+            if len(self.by_sign[sign > 0].scale) >= fewest
+            and self._known_graph(sign, folder) is None
+        }
+
+
+def build_missing(segments: Sequence[Segment], folder: Path, fewest: int = FEWEST) -> Iterator[int]:
+    """Build the graphs that segments lack, of at least so many keypoints, in one process.
+
+    Yields
+    ------
+    int
+        Number of keypoints of each graph, when it is built.
+    """
+    missing: dict[str, NDArray[np.uint8]] = {}
+    for segment in segments:
+        missing |= segment.missing_graphs(folder, fewest)
+    if not missing:
+        return
+    for stem, graph in build_graphs(missing, folder):
+        _graphs[stem] = graph
+        yield len(missing[stem])
 
 
 def merges(sizes: Sequence[int]) -> list[list[int]]:

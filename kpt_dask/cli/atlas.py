@@ -496,19 +496,20 @@ def build_index(store: str) -> None:
     from kpt_dask.runtime import progress
 
     opened = AtlasStore.open(store)
-    sizes = []
     with progress.shown():
         with progress.stage("Reading keypoints"):
             index = AtlasIndex.open(opened)
-        with progress.stage("Building graphs", total=2 * len(index.segments)) as advance:
-            for n in index.build_graphs():
-                sizes.append(n)
+        # It is not known before which of them the cache lacks.
+        with progress.stage("Building graphs", total=index.n_graphs) as advance:
+            built = 0
+            for _ in index.build_graphs():
+                built += 1
                 advance(1)
-    graphs = [n for n in sizes if n]
-    if not graphs:
+            advance(index.n_graphs - built)
+    if index.n_graphs == 0:
         say(f"{opened.url}: too few keypoints for a graph; all are compared, which is faster.")
         return
-    say(f"{opened.url}: {_count(len(graphs), 'graph', 'graphs')} of {sum(graphs)} keypoints.")
+    say(f"{opened.url}: {_count(index.n_graphs, 'graph', 'graphs')}, {built} of them built now.")
 
 
 def _describe(info: "AtlasInfo") -> dict[str, Any]:

@@ -337,7 +337,7 @@ def test_a_graph_of_pynndescent_agrees_with_exact_search_on_real_ct(
     assert len(expected & accepted_too) >= 0.99 * max(len(expected), len(accepted_too)) > 0
     with monkeypatch.context() as patch:
         patch.setattr(segments, "_graphs", {})
-        patch.setattr(segments, "build_graph", None)
+        patch.setattr(segments, "build_graphs", None)
         with ThreadPoolExecutor(3) as threads:
             # `auto` takes the graph that is there, whatever its size.
             for other in threads.map(ask, ["pynndescent", "auto", "auto"]):
@@ -348,5 +348,5 @@ def test_a_graph_of_pynndescent_agrees_with_exact_search_on_real_ct(
 def test_a_graph_that_cannot_be_built_is_told(tmp_path: Path) -> None:
     few = np.zeros((0, 64), np.uint8)
     with pytest.raises(AtlasStoreError, match=r"of 0 keypoints .*--index exact"):
-        graph.build_graph(few, tmp_path, "few")
+        list(graph.build_graphs({"few": few}, tmp_path))
     assert list(tmp_path.iterdir()) == []
