@@ -1,5 +1,6 @@
 """Folders with a mask for each organ, such as ``segmentations/liver.nii.gz``."""
 
+import os
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -12,13 +13,33 @@ from kpt_dask.scans.scan import READERS, open_labels, scan_name
 
 
 def mask_files(folder: Path) -> Mapping[str, Path]:
-    """Find the masks of a folder by the names of their organs; empty if there is none."""
-    endings = tuple(READERS)
-    return {
-        scan_name(path): path
-        for path in sorted(folder.iterdir())
-        if path.name.lower().endswith(endings) and not path.name.startswith(".") and path.is_file()
-    }
+    """Find the masks of a folder by the names of their organs; empty if there is none.
+
+    Raises
+    ------
+    ScanFormatError
+        If a mask is a link that leads nowhere, or two have the same name.
+    """
+    found: dict[str, Path] = {}
+    for path in sorted(folder.iterdir()):
+        name = path.name.lower()
+        if not name.endswith(tuple(READERS)) or name.startswith("."):
+            continue
+        if path.is_symlink() and not os.path.exists(path):
+            raise ScanFormatError(f"{path} is a link that leads nowhere; an organ would be lost.")
+        if not path.is_file():
+            continue
+        organ = scan_name(path)
+        if organ in found and not _is_pair(path, found[organ]):
+            raise ScanFormatError(f"{path} and {found[organ]} are masks of one name; keep one.")
+        found[organ] = path
+    return found
+
+
+def _is_pair(one: Path, other: Path) -> bool:
+    """Whether two files are the header and the voxels of one mask."""
+    endings = {path.name.lower().removesuffix(".gz")[-4:] for path in (one, other)}
+    return endings == {".hdr", ".img"}
 
 
 class MaskFolder:

@@ -93,7 +93,13 @@ def open_pair(
 def _named_parts(path: Path) -> NamedParts | None:
     """Open labels that have names; None for a label map of values, or for nothing."""
     if path.is_dir():
-        return MaskFolder(path) if not is_zarr(path) and mask_files(path) else None
+        if is_zarr(path):
+            return None
+        if mask_files(path):
+            return MaskFolder(path)
+        # Archives keep a segmentation in a folder of its own.
+        files = [file for file in path.iterdir() if file.is_file() and is_dicom(file)]
+        return _named_parts(files[0]) if len(files) == 1 else None
     if not path.exists():
         raise ScanNotFoundError(f"{path} does not exist.")
     if path.name.lower().endswith(".seg.nrrd"):

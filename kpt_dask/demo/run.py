@@ -117,7 +117,7 @@ def how_to_open(out: Path) -> Iterator[str]:
     scan, labels = out / "scan.nii.gz", out / "labels.nii.gz"
     yield f"  {out / 'overlay.png'}: any picture viewer"
     yield f"  {scan} with {labels} as segmentation: 3D Slicer, ITK-SNAP"
-    yield f"  {out / 'scan.zarr'}: napari with the plugin napari-ome-zarr"
+    yield f"  {out / 'scan.zarr'}: napari --plugin kpt-dask, where napari is installed beside kpt"
     yield f"  {out / 'atlases'}: kpt atlas list"
 
 

@@ -323,3 +323,26 @@ def test_totalsegmentators_label_table_is_read(tmp_path: Path) -> None:
     values, told = read(scan, path)
     np.testing.assert_array_equal(values, EXPECTED)
     assert told == [f"{path}: no organ of the store is called urinary_bladder, left out."]
+
+
+@pytest.mark.parametrize("name", ["seg", "rtstruct"])
+def test_a_folder_with_one_segmentation_is_that_one(name: str, tmp_path: Path) -> None:
+    (tmp_path / "1.000000-NA").mkdir()
+    path = WRITERS[name](tmp_path / "1.000000-NA", label_map())
+    values, [told] = read(scan_at(tmp_path / "ct.nii.gz"), path.parent)
+    np.testing.assert_array_equal(values, EXPECTED)
+    assert "my_organ_with_a_long_name" in told
+
+
+def test_masks_that_lead_nowhere_or_have_one_name_are_refused(tmp_path: Path) -> None:
+    scan = scan_at(tmp_path / "ct.nii.gz")
+    folder = masks(tmp_path / "m", label_map())
+    (folder / "spleen.nii").symlink_to(folder / "spleen.nii")
+    with pytest.raises(ScanFormatError, match=r"spleen\.nii is a link that leads nowhere"):
+        read(scan, folder)
+    (folder / "spleen.nii").unlink()
+    nib.save(nib.load(folder / "liver.nii.gz"), folder / "liver.img")
+    with pytest.raises(ScanFormatError, match="masks of one name"):
+        read(scan, folder)
+    (folder / "liver.nii.gz").unlink()
+    np.testing.assert_array_equal(read(scan, folder)[0], EXPECTED)
