@@ -267,8 +267,8 @@ def nodes_of(field: Field, scan: Comparison) -> NDArray[np.float32]:
 def _start(
     nodes: NDArray[np.float32], lattice: Lattice, runs: NDArray[np.int64]
 ) -> NDArray[np.float32]:
-    """Interpolate a field between its nodes at some points of a lattice: (c, point)."""
-    out = np.zeros((len(nodes), math.prod(lattice.padded)), np.float32)
+    """Interpolate a field between its nodes at some points of a lattice alone: (c, point)."""
+    out = np.empty((len(nodes), math.prod(lattice.padded)), np.float32)
     step = np.float32(lattice.spacing / NODE)
     kernels.spread(nodes, np.full(3, -PAD * step, np.float32), step, lattice.padded, runs, out)
     return out

@@ -329,6 +329,14 @@ def copy(values: Any, runs: Any, out: Any) -> None:
 
 
 @kernel
+def clear(runs: Any, out: Any) -> None:
+    """Set what is in runs, int64 array (run, 2), of an array (3, point) to 0."""
+    for channel in range(3):
+        for r in range(runs.shape[0]):
+            out[channel, runs[r, 0] : runs[r, 1]] = np.float32(0)
+
+
+@kernel
 def add_step(v: Any, d: Any, factor: Any, strides: Any, runs: Any, out: Any) -> None:
     """Add a step to the correction, and let the sum w diffuse: w(x) + κ Σ_y (w(y) − w(x)).
 
@@ -383,7 +391,7 @@ def largest(d: Any, runs: Any, share: Any) -> Any:
     share : float
         Fraction of the vectors that are not longer.
     """
-    counts = np.zeros(1 << 16, np.int64)
+    counts = np.zeros(1 << 16, np.int32)
     longest = total = 0
     for r in range(runs.shape[0]):
         longest = max(longest, runs[r, 1] - runs[r, 0])

@@ -138,12 +138,13 @@ def iterate(level: ScanLevel, region: Region, image: NDArray[np.int16], where: P
     m, after = np.empty_like(v[0]), np.empty_like(v)
     iteration.copy(v, region.fringe, after)
     # Only points that move are written: these arrays stay 0 beyond.
-    d, one, two = (np.zeros(v.shape, np.float32) for _ in range(3))
+    one, two = (np.zeros(v.shape, np.float32) for _ in range(2))
     for _ in range(level.iterations):
         iteration.sample(image, where._replace(v=v), region.moved, m)
         sums = sum_boxes(fixed[0], m, region, shape, (one, two))
-        iteration.force(fixed, m, sums, h, strides, region.points, d)
-        iteration.smooth(d, strides[2], taps, region.moved, one)
+        iteration.clear(region.moved, two)
+        iteration.force(fixed, m, sums, h, strides, region.points, two)
+        iteration.smooth(two, strides[2], taps, region.moved, one)
         iteration.smooth(one, strides[1], taps, region.moved, two)
         iteration.smooth(two, strides[0], taps, region.moved, one)
         length = iteration.largest(one, region.points, FOLLOWED)
