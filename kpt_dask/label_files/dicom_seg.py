@@ -22,6 +22,7 @@ from pydicom.valuerep import format_number_as_ds
 from atlas_store import Organ
 from kpt_dask.label_files.codes import ANATOMY, Code, codes_of
 from kpt_dask.label_files.dicom_source import (
+    PATIENT_AND_STUDY,
     Source,
     orientation_of,
     position_of,
@@ -57,7 +58,7 @@ def write_segmentation(path: Path, label_map: LabelMap) -> None:
     shown = organs or label_map.organs
     software = version("kpt-dask")
     with warnings.catch_warnings():
-        # Values of the patient are kept as the scan has them, whatever their form.
+        # The values' forms are those of the scan.
         warnings.simplefilter("ignore")
         made = seg.Segmentation(
             source_images=_source_images(label_map, source, planes),
@@ -76,6 +77,8 @@ def write_segmentation(path: Path, label_map: LabelMap) -> None:
             content_description="Organs by keypoint transfer",
             series_description="Organs by keypoint transfer",
         )
+        # Whatever the scan says of the patient: the library would refuse what is not quite right.
+        made.update(source.about)
         _refer(made, source)
         made.save_as(path)
 
@@ -129,7 +132,10 @@ def _source_images(label_map: LabelMap, source: Source, planes: slice) -> list[D
     images = []
     for plane in range(planes.start, planes.stop):
         image = Dataset()
-        image.update(source.about)
+        for keyword, nothing in PATIENT_AND_STUDY.items():
+            setattr(image, keyword, nothing)
+        image.StudyInstanceUID = source.about.StudyInstanceUID
+        image.FrameOfReferenceUID = source.about.FrameOfReferenceUID
         image.SOPClassUID = uid.CTImageStorage
         image.SOPInstanceUID = _stand_in(series, plane)
         image.SeriesInstanceUID = series

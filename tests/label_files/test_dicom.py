@@ -229,3 +229,21 @@ def test_a_real_series_without_uids_in_its_data_sets(tmp_path: Path) -> None:
         files = [pydicom.dcmread(file, stop_before_pixels=True) for file in folder.glob("*.dcm")]
         assert told <= {file.file_meta.MediaStorageSOPInstanceUID for file in files}
     write(f"rtstruct:{tmp_path / 'rt.dcm'}", made)
+
+
+def test_what_the_scan_says_of_the_patient_is_kept_whatever_its_form(tmp_path: Path) -> None:
+    folder = tmp_path / "ct"
+    of_series(folder)
+    for file in folder.glob("*.dcm"):
+        dataset = pydicom.dcmread(file)
+        with pydicom.config.disable_value_validation():
+            dataset.SpecificCharacterSet = "ISO_IR 100"
+            dataset.PatientName, dataset.PatientSex = "Müller^Ä", "female"
+            dataset.AccessionNumber, dataset.StudyDate = "7" * 40, "2022.01.01"
+            dataset.save_as(file)
+    scan = open_scan(folder)
+    made = LabelMap(label_map().voxels, scan.grid, ORGANS, scan.file)
+    for asked in (f"{tmp_path / 'l.dcm'}", f"rtstruct:{tmp_path / 'rt.dcm'}"):
+        found = pydicom.dcmread(write(asked, made))
+        assert str(found.PatientName) == "Müller^Ä"
+        assert (found.PatientSex, found.StudyInstanceUID) == ("female", STUDY)
