@@ -3,6 +3,7 @@
 import os
 import signal
 import sys
+import threading
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, NoReturn, cast
@@ -74,17 +75,29 @@ def _interrupt(signum: int, _: object) -> NoReturn:
     # Once: a second signal would interrupt the removal. SIGQUIT and SIGKILL still end it.
     for ending in ENDING:
         signal.signal(ending, signal.SIG_IGN)
-    # Libraries' log messages about the interruption help nobody.
+    # What libraries log, or their threads raise, about the interruption helps nobody.
     if disable := getattr(sys.modules.get("logging"), "disable", None):
         disable()
+    threading.excepthook = _ignore
+    sys.unraisablehook = _repeat_interruption_alone
     raise KeyboardInterrupt if signum == signal.SIGINT else SystemExit(128 + signum)
+
+
+def _ignore(_: object) -> None:
+    """Report nothing."""
 
 
 def _repeat_interruption(lost: "sys.UnraisableHookArgs") -> None:
     """Interrupt again: Python drops exceptions raised during garbage collection."""
+    if not isinstance(lost.exc_value, KeyboardInterrupt | SystemExit):
+        sys.__unraisablehook__(lost)
+    _repeat_interruption_alone(lost)
+
+
+def _repeat_interruption_alone(lost: "sys.UnraisableHookArgs") -> None:
+    """Interrupt again; nothing else is reported."""
     error = lost.exc_value
     if not isinstance(error, KeyboardInterrupt | SystemExit):
-        sys.__unraisablehook__(lost)
         return
 
     def interrupt(*_: object) -> None:
