@@ -262,6 +262,36 @@ def test_interrupted_it_leaves_nothing(
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
+def test_interrupted_while_an_output_is_begun_it_leaves_nothing(
+    bodies: Path, body_store: AtlasStore, tmp_path: Path, signum: int
+) -> None:
+    """The signal comes when the lock is there, and the stack of what is to be left is not told."""
+    program = f"""
+import contextlib, os, signal, sys
+from pathlib import Path
+push = contextlib.ExitStack._push_cm_exit
+def interrupted(stack, cm, leave):
+    if list(Path({str(tmp_path)!r}).iterdir()):
+        os.kill(os.getpid(), {int(signum)})
+    push(stack, cm, leave)
+contextlib.ExitStack._push_cm_exit = interrupted
+from kpt_dask.cli.main import main
+main()
+"""
+    scan = bodies / "body_4_ct.nii.gz"
+    arguments = ["segment", scan, body_store.url, tmp_path / "out.zarr"]
+    done = subprocess.run(
+        [sys.executable, "-c", program, *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 128 + signum, done.stderr
+    assert "Traceback" not in done.stderr
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_a_signal_that_is_ignored_at_the_start_stays_ignored(
     bodies: Path, body_store: AtlasStore, tmp_path: Path
 ) -> None:
