@@ -106,8 +106,8 @@ class Segmentation:
     Attributes
     ----------
     path : Path
-        The OME-Zarr output: the scan, ``labels/organs``, ``probability``, ``keypoints``,
-        ``matches``, ``votes``, and its provenance as attribute ``kpt``.
+        Absolute path of the OME-Zarr output: the scan, ``labels/organs``, ``probability``,
+        ``keypoints``, ``matches``, ``votes``, and its provenance as attribute ``kpt``.
     organs : mapping of str to OrganMeasures
         What was found of each organ, in the order of the organ table.
     volume_grid : str
@@ -276,7 +276,7 @@ def segment(
             measures = as_delivered(measures, counts, source.grid)
             volume_grid = "scan"
         finished = Segmentation(
-            path=Path(out),
+            path=Path(out).absolute(),
             organs=measures,
             volume_grid=volume_grid,
             atlases=found.atlases,

@@ -362,18 +362,26 @@ def old(tmp_path: Path) -> dict[str, bytes]:
 
 
 def test_overwriting_replaces_the_old(
-    tmp_path: Path, ct: Path, store: AtlasStore, one_process: Client, old: dict[str, bytes]
+    tmp_path: Path,
+    ct: Path,
+    store: AtlasStore,
+    one_process: Client,
+    old: dict[str, bytes],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    segment(
+    monkeypatch.chdir(tmp_path)
+    found = segment(
         ct,
         store,
-        tmp_path / "o.zarr",
-        labels=tmp_path / "o.nii.gz",
+        "o.zarr",
+        labels="o.nii.gz",
         overwrite=True,
         client=one_process,
     )
     assert sorted(p.name for p in tmp_path.iterdir()) == ["o.nii.gz", "o.zarr"]
-    assert open_probability(tmp_path / "o.zarr").shape == (len(ORGANS), *SHAPE)
+    # Found again from any folder.
+    monkeypatch.chdir("/")
+    assert found.open_probability().shape == (len(ORGANS), *SHAPE)
     np.testing.assert_array_equal(load(tmp_path / "o.nii.gz"), label_map(tmp_path / "o.zarr"))
 
 

@@ -257,7 +257,7 @@ def segment(
     if as_json:
         print_json(
             {
-                "path": str(found.path),
+                "path": out,
                 "labels": list(labels),
                 "split": split,
                 "mode": mode,
@@ -293,7 +293,7 @@ def segment(
         f"{found.n_keypoints} keypoints, {found.n_matches} matches with {len(found.atlases)}"
         f" atlases, {found.seconds:.1f} s."
     )
-    click.echo(f"Written: {', '.join(filter(None, (str(found.path), *labels, split)))}.")
+    click.echo(f"Written: {', '.join(filter(None, (out, *labels, split)))}.")
 
 
 @kpt.command()

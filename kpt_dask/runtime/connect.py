@@ -63,7 +63,7 @@ def session(client: Client | None = None, scheduler: str | None = None) -> Itera
     Raises
     ------
     ParameterError
-        If `scheduler` is a file, but not a scheduler file.
+        If `scheduler` is a file, but not a scheduler file; or if the client is asynchronous.
     ClusterError
         If `scheduler` does not answer, or this process was forked from one in which Dask ran.
     """
@@ -77,6 +77,11 @@ def session(client: Client | None = None, scheduler: str | None = None) -> Itera
     if client is None and scheduler is None and not in_task:
         client = _current()
     if client is not None:
+        if client.asynchronous:
+            raise ParameterError(
+                "The Dask client is asynchronous, and nothing may wait for it in its event loop:"
+                " call this in a thread, by asyncio.to_thread(…)."
+            )
         with _stepping_aside(client):
             yield client
     elif scheduler is not None:

@@ -1,5 +1,6 @@
 """The same work on threads, on processes, and while workers and schedulers go away."""
 
+import asyncio
 import json
 import operator
 import os
@@ -79,6 +80,19 @@ def test_memory_is_at_most_half_of_what_dask_holds_a_worker_to(
     assert cluster.budget(processes) == min(limits.values()) // 2
     assert cluster.budget(processes, 1 << 40) == 1 << 40
     assert cluster.budget(threads) == 1 << 50
+
+
+def test_an_asynchronous_client_is_refused_with_a_sentence() -> None:
+    async def segment() -> None:
+        client = Client(
+            processes=False, asynchronous=True, dashboard_address="127.0.0.1:0", n_workers=1
+        )
+        async with client:
+            with cluster.session():
+                pass
+
+    with pytest.raises(ParameterError, match=r"is asynchronous.* asyncio\.to_thread"):
+        asyncio.run(segment())
 
 
 def test_no_task_is_no_work(threads: Client) -> None:
