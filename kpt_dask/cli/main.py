@@ -1,9 +1,11 @@
 """The command line: ``kpt``."""
 
+import gc
 import os
 import signal
 import sys
 import threading
+import traceback
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, NoReturn, cast
@@ -61,6 +63,7 @@ def main() -> None:
     except SystemExit as end:
         if end.code not in {128 + signum for signum in ENDING}:
             raise
+        _leave(end)
         # Everything is closed and removed by now. Libraries' threads that still run could crash
         # the interpreter during its shutdown.
         for stream in (sys.stdout, sys.stderr):
@@ -68,6 +71,18 @@ def main() -> None:
             with suppress(OSError, ValueError):
                 stream.flush()
         os._exit(int(cast(int, end.code)))
+
+
+def _leave(error: BaseException | None) -> None:
+    """Release the frames of an interruption.
+
+    A context manager that was entered when the interruption came, and of which nobody knew yet, is
+    left when the frame that refers to it is released.
+    """
+    while error is not None:
+        traceback.clear_frames(error.__traceback__)
+        error = error.__context__
+    gc.collect()
 
 
 def _interrupt(signum: int, _: object) -> NoReturn:

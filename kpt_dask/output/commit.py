@@ -77,7 +77,9 @@ def replacing_together(
     try:
         for place, target in zip(places, targets, strict=True):
             try:
-                partials.append(Partial(place))
+                # Not interrupted between making a lock and knowing of it.
+                with uninterrupted():
+                    partials.append(Partial(place))
             except OSError as error:
                 raise ParameterError(
                     f"{printable(target)} cannot be written: {error.strerror}."

@@ -68,6 +68,20 @@ def test_a_failure_leaves_everything_as_it_was(place: Path) -> None:
     assert names(place) == []
 
 
+def test_a_signal_while_a_lock_is_made_leaves_no_lock(
+    place: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Interrupted(partial.Partial):
+        def __init__(self, target: Path) -> None:
+            super().__init__(target)
+            signal.raise_signal(signal.SIGINT)
+
+    monkeypatch.setattr(commit, "Partial", Interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        run(place, "new")
+    assert names(place) == []
+
+
 def test_links_stay_and_what_they_lead_to_is_written(place: Path) -> None:
     (place / "disk").mkdir()
     (place / "o.zarr").symlink_to("disk/real.zarr")
