@@ -267,15 +267,20 @@ class AtlasStore:
             )
         return Draft(self.objects, self.organs, self.parameters, atlas_id, replace=replace)
 
-    def remove(self, atlas_id: str) -> None:
+    def remove(self, atlas_id: str) -> bool:
         """Remove an atlas; `restore` brings it back until `prune` deletes its data.
+
+        Returns
+        -------
+        bool
+            Whether it can be restored; an atlas with a damaged marker cannot.
 
         Raises
         ------
         AtlasNotFoundError
             If there is no atlas of this id.
         """
-        throw_away(self.objects, atlas_id, self._marker(atlas_id))
+        return throw_away(self.objects, atlas_id, self._marker(atlas_id))
 
     def removed(self) -> list[RemovedAtlas]:
         """List removed atlases that can be restored: in natural order, the last removed first.

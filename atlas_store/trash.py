@@ -40,20 +40,21 @@ class RemovedAtlas:
     removed: datetime
 
 
-def throw_away(objects: Objects, atlas_id: str, marker: bytes) -> None:
-    """Remove an atlas, given its marker; its data stays."""
+def throw_away(objects: Objects, atlas_id: str, marker: bytes) -> bool:
+    """Remove an atlas, given its marker; its data stays. Return whether it can be restored."""
     try:
         info = AtlasInfo.load(marker, atlas_id, f"{objects.url}/{marker_key(atlas_id)}")
     except StoreFormatError:
         # Nothing tells what it was; `verify` finds its data, as that of no atlas.
         objects.delete(marker_key(atlas_id))
-        return
+        return False
     now = datetime.now(UTC).isoformat(timespec="seconds")
     content = ENCODING | {"removed": now, "marker": marker.decode()}
     key = removed_key(atlas_id, info.uuid)
     objects.write(key, json.dumps(content).encode())
     objects.settle(key)
     objects.delete(marker_key(atlas_id))
+    return True
 
 
 def thrown_away(objects: Objects) -> Iterator[RemovedAtlas]:

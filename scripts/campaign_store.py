@@ -169,10 +169,11 @@ def ids_of(turn: int, processes: int) -> list[list[str]]:
 
 
 def remove(store: AtlasStore, ids: Iterable[str]) -> None:
-    for atlas_id in ids:
+    for i, atlas_id in enumerate(ids):
         store.remove(atlas_id)
-        store.restore(atlas_id)
-        store.remove(atlas_id)
+        if i == 0:
+            store.restore(atlas_id)
+            store.remove(atlas_id)
     assert sorted(ids) == sorted(store.prune())
 
 

@@ -1,7 +1,12 @@
 """Shared fixtures: where the real data is, and who computes."""
 
 import os
+import socket
+import subprocess
+import sys
+import time
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -75,3 +80,52 @@ def patients(
     for pair in find_pairs(openkbp)[:6]:
         add_atlas(store, pair.scan, pair.labels, atlas_id=pair.id, client=one_process)
     return store
+
+
+_S3_SERVER = """
+from moto.server import ThreadedMotoServer
+server = ThreadedMotoServer(port=0)
+server.start()
+print("http://%s:%d" % server.get_host_and_port(), flush=True)
+input()
+"""
+
+
+def _await_server(url: str) -> None:
+    """Wait until a server accepts connections: it says its address before."""
+    host, port = url.removeprefix("http://").split(":")
+    for _ in range(600):
+        with suppress(OSError), socket.create_connection((host, int(port)), timeout=1):
+            return
+        time.sleep(0.1)
+    raise TimeoutError(url)
+
+
+@pytest.fixture(scope="session")
+def bucket() -> Iterator[str]:
+    """URL of an empty bucket."""
+    import s3fs
+
+    with (
+        subprocess.Popen(
+            [sys.executable, "-c", _S3_SERVER],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            text=True,
+        ) as server,
+        pytest.MonkeyPatch.context() as patch,
+    ):
+        assert server.stdin is not None
+        assert server.stdout is not None
+        try:
+            url = next(line.strip() for line in server.stdout if line.startswith("http"))
+            _await_server(url)
+            patch.setenv("AWS_ENDPOINT_URL", url)
+            patch.setenv("AWS_ACCESS_KEY_ID", "test")
+            patch.setenv("AWS_SECRET_ACCESS_KEY", "test")
+            patch.setenv("AWS_DEFAULT_REGION", "us-east-1")
+            s3fs.S3FileSystem().mkdir("atlases")
+            yield "s3://atlases"
+        finally:
+            server.kill()

@@ -37,6 +37,9 @@ MOST_COMPARED = 1 << 14
 LOWER_HALF = 0xFFFFFFFF
 """Bits of a key that hold the row; see `_Search`."""
 
+PROGRAM = "from atlas_store.index.graph import build; build()"
+"""Program of the process that builds graphs."""
+
 _SUFFIX = ".graph"
 
 
@@ -101,7 +104,7 @@ def build_graphs(
         place = Path(name)
         for stem, descriptor in wanted.items():
             np.save(place / f"{stem}.npy", descriptor, allow_pickle=False)
-        command = [sys.executable, "-W", "ignore", "-m", "atlas_store.index.graph"]
+        command = [sys.executable, "-W", "ignore", "-c", PROGRAM]
         # It finds packages where this process does.
         found = {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
         with (
@@ -138,6 +141,12 @@ def build_graphs(
 
 def _name(stem: str) -> str:
     return f"{stem}-pynndescent-{version('pynndescent')}"
+
+
+def build() -> None:
+    """Build the graphs of the files that the command line names."""
+    for path in sys.argv[1:]:
+        _build(path)
 
 
 def _build(path: str) -> None:
@@ -294,8 +303,3 @@ def nearest_in_graph(
         for k in range(sizes[1]):
             listed[i, k] = -near[k] & LOWER_HALF
     return listed
-
-
-if __name__ == "__main__":
-    for each in sys.argv[1:]:
-        _build(each)

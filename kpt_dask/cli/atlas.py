@@ -350,8 +350,8 @@ def remove(store: str, atlas_ids: tuple[str, ...]) -> None:
     if missing:
         fail(f"{opened.url} has no atlas {', '.join(missing)}: use an id that it lists.")
     for atlas_id in atlas_ids:
-        opened.remove(atlas_id)
-        say(f"{atlas_id}: removed; kpt atlas restore brings it back.")
+        restorable = opened.remove(atlas_id)
+        say(f"{atlas_id}: removed{'; kpt atlas restore brings it back' if restorable else ''}.")
 
 
 @atlas.command()

@@ -3,7 +3,6 @@
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
 from contextlib import ExitStack
 from types import SimpleNamespace
 from typing import Any
@@ -20,43 +19,7 @@ from atlas_store import (
 )
 from atlas_store.storage.objects import Objects
 
-SERVER = """
-from moto.server import ThreadedMotoServer
-server = ThreadedMotoServer(port=0)
-server.start()
-print("http://%s:%d" % server.get_host_and_port(), flush=True)
-input()
-"""
 WRITERS = 2
-
-
-@pytest.fixture(scope="module")
-def bucket() -> Iterator[str]:
-    """URL of an empty bucket."""
-    import s3fs
-
-    with (
-        subprocess.Popen(
-            [sys.executable, "-c", SERVER],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL,
-            text=True,
-        ) as server,
-        pytest.MonkeyPatch.context() as patch,
-    ):
-        assert server.stdin is not None
-        assert server.stdout is not None
-        try:
-            url = next(line.strip() for line in server.stdout if line.startswith("http"))
-            patch.setenv("AWS_ENDPOINT_URL", url)
-            patch.setenv("AWS_ACCESS_KEY_ID", "test")
-            patch.setenv("AWS_SECRET_ACCESS_KEY", "test")
-            patch.setenv("AWS_DEFAULT_REGION", "us-east-1")
-            s3fs.S3FileSystem().mkdir("atlases")
-            yield "s3://atlases"
-        finally:
-            server.kill()
 
 
 def test_the_life_of_a_store_on_s3(bucket: str, synthetic: SimpleNamespace) -> None:

@@ -9,7 +9,7 @@ from scipy.spatial.transform import Rotation
 
 from kpt_dask.grid import Grid
 from kpt_dask.resampling import labels_on_scan
-from kpt_dask.resampling.labels_on_scan import labels_onto
+from kpt_dask.resampling.labels_on_scan import Shares, labels_onto
 
 VALUES = (3, 700, 5)
 THRESHOLD = 0.3
@@ -46,7 +46,7 @@ def naive(probability: np.ndarray, target: Grid) -> tuple[np.ndarray, np.ndarray
 
 
 def onto(probability: Any, target: Grid) -> np.ndarray:
-    return np.concatenate(list(labels_onto(probability, VALUES, THRESHOLD, GRID, target)))
+    return np.concatenate(list(labels_onto(Shares(probability, VALUES, THRESHOLD, GRID), target)))
 
 
 @given(

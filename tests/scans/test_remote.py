@@ -15,7 +15,6 @@ from kpt_dask.cli.main import kpt
 from kpt_dask.errors import KptError, ScanFormatError, ScanNotFoundError
 from kpt_dask.scans.remote import scheme_of
 from kpt_dask.scans.scan import open_scan
-from tests.atlas_store.test_s3 import bucket  # noqa: F401
 from tests.scans.formats import omezarr
 from tests.scans.test_contract import AFFINE, VALUES
 
@@ -92,7 +91,7 @@ def test_other_urls_are_no_scans(tmp_path: Path) -> None:
 
 
 def test_an_image_in_an_object_store_is_read(
-    bucket: str,  # noqa: F811
+    bucket: str,
     tmp_path: Path,
 ) -> None:
     import s3fs

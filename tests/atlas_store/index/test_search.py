@@ -345,8 +345,11 @@ def test_a_graph_of_pynndescent_agrees_with_exact_search_on_real_ct(
     assert "pynndescent" not in sys.modules
 
 
-def test_a_graph_that_cannot_be_built_is_told(tmp_path: Path) -> None:
-    few = np.zeros((0, 64), np.uint8)
-    with pytest.raises(AtlasStoreError, match=r"of 0 keypoints .*--index exact"):
+def test_a_graph_that_cannot_be_built_is_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(graph, "PROGRAM", "raise MemoryError('no room')")
+    few = np.zeros((7, 64), np.uint8)
+    with pytest.raises(AtlasStoreError, match=r"of 7 keypoints \(MemoryError: no room\).* exact"):
         list(graph.build_graphs({"few": few}, tmp_path))
     assert list(tmp_path.iterdir()) == []
