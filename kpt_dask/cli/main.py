@@ -45,6 +45,8 @@ AGAIN_AFTER = 0.01
 
 def main() -> None:
     """Run the command line."""
+    if sys.flags.optimize:
+        _run_with_assertions()
     keep_streams_open()
     share_freed_memory()
     for signum in ENDING:
@@ -71,6 +73,16 @@ def main() -> None:
             with suppress(OSError, ValueError):
                 stream.flush()
         os._exit(int(cast(int, end.code)))
+
+
+def _run_with_assertions() -> NoReturn:
+    """Start again without ``-O`` or ``PYTHONOPTIMIZE``.
+
+    Under them Zarr cannot read a group, as it does so in an assertion, and help is lost.
+    """
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONOPTIMIZE"}
+    command = [sys.executable, "-m", "kpt_dask", *sys.argv[1:]]
+    os.execve(sys.executable, command, environment)
 
 
 def _leave(error: BaseException | None) -> None:

@@ -262,6 +262,29 @@ def test_interrupted_it_leaves_nothing(
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize("optimized", [{"PYTHONOPTIMIZE": "2"}, {}])
+def test_an_optimizing_python_changes_nothing(tmp_path: Path, optimized: dict[str, str]) -> None:
+    """Zarr needs its assertions, and help is made of docstrings."""
+    program = "from kpt_dask.cli.main import main; main()"
+    python = [sys.executable, *([] if optimized else ["-O"]), "-c", program]
+
+    def run(*arguments: str) -> str:
+        done = subprocess.run(
+            [*python, *arguments],
+            cwd=tmp_path,
+            env=os.environ | optimized,
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
+    assert "kpt atlas create atlases --organs openkbp" in run("atlas", "create", "--help")
+    run("atlas", "create", "store", "--organs", "openkbp")
+    assert "0 atlases" in run("atlas", "list", "store")
+
+
 @pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
 def test_interrupted_while_an_output_is_begun_it_leaves_nothing(
     bodies: Path, body_store: AtlasStore, tmp_path: Path, signum: int

@@ -77,8 +77,13 @@ def test_a_signal_while_a_lock_is_made_leaves_no_lock(
             signal.raise_signal(signal.SIGINT)
 
     monkeypatch.setattr(commit, "Partial", Interrupted)
-    with pytest.raises(KeyboardInterrupt):
-        run(place, "new")
+    # Libraries that other tests import set handlers of their own.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            run(place, "new")
+    finally:
+        signal.signal(signal.SIGINT, before)
     assert names(place) == []
 
 
