@@ -65,11 +65,16 @@ def thrown_away(objects: Objects) -> Iterator[RemovedAtlas]:
     StoreFormatError
         If what describes one is damaged.
     """
+    return (one for one, _ in _entries(objects))
+
+
+def _entries(objects: Objects) -> Iterator[tuple[RemovedAtlas, bytes]]:
+    """Read the atlases that were removed, with their markers."""
     for name in objects.names(REMOVED):
         if not name.endswith(".json") or parse_folder(name.removesuffix(".json")) is None:
             continue
         if (found := _read(objects, f"{REMOVED}/{name}")) is not None:
-            yield found[0]
+            yield found
 
 
 def restore(objects: Objects, atlas_id: str) -> AtlasInfo:
@@ -84,18 +89,16 @@ def restore(objects: Objects, atlas_id: str) -> AtlasInfo:
     StoreFormatError
         If what describes it is damaged.
     """
-    removed = [one for one in thrown_away(objects) if one.info.id == atlas_id]
+    removed = [entry for entry in _entries(objects) if entry[0].info.id == atlas_id]
     missing = AtlasNotFoundError(
         f"{objects.url} has no removed atlas {atlas_id!r}: use an id that list --removed shows."
     )
     if not removed:
         raise missing
-    info = max(removed, key=lambda one: (one.removed, one.info.added)).info
+    last, marker = max(removed, key=lambda entry: (entry[0].removed, entry[0].info.added))
+    info = last.info
     entry, key = removed_key(atlas_id, info.uuid), marker_key(atlas_id)
-    found = _read(objects, entry)
-    if found is None:
-        raise missing
-    if not objects.write_new(key, found[1]):
+    if not objects.write_new(key, marker):
         raise AtlasExistsError(
             f"{objects.url} has an atlas {atlas_id!r}: remove it before another is restored."
         )

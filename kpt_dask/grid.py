@@ -10,6 +10,8 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+RIGHT_ANGLE = 1e-3
+"""Largest cosine of an angle between axes that counts as a right one."""
 AXIS_ALIGNED_TOLERANCE = 1e-3
 """Tolerance of direction cosines to 0 or ±1 on an axis-aligned grid: 0.5 mm in half a metre."""
 
@@ -51,6 +53,12 @@ class Grid:
     def voxel_volume(self) -> float:
         """Volume of a voxel, mm³."""
         return float(abs(np.linalg.det(self.affine[:3, :3])))
+
+    @property
+    def is_orthogonal(self) -> bool:
+        """Whether the axes are at right angles, as they are not if a gantry was tilted."""
+        cosines = self.affine[:3, :3] / self.spacing
+        return bool(np.abs(cosines.T @ cosines - np.eye(3)).max() <= RIGHT_ANGLE)
 
     def to_mm(self, index: ArrayLike) -> NDArray[np.float64]:
         """Points (…, 3) in mm of (possibly fractional) indices (…, 3)."""

@@ -258,7 +258,7 @@ class Segment:
         folder : Path
             Folder of the cached graphs.
         """
-        if mode == "exact":
+        if mode == "exact" or len(self.by_sign[sign > 0].scale) < FEWEST:
             return None
         fewest = PAYS_FROM if mode == "auto" else FEWEST
         with _one_at_a_time:

@@ -499,17 +499,18 @@ def build_index(store: str) -> None:
     with progress.shown():
         with progress.stage("Reading keypoints"):
             index = AtlasIndex.open(opened)
+        number = index.n_graphs
         # It is not known before which of them the cache lacks.
-        with progress.stage("Building graphs", total=index.n_graphs) as advance:
+        with progress.stage("Building graphs", total=number) as advance:
             built = 0
             for _ in index.build_graphs():
                 built += 1
                 advance(1)
-            advance(index.n_graphs - built)
-    if index.n_graphs == 0:
+            advance(number - built)
+    if number == 0:
         say(f"{opened.url}: too few keypoints for a graph; all are compared, which is faster.")
         return
-    say(f"{opened.url}: {_count(index.n_graphs, 'graph', 'graphs')}, {built} of them built now.")
+    say(f"{opened.url}: {_count(number, 'graph', 'graphs')}, {built} of them built now.")
 
 
 def _describe(info: "AtlasInfo") -> dict[str, Any]:

@@ -9,10 +9,8 @@ from dataclasses import dataclass
 from os import PathLike, fspath
 from pathlib import Path
 
-import numpy as np
-
 from kpt_dask.errors import ScanFormatError
-from kpt_dask.grid import Grid
+from kpt_dask.grid import RIGHT_ANGLE, Grid
 from kpt_dask.label_files.itksnap import write_label_description
 from kpt_dask.label_files.label_map import LabelMap
 from kpt_dask.label_files.metaimage import write_metaimage
@@ -21,9 +19,6 @@ from kpt_dask.label_files.nrrd import write_nrrd, write_slicer
 
 Writer = Callable[[Path, LabelMap], None]
 Check = Callable[[Path, Grid], None]
-
-RIGHT_ANGLE = 1e-3
-"""Largest cosine of an angle that counts as a right one."""
 
 RTSTRUCT = "rtstruct:"
 """Before the path of a DICOM file: a structure set instead of a segmentation."""
@@ -50,8 +45,7 @@ def _check_planes(path: Path, grid: Grid) -> None:
 
 def _check_orthogonal(path: Path, grid: Grid) -> None:
     """Refuse a sheared grid."""
-    cosines = grid.affine[:3, :3] / grid.spacing
-    if np.abs(cosines.T @ cosines - np.eye(3)).max() > RIGHT_ANGLE:
+    if not grid.is_orthogonal:
         raise ScanFormatError(
             f"{path} cannot be written: the axes of the scan are not at right angles (its gantry"
             " was tilted), which MetaImage cannot say; write NIfTI or NRRD instead."

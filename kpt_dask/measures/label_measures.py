@@ -1,7 +1,7 @@
 """Measures of each label of a label map, by streaming it beside its scan."""
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,9 +18,6 @@ from kpt_dask.label_files.packed import PackedLabels
 from kpt_dask.measures.surfaces import Agreement, agreement
 from kpt_dask.runtime import notices, progress
 from kpt_dask.scans.scan import Scan, open_labels, open_scan
-
-RIGHT_ANGLE = 1e-3
-"""Largest cosine of an angle between axes that counts as a right one."""
 
 
 @dataclass(frozen=True)
@@ -104,19 +101,22 @@ def measure(
     """
     source, labelled = _opened(scan, labels, organs, series)
     sums = _Sums.of(source, labelled)
-    other = None
+    both: list[LabelMap] = []
     if reference is not None:
         _, compared = _opened(scan, reference, organs, series)
         other = _packed(compared, "Reading reference")
+        both = [LabelMap(one, source.grid, ()) for one in (sums.labels, other)]
         _doubt_shear(source)
+    extents = [one.extents() for one in both]
     table: Mapping[int, str]
     if organs is None:
-        values = set(np.flatnonzero(sums.voxels).tolist())
-        values |= set() if other is None else set(np.flatnonzero(_counts(other)).tolist())
-        table = {value: f"label {value}" for value in sorted(values - {0})}
+        values = set(np.flatnonzero(sums.voxels).tolist()).union(*extents) - {0}
+        table = {value: f"label {value}" for value in sorted(values)}
     else:
         table = {organ.value: organ.name for organ in organs}
-    compared_with = _agreements(sums.labels, other, table, source.grid, tolerance_mm)
+    compared_with = {}
+    if both:
+        compared_with = _agreements(both, extents, table, tolerance_mm)
     return [
         sums.measures(name, value, source.grid, compared_with.get(value))
         for value, name in table.items()
@@ -137,8 +137,7 @@ def _opened(
 
 
 def _doubt_shear(scan: Scan) -> None:
-    axes = scan.grid.affine[:3, :3] / scan.grid.spacing
-    if np.abs(axes.T @ axes - np.eye(3)).max() > RIGHT_ANGLE:
+    if not scan.grid.is_orthogonal:
         notices.warn(
             f"{scan.path}: its axes are not at right angles (its gantry was tilted), so distances"
             " of surfaces are off by as much."
@@ -219,32 +218,24 @@ def _packed(labelled: Scan, description: str) -> PackedLabels:
         return PackedLabels.of(labelled.grid.shape, np.dtype(np.uint16), slabs())
 
 
-def _counts(labels: PackedLabels) -> NDArray[np.int64]:
-    return labels.counts(np.iinfo(np.uint16).max + 1)
-
-
 def _agreements(
-    labels: PackedLabels,
-    other: PackedLabels | None,
+    both: Sequence[LabelMap],
+    extents: Sequence[Mapping[int, Extent]],
     table: Mapping[int, str],
-    grid: Grid,
     tolerance_mm: float,
 ) -> dict[int, Agreement]:
     """Compare each label of the table in the box that holds both."""
-    if other is None:
-        return {}
-    boxes = [LabelMap(one, grid, ()).extents() for one in (labels, other)]
-    spacing = (float(grid.spacing[0]), float(grid.spacing[1]), float(grid.spacing[2]))
+    z, y, x = both[0].grid.spacing.tolist()
     found = {}
     with progress.stage("Comparing", total=len(table)) as advance:
         for value in table:
-            known = [box[value] for box in boxes if value in box]
+            known = [boxes[value] for boxes in extents if value in boxes]
             if known:
                 box = _enclosing(known)
-                masks = [_mask(one, value, box) for one in (labels, other)]
+                masks = [_mask(one.voxels, value, box) for one in both]
             else:
                 masks = [np.zeros((1, 1, 1), np.bool_)] * 2
-            found[value] = agreement(masks[0], masks[1], spacing, tolerance_mm=tolerance_mm)
+            found[value] = agreement(masks[0], masks[1], (z, y, x), tolerance_mm=tolerance_mm)
             advance(1)
     return found
 
