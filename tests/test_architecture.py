@@ -16,6 +16,7 @@ LAYERS = (
     {"kpt_dask.cli", "kpt_dask.napari_plugin"},
     {"kpt_dask.demo"},
     {"kpt_dask.evaluation", "kpt_dask.exports"},
+    {"kpt_dask.baselines"},
     {"kpt_dask.segmentation"},
     {"kpt_dask.organ_transfer"},
     {"kpt_dask.matching", "kpt_dask.atlases"},
