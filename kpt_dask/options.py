@@ -55,7 +55,7 @@ MODES: Mapping[str, Mode] = {
     ),
     "across": Mode("moves organs whole, by all matches near them", 0.15, 100.0, _WHOLE),
     "affine": Mode(
-        "maps an organ by one affine where enough of its matches agree on it, else as organ does",
+        "maps an organ by one affine where it has three matches or more, else as organ does",
         0.15,
         0.0,
         _WHOLE,

@@ -2,13 +2,13 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from itertools import combinations
 from math import exp
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from kpt_dask.matching.trend import Trend, fit_trend
 from tests.naive.stations import AnnotatedImage
 
 Array = NDArray[Any]
@@ -79,39 +79,41 @@ def without_lightest(weight: Array, moves: Sequence[Any], share: float) -> Array
     return out
 
 
-def affine(source: Array, target: Array, tolerance: float = 5.0) -> tuple[Array, Array] | None:
-    """Best plausible affine through 4 of all pairs (12 rows of unknowns), refined, and who agrees.
+def affine(source: Array, target: Array, body: Trend) -> tuple[Array, Array] | None:
+    """Affine of an organ, and how far each pair agrees with it; None if there is no telling.
 
-    At least 8 must agree.
+    Rows of the least squares that hold it to the body's affine stand beside those of the pairs.
     """
-
-    def solve(which: Array) -> Array | None:
-        rows = np.column_stack([source[which], np.ones(len(which))])
-        if np.linalg.matrix_rank(rows) < 4:
-            return None
-        m: Array = (np.linalg.pinv(rows) @ target[which]).T
-        stretch = np.sqrt(np.abs(np.linalg.eigvalsh(m[:, :3].T @ m[:, :3])))
-        good = stretch.min() >= 0.7 and stretch.max() <= 1.4 and np.linalg.det(m[:, :3]) > 0
-        return m if good else None
-
-    def agree(m: Array) -> Array:
-        return np.array(
-            [
-                np.linalg.norm(m[:, :3] @ p + m[:, 3] - q) < tolerance
-                for p, q in zip(source, target, strict=True)
-            ],
-            bool,
-        )
-
-    best = np.zeros(len(source), bool)
-    for sample in combinations(range(len(source)), 4):
-        m = solve(np.array(sample))
-        if m is not None and agree(m).sum() > best.sum():
-            best = agree(m)
-    if best.sum() < 8:
+    if len(source) < 3:
         return None
-    m = solve(np.flatnonzero(best))
-    return None if m is None or agree(m).sum() < 8 else (m, agree(m))
+    # A point y of the scan has come by offset + (y − centre) @ slope / 100 from one of the atlas.
+    back = np.eye(3) - body.slope / 100
+    linear = np.linalg.inv(back)
+    offset = (body.offset - body.centre @ body.slope / 100) @ linear
+    if not plausible(linear):
+        linear, offset = np.eye(3), body.offset
+    centre = source.mean(axis=0)
+    rows = np.column_stack([np.ones(len(source)), (source - centre) / 100])
+    beyond = target - (source @ linear + offset)
+    held = np.sqrt(np.diag([0.16, 0.64, 0.64, 0.64]))
+    found = np.zeros((4, 3))
+    for sigma in (40.0, 25.0, 15.0, 15.0, 15.0, 15.0):
+        off = np.linalg.norm(beyond - rows @ found, axis=1)
+        weight = np.exp(-(off**2) / (2 * sigma**2))
+        agreeing = found
+        root = np.sqrt(weight)[:, None]
+        all_rows = np.concatenate([root * rows, held])
+        found = np.linalg.lstsq(all_rows, np.concatenate([root * beyond, np.zeros((4, 3))]))[0]
+    slope = agreeing[1:] / 100
+    linear = linear + slope
+    if not plausible(linear) or weight.sum() <= 1:
+        return None
+    return np.column_stack([linear.T, offset + agreeing[0] - centre @ slope]), weight
+
+
+def plausible(linear: Array) -> bool:
+    stretch = np.sqrt(np.abs(np.linalg.eigvalsh(linear.T @ linear)))
+    return bool(stretch.min() > 0.6 and stretch.max() < 1.6 and np.linalg.det(linear) > 0)
 
 
 def shares(
@@ -134,9 +136,14 @@ def shares(
         own = [i for i, m in enumerate(matches) if m.atlas == a and weight[o, i] > 0]
         target = np.array([matches[i].position for i in own]).reshape(-1, 3)
         moved = np.array([matches[i].translation for i in own]).reshape(-1, 3)
-        found = affine(target - moved, target)
+        all_own = [m for m in matches if m.atlas == a]
+        body = fit_trend(
+            np.array([m.position for m in all_own], np.float32).reshape(-1, 3),
+            np.array([m.translation for m in all_own], np.float32).reshape(-1, 3),
+        )
+        found = affine(target - moved, target, body)
         if found is not None:
-            fitted[o, a] = found[0], weight[o, own][found[1]].sum()
+            fitted[o, a] = found[0], (weight[o, own] * found[1]).sum()
             weight[o, own] = 0
     totals = weight.sum(axis=1)
     for (o, _), (_, w) in fitted.items():

@@ -19,9 +19,9 @@ and in how:
 
 - `organ` (eqs. 8–11): matches whose atlas label and test keypoint's label are l, with
   w_lm = p(L) · p(m), by their translation, rounded to voxels.
-- `affine`: the same, but where at least `ransac.LEAST` matches between an atlas and the scan agree
-  on a plausible affine of the organ, these move it by that affine, and the others of that atlas do
-  not. I_m and S_m are those of the voxel nearest to where x came from.
+- `affine`: the same, but where an atlas has `organ_affines.LEAST` matches of the organ, these
+  together move it by one affine, held to the affine of the atlas's whole body; each counts as far
+  as it agrees. I_m and S_m are those of the voxel nearest to where x came from.
 - `across`: all matches, of any label or none, with w_lm = p(m) · exp(−d² / 2ρ²), d the distance of
   the atlas keypoint to the organ, by their translation. Matches farther than `distances.REACH_RHO`
   · ρ do not count, nor do the lightest moves, up to `plan.NEGLIGIBLE` of the organ's weight.

@@ -17,9 +17,10 @@ from atlas_store import Atlas, OrganTable
 from atlas_store.arrays.boxes import Box
 from kpt_dask.grid import Grid
 from kpt_dask.kernels.jit import kernel
+from kpt_dask.matching.trend import fit_trend
 from kpt_dask.organ_transfer.job import Evidence
 from kpt_dask.organ_transfer.moving.distances import REACH_RHO
-from kpt_dask.organ_transfer.moving.ransac import fit_affines
+from kpt_dask.organ_transfer.moving.organ_affines import fit_affines
 
 NEGLIGIBLE = 0.05
 """Mode `across` drops an organ's lightest moves, which are most of them, up to this part of its
@@ -273,10 +274,9 @@ def plan_affines(
     organs: OrganTable,
     grid: Grid,
 ) -> OrganMoves:
-    """Move each atlas's organ by one affine where its matches support one, else as `plan_moves`.
+    """Move each atlas's organ by one affine where it has three matches, else as `plan_moves`.
 
-    The affine's weight is the sum over the matches that agree with it; the others of that organ
-    and atlas do not count.
+    The affine's weight is the sum over these matches, each as far as it agrees with the affine.
     """
     keypoints, matches, _ = evidence
     match_atlas = matches.atlas.values[proposals.match].astype(np.int64)
@@ -287,7 +287,14 @@ def plan_affines(
     order = np.argsort(pair, kind="stable")
     counts = np.bincount(pair, minlength=first.size)
     # In this process: to send so little work elsewhere would take as long as to do it.
-    affines, agree = fit_affines(in_atlas[order], position[order], np.cumsum(counts))
+    own = matches.atlas.values
+    whole = keypoints.position.values[matches.keypoint.values]
+    trends = {
+        a: fit_trend(whole[own == a], matches.translation.values[own == a])
+        for a in np.unique(match_atlas).tolist()
+    }
+    bodies = [trends[a] for a in match_atlas[first].tolist()]
+    affines, agree = fit_affines(in_atlas[order], position[order], np.cumsum(counts), bodies)
     fitted = np.flatnonzero(~np.isnan(affines[:, 0, 0]))
     by_affine = np.zeros(first.size, np.bool_)
     by_affine[fitted] = True
