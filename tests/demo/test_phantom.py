@@ -102,8 +102,8 @@ def test_boxes_cut_nothing_off(monkeypatch: pytest.MonkeyPatch) -> None:
     parts = [(1, 12), (2, 85), (3, 125)]
     boxed = [phantom_slab(seed, WHOLE, 4.0, z, z + 2) for seed, z in parts]
 
-    def unbounded(seed: int, height: float) -> Subject:
-        made = make_subject(seed, height)
+    def unbounded(seed: int, height: float, size_spread: float) -> Subject:
+        made = make_subject(seed, height, size_spread)
         far = np.full_like(made.low, 1e6)
         return made._replace(low=-far, high=far)
 
@@ -129,6 +129,19 @@ def test_subjects_differ_in_form_and_contrast() -> None:
     assert (centres.std(axis=0) > 2).all()
     aorta = [image[labels == 3].mean() for image, labels, _ in subjects]
     assert np.std(aorta) > 20
+
+
+def test_bodies_differ_in_size_as_told() -> None:
+    """Extents of the liver along each axis: a spread of 12 % makes them that different."""
+    extents: dict[float, list[NDArray[Any]]] = {0.0: [], 0.12: []}
+    for spread, found in extents.items():
+        for seed in range(20):
+            _, labels, _ = make_phantom(seed, (100, 40, 50), 8.0, size_spread=spread)
+            where = np.argwhere(labels == ORGANS.by_name("liver").value)
+            found.append(np.ptp(where, axis=0) + 1)
+    without, with_ = (np.std(np.log(extents[spread]), axis=0) for spread in extents)
+    assert (np.sqrt(with_**2 - without**2) > 0.07).all()
+    assert (np.sqrt(with_**2 - without**2) < 0.17).all()
 
 
 def test_tissues_have_their_hu(body: Body) -> None:

@@ -67,7 +67,7 @@ def phantom_grid(shape: Shape = (300, 130, 160), spacing: float = 2.0) -> Grid:
 
 
 def phantom_slab(
-    seed: int, shape: Shape, spacing: float, z0: int, z1: int
+    seed: int, shape: Shape, spacing: float, z0: int, z1: int, size_spread: float = 0.0
 ) -> tuple[NDArray[np.int16], NDArray[np.uint8]]:
     """Make planes z0 ≤ z < z1 of a phantom: the same voxels however it is cut.
 
@@ -81,6 +81,8 @@ def phantom_slab(
         Edge length of a voxel, mm.
     z0, z1 : int
         First plane, and the one after the last.
+    size_spread
+        As for `make_phantom`.
 
     Returns
     -------
@@ -99,7 +101,7 @@ def phantom_slab(
         raise ParameterError(
             f"planes {z0} to {z1} are not in a phantom of {shape[0]}; give 0 ≤ z0 ≤ z1 ≤ height."
         )
-    subject = make_subject(seed, shape[0] * spacing)
+    subject = make_subject(seed, shape[0] * spacing, size_spread)
     organs, label_of = load_organs("visceral"), np.zeros(256, np.uint8)
     for name, region in REGION.items():
         label_of[region] = organs.by_name(name).value
@@ -110,7 +112,11 @@ def phantom_slab(
 
 
 def make_phantom(
-    seed: int, shape: Shape = (300, 130, 160), spacing: float = 2.0
+    seed: int,
+    shape: Shape = (300, 130, 160),
+    spacing: float = 2.0,
+    *,
+    size_spread: float = 0.0,
 ) -> tuple[NDArray[np.int16], NDArray[np.uint8], Grid]:
     """Make a phantom.
 
@@ -122,6 +128,9 @@ def make_phantom(
         Voxels along (z, y, x). A body is 700 mm tall; above it another begins.
     spacing : float
         Edge length of a voxel, mm.
+    size_spread : float
+        Standard deviation of the bodies' sizes along each axis, about the middle of the trunk, as
+        a fraction: 0.12 in people. With it, a body may not fit into the default shape.
 
     Returns
     -------
@@ -137,7 +146,7 @@ def make_phantom(
     ParameterError
         If a size or the spacing is not positive.
     """
-    image, labels = phantom_slab(seed, shape, spacing, 0, shape[0])
+    image, labels = phantom_slab(seed, shape, spacing, 0, shape[0], size_spread)
     return image, labels, phantom_grid(shape, spacing)
 
 
@@ -148,6 +157,7 @@ def write_phantom(
     shape: Shape = (300, 130, 160),
     spacing: float = 2.0,
     *,
+    size_spread: float = 0.0,
     overwrite: bool = False,
 ) -> None:
     """Write a phantom and its labels as two NIfTI files, slab by slab.
@@ -156,7 +166,7 @@ def write_phantom(
     ----------
     ct, labels : Path
         Where to write HU (int16) and labels (uint8); compressed if named ``.gz``.
-    seed, shape, spacing
+    seed, shape, spacing, size_spread
         As for `make_phantom`.
     overwrite : bool
         Replace files that exist.
@@ -176,6 +186,7 @@ def write_phantom(
             partial = stack.enter_context(replacing(path, overwrite=overwrite))
             writers.append(stack.enter_context(NiftiWriter(partial, header_of(grid, dtype))))
         for z in range(0, shape[0], PLANES):
-            image, label = phantom_slab(seed, shape, spacing, z, min(z + PLANES, shape[0]))
+            stop = min(z + PLANES, shape[0])
+            image, label = phantom_slab(seed, shape, spacing, z, stop, size_spread)
             writers[0].write(pack(image))
             writers[1].write(pack(label))

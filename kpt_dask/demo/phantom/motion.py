@@ -6,6 +6,11 @@ import numpy as np
 
 from kpt_dask.demo.phantom.geometry import Floats, rotation
 
+MIDDLE = 300.0
+"""Height about which bodies differ in size, mm: that of the middle of the trunk."""
+FARTHEST = 2.0
+"""Standard deviations by which sizes differ at most."""
+
 
 class Motion(NamedTuple):
     """Takes world mm to template mm: size, turn about z and shift, then waves."""
@@ -33,8 +38,11 @@ class Motion(NamedTuple):
         return world
 
 
-def random_motion(rng: np.random.Generator) -> Motion:
-    """Draw a subject's motion; all waves but the longest run in random directions."""
+def random_motion(rng: np.random.Generator, factors: Floats) -> Motion:
+    """Draw a subject's motion; all waves but the longest run in random directions.
+
+    The body is larger by `factors` along (z, y, x), about its middle.
+    """
     size = rng.uniform(0.95, 1.06) * rng.uniform(0.98, 1.02, 3)
     linear = np.diag(1 / size) @ rotation(rng.uniform(-0.06, 0.06), 0, 0)
     length = np.array([130, 150, 180, 210, 250, 300, 380, 480, 1500])
@@ -43,13 +51,20 @@ def random_motion(rng: np.random.Generator) -> Motion:
     direction /= np.linalg.norm(direction, axis=1)[:, None]
     push = rng.standard_normal((len(length), 3))
     push *= (0.011 * np.minimum(length, 600) / np.linalg.norm(push, axis=1))[:, None]
+    larger = linear / factors
+    middle = np.array((MIDDLE, 0, 0))
     return Motion(
-        linear=linear,
-        offset=rng.uniform((-14, -4, -6), (14, 4, 6)),
+        linear=larger,
+        offset=rng.uniform((-14, -4, -6), (14, 4, 6)) + (linear - larger) @ middle,
         wave=2 * np.pi * direction / length[:, None],
         phase=rng.uniform(0, 2 * np.pi, len(length)),
         amplitude=push,
     )
+
+
+def random_sizes(rng: np.random.Generator, spread: float) -> Floats:
+    """Draw how much larger a body is along (z, y, x), of standard deviation `spread`."""
+    return 1 + spread * rng.standard_normal(3).clip(-FARTHEST, FARTHEST)
 
 
 def world_boxes(motion: Motion, boxes: Floats) -> tuple[Floats, Floats]:

@@ -8,7 +8,7 @@ from numpy.typing import NDArray
 
 from kpt_dask.demo.phantom.anatomy import template
 from kpt_dask.demo.phantom.geometry import PERIOD, Floats
-from kpt_dask.demo.phantom.motion import Motion, random_motion, world_boxes
+from kpt_dask.demo.phantom.motion import Motion, random_motion, random_sizes, world_boxes
 from kpt_dask.demo.phantom.shapes import (
     CAPSULE,
     CAVITY,
@@ -19,6 +19,9 @@ from kpt_dask.demo.phantom.shapes import (
     Paint,
     Shapes,
 )
+
+SIZES = 100
+"""Number of the random generator of a body's size, beside those of its tiles' clutter."""
 
 
 class Subject(NamedTuple):
@@ -54,10 +57,11 @@ class Subject(NamedTuple):
 
 
 @lru_cache(maxsize=4)
-def make_subject(seed: int, height: float) -> Subject:
-    """Make the subject of a seed, tall enough for `height` mm."""
+def make_subject(seed: int, height: float, size_spread: float = 0.0) -> Subject:
+    """Make the subject of a seed, tall enough for `height` mm; see `random_sizes`."""
     rng = np.random.default_rng(seed)
-    motion, fat = random_motion(rng), float(rng.uniform(6, 19))
+    factors = random_sizes(np.random.default_rng((seed, SIZES)), size_spread)
+    motion, fat = random_motion(rng, factors), float(rng.uniform(6, 19))
     table = np.array(list(MATERIALS.values()), dtype=np.float64)
     arterial, venous = rng.uniform(0.1, 1), rng.uniform(0.35, 1)
     spread = rng.uniform(-1, 1, len(table)) * table[:, 3]
