@@ -1,7 +1,7 @@
 """Measures of each label of a label map, by streaming it beside its scan."""
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,10 +13,11 @@ from atlas_store import OrganTable
 from kpt_dask.annotations.opening import open_pair
 from kpt_dask.errors import GridMismatchError
 from kpt_dask.grid import Grid
-from kpt_dask.label_files.label_map import Extent, LabelMap
+from kpt_dask.label_files.label_map import LabelMap
 from kpt_dask.label_files.packed import PackedLabels
-from kpt_dask.measures.surfaces import Agreement, agreement
-from kpt_dask.runtime import notices, progress
+from kpt_dask.measures.comparison import compare_labels, doubt_shear
+from kpt_dask.measures.surfaces import Agreement
+from kpt_dask.runtime import progress
 from kpt_dask.scans.scan import Scan, open_labels, open_scan
 
 
@@ -106,7 +107,7 @@ def measure(
         _, compared = _opened(scan, reference, organs, series)
         other = _packed(compared, "Reading reference")
         both = [LabelMap(one, source.grid, ()) for one in (sums.labels, other)]
-        _doubt_shear(source)
+        doubt_shear(source)
     extents = [one.extents() for one in both]
     table: Mapping[int, str]
     if organs is None:
@@ -116,7 +117,7 @@ def measure(
         table = {organ.value: organ.name for organ in organs}
     compared_with = {}
     if both:
-        compared_with = _agreements(both, extents, table, tolerance_mm)
+        compared_with = compare_labels(both, extents, list(table), tolerance_mm)
     return [
         sums.measures(name, value, source.grid, compared_with.get(value))
         for value, name in table.items()
@@ -134,14 +135,6 @@ def _opened(
             f"{labels} does not lie on the grid of {scan}; resample it to the scan first."
         )
     return source, labelled
-
-
-def _doubt_shear(scan: Scan) -> None:
-    if not scan.grid.is_orthogonal:
-        notices.warn(
-            f"{scan.path}: its axes are not at right angles (its gantry was tilted), so distances"
-            " of surfaces are off by as much."
-        )
 
 
 @dataclass(frozen=True, eq=False)
@@ -216,39 +209,3 @@ def _packed(labelled: Scan, description: str) -> PackedLabels:
                 advance(len(slab))
 
         return PackedLabels.of(labelled.grid.shape, np.dtype(np.uint16), slabs())
-
-
-def _agreements(
-    both: Sequence[LabelMap],
-    extents: Sequence[Mapping[int, Extent]],
-    table: Mapping[int, str],
-    tolerance_mm: float,
-) -> dict[int, Agreement]:
-    """Compare each label of the table in the box that holds both."""
-    z, y, x = both[0].grid.spacing.tolist()
-    found = {}
-    with progress.stage("Comparing", total=len(table)) as advance:
-        for value in table:
-            known = [boxes[value] for boxes in extents if value in boxes]
-            if known:
-                box = _enclosing(known)
-                masks = [_mask(one.voxels, value, box) for one in both]
-            else:
-                masks = [np.zeros((1, 1, 1), np.bool_)] * 2
-            found[value] = agreement(masks[0], masks[1], (z, y, x), tolerance_mm=tolerance_mm)
-            advance(1)
-    return found
-
-
-def _enclosing(boxes: list[Extent]) -> Extent:
-    z, y, x = (
-        slice(min(part.start for part in parts), max(part.stop for part in parts))
-        for parts in zip(*boxes, strict=True)
-    )
-    return z, y, x
-
-
-def _mask(labels: PackedLabels, value: int, box: Extent) -> NDArray[np.bool_]:
-    """Cut the mask of a label out of a label map."""
-    parts = [slab[(slice(None), *box[1:])] == value for slab in labels.slabs(box[0])]
-    return np.concatenate(parts)

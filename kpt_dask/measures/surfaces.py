@@ -14,6 +14,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 from scipy import ndimage
+from scipy.spatial import cKDTree
 
 Mask = NDArray[np.bool_]
 
@@ -75,10 +76,10 @@ def agreement(
     dice = 2 * int(np.count_nonzero(one & other)) / sum(sizes)
     [box] = ndimage.find_objects((one | other).view(np.uint8))
     surfaces = [_surface(mask[box]) for mask in (one, other)]
-    there, back = (
-        ndimage.distance_transform_edt(~target, sampling=spacing)[source]
-        for source, target in (surfaces, surfaces[::-1])
-    )
+    # Surfaces have few voxels: a tree of them is searched in a fraction of the time and memory of a
+    # distance transform of the box.
+    points = [np.argwhere(surface) * np.array(spacing) for surface in surfaces]
+    there, back = (cKDTree(target).query(source)[0] for source, target in (points, points[::-1]))
     both = np.concatenate([there, back])
     return Agreement(
         dice,
