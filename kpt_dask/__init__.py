@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from kpt_dask.atlases.add import add_atlas, add_folder, store_parameters
-    from kpt_dask.evaluation import evaluate
+    from kpt_dask.evaluation.run import evaluate
     from kpt_dask.exports import export, export_atlas
     from kpt_dask.keypoints.extraction import extract
     from kpt_dask.matching.first_pass import match
@@ -43,7 +43,7 @@ _HOME = {
     "add_atlas": "atlases.add",
     "add_folder": "atlases.add",
     "convert": "volumes.conversion",
-    "evaluate": "evaluation",
+    "evaluate": "evaluation.run",
     "export": "exports",
     "export_atlas": "exports",
     "extract": "keypoints.extraction",

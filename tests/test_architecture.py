@@ -73,7 +73,7 @@ MANY_PARAMETERS = {
     "kpt_dask.cli.main.segment": COMMAND,
     "kpt_dask.cli.measure.measure": COMMAND,
     "kpt_dask.cli.slurm.main": COMMAND,
-    "kpt_dask.evaluation.evaluate": FACE,
+    "kpt_dask.evaluation.run.evaluate": FACE,
     "kpt_dask.exports.export": FACE,
     "kpt_dask.segmentation.segment": FACE,
     "kpt_dask.segmentation.segment_volume": FACE,

@@ -9,7 +9,8 @@ import zarr
 from distributed import Client
 
 from atlas_store import AtlasStore
-from kpt_dask.evaluation import dice, evaluate
+from kpt_dask.evaluation.overlap import dice
+from kpt_dask.evaluation.run import evaluate
 from kpt_dask.options import MODES
 from kpt_dask.segmentation import segment, segment_volume
 from kpt_dask.volumes.volume import open_volume

@@ -216,6 +216,20 @@ def names(ctx: click.Context, param: click.Parameter, value: str | None) -> tupl
     return found
 
 
+def numbers(
+    ctx: click.Context, param: click.Parameter, value: str | None
+) -> tuple[int, ...] | None:
+    """Read whole numbers that are separated by commas; None if the option was not given."""
+    if value is None:
+        return None
+    try:
+        return tuple(int(number) for number in value.split(","))
+    except ValueError:
+        raise click.BadParameter(
+            f"{value!r} is no whole number, nor several separated by commas."
+        ) from None
+
+
 def label_options(command: F) -> F:
     """Add the options of label files but for the files: ``split``, ``organs``, ``largest``."""
     adapted: Any = command

@@ -14,7 +14,7 @@ from kpt_dask.atlases.add import add_atlas, store_parameters
 from kpt_dask.demo.overlay import overlay_png
 from kpt_dask.demo.phantom import write_phantom
 from kpt_dask.errors import OutputExistsError
-from kpt_dask.evaluation import dice
+from kpt_dask.evaluation.overlap import dice
 from kpt_dask.runtime import cluster, progress
 from kpt_dask.scans.scan import open_scan
 from kpt_dask.segmentation import Segmentation, segment

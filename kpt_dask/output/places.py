@@ -15,10 +15,14 @@ OWN = frozenset({"kpt-volume"})
 """``encoding-type`` of folders that this program writes and may replace."""
 STORE = "kpt-atlas-store"
 """``encoding-type`` of atlas stores, to which only the store itself writes."""
+EVALUATION = "kpt-evaluation"
+"""``encoding-type`` of folders of an evaluation, in their ``results.json``."""
 
 _ENTRIES = re.compile(r"zarr\.json|\d+|labels|probability|keypoints|matches|votes|own_axes")
 """Names in an output of this program."""
 _LABELS = frozenset({"zarr.json", "organs"})
+_EVALUATION_ENTRIES = re.compile(r"index\.html|measures\.csv|limited_view\.csv|results\.json")
+"""Names in the folder of an evaluation."""
 _LITTER = frozenset({".DS_Store", "Thumbs.db"})
 """Files that file managers put into every folder."""
 _URL = re.compile(r"([A-Za-z][A-Za-z0-9+.-]+):/")
@@ -189,13 +193,26 @@ def _foreign(folder: Path) -> str | None:
     entries = set(os.listdir(folder)) - _LITTER
     if not entries:
         return None
-    if encoding_of(folder) not in OWN:
+    own = _EVALUATION_ENTRIES if _is_evaluation(folder) else _ENTRIES
+    if own is _ENTRIES and encoding_of(folder) not in OWN:
         return "it does not say of itself that it is an output of kpt"
-    others = sorted(name for name in entries if not _ENTRIES.fullmatch(name))
+    others = sorted(name for name in entries if not own.fullmatch(name))
     labels = folder / "labels"
     if labels.is_dir():
         others += sorted(f"labels/{name}" for name in {*os.listdir(labels)} - _LABELS - _LITTER)
-    return f"{printable(others[0])} in it is not written by kpt segment" if others else None
+    writer = "evaluate" if own is _EVALUATION_ENTRIES else "segment"
+    return f"{printable(others[0])} in it is not written by kpt {writer}" if others else None
+
+
+def _is_evaluation(folder: Path) -> bool:
+    """Whether the results in a folder begin as those of an evaluation do; they may be long."""
+    beginning = f'{{\n  "encoding-type": "{EVALUATION}"'.encode()
+    try:
+        with open(folder / "results.json", "rb") as file:
+            regular = stat.S_ISREG(os.fstat(file.fileno()).st_mode)
+            return regular and file.read(len(beginning)) == beginning
+    except OSError:
+        return False
 
 
 def _attributes(folder: Path) -> dict[str, Any] | None:

@@ -4,64 +4,31 @@ import json
 import tempfile
 from hashlib import sha256
 from pathlib import Path
+from typing import Any
 
 import nibabel
 import numpy as np
 import pytest
 from distributed import Client
-from hypothesis import given, settings
-from hypothesis import strategies as st
-from numpy.typing import NDArray
 
 from atlas_store import AtlasStore, EmptyStoreError, load_organs
 from atlas_store.draft import Draft
 from kpt_dask.atlases.add import add_atlas, store_parameters
 from kpt_dask.demo.phantom import write_phantom
 from kpt_dask.errors import LabelError, ParameterError, ScanNotFoundError
-from kpt_dask.evaluation import dice, evaluate, keypoint_votes
+from kpt_dask.evaluation.run import evaluate
 from kpt_dask.runtime import notices
 from kpt_dask.scans.pairs import Pair, find_pairs
 from kpt_dask.segmentation import segment
+from tests.evaluation.judges import numpy_dice, simpleitk_measures
+from tests.helpers import BODY_SPACING
 
 ORGANS = load_organs("visceral")
-
-
-def numpy_dice(a: NDArray[np.bool_], b: NDArray[np.bool_]) -> float:
-    return float(2 * (a & b).sum() / (a.sum() + b.sum())) if (a | b).any() else 1.0
 
 
 def content(folder: Path) -> dict[str, str]:
     files = (path for path in folder.rglob("*") if path.is_file())
     return {str(path): sha256(path.read_bytes()).hexdigest() for path in files}
-
-
-@settings(max_examples=30, deadline=None)
-@given(
-    seed=st.integers(0, 2**16),
-    parts=st.integers(1, 4),
-    annotated=st.lists(st.sampled_from(ORGANS.names), min_size=1, unique=True),
-)
-def test_dice_is_what_numpy_says(seed: int, parts: int, annotated: list[str]) -> None:
-    rng = np.random.default_rng(seed)
-    reference, found = rng.choice([0, 0, 1, 2, 3], (2, 6, 5, 4)).astype(np.uint8)
-    scores = dice(
-        np.array_split(reference, parts),
-        np.array_split(found.astype(np.uint16), parts),
-        annotated,
-        ORGANS,
-    )
-    assert list(scores) == [name for name in ORGANS.names if name in annotated]
-    for name, score in scores.items():
-        value = ORGANS.by_name(name).value
-        assert score == pytest.approx(numpy_dice(reference == value, found == value))
-
-
-def test_votes_are_counted_where_keypoints_lie() -> None:
-    liver, spleen = (ORGANS.by_name(name).value for name in ("liver", "spleen"))
-    inside = np.array([liver, liver, liver, liver, spleen, 0], np.uint16)
-    voted = np.array([liver, liver, spleen, 0, 0, liver], np.uint16)
-    counts = keypoint_votes(inside, voted, ["liver", "spleen", "aorta"], ORGANS)
-    assert counts == {"liver": (4, 3, 2), "spleen": (1, 0, 0), "aorta": (0, 0, 0)}
 
 
 def test_leaving_one_out_equals_segmenting_without_it(
@@ -93,12 +60,21 @@ def test_leaving_one_out_equals_segmenting_without_it(
         assert result["dice"] == {"body_1": pytest.approx(expected)}
         assert result["dice_by_organ"] == pytest.approx(expected)
         assert result["mean_dice"] == pytest.approx(np.mean(list(expected.values())))
+        assert result["mean_dice_interval"] is None
+        for name, measures in result["measures"]["body_1"].items():
+            value = ORGANS.by_name(name).value
+            judged = simpleitk_measures(truth == value, labels == value, BODY_SPACING)
+            assert measures == pytest.approx(judged, abs=1e-3)
+            by_organ = result["measures_by_organ"][name]
+            assert {measure: by_organ[measure]["mean"] for measure in measures} == measures
         assert (result["scans"], result["atlases"], result["mode"]) == (1, 2, "local")
         inside = {name: counts["mean"] for name, counts in result["keypoints"].items()}
         stored = body_store["body_1"].organs
         assert inside == {name: stored[name].keypoints for name in expected}
         parts = [result["seconds"][name] for name in ("Extracting keypoints", "Matching")]
         assert 0 < sum(parts) <= result["seconds"]["total"]
+        assert result["seconds_by_scan"] == {"body_1": pytest.approx(result["seconds"])}
+        assert result["background"]["mean"] > 10
         assert json.loads(json.dumps(result, allow_nan=False)) == result
     assert found.atlases == ("body_2", "body_3")
 
@@ -113,6 +89,71 @@ def test_limits_choose_the_first(bodies: Path, body_store: AtlasStore, one_proce
     assert results["mean_dice"] > 0.45
 
 
+def test_several_numbers_of_atlases_give_what_each_gives_alone(
+    body_store: AtlasStore, one_process: Client
+) -> None:
+    what: Any = {"limit": 2, "mode": "organ", "client": one_process}
+    several = evaluate(body_store, atlases=(2, 1), **what)
+    alone = [evaluate(body_store, atlases=number, **what) for number in (1, 2)]
+    assert several["dice"] == alone[1]["dice"]
+    assert several["atlases"] == 2
+    assert [row["atlases"] for row in several["by_atlases"]] == [1, 2]
+    for row, one in zip(several["by_atlases"], alone, strict=True):
+        assert row["voting"] == one["atlases"]
+        for key in ("mean_dice", "mean_dice_interval", "dice_by_organ"):
+            assert row[key] == one[key]
+    assert "by_atlases" not in alone[0]
+
+
+def test_cropped_scans_are_judged_as_files_would_be(
+    bodies: Path, body_store: AtlasStore, one_process: Client, tmp_path: Path
+) -> None:
+    """The planes that are left are written to a file, which is segmented as any other."""
+    found = evaluate(
+        body_store, limit=1, mode="organ", cropped=["spleen", "trachea"], client=one_process
+    )
+    assert any("No scan annotates trachea" in sentence for sentence in found["warnings"])
+    limited = found["limited_view"]
+    assert list(limited["modes"]) == ["organ", "across"]
+    truth = nibabel.load(bodies / "body_1_seg.nii.gz")
+    values = np.asarray(truth.dataobj)
+    planes = np.flatnonzero((values == ORGANS.by_name("spleen").value).any(axis=(0, 1)))
+    length = -(-values.shape[2] // 3)
+    first = (planes[0] + planes[-1] + 1 - length) // 2
+    left = slice(int(first), int(first) + length)
+    scan = nibabel.load(bodies / "body_1_ct.nii.gz").slicer[:, :, left]
+    nibabel.save(scan, tmp_path / "scan.nii.gz")
+    inside = {
+        organ.name
+        for organ in ORGANS
+        if 0 < (values == organ.value).sum() == (values[:, :, left] == organ.value).sum()
+    }
+    rows = limited["rows"]
+    for mode in ("organ", "across"):
+        segment(
+            tmp_path / "scan.nii.gz",
+            body_store,
+            tmp_path / f"{mode}.zarr",
+            mode=mode,
+            exclude=["body_1"],
+            labels=tmp_path / f"{mode}.nii.gz",
+            client=one_process,
+        )
+        labels = np.asarray(nibabel.load(tmp_path / f"{mode}.nii.gz").dataobj)
+        expected = {
+            name: numpy_dice(
+                *(v == ORGANS.by_name(name).value for v in (values[:, :, left], labels))
+            )
+            for name in inside
+        }
+        scores = {row["organ"]: row["cropped"] for row in rows if row["mode"] == mode}
+        assert scores == pytest.approx(expected)
+        assert limited["modes"][mode]["cropped"] == pytest.approx(np.mean(list(expected.values())))
+    whole = {row["organ"]: row["whole"] for row in rows if row["mode"] == "organ"}
+    assert whole == {name: found["dice"]["body_1"][name] for name in whole}
+    assert 0 < len(inside) < len(found["dice"]["body_1"])
+
+
 def test_what_the_reference_does_not_annotate_is_left_out(
     bodies: Path, one_process: Client, tmp_path: Path
 ) -> None:
@@ -121,8 +162,10 @@ def test_what_the_reference_does_not_annotate_is_left_out(
     for seed, (name, annotated) in enumerate(names.items(), start=1):
         scan, labels = (bodies / f"body_{seed}_{what}.nii.gz" for what in ("ct", "seg"))
         add_atlas(store, scan, labels, atlas_id=name, annotated=annotated, client=one_process)
-    results = evaluate(store, client=one_process)
+    results = evaluate(store, cropped=["spleen"], client=one_process)
     assert {name: list(scores) for name, scores in results["dice"].items()} == names
+    assert "limited_view" not in results
+    assert "No scan annotates spleen" in results["warnings"][-1]
     # Nobody else annotates the left lung of b, and so it is not found; not a word of a's.
     assert results["dice_by_organ"]["lung_left"] == 0
     assert list(results["keypoints"]) == ["liver", "lung_left"]
@@ -147,11 +190,14 @@ def test_temporary_files_are_removed(
         ({"atlases": 0}, "at least 1"),
         ({"limit": -1}, "at least 1"),
         ({"atlases": 3}, "has 2 atlases besides body_1"),
+        ({"atlases": (1, 3)}, "has 2 atlases besides body_1"),
+        ({"atlases": (1, 0)}, "at least 1"),
         ({"mode": "organs"}, "mode 'organs' is unknown"),
+        ({"cropped": ("liver", "heart")}, "cropped around heart: the atlases know liver"),
     ],
 )
 def test_options_must_make_sense(
-    body_store: AtlasStore, options: dict[str, int], message: str
+    body_store: AtlasStore, options: dict[str, Any], message: str
 ) -> None:
     with pytest.raises(ParameterError, match=message):
         evaluate(body_store, **options)
