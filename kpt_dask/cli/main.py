@@ -424,6 +424,19 @@ def export(
     help="Also crop each scan along the body around each of these organs, to a third of its "
     "length, and compare with the whole scan, in --mode and in modes across and organ.",
 )
+@click.option(
+    "--baseline",
+    metavar="NAME",
+    help="Put a baseline beside the results: syn registers the same atlases to each scan by ANTs "
+    "SyN, and fuses their labels by majority and by locally weighted votes. Takes minutes for each "
+    "atlas and scan; needs kpt-dask[baselines].",
+)
+@click.option(
+    "--registrations",
+    type=click.Path(),
+    metavar="DIR",
+    help="With --baseline, keep registrations here for another time.  [default: the user's cache]",
+)
 @click.option("--limit", type=int, metavar="N", help="Evaluate only the first N scans.")
 @select_option
 @index_option
@@ -455,6 +468,8 @@ def evaluate(
     options: TransferOptions,
     atlases: tuple[int, ...] | None,
     cropped: tuple[str, ...] | None,
+    baseline: str | None,
+    registrations: str | None,
     limit: int | None,
     select: int | None,
     index: str,
@@ -479,6 +494,7 @@ def evaluate(
       kpt evaluate atlases --limit 20 --atlases 19 --json results.json
       kpt evaluate atlases --scans test --labels '{id}_organs.nii.gz' --out evaluation
       kpt evaluate atlases --atlases 5,10,20,40 --cropped liver,trachea --out evaluation
+      kpt evaluate atlases --limit 8 --atlases 10 --baseline syn --out evaluation
     """
     import json
 
@@ -506,6 +522,8 @@ def evaluate(
             options=options,
             atlases=atlases,
             cropped=cropped or (),
+            baseline=baseline,
+            registrations=registrations,
             limit=limit,
             select=select,
             index=index,

@@ -17,6 +17,7 @@ from kpt_dask.atlases.add import labels_at
 from kpt_dask.atlases.profiles import organ_profiles
 from kpt_dask.atlases.same_scan import KnownScans
 from kpt_dask.errors import LabelError, ParameterError
+from kpt_dask.evaluation.baseline import Baseline, check_baseline
 from kpt_dask.evaluation.folder import writing
 from kpt_dask.evaluation.known_scan import (
     KnownAtlas,
@@ -60,6 +61,8 @@ def evaluate(
     options: TransferOptions = DEFAULTS,
     atlases: int | Sequence[int] | None = None,
     cropped: Sequence[str] = (),
+    baseline: str | None = None,
+    registrations: str | Path | None = None,
     limit: int | None = None,
     select: int | None = None,
     index: str = "auto",
@@ -94,6 +97,12 @@ def evaluate(
     cropped : sequence of str
         Organs: each scan is also cropped along the body around each of them, to a third of its
         length, and segmented by `mode`, and by ``across`` and ``organ``, as a whole and cropped.
+    baseline : str, optional
+        ``syn``: the same atlases are also registered to each scan by ANTs SyN (extra
+        ``baselines``), and their labels fused, which takes minutes for each atlas and scan and
+        some GiB of memory.
+    registrations : str or Path, optional
+        Folder in which registrations are kept for another time; in the user's cache unless given.
     limit : int, optional
         Number of scans to evaluate: the first.
     select, index, memory, client
@@ -123,6 +132,8 @@ def evaluate(
         ``seconds_by_scan``, the same of each scan;
         ``scans`` and ``atlases``, how many, atlases for each scan;
         ``by_atlases``, if `atlases` are several: Dice for each number;
+        ``baselines``, if asked for: ``mean_dice``, ``dice_by_organ`` and ``dice``, on the working
+        grid, and ``seconds`` by scan, of each way to fuse the labels of registered atlases;
         ``limited_view``, if a scan was cropped: see
         `kpt_dask.evaluation.limited_view.limited_view_summary`;
         ``left_out``, by scan, which atlases were made from it, if they have other names;
@@ -167,6 +178,8 @@ def evaluate(
     # Options are checked, and that there are atlases, before any scan is opened.
     options.check(mode, store.organs)
     _check_organs(cropped, store)
+    if baseline is not None:
+        check_baseline(baseline)
     if out is not None:
         read = [path for pair in pairs.values() for path in (pair.scan, pair.labels)]
         check_outputs(folders=[out], inputs=[store.url, *read], overwrite=overwrite)
@@ -183,6 +196,9 @@ def evaluate(
         judge = _Judge(
             store, mode, options, number, fewer, tuple(cropped), select, index, memory, session
         )
+        if baseline is not None:
+            kept = None if registrations is None else Path(registrations)
+            judge.baseline = Baseline(store.organs, kept)
         results = {}
         for name in names:
             share = options.smallest_share(mode)
@@ -219,6 +235,7 @@ class _Judge:
     index: str
     memory: int | None
     client: Client
+    baseline: Baseline | None = None
 
     def __post_init__(self) -> None:
         """Begin without results."""
@@ -258,6 +275,9 @@ class _Judge:
                     again = self._segment(volume, other, same, number)
                     by_atlases[number] = {n: a.dice for n, a in reference.compare(again).items()}
             limited = self._limited(name, volume, reference, found, same)
+            if self.baseline is not None:
+                used = self.store.atlases(found.atlases)
+                self.baseline.judge(name, volume, reference, used)
         return replace(result, by_atlases=by_atlases, limited=limited), picture
 
     def summary(self, results: Mapping[str, ScanResult]) -> dict[str, Any]:
@@ -274,6 +294,8 @@ class _Judge:
                 notices.warn(f"No scan annotates {' or '.join(never)}: none was cropped around it.")
             if judged:
                 found["limited_view"] = limited_view_summary(judged, self.cropped)
+        if self.baseline is not None:
+            found["baselines"] = self.baseline.summary()
         return found | {"left_out": self._left_out}
 
     def doubt_left_out(self) -> None:
