@@ -24,6 +24,10 @@ ROUNDS = 3
 """Number of rounds of reweighting by agreement."""
 REACH = 3.0
 """Standard deviations beyond which a match has no say."""
+BEYOND = 25.0
+"""How far organs lie beside where the affine trend puts them, standard deviation, mm."""
+PRIOR = 0.3
+"""Weight of the trend among the matches near a point, in matches."""
 UNSUPPORTED = 1e-30
 """Matches that disagree so much support nothing."""
 _FARTHEST = 120.0
@@ -81,27 +85,29 @@ def regress(
     translation: NDArray[np.float32],
     widths: Widths = (SIGMA_X, SIGMA_T),
 ) -> NDArray[np.float32]:
-    """Estimate the displacement at points, and how many matches support it.
+    """Estimate the displacement at points beyond a trend, and how many matches support it.
 
     With w_m = exp(−‖x − x_m‖² / 2σ_x²) for the matches nearer than `REACH` · σ_x, the
-    displacement u is first Σ w_m t_m / Σ w_m; then, `ROUNDS` times, the same mean with the
-    weights w_m · exp(−‖t_m − u‖² / 2σ_t²). The support is the sum of the last weights: the
-    effective number of matches at x that agree.
+    displacement u is first Σ v_m t_m / (Σ v_m + `PRIOR`), v_m = w_m · exp(−‖t_m‖² / 2 `BEYOND`²);
+    then, `ROUNDS` times, the same with v_m = w_m · exp(−‖t_m − u‖² / 2σ_t²). So matches that
+    agree outweigh the trend, and one that is far from it alone does not. The support is the sum of
+    the last weights: the effective number of matches at x that agree.
 
     Parameters
     ----------
     points : ndarray (n, 3)
         x, mm.
     position, translation : float32 arrays (m, 3)
-        x_m and t_m of the matches, mm.
+        x_m, and t_m beyond the trend, mm.
     widths : (float, float)
         σ_x and σ_t, mm.
 
     Returns
     -------
     ndarray (n, 4), float32
-        Displacement (z, y, x) in mm, and the support; all 0 where no match is near, or where
-        the support is below `UNSUPPORTED`. Points that share z and y are fastest side by side.
+        Displacement beyond the trend (z, y, x) in mm, and the support; all 0 where no match is
+        near, or where the support is below `UNSUPPORTED`. Points that share z and y are fastest
+        side by side.
     """
     order = np.argsort(position[:, 2], kind="stable")
     out = np.zeros((len(points), 4), np.float32)
@@ -202,8 +208,8 @@ def _regress(
                 w = exp2(-min(squared * in_space, farthest))
                 weight[begin + lane] = w if squared < limit else nothing
         uz = uy = ux = support = nothing
-        # Wider than any disagreement at first: the plain mean.
-        disagreement = nothing
+        # From the trend on: a lone match far from it is more likely wrong than right.
+        disagreement = np.float32(0.5 * LOG2_E / BEYOND**2)
         for _ in range(ROUNDS + 1):
             sums[:] = nothing
             for b in range(blocks):
@@ -221,9 +227,9 @@ def _regress(
             support = _total(sums, 0)
             if support < UNSUPPORTED:
                 break
-            uz = _total(sums, LANES) / support
-            uy = _total(sums, 2 * LANES) / support
-            ux = _total(sums, 3 * LANES) / support
+            uz = _total(sums, LANES) / (support + np.float32(PRIOR))
+            uy = _total(sums, 2 * LANES) / (support + np.float32(PRIOR))
+            ux = _total(sums, 3 * LANES) / (support + np.float32(PRIOR))
             disagreement = in_translation
         if support < UNSUPPORTED:
             continue

@@ -56,15 +56,12 @@ def regression(
     t = translation.astype(float)
     distance = np.linalg.norm(position.astype(float) - x, axis=1)
     near = np.where(distance < 3 * space, np.exp(-(distance**2) / (2 * space**2)), 0)
-    if not near.any():
-        return np.zeros(4)
-    u = near @ t / near.sum()
-    weight = near
-    for _ in range(rounds):
-        weight = near * np.exp(-(np.linalg.norm(t - u, axis=1) ** 2) / (2 * agreement**2))
+    u, weight = np.zeros(3), near
+    for width in (25.0, *rounds * [agreement]):
+        weight = near * np.exp(-(np.linalg.norm(t - u, axis=1) ** 2) / (2 * width**2))
         if weight.sum() < 1e-30:
             return np.zeros(4)
-        u = weight @ t / weight.sum()
+        u = weight @ t / (weight.sum() + 0.3)
     return np.array([*u, weight.sum()])
 
 
