@@ -22,7 +22,7 @@ from atlas_store.keypoints import check_keypoints, first_labels, write_keypoints
 from atlas_store.layout import KEYPOINTS, LABELS, data_folder, marker_key
 from atlas_store.marker import ENCODING_TYPE, ENCODING_VERSION, AtlasInfo, OrganInfo, table_digest
 from atlas_store.organs import OrganTable
-from atlas_store.storage.digests import Json, digest
+from atlas_store.storage.digests import Json, digest, digest_of_file
 from atlas_store.storage.objects import MAX_OBJECT, Objects, finish_writes
 
 ABANDONED_AFTER = timedelta(hours=24)
@@ -135,7 +135,8 @@ class Draft:
         shape, spacing, origin : tuple
             The working grid, (z, y, x): voxels, mm, centre of voxel (0, 0, 0) in mm.
         source : iterable of str or path
-            The files it was made from; only their names are kept.
+            The files it was made from; their names are kept, and the SHA-256 of those given as
+            `pathlib.Path`.
         scan_digest : str, optional
             SHA-256, hexadecimal, that identifies the scan whatever its file is called.
 
@@ -156,6 +157,7 @@ class Draft:
             If the keypoints lack a variable, or one has a wrong shape, type or value.
         """
         wanted = {self._organs.by_name(name).name for name in annotated}
+        source = list(source)
         shape = (int(shape[0]), int(shape[1]), int(shape[2]))
         check_labels(self.group.get(LABELS), shape, f"{self._objects.url}: atlas {self.id!r}")
         total, counted = self._count(keypoints, organs)
@@ -177,6 +179,7 @@ class Draft:
             organ_table=table_digest(self._organs),
             digest=self._seal(),
             scan_digest=scan_digest,
+            source_digests=tuple(map(digest_of_file, source)),
         )
         self._publish(info)
         return info

@@ -5,6 +5,7 @@
     zarr.json                     the store: encoding, uuid, organ table, parameters
     markers/<id>.json             one per atlas, written last: names the uuid of its data
     removed/<id>.<uuid>.json      one per removed atlas that can be restored: its marker, and when
+    notes/<id>.<uuid>.json        what somebody noted about an atlas
     atlases/<id>.<uuid>/          the data of an atlas, a Zarr group; its attributes hold the
                                   SHA-256 of every other object in it
         image/                    OME-Zarr image; image/labels/organs its label map
@@ -26,6 +27,7 @@ ROOT = "zarr.json"
 MARKERS = "markers"
 ATLASES = "atlases"
 REMOVED = "removed"
+NOTES = "notes"
 IMAGE = "image"
 LABELS = "image/labels/organs/0"
 KEYPOINTS = "keypoints"
@@ -41,6 +43,11 @@ def marker_key(atlas_id: str) -> str:
 def removed_key(atlas_id: str, uuid: str) -> str:
     """Key of what describes a removed atlas."""
     return f"{REMOVED}/{atlas_id}.{uuid}.json"
+
+
+def note_key(atlas_id: str, uuid: str) -> str:
+    """Key of the note on an atlas."""
+    return f"{NOTES}/{atlas_id}.{uuid}.json"
 
 
 def data_folder(atlas_id: str, uuid: str) -> str:

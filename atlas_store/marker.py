@@ -108,6 +108,9 @@ class AtlasInfo:
     scan_digest : str or None
         SHA-256 of the scan's voxels on the working grid, which identifies the scan; None for
         atlases of earlier versions.
+    source_digests : tuple of (str or None)
+        SHA-256 of each of the files, or folders, in `source`; None of what is no local file. Empty
+        for atlases of earlier versions.
 
     Examples
     --------
@@ -133,6 +136,7 @@ class AtlasInfo:
     organ_table: str
     digest: str
     scan_digest: str | None = None
+    source_digests: tuple[str | None, ...] = ()
 
     def __reduce__(self) -> tuple[type[Self], tuple[Any, ...]]:
         """Pickle, as `OrganInfo` does."""
@@ -193,6 +197,7 @@ class AtlasInfo:
             organ_table=_hexadecimal(content["organ_table"], 64),
             digest=_hexadecimal(content["digest"], 64),
             scan_digest=_digest_or_none(content.get("scan_digest")),
+            source_digests=tuple(map(_digest_or_none, content.get("source_digests", ()))),
         )
 
 

@@ -34,6 +34,7 @@ from atlas_store.marker import (
     parse_json,
     table_digest,
 )
+from atlas_store.notes import read_note, write_note
 from atlas_store.organs import OrganTable
 from atlas_store.storage.digests import Json, canonical
 from atlas_store.storage.objects import MAX_DOCUMENT, Objects
@@ -322,6 +323,38 @@ class AtlasStore:
             Their ids.
         """
         return prune(self.objects, older_than)
+
+    def note(self, atlas_id: str) -> str:
+        """Read the note on an atlas; empty if there is none.
+
+        Raises
+        ------
+        AtlasNotFoundError
+            If there is no atlas of this id.
+        StoreFormatError
+            If the note is damaged.
+        """
+        return read_note(self.objects, self[atlas_id].info)
+
+    def set_note(self, atlas_id: str, note: str) -> None:
+        """Note something about an atlas, in place of its note; an empty one is deleted.
+
+        Raises
+        ------
+        AtlasNotFoundError
+            If there is no atlas of this id.
+        ValueError
+            If the note is longer than `atlas_store.notes.LONGEST` characters.
+
+        Examples
+        --------
+        >>> from atlas_store import AtlasStore
+        >>> store = AtlasStore.open("atlases")
+        >>> store.set_note("body_1", "left kidney drawn with its cyst")
+        >>> store.note("body_1")
+        'left kidney drawn with its cyst'
+        """
+        write_note(self.objects, self[atlas_id].info, note)
 
     def copy_from(self, atlas: Atlas, atlas_id: str | None = None) -> Atlas:
         """Copy an atlas of another store; its content is compared with its SHA-256.

@@ -11,7 +11,14 @@ from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 
 from atlas_store.errors import AtlasExistsError, AtlasNotFoundError, StoreFormatError
-from atlas_store.layout import REMOVED, data_folder, marker_key, parse_folder, removed_key
+from atlas_store.layout import (
+    REMOVED,
+    data_folder,
+    marker_key,
+    note_key,
+    parse_folder,
+    removed_key,
+)
 from atlas_store.marker import AtlasInfo, check_encoding, parse_json
 from atlas_store.storage.objects import MAX_DOCUMENT, Objects
 
@@ -122,6 +129,7 @@ def prune(objects: Objects, older_than: timedelta) -> list[str]:
         objects.delete(removed_key(info.id, info.uuid))
         if _uuid(objects, info.id) != info.uuid:  # restored meanwhile
             objects.delete_folder(data_folder(info.id, info.uuid))
+            objects.delete(note_key(info.id, info.uuid))
             pruned.append(info.id)
     return sorted(pruned)
 

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+from pathlib import Path
 from typing import Any
 
 Json = Any
@@ -18,3 +19,25 @@ def canonical(content: Json) -> bytes:
 def digest(data: bytes) -> str:
     """SHA-256, hexadecimal."""
     return hashlib.sha256(data).hexdigest()
+
+
+def digest_of_file(path: object) -> str | None:
+    """SHA-256 of a file, or of the names and SHA-256 of all files in a folder.
+
+    None if it is no local file, or cannot be read any more.
+    """
+    if not isinstance(path, Path):
+        return None
+    try:
+        if not path.is_dir():
+            with open(path, "rb") as file:
+                return hashlib.file_digest(file, "sha256").hexdigest()
+        total = hashlib.sha256()
+        for one in sorted(found for found in path.rglob("*") if found.is_file()):
+            with open(one, "rb") as file:
+                own = hashlib.file_digest(file, "sha256").digest()
+            name = one.relative_to(path).as_posix().encode("utf-8", "surrogateescape")
+            total.update(len(name).to_bytes(8, "big") + name + own)
+        return total.hexdigest()
+    except OSError:
+        return None

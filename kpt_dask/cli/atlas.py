@@ -304,7 +304,7 @@ def info(store: str, atlas_id: str | None, as_json: bool) -> None:
     if atlas_id is None:
         _show_store(opened, as_json)
     else:
-        _show_atlas(opened[atlas_id].info, as_json)
+        _show_atlas(opened[atlas_id].info, opened.note(atlas_id), as_json)
 
 
 @atlas.command()
@@ -570,9 +570,9 @@ def _show_store(store: "AtlasStore", as_json: bool) -> None:
     say(f"Made with {made_with}.")
 
 
-def _show_atlas(info: "AtlasInfo", as_json: bool) -> None:
+def _show_atlas(info: "AtlasInfo", note: str, as_json: bool) -> None:
     if as_json:
-        print_json(_describe(info))
+        print_json(_describe(info) | {"note": note})
         return
     voxel = info.spacing[0] * info.spacing[1] * info.spacing[2] / 1000
     organs = table("organ", "volume (mL)", "keypoints", "centroid (z, y, x, mm)")
@@ -586,6 +586,8 @@ def _show_atlas(info: "AtlasInfo", as_json: bool) -> None:
     console().print(organs)
     made_from = " and ".join(info.source)
     say(f"Added {_moment(info)} UTC from {made_from} with {info.software}.")
+    if note:
+        say(f"Note: {note}")
 
 
 def _moment(info: "AtlasInfo") -> str:

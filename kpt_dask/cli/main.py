@@ -13,6 +13,7 @@ from typing import Any, NoReturn, cast
 import click
 
 from kpt_dask.cli.atlas import atlas
+from kpt_dask.cli.atlas_edit import note, relabel
 from kpt_dask.cli.common import (
     Commands,
     console,
@@ -150,6 +151,8 @@ def kpt() -> None:
     """
 
 
+atlas.add_command(note)
+atlas.add_command(relabel)
 kpt.add_command(atlas)
 kpt.add_command(measure)
 

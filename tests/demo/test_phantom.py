@@ -136,12 +136,12 @@ def test_bodies_differ_in_size_as_told() -> None:
     extents: dict[float, list[NDArray[Any]]] = {0.0: [], 0.12: []}
     for spread, found in extents.items():
         for seed in range(20):
-            _, labels, _ = make_phantom(seed, (100, 40, 50), 8.0, size_spread=spread)
+            _, labels, _ = make_phantom(seed, (75, 40, 50), 8.0, size_spread=spread)
             where = np.argwhere(labels == ORGANS.by_name("liver").value)
             found.append(np.ptp(where, axis=0) + 1)
     without, with_ = (np.std(np.log(extents[spread]), axis=0) for spread in extents)
     assert (np.sqrt(with_**2 - without**2) > 0.07).all()
-    assert (np.sqrt(with_**2 - without**2) < 0.17).all()
+    assert (np.sqrt(with_**2 - without**2) < 0.2).all()
 
 
 def test_tissues_have_their_hu(body: Body) -> None:
