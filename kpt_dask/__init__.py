@@ -1,8 +1,8 @@
 """Keypoint transfer segmentation of CT scans, streamed with Dask and Zarr.
 
 The stations of the data's way, in order: `open_scan`, `convert`, `extract`, `match`, `vote`,
-`transfer`; `segment` walks them all, `export` writes label files of its output, `add_atlas` makes
-an atlas, `evaluate` measures.
+`transfer`; `segment` walks them all, `export` writes label files of its output and `write_report` a
+page, `add_atlas` makes an atlas, `evaluate` measures.
 """
 
 from importlib import import_module
@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from kpt_dask.matching.first_pass import match
     from kpt_dask.matching.voting import vote
     from kpt_dask.organ_transfer.modes import transfer
+    from kpt_dask.report.writing import write_report
     from kpt_dask.scans.scan import open_scan
     from kpt_dask.segmentation import open_probability, segment
     from kpt_dask.volumes.conversion import convert
@@ -37,6 +38,7 @@ __all__ = [
     "store_parameters",
     "transfer",
     "vote",
+    "write_report",
 ]
 
 _HOME = {
@@ -55,6 +57,7 @@ _HOME = {
     "store_parameters": "atlases.add",
     "transfer": "organ_transfer.modes",
     "vote": "matching.voting",
+    "write_report": "report.writing",
 }
 
 

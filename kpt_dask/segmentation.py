@@ -14,6 +14,7 @@ import numpy as np
 import xarray as xr
 import zarr
 from distributed import Client
+from numpy.typing import NDArray
 
 from atlas_store import (
     Atlas,
@@ -44,11 +45,17 @@ from kpt_dask.matching.voting import vote
 from kpt_dask.options import DEFAULTS, SPACINGS, TransferOptions
 from kpt_dask.organ_transfer.delivery import Decision, decided
 from kpt_dask.organ_transfer.job import Evidence, TransferJob
-from kpt_dask.organ_transfer.measures import OrganMeasures, as_delivered, organ_measures
+from kpt_dask.organ_transfer.measures import (
+    UNSURE,
+    OrganMeasures,
+    as_delivered,
+    organ_measures,
+)
 from kpt_dask.organ_transfer.modes import transfer
 from kpt_dask.organ_transfer.probability import TILING, create_probability
 from kpt_dask.output.commit import replacing_together
 from kpt_dask.output.places import check_outputs
+from kpt_dask.report.writing import ReportRequest, findings_of
 from kpt_dask.resampling.labels_on_scan import Shares
 from kpt_dask.runtime import cluster, notices, witness
 from kpt_dask.scans.label_header import RUN
@@ -65,8 +72,6 @@ FEW_KEYPOINTS = 20
 """Fewer keypoints than this are doubtful, and warned of."""
 LITTLE = 0.01
 """A smaller share of the organs' volume in the atlases is doubtful, and warned of."""
-UNSURE = 0.35
-"""Confidence in mode `local` below which an organ is doubtful, and warned of."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -87,6 +92,8 @@ class StationResults:
         The organs' shares on the working grid, (organ, z, y, x).
     organs : mapping of str to OrganMeasures
         What was found of each organ, in the order of the table.
+    weights : float64 array (organ, atlas)
+        Part of each atlas in an organ's votes.
     """
 
     atlases: tuple[str, ...]
@@ -97,6 +104,7 @@ class StationResults:
     label_levels: tuple["zarr.Array[Any]", ...]
     probability: "zarr.Array[Any]"
     organs: Mapping[str, OrganMeasures]
+    weights: NDArray[np.float64]
 
 
 @dataclass(frozen=True, eq=False)
@@ -152,6 +160,8 @@ def segment(
     split: str | Path | None = None,
     organs: Sequence[str] = (),
     largest: bool = False,
+    report: str | Path | None = None,
+    picture: str | Path | None = None,
     overwrite: bool = False,
     memory: int | None = None,
     client: Client | None = None,
@@ -189,6 +199,10 @@ def segment(
         Names of the organs that label files show, and that are measured; all if empty.
     largest : bool
         Whether label files keep only the largest connected component of each organ.
+    report : str or Path, optional
+        HTML file that shows the answer and why; see `kpt_dask.write_report`.
+    picture : str or Path, optional
+        PNG of a slide's size: the organs over three slices.
     overwrite : bool
         Whether outputs of earlier runs may be replaced; they are kept until the new ones are
         complete. The ``run`` in the attribute ``kpt`` of `out` is also in the header field
@@ -234,7 +248,9 @@ def segment(
     check_selection(select, index)
     request = LabelRequest.parse(labels, split, organs, largest=largest)
     request.check(store.organs, source.grid)
-    files = request.targets(store.organs)
+    shown = ReportRequest.parse(report, picture)
+    label_files = request.targets(store.organs)
+    files = [*label_files, *shown.targets()]
     inputs = (source.path, store.url)
     targets = check_outputs(folders=[out], files=files, inputs=inputs, overwrite=overwrite)
     with ExitStack() as stack:
@@ -271,7 +287,7 @@ def segment(
             )
             label_map, counts = decided(decision, request, memory=memory, client=session)
             label_map = replace(label_map, scan=source.file, description=f"{RUN}{said['run']}")
-            request.write(partials[1:], label_map)
+            request.write(partials[1 : 1 + len(label_files)], label_map)
             measures = {organ.name: measures[organ.name] for organ in label_map.organs}
             measures = as_delivered(measures, counts, source.grid)
             volume_grid = "scan"
@@ -293,6 +309,9 @@ def segment(
         _keep(group, found, {**said, "warnings": list(finished.warnings)})
         for array in (*volume.levels, *found.label_levels, found.probability):
             chunk_io.check_complete(array)
+        if shown.targets():
+            findings = findings_of(finished.path, group, measures, volume_grid)
+            shown.write(findings, store, partials[1 + len(label_files) :])
     return finished
 
 
@@ -386,7 +405,15 @@ def _label(
     finish_label_image(group, "organs", levels, volume.grid, store.organs)
     organs = organ_measures(counts, store.organs, volume.grid, keypoints, votes)
     return StationResults(
-        tuple(atlas_ids), keypoints, matches, votes, levels[0], levels, probability, organs
+        tuple(atlas_ids),
+        keypoints,
+        matches,
+        votes,
+        levels[0],
+        levels,
+        probability,
+        organs,
+        counts.weights,
     )
 
 
@@ -533,6 +560,8 @@ def _provenance(
             "atlases": list(found.atlases),
             "organ_table": store.organs.to_json(),
             "organs": {name: asdict(organ) for name, organ in found.organs.items()},
+            # Part of each atlas in an organ's votes, in the order of the atlases.
+            "weights": dict(zip(store.organs.names, found.weights.tolist(), strict=True)),
             # Grid of the label map in this image: its bytes do not depend on other outputs.
             "volume_grid": "working",
             "versions": {name: version(name) for name in libraries},

@@ -18,6 +18,7 @@ LAYERS = (
     {"kpt_dask.evaluation", "kpt_dask.exports"},
     {"kpt_dask.baselines"},
     {"kpt_dask.segmentation"},
+    {"kpt_dask.report"},
     {"kpt_dask.organ_transfer"},
     {"kpt_dask.matching", "kpt_dask.atlases"},
     {"kpt_dask.keypoints"},
@@ -84,6 +85,7 @@ NAMED_ALIKE = {
     "kpt_dask.cli.atlas": "the click group of `kpt atlas`",
     "kpt_dask.cli.main": "an entry point is called main",
     "kpt_dask.cli.measure": "the click command `kpt measure`",
+    "kpt_dask.cli.report": "the click command `kpt report`",
 }
 """Rooms and files named like what their package exports, and why."""
 

@@ -273,6 +273,14 @@ _LABEL_FILES = (
     ),
 )
 
+picture_option = click.option(
+    "--picture",
+    type=click.Path(),
+    metavar="FILE.png",
+    help="Write a picture for a slide, 1600 × 900: the organs over a coronal, a sagittal and an "
+    "axial slice.",
+)
+
 overwrite_option = click.option(
     "--overwrite",
     is_flag=True,

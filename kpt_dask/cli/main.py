@@ -26,6 +26,7 @@ from kpt_dask.cli.common import (
     names,
     numbers,
     overwrite_option,
+    picture_option,
     print_json,
     say,
     scheduler_option,
@@ -37,6 +38,7 @@ from kpt_dask.cli.common import (
     working,
 )
 from kpt_dask.cli.measure import measure
+from kpt_dask.cli.report import report
 from kpt_dask.cli.streams import keep_streams_open
 from kpt_dask.options import LABELS, SCANS, TransferOptions
 from kpt_dask.output.interruption import ENDING
@@ -155,6 +157,7 @@ atlas.add_command(note)
 atlas.add_command(relabel)
 kpt.add_command(atlas)
 kpt.add_command(measure)
+kpt.add_command(report)
 
 
 @kpt.command()
@@ -226,6 +229,14 @@ def convert(
 @series_option
 @labels_option
 @label_options
+@click.option(
+    "--report",
+    "page",
+    type=click.Path(),
+    metavar="FILE.html",
+    help="Write a page that shows the answer and why, as kpt report does.",
+)
+@picture_option
 @overwrite_option
 @memory_option
 @scheduler_option
@@ -244,6 +255,8 @@ def segment(
     split: str | None,
     organs: tuple[str, ...] | None,
     largest: bool,
+    page: str | None,
+    picture: str | None,
     overwrite: bool,
     memory: int | None,
     scheduler: str | None,
@@ -260,6 +273,7 @@ def segment(
     \b
     Examples:
       kpt segment scan.nii.gz atlases scan.zarr --labels organs.nii.gz
+      kpt segment scan.nii.gz atlases scan.zarr --report scan.html --picture scan.png
       kpt segment ct_folder atlases scan.zarr --labels organs.dcm --labels organs.seg.nrrd
       kpt segment scan.nii.gz atlases scan.zarr --split masks --organs liver,spleen --largest
     """
@@ -282,6 +296,8 @@ def segment(
             split=split,
             organs=organs or (),
             largest=largest,
+            report=page,
+            picture=picture,
             overwrite=overwrite,
             memory=memory,
             client=client,
@@ -292,6 +308,8 @@ def segment(
                 "path": out,
                 "labels": list(labels),
                 "split": split,
+                "report": page,
+                "picture": picture,
                 "mode": mode,
                 "organs": {name: asdict(organ) for name, organ in found.organs.items()},
                 "volume_grid": found.volume_grid,
@@ -325,7 +343,7 @@ def segment(
         f"{found.n_keypoints} keypoints, {found.n_matches} matches with {len(found.atlases)}"
         f" atlases, {found.seconds:.1f} s."
     )
-    click.echo(f"Written: {', '.join(filter(None, (out, *labels, split)))}.")
+    click.echo(f"Written: {', '.join(filter(None, (out, *labels, split, page, picture)))}.")
 
 
 @kpt.command()

@@ -11,10 +11,10 @@ from distributed import Client
 from atlas_store import AtlasStore, load_organs
 from atlas_store.arrays.regions import open_array
 from kpt_dask.atlases.add import add_atlas, store_parameters
-from kpt_dask.demo.overlay import overlay_png
 from kpt_dask.demo.phantom import write_phantom
 from kpt_dask.errors import OutputExistsError
 from kpt_dask.evaluation.overlap import dice
+from kpt_dask.report.overlay import overlay_png
 from kpt_dask.runtime import cluster, progress
 from kpt_dask.scans.scan import open_scan
 from kpt_dask.segmentation import Segmentation, segment

@@ -29,6 +29,8 @@ FIRM = 1.25
 """Multiple of the threshold: the confidence is the share of an organ's voxels that reach it."""
 BORDER = 3.0
 """mm; error of a border that seems sure. It costs a small organ more of its confidence."""
+UNSURE = 0.35
+"""Confidence in mode `local` below which an organ is doubtful, and warned of."""
 _BORDER_ERRORS = -BORDER_ERROR, BORDER_ERROR
 LEVELS = POSSIBLE, 1.0, FIRM, SURE
 """Multiples of the threshold at which shares are counted."""
@@ -95,6 +97,9 @@ class OrganCounts:
         Their lowest and highest indices.
     overlap : float64 array (organ)
         Mean overlap of two warped atlases' labels, of the whole scan; NaN where there is none.
+    weights : float64 array (organ, atlas)
+        Part of each atlas in an organ's votes, of the whole scan: rows sum to 1, or are 0 where no
+        atlas votes. Known only of the sum of all blocks; no atlases before.
     """
 
     above: NDArray[np.int64]
@@ -104,6 +109,7 @@ class OrganCounts:
     low: NDArray[np.int64]
     high: NDArray[np.int64]
     overlap: NDArray[np.float64]
+    weights: NDArray[np.float64]
 
     @classmethod
     def empty(cls, organs: int) -> "OrganCounts":
@@ -116,6 +122,7 @@ class OrganCounts:
             np.full((organs, 3), np.iinfo(np.int64).max),
             np.full((organs, 3), -1),
             np.full(organs, np.nan),
+            np.zeros((organs, 0)),
         )
 
     def __add__(self, other: "OrganCounts") -> "OrganCounts":
@@ -128,7 +135,17 @@ class OrganCounts:
             np.minimum(self.low, other.low),
             np.maximum(self.high, other.high),
             self.overlap,
+            self.weights,
         )
+
+
+def parts_of(weights: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Scale weights (organ, atlas), so that each row sums to 1, or is 0 where it was 0."""
+    total = weights.sum(axis=1, keepdims=True)
+    parts: NDArray[np.float64] = np.divide(
+        weights, total, out=np.zeros_like(weights), where=total > 0
+    )
+    return parts
 
 
 def levels_of(threshold: float) -> tuple[np.float32, ...]:

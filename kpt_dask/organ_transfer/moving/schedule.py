@@ -32,7 +32,7 @@ from kpt_dask.kernels.simd import LANES
 from kpt_dask.matching.first_pass import slices_by_atlas
 from kpt_dask.organ_transfer.decision import Share, finish_slab, run_blocks
 from kpt_dask.organ_transfer.job import Evidence, TransferJob
-from kpt_dask.organ_transfer.measures import OrganCounts
+from kpt_dask.organ_transfer.measures import OrganCounts, parts_of
 from kpt_dask.organ_transfer.moving.distances import REACH_RHO, organ_distances
 from kpt_dask.organ_transfer.moving.kernels import Slab
 from kpt_dask.organ_transfer.moving.organ import OrganStripsAndMoves, read_organs
@@ -95,7 +95,10 @@ def move_organs(
                         ),
                     )
                 )
-        return run_blocks(fill_slabs, job, tasks, session)
+        counts = run_blocks(fill_slabs, job, tasks, session)
+    weights = np.zeros((len(job.organs), len(atlases)))
+    np.add.at(weights, (moves.organ, moves.atlas), moves.weight)
+    return replace(counts, weights=parts_of(weights))
 
 
 def _plan(

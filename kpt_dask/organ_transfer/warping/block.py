@@ -13,7 +13,7 @@ import numpy as np
 import zarr
 from numpy.typing import NDArray
 
-from atlas_store import Atlas
+from atlas_store import Atlas, OrganTable
 from atlas_store.arrays import chunk_io
 from atlas_store.arrays.boxes import (
     Box,
@@ -84,6 +84,12 @@ class WarpedAtlas:
     number: int
     base: tuple[float, float, float]
     correlation: NDArray[np.float64]
+
+    def reliability(self, organs: OrganTable) -> NDArray[np.float64]:
+        """ρ of each organ, float64 array (organ); 0 where the atlas does not annotate it."""
+        annotated = np.array([name in self.atlas.annotated for name in organs.names])
+        rho: NDArray[np.float64] = np.where(annotated, self.correlation, 0.0) ** AGREEMENT
+        return rho
 
 
 @dataclass(frozen=True)
@@ -291,8 +297,7 @@ class _Block:
         voxels, held, coding = read_planes(one.atlas, *planes, buffer)
         organs = self._all.job.organs
         codes = np.array([coding.number_of(value) for value in organs.values], np.uint16)
-        annotated = np.array([name in one.atlas.annotated for name in organs.names])
-        rho = np.where(annotated, one.correlation, 0.0) ** AGREEMENT
+        rho = one.reliability(organs)
         slots = self._cells.organ
         return AtlasPart(
             voxels,

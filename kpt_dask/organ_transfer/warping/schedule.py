@@ -27,7 +27,7 @@ from atlas_store.arrays.boxes import (
 )
 from kpt_dask.grid import Grid
 from kpt_dask.organ_transfer.job import Evidence, TransferJob
-from kpt_dask.organ_transfer.measures import OrganCounts
+from kpt_dask.organ_transfer.measures import OrganCounts, parts_of
 from kpt_dask.organ_transfer.probability import Tiling, create_probability
 from kpt_dask.organ_transfer.refinement.lattice import FAST, FULL, fitting, typical_size
 from kpt_dask.organ_transfer.refinement.schedule import (
@@ -113,7 +113,8 @@ def warp_atlases(
     search_boxes = search_boxes_of(predicted, step)
     known = [in_grid(box, grid, step) for box in search_boxes if box is not None]
     if not known:
-        return OrganCounts.empty(len(organs))
+        none = np.zeros((len(organs), len(atlases)))
+        return replace(OrganCounts.empty(len(organs)), weights=none)
     with cluster.session(client) as session, _scratch(job.probability) as group:
         size = typical_size(atlases)
         levels = fitting(FAST if options.fast else FULL, size)
@@ -150,7 +151,10 @@ def warp_atlases(
         total = OrganCounts.empty(len(organs))
         for _, of_shard in cluster.run(session, draw_borders, regions, "Drawing borders"):
             total += of_shard
-    return replace(total, overlap=alike)
+    weights = np.zeros((len(organs), len(atlases)))
+    for one in warped:
+        weights[:, one.number] = one.reliability(organs)
+    return replace(total, overlap=alike, weights=parts_of(weights))
 
 
 def log_ratios(counts: NDArray[np.int64], weight: float) -> NDArray[np.float32]:

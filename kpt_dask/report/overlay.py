@@ -4,7 +4,7 @@ Exactly three slices of the CT are read; the labels are streamed once, slab by s
 voxels. It does not know how the labels were made.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -13,6 +13,7 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
+from matplotlib.patheffects import withStroke
 from numpy.typing import NDArray
 
 from atlas_store.organs import Organ
@@ -21,6 +22,8 @@ from kpt_dask.errors import GridMismatchError, ParameterError
 from kpt_dask.grid import Grid
 from kpt_dask.output.commit import replacing
 from kpt_dask.output.places import check_outputs
+from kpt_dask.report.display import BODY_HU
+from kpt_dask.report.slices import AXIAL, CORONAL, SAGITTAL, View
 
 WINDOW = (-160.0, 240.0)
 """Soft-tissue window: HU shown black and white."""
@@ -29,8 +32,13 @@ FILL = 0.35
 SHOWN = 0.2
 """Share of its largest area from which an organ counts as visible."""
 
-INCHES_PER_MM = 7.0 / 400
-MOST_INCHES = 14.0
+SIZE = 1600, 900
+"""Width and height of the picture, pixels: a slide's."""
+DPI = 100
+LEGEND, HEADING, GAP = 2.7, 0.6, 0.15
+"""Inches: width of the legend, height of the heading, and what lies between panels."""
+MOST_NAMED = 44
+"""Organs in the legend, at most: the largest."""
 
 
 class Views(NamedTuple):
@@ -41,20 +49,7 @@ class Views(NamedTuple):
     axial: NDArray[Any]
 
 
-class _View(NamedTuple):
-    name: str
-    fixed: int
-    rows: int
-    columns: int
-    letters: tuple[str, str, str, str]
-
-
-# World axes are 0 z, 1 y, 2 x; the letters stand left, right, above and below.
-_VIEWS = (
-    _View("coronal", 1, 0, 2, ("R", "L", "H", "F")),
-    _View("sagittal", 2, 0, 1, ("A", "P", "H", "F")),
-    _View("axial", 0, 1, 2, ("R", "L", "A", "P")),
-)
+_VIEWS = (CORONAL, SAGITTAL, AXIAL)
 
 
 def slices_for_display(array: Voxels, grid: Grid, index: tuple[int, int, int]) -> Views:
@@ -122,6 +117,8 @@ def overlay_png(
 ) -> None:
     """Draw coronal, sagittal and axial slices with the organs over them, and their volumes.
 
+    The picture has the size of a slide, `SIZE`.
+
     Parameters
     ----------
     path : Path
@@ -154,20 +151,46 @@ def overlay_png(
             f"{path} cannot be drawn: image {tuple(image.shape)}, labels {tuple(labels.shape)} and "
             f"grid {grid.shape} differ; give labels on the image's own grid."
         )
-    organs = list(organs)
+    with replacing(path, overwrite=overwrite) as partial:
+        draw_overlay(partial, image, labels, list(organs), grid, title)
+
+
+def draw_overlay(
+    path: Path,
+    image: Voxels,
+    labels: Voxels,
+    organs: Sequence[Organ],
+    grid: Grid,
+    title: str | None = None,
+    volumes_ml: Sequence[float] | None = None,
+) -> None:
+    """Do what `overlay_png` does, to a file that nobody else sees yet.
+
+    Parameters
+    ----------
+    volumes_ml : sequence of float, optional
+        Volumes of the organs for the legend, mL; by default, those that are drawn.
+    """
     profiles = organ_profiles(labels, [organ.value for organ in organs])
     k, j, i = (best_plane(profile) for profile in profiles)
-    millilitres = profiles[0].sum(axis=1) * grid.voxel_volume / 1000
+    millilitres = volumes_ml or profiles[0].sum(axis=1) * grid.voxel_volume / 1000
     found = [(organ, ml) for organ, ml in zip(organs, millilitres, strict=True) if ml > 0]
-    pictures = slices_for_display(image, grid, (k, j, i))
-    overlays = slices_for_display(labels, grid, (k, j, i))
-    figure, panels = _layout(grid)
+    pictures = list(slices_for_display(image, grid, (k, j, i)))
+    overlays = list(slices_for_display(labels, grid, (k, j, i)))
+    axes, _ = _orientation(grid)
+    sizes = []
+    for n, view in enumerate(_VIEWS):
+        kept = _around_body(pictures[n], overlays[n])
+        pictures[n], overlays[n] = pictures[n][kept], overlays[n][kept]
+        rows, columns = overlays[n].shape
+        wide, high = grid.spacing[axes[view.columns]], grid.spacing[axes[view.rows]]
+        sizes.append((columns * float(wide), rows * float(high)))
+    figure, panels = _panels(sizes)
     for view, panel, picture, overlay in zip(_VIEWS, panels, pictures, overlays, strict=True):
-        _draw(panel, view, picture, overlay, [organ for organ, _ in found], grid)
+        _draw(panel, view, picture, overlay, [organ for organ, _ in found])
     _legend(figure, found, title)
-    with replacing(path, overwrite=overwrite) as partial:
-        FigureCanvasAgg(figure)
-        figure.savefig(partial, format="png", dpi=150, facecolor="black")
+    FigureCanvasAgg(figure)
+    figure.savefig(path, format="png", dpi=DPI, facecolor="black")
 
 
 def _orientation(grid: Grid) -> tuple[tuple[int, int, int], tuple[bool, bool, bool]]:
@@ -179,40 +202,93 @@ def _orientation(grid: Grid) -> tuple[tuple[int, int, int], tuple[bool, bool, bo
     return orientation
 
 
-def _layout(grid: Grid) -> tuple[Figure, list[Axes]]:
-    """Place three panels side by side in the body's proportions, with space for a legend."""
-    axes, _ = _orientation(grid)
-    extent = [grid.shape[a] * grid.spacing[a] for a in axes]
-    widths = [extent[view.columns] for view in _VIEWS]
-    height = max(extent[view.rows] for view in _VIEWS)
-    scale = min(INCHES_PER_MM, MOST_INCHES / height, MOST_INCHES / sum(widths))
-    legend, margin = 2.4, 0.5
-    size = (max(sum(widths) * scale, 4) + legend + 2 * margin, max(height * scale, 3) + 2 * margin)
-    figure = Figure(figsize=size)
-    cells = figure.add_gridspec(
-        1,
-        3,
-        width_ratios=widths,
-        left=margin / size[0],
-        right=1 - (margin + legend) / size[0],
-        bottom=margin / size[1],
-        top=1 - margin / size[1],
-        wspace=0.08,
+def _around_body(picture: NDArray[Any], overlay: NDArray[Any]) -> tuple[slice, slice]:
+    """Rows and columns around the body and the organs in a slice; all where there is no body."""
+    seen = (picture > BODY_HU) | (overlay > 0)
+    found = []
+    for axis, n in enumerate(seen.shape):
+        used = np.flatnonzero(seen.any(axis=1 - axis))
+        margin = max(n // 50, 1)
+        first, last = (int(used[0]), int(used[-1])) if used.size else (0, n - 1)
+        found.append(slice(max(first - margin, 0), min(last + margin + 1, n)))
+    return found[0], found[1]
+
+
+Place = tuple[float, float, float, float]
+"""Left, bottom, width and height."""
+
+
+def arrange(sizes: Sequence[tuple[float, float]], room: tuple[float, float]) -> list[Place]:
+    """Arrange three panels to one scale, as large as there is room.
+
+    They stand side by side, or one beside the two others.
+
+    Parameters
+    ----------
+    sizes : sequence of (float, float)
+        Width and height of each panel, in any unit.
+    room : (float, float)
+        Width and height that there is, inches; between panels, `GAP` is kept.
+
+    Returns
+    -------
+    list of (float, float, float, float)
+        Left, bottom, width and height of each panel, inches.
+    """
+    columns: list[list[list[int]]] = [[[0], [1], [2]], [[0], [1, 2]], [[0, 1], [2]], [[1], [0, 2]]]
+
+    def scale_of(arranged: list[list[int]]) -> float:
+        wide = sum(max(sizes[n][0] for n in column) for column in arranged)
+        gaps = GAP * (len(arranged) - 1)
+        highs = [
+            (room[1] - GAP * (len(column) - 1)) / sum(sizes[n][1] for n in column)
+            for column in arranged
+        ]
+        return min((room[0] - gaps) / wide, *highs)
+
+    best = max(columns, key=scale_of)
+    scale = scale_of(best)
+    places: list[Place] = [(0.0, 0.0, 0.0, 0.0)] * 3
+    wides = [max(sizes[n][0] for n in column) * scale for column in best]
+    left = (room[0] - sum(wides) - GAP * (len(best) - 1)) / 2
+    for column, wide in zip(best, wides, strict=True):
+        high = sum(sizes[n][1] for n in column) * scale + GAP * (len(column) - 1)
+        top = (room[1] + high) / 2
+        for n in column:
+            width, height = (scale * size for size in sizes[n])
+            places[n] = (left + (wide - width) / 2, top - height, width, height)
+            top -= height + GAP
+        left += wide + GAP
+    return places
+
+
+def _panels(sizes: Sequence[tuple[float, float]]) -> tuple[Figure, list[Axes]]:
+    """Make a figure with a panel for each view, of these sizes in mm."""
+    width, height = (n / DPI for n in SIZE)
+    figure = Figure(figsize=(width, height), dpi=DPI)
+    room = width - LEGEND - 2 * GAP, height - HEADING - GAP
+    places = (
+        ((GAP + left) / width, (GAP + bottom) / height, wide / width, high / height)
+        for left, bottom, wide, high in arrange(sizes, room)
     )
-    return figure, [figure.add_subplot(cells[0, n]) for n in range(3)]
+    return figure, [figure.add_axes(place) for place in places]
 
 
 def _draw(
     panel: Axes,
-    view: _View,
+    view: View,
     picture: NDArray[Any],
     overlay: NDArray[Any],
     organs: list[Organ],
-    grid: Grid,
 ) -> None:
-    axes, _ = _orientation(grid)
-    aspect = float(grid.spacing[axes[view.rows]] / grid.spacing[axes[view.columns]])
-    panel.imshow(picture, cmap="gray", vmin=WINDOW[0], vmax=WINDOW[1], aspect=aspect)
+    panel.imshow(
+        picture,
+        cmap="gray",
+        vmin=WINDOW[0],
+        vmax=WINDOW[1],
+        aspect="auto",
+        interpolation="bilinear",
+    )
     fills = np.zeros((*overlay.shape, 4))
     for organ in organs:
         mask = overlay == organ.value
@@ -221,9 +297,9 @@ def _draw(
         # matplotlib warns where a contour is nowhere, and cannot draw it in a single line.
         if mask.any() and not mask.all() and min(mask.shape) > 1:
             panel.contour(mask, levels=[0.5], colors=[tuple(colour)], linewidths=1.0)
-    panel.imshow(fills, aspect=aspect, interpolation="nearest")
+    panel.imshow(fills, aspect="auto", interpolation="nearest")
     panel.set_axis_off()
-    panel.set_title(view.name, color="white", fontsize=9)
+    panel.text(0.02, 0.98, view.name, transform=panel.transAxes, va="top", color="white", **_TEXT)
     places = ((0.02, 0.5), (0.98, 0.5), (0.5, 0.98), (0.5, 0.02))
     aligned = (("left", "center"), ("right", "center"), ("center", "top"), ("center", "bottom"))
     for letter, (x, y), (horizontal, vertical) in zip(view.letters, places, aligned, strict=True):
@@ -235,24 +311,37 @@ def _draw(
             ha=horizontal,
             va=vertical,
             color="yellow",
-            fontsize=8,
+            **_TEXT,
         )
 
 
+_TEXT: dict[str, Any] = {
+    "fontsize": 12,
+    "path_effects": [withStroke(linewidth=2, foreground="black")],
+}
+
+
 def _legend(figure: Figure, found: list[tuple[Organ, float]], title: str | None) -> None:
+    largest = sorted((ml for _, ml in found), reverse=True)[:MOST_NAMED]
+    named = [(organ, ml) for organ, ml in found if ml >= largest[-1]] if found else []
     handles = []
-    for organ, ml in found:
+    for organ, ml in named:
         red, green, blue = (c / 255 for c in organ.colour)
         amount = f"{ml:.1f}" if ml < 10 else f"{ml:.0f}"
         name = organ.name.replace("_", " ")
         handles.append(Patch(facecolor=(red, green, blue), label=f"{name}  {amount} mL"))
+    heading = "no organ found"
+    if named:
+        more = len(found) - len(named)
+        heading = "organs" if not more else f"organs ({more} smaller ones are not listed)"
     figure.legend(
         handles=handles,
         loc="center right",
         frameon=False,
         labelcolor="white",
-        fontsize=9,
-        title="organs" if handles else "no organ found",
+        fontsize=11 if len(named) <= 24 else 7,
+        title=heading,
+        title_fontsize=11,
     ).get_title().set_color("white")
     if title:
-        figure.suptitle(title, color="white", fontsize=11, y=0.995, va="top")
+        figure.suptitle(title, color="white", fontsize=14, y=0.985, va="top")

@@ -14,9 +14,9 @@ from numpy.typing import NDArray
 
 from atlas_store.organs import load_organs
 from kpt_dask.atlases import profiles
-from kpt_dask.demo import overlay
 from kpt_dask.errors import GridMismatchError, OutputExistsError, ParameterError
 from kpt_dask.grid import Grid
+from kpt_dask.report import overlay
 
 ORGANS = load_organs("visceral")
 SHAPE = (12, 9, 7)
