@@ -113,6 +113,21 @@ def display_of(
     return Display(Grid.isotropic(shape, spacing, origin), tones, organs)
 
 
+def around_organs(display: Display) -> Display:
+    """Keep the box around all organs, two voxels wider; all of it if there is none."""
+    box = []
+    for axis, n in enumerate(display.organs.shape):
+        others = tuple(a for a in range(3) if a != axis)
+        used = np.flatnonzero(display.organs.any(axis=others))
+        first, last = (int(used[0]), int(used[-1])) if used.size else (0, n - 1)
+        box.append(slice(max(first - 2, 0), min(last + 3, n)))
+    kept = tuple(box)
+    tones, organs = display.tones[kept], display.organs[kept]
+    spacing = float(display.grid.spacing[0])
+    origin = display.grid.origin + spacing * np.array([part.start for part in kept])
+    return Display(Grid.isotropic(organs.shape, spacing, origin), tones, organs)
+
+
 def _at(box: Box, level: int) -> Box:
     """Box of the first level in voxels of another."""
     z, y, x = ((a >> level, -(-b >> level)) for a, b in box)

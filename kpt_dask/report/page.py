@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 
 from atlas_store import AtlasStore, Organ
 from kpt_dask.organ_transfer.measures import UNSURE, OrganMeasures
-from kpt_dask.report.display import Display, display_of, hu_of_tones
+from kpt_dask.report.display import Display, around_organs, display_of, hu_of_tones
 from kpt_dask.report.findings import Findings
 from kpt_dask.report.gallery import PIXELS, Gallery, Pair
 from kpt_dask.report.reasons import atlas_parts, centre_voxel, matches_of
@@ -81,7 +81,7 @@ def page_of(
         autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
     template = environment.from_string(_text("page.html"))
-    volumes = {"scan_nifti": "", "organs_nifti": ""}
+    volumes: dict[str, str] = {}
     if viewer is not None:
         volumes = _volumes(findings, organs, display, most_voxels)
     return template.render(
@@ -124,7 +124,11 @@ def _volumes(
                 break
         coarser = _display(findings, organs, display.tones.size // 2)
         if len(scan) <= MOST_SCAN or coarser.tones.size >= display.tones.size:
-            return {"scan_nifti": scan, "organs_nifti": organs_nifti(display)}
+            return {
+                "scan_nifti": scan,
+                "organs_nifti": organs_nifti(display),
+                "solid_nifti": organs_nifti(around_organs(display)),
+            }
         display = coarser
 
 

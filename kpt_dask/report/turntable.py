@@ -13,7 +13,7 @@ from kpt_dask.report.encoding import number_pixels, png_uri
 
 TURNS = 24
 """Directions of view, 15° apart; the first one is from the front."""
-MOST_VOXELS = 1_500_000
+MOST_VOXELS = 5_000_000
 """Voxels of the box of all organs, at most; every second, third, … one is taken otherwise."""
 DARKEST = 70
 """Shade, of 255, of a surface that is seen edge-on."""

@@ -31,7 +31,7 @@ ANSWER = """
 <script>
 (async () => {
   let answer;
-  try { answer = await (async () => { %s })(); } catch (error) { failures.push(String(error)); }
+  try { answer = await (async () => { SCRIPT })(); } catch (error) { failures.push(String(error)); }
   const resources = performance.getEntriesByType("resource").map((one) => one.name.slice(0, 40));
   const told = JSON.stringify({ answer, failures, resources });
   document.body.innerHTML = "";
@@ -50,7 +50,7 @@ SWITCHES = (
     "--hide-scrollbars",
     # No name is found: a request that left the machine would fail, and be seen.
     "--host-resolver-rules=MAP * ~NOTFOUND",
-    "--virtual-time-budget=20000",
+    "--virtual-time-budget=60000",
 )
 
 
@@ -93,10 +93,9 @@ def browse(chromium: str, tmp_path: Path) -> Browse:
         text = page.read_text("utf-8")
         head, body = text.split("<head>", 1)
         copy = tmp_path / page.name
-        # Not by a template: the page holds megabytes.
-        copy.write_text(
-            head + "<head>" + PROBE + body.replace("</body>", ANSWER % script + "</body>"), "utf-8"
-        )
+        rest, end, after = body.rpartition("</body>")
+        parts = (head, "<head>", PROBE, rest, ANSWER.replace("SCRIPT", script), end, after)
+        copy.write_text("".join(parts), "utf-8")
         done = subprocess.run(
             [
                 chromium,

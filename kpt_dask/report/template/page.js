@@ -47,12 +47,19 @@
       this.output = figure.querySelector("output");
       this.context = this.canvas.getContext("2d");
       this.drawn = 0;
+      this.fine = false;
       this.slider.addEventListener("input", () => {
-        place[this.fixed] = this.indices[this.slider.value];
+        place[this.fixed] = this.fine ? Number(this.slider.value) : this.indices[this.slider.value];
         moved();
       });
       this.canvas.addEventListener("pointerdown", (event) => this.point(event));
       this.canvas.addEventListener("pointermove", (event) => { if (event.buttons & 1) this.point(event); });
+    }
+
+    // A viewer shows every voxel, pictures only some.
+    setFine(fine) {
+      this.fine = fine;
+      this.slider.max = (fine ? data.shape[this.fixed] : this.indices.length) - 1;
     }
 
     // Rows run down; z runs up.
@@ -78,9 +85,11 @@
     async draw() {
       const n = this.nearest();
       const turn = ++this.drawn;
-      const where = `${axes[this.fixed]} ${mm(this.fixed, this.indices[n]).toFixed(0)} mm`;
-      this.slider.value = n;
-      this.slider.setAttribute("aria-valuetext", `${this.name} slice ${n + 1} of ${this.indices.length}, ${where}`);
+      const index = this.fine ? place[this.fixed] : this.indices[n];
+      const where = `${axes[this.fixed]} ${mm(this.fixed, index).toFixed(0)} mm`;
+      const [slice, count] = this.fine ? [index, data.shape[this.fixed]] : [n, this.indices.length];
+      this.slider.value = slice;
+      this.slider.setAttribute("aria-valuetext", `${this.name} slice ${slice + 1} of ${count}, ${where}`);
       this.output.textContent = where;
       const scan = await pixels(this.scan[n]);
       const organs = this.organs[n] ? await pixels(this.organs[n]) : null;
