@@ -1,6 +1,6 @@
 """The page: one HTML file with everything in it, filled from a template."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from importlib.resources import files
 from typing import Any
 
@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 
 from atlas_store import AtlasStore, Organ
 from kpt_dask.organ_transfer.measures import UNSURE, OrganMeasures
-from kpt_dask.report.display import Display, around_organs, display_of, hu_of_tones
+from kpt_dask.report.display import Display, around_organs, coarser, display_of, hu_of_tones
 from kpt_dask.report.findings import Findings
 from kpt_dask.report.gallery import PIXELS, Gallery, Pair
 from kpt_dask.report.reasons import atlas_parts, centre_voxel, matches_of
@@ -21,9 +21,12 @@ SLICES = 96
 """Pictures of each plane, at most."""
 SLICES_BESIDE_VIEWER = 32
 """… where a viewer shows all voxels, and pictures are for print and for browsers without WebGL."""
-MOST_SCAN = 8_500_000
-"""Characters of the scan for a viewer: with viewer, labels and pictures the page stays below
-15 MB."""
+MOST_BYTES = 14_500_000
+"""Of a page with a viewer, which is filled with as fine a scan as there is room for."""
+HOPELESS = 1.7
+"""Times too large: no coarser grey values make it fit."""
+LEAST_VOXELS = 100_000
+"""Fewer voxels than these are not made fewer."""
 PAIRS, ALL_PAIRS = 6, 150
 """Matches shown of an organ, and of all organs, at most; each organ has two all the same."""
 PARTS = 6
@@ -81,19 +84,23 @@ def page_of(
         autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
     template = environment.from_string(_text("page.html"))
-    volumes: dict[str, str] = {}
-    if viewer is not None:
-        volumes = _volumes(findings, organs, display, most_voxels)
-    return template.render(
-        page=page,
-        data=_json(data),
-        style=_text("page.css"),
-        script=_text("page.js") + (_text("niivue.js") if viewer else ""),
-        viewer=viewer,
-        install=how_to_install(),
-        pixels=PIXELS,
-        **volumes,
-    )
+
+    def render(volumes: Mapping[str, str]) -> str:
+        return template.render(
+            page=page,
+            data=_json(data),
+            style=_text("page.css"),
+            script=_text("page.js") + (_text("niivue.js") if viewer else ""),
+            viewer=viewer,
+            install=how_to_install(),
+            pixels=PIXELS,
+            **volumes,
+        )
+
+    if viewer is None:
+        return render({})
+    rest = len(render(dict.fromkeys(_VOLUMES, "")))
+    return render(_volumes(display, MOST_BYTES - rest))
 
 
 def _text(name: str) -> str:
@@ -113,23 +120,23 @@ def _display(findings: Findings, organs: Sequence[Organ], most_voxels: int) -> D
     return display_of(volume.levels, findings.labels, volume.grid, values, most_voxels)
 
 
-def _volumes(
-    findings: Findings, organs: Sequence[Organ], display: Display, most_voxels: int
-) -> dict[str, str]:
-    """Volumes for the viewer: the finest that fit `MOST_SCAN`."""
+_VOLUMES = "scan_nifti", "organs_nifti", "solid_nifti", "viewer_spacing"
+"""What `_volumes` gives."""
+
+
+def _volumes(display: Display, room: int) -> dict[str, str]:
+    """Volumes for the viewer: the finest that fit into so many characters."""
     while True:
+        organs, solid = organs_nifti(display), organs_nifti(around_organs(display))
+        left = room - len(organs) - len(solid)
         for step in STEPS:
             scan = scan_nifti(display, step)
-            if len(scan) <= MOST_SCAN:
+            if len(scan) <= left or display.tones.size < LEAST_VOXELS:
+                said = f"{display.grid.spacing[0]:g}"
+                return dict(zip(_VOLUMES, (scan, organs, solid, said), strict=True))
+            if len(scan) > HOPELESS * left:
                 break
-        coarser = _display(findings, organs, display.tones.size // 2)
-        if len(scan) <= MOST_SCAN or coarser.tones.size >= display.tones.size:
-            return {
-                "scan_nifti": scan,
-                "organs_nifti": organs_nifti(display),
-                "solid_nifti": organs_nifti(around_organs(display)),
-            }
-        display = coarser
+        display = coarser(display)
 
 
 def _contents(

@@ -47,8 +47,13 @@ class Viewer:
 
 def how_to_install() -> str:
     """Say how to make NiiVue known, in one sentence."""
+    # Not the whole path: a page is handed on, and who made it is nobody's business.
+    home = os.path.expanduser("~")
+    folder = str(cache_folder())
+    if folder.startswith(f"{home}/"):
+        folder = f"~{folder.removeprefix(home)}"
     return (
-        f"For a viewer in 3-D run “npm pack @niivue/niivue” in {cache_folder()} and make the page"
+        f"For a viewer in 3-D run “npm pack @niivue/niivue” in {folder} and make the page"
         f" again, or name NiiVue's {SCRIPT} by --viewer or {VARIABLE}."
     )
 

@@ -54,7 +54,7 @@ SWITCHES = (
 )
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def segmented(
     bodies: Path,
     body_store: AtlasStore,
