@@ -56,8 +56,9 @@ def demo(
     Parameters
     ----------
     out : str or Path
-        Folder for ``atlases``, ``scan.nii.gz``, ``scan.zarr``, ``labels.nii.gz`` and
-        ``overlay.png``. Atlases that are there are reused, the others are replaced.
+        Folder for ``atlases``, ``scan.nii.gz``, ``scan.zarr``, ``labels.nii.gz``,
+        ``report.html`` and ``overlay.png``. Atlases that are there are reused, the others are
+        replaced.
     shape, spacing
         Voxels (z, y, x) and spacing in mm of each phantom; the working grid has this spacing too.
     memory, client
@@ -89,6 +90,7 @@ def demo(
             store,
             out / "scan.zarr",
             labels=out / "labels.nii.gz",
+            report=out / "report.html",
             overwrite=True,
             memory=memory,
             client=session,
@@ -115,6 +117,7 @@ def demo(
 def how_to_open(out: Path) -> Iterator[str]:
     """Lines that name the demo's files, each with a program that opens it."""
     scan, labels = out / "scan.nii.gz", out / "labels.nii.gz"
+    yield f"  {out / 'report.html'}: any browser"
     yield f"  {out / 'overlay.png'}: any picture viewer"
     yield f"  {scan} with {labels} as segmentation: 3D Slicer, ITK-SNAP"
     yield f"  {out / 'scan.zarr'}: napari --plugin kpt-dask, where napari is installed beside kpt"

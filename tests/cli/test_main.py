@@ -214,7 +214,14 @@ def test_demo(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     first = run("demo")
     made = {path.name for path in (tmp_path / "demo").iterdir()}
-    assert made == {"atlases", "labels.nii.gz", "overlay.png", "scan.nii.gz", "scan.zarr"}
+    assert made == {
+        "atlases",
+        "labels.nii.gz",
+        "overlay.png",
+        "report.html",
+        "scan.nii.gz",
+        "scan.zarr",
+    }
     for name in made:
         assert f"{Path('demo') / name}" in first.stdout
     assert (tmp_path / "demo" / "overlay.png").read_bytes().startswith(b"\x89PNG")

@@ -1,11 +1,7 @@
 """A segmentation with its page, and a browser to look at it."""
 
-import json
-import re
 import shutil
-import subprocess
-from collections.abc import Callable
-from html import unescape
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,43 +11,10 @@ from distributed import Client
 import kpt_dask
 from atlas_store import AtlasStore
 from kpt_dask.report.viewer import VARIABLE
+from tests.report.browser import Browser
 
 Browse = Callable[..., Any]
 """Open a page, run a script in it, and give what that returns."""
-
-PROBE = """
-<script>
-window.failures = [];
-window.addEventListener("error", (event) => failures.push(String(event.message)));
-window.addEventListener("unhandledrejection", (event) => failures.push(String(event.reason)));
-document.addEventListener("securitypolicyviolation", (event) => failures.push(event.blockedURI));
-</script>
-"""
-ANSWER = """
-<script>
-(async () => {
-  let answer;
-  try { answer = await (async () => { SCRIPT })(); } catch (error) { failures.push(String(error)); }
-  const resources = performance.getEntriesByType("resource").map((one) => one.name.slice(0, 40));
-  const told = JSON.stringify({ answer, failures, resources });
-  document.body.innerHTML = "";
-  const element = document.createElement("pre");
-  element.id = "answer";
-  element.textContent = told;
-  document.body.append(element);
-})();
-</script>
-"""
-SWITCHES = (
-    "--headless",
-    "--no-sandbox",
-    "--use-angle=swiftshader",
-    "--enable-unsafe-swiftshader",
-    "--hide-scrollbars",
-    # No name is found: a request that left the machine would fail, and be seen.
-    "--host-resolver-rules=MAP * ~NOTFOUND",
-    "--virtual-time-budget=60000",
-)
 
 
 @pytest.fixture(scope="session")
@@ -80,42 +43,21 @@ def segmented(
 
 
 @pytest.fixture(scope="session")
-def chromium() -> str:
-    found = shutil.which("chromium") or shutil.which("chromium-browser")
-    if found is None:
+def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Browser]:
+    program = shutil.which("chromium") or shutil.which("chromium-browser")
+    if program is None:
         pytest.skip("Chromium is missing: install Debian's package chromium")
-    return found
+    with Browser(program, tmp_path_factory.mktemp("profile")) as found:
+        yield found
 
 
 @pytest.fixture
-def browse(chromium: str, tmp_path: Path) -> Browse:
-    def look(page: Path, script: str, *switches: str) -> Any:
-        text = page.read_text("utf-8")
-        head, body = text.split("<head>", 1)
-        copy = tmp_path / page.name
-        rest, end, after = body.rpartition("</body>")
-        parts = (head, "<head>", PROBE, rest, ANSWER.replace("SCRIPT", script), end, after)
-        copy.write_text("".join(parts), "utf-8")
-        done = subprocess.run(
-            [
-                chromium,
-                *SWITCHES,
-                f"--user-data-dir={tmp_path / 'profile'}",
-                *switches,
-                "--dump-dom",
-                copy.as_uri(),
-            ],
-            capture_output=True,
-            text=True,
-            check=False,
-            timeout=120,
-        )
-        found = re.search(r'<pre id="answer">(.*?)</pre>', done.stdout, re.DOTALL)
-        assert found, done.stderr[-2000:]
-        told = json.loads(unescape(found.group(1)))
-        assert told["failures"] == []
-        # Pictures within the page are no requests.
-        assert [name for name in told["resources"] if not name.startswith(("data:", "blob:"))] == []
-        return told["answer"]
+def browse(browser: Browser) -> Browse:
+    def look(page: Path, script: str, width: int = 1300, height: int = 900) -> Any:
+        answer, requested = browser.run(page, script, (width, height))
+        # The page itself, and pictures within it, which are no requests.
+        outside = [url for url in requested if not url.startswith(("data:", "blob:"))]
+        assert outside == [page.as_uri()]
+        return answer
 
     return look

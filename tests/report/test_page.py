@@ -82,7 +82,7 @@ def test_pixels_at_known_voxels_have_the_organs_colour_and_right_is_left(
     light /= data.length;
     return {{ seen, places, hidden, right: side("R"), left: side("L"), light }};
     """
-    answer = browse(segmented / "out.html", script, "--window-size=1300,900")
+    answer = browse(segmented / "out.html", script)
     # As they lie on the canvas, for kidneys are a pair: columns count from the left.
     columns = {name: place[2] for name, place in answer["places"].items()}
     for name in points:
@@ -110,6 +110,10 @@ def test_it_can_be_used_by_keys_and_by_ear(segmented: Path, browse: Browse) -> N
     slider.dispatchEvent(new Event("input"));
     await Promise.all(kptPage.panels.map((panel) => panel.draw()));
     const after = [slider.getAttribute("aria-valuetext"), kptPage.place[0]];
+    const canvas = kptPage.panels[0].canvas, box = canvas.getBoundingClientRect();
+    canvas.dispatchEvent(new PointerEvent("pointerdown", {
+      clientX: box.left + box.width / 4, clientY: box.top + box.height / 2, bubbles: true }));
+    const pointed = kptPage.place.map((index, axis) => index / kptPage.data.shape[axis]);
     const rows = [...document.querySelectorAll("tr[data-number]")];
     const confidence = rows.map((row) => parseFloat(row.cells[2].textContent));
     const last = rows[rows.length - 1];
@@ -118,16 +122,17 @@ def test_it_can_be_used_by_keys_and_by_ear(segmented: Path, browse: Browse) -> N
     const organ = kptPage.data.organs.find((one) => one.number === Number(last.dataset.number));
     return {
       nameless: nameless.length, silent: silent.length, heads: heads.length, before, after,
-      confidence, said, organ, place: kptPage.place,
+      confidence, said, organ, pointed, place: kptPage.place,
       open: [...document.querySelectorAll("details[open]")].map((one) => one.id),
       wide: document.documentElement.scrollWidth, window: innerWidth,
       patches: document.querySelectorAll(".pair img").length,
     };
     """
-    answer = browse(segmented / "out.html", script, "--window-size=500,900")
+    answer = browse(segmented / "out.html", script, 500)
     assert (answer["nameless"], answer["silent"], answer["heads"]) == (0, 0, 0)
     assert answer["before"] != answer["after"]
     assert answer["after"][1] < answer["before"][1]
+    assert answer["pointed"][1:] == pytest.approx([0.5, 0.25], abs=0.02)
     assert answer["confidence"] == sorted(answer["confidence"])
     assert answer["place"] == answer["organ"]["centre"]
     assert answer["said"].startswith(answer["organ"]["label"])
@@ -209,6 +214,33 @@ def test_the_picture_fits_a_slide_and_shows_the_organs(segmented: Path) -> None:
     assert lit[-1] - lit[0] > 0.8 * 900
 
 
+def test_pictures_are_shown_where_the_viewer_cannot_be(
+    segmented: Path, browse: Browse, tmp_path: Path
+) -> None:
+    viewer = tmp_path / "niivue.umd.js"
+    viewer.write_text("self.niivue = {};")
+    write_report(segmented / "out.zarr", tmp_path / "page.html", viewer=viewer)
+    script = """
+    await kptViewer;
+    await kptPage.ready;
+    const seen = (element) => element.getBoundingClientRect().height > 50;
+    const slider = document.querySelector("[data-view='0'] input");
+    slider.value = 0;
+    slider.dispatchEvent(new Event("input"));
+    return {
+      viewer: seen(document.getElementById("viewer")),
+      pictures: [...document.querySelectorAll(".stage")].map(seen),
+      note: document.getElementById("no-viewer").textContent,
+      place: kptPage.place[0],
+    };
+    """
+    answer = browse(tmp_path / "page.html", script)
+    assert not answer["viewer"]
+    assert answer["pictures"] == [True] * 4
+    assert "these are pictures" in answer["note"]
+    assert answer["place"] == 0
+
+
 VIEWED = """
 await kptViewer;
 const shown = (id) => {
@@ -263,7 +295,7 @@ def test_niivue_shows_the_organs_in_planes_and_in_3d(
     answer.hidden = like(shown("planes"), colours.lung_left);
     return answer;
     """
-    answer = browse(page, script, "--window-size=720,600")
+    answer = browse(page, script, 720, 600)
     for name in ("liver", "lung_right", "lung_left"):
         planes, solid = answer[name]
         assert planes[0] > 200, name

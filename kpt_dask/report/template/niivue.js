@@ -16,7 +16,9 @@ window.kptViewer = (async () => {
     by(false);
     chosen.value = "pictures";
     chosen.disabled = true;
-    document.getElementById("said").textContent = `The viewer cannot be shown: ${why}. Pictures are shown instead.`;
+    const note = document.getElementById("no-viewer");
+    note.textContent = `NiiVue cannot be shown (${why}); these are pictures.`;
+    note.hidden = false;
   };
   if (!document.createElement("canvas").getContext("webgl2")) return fail("this browser has no WebGL 2");
   by(true);
