@@ -280,13 +280,14 @@ def _summary(measures: OrganMeasures, parts: Sequence[tuple[str, float]]) -> str
 
 
 def _parts(parts: Sequence[tuple[str, float]]) -> list[dict[str, str]]:
-    named = list(parts[:PARTS])
+    named = [(name, part, part / parts[0][1]) for name, part in parts[:PARTS]]
     if len(parts) > PARTS:
-        named.append((f"{len(parts) - PARTS} others", sum(part for _, part in parts[PARTS:])))
-    largest = max((part for _, part in named), default=1.0)
+        # Without a bar: it is no atlas that outweighs all others.
+        rest = sum(part for _, part in parts[PARTS:])
+        named.append((f"{len(parts) - PARTS} others together", rest, 0.0))
     return [
-        {"atlas": name, "percent": f"{100 * part:.0f}", "width": f"{part / largest:.3f}"}
-        for name, part in named
+        {"atlas": name, "percent": f"{100 * part:.0f}", "width": f"{width:.3f}"}
+        for name, part, width in named
     ]
 
 
@@ -298,7 +299,7 @@ def _figure(pair: Pair, display: Display) -> dict[str, Any]:
         "atlas": pair.atlas,
         "side": f"{pair.side:.0f}",
         "label": "atlas keypoint in " + ("no organ" if pair.label is None else _spoken(pair.label)),
-        "place": f"z {z:.0f}, y {y:.0f}, x {x:.0f} mm",
+        "place": f"z {z:.0f}, y {y:.0f}, x {x:.0f} mm".replace("-", "−"),
         "voxel": np.clip(index, 0, last).tolist(),
         "scan": pair.scan,
         "other": pair.other,

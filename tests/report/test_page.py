@@ -13,6 +13,7 @@ import zarr
 from scipy import ndimage
 
 from atlas_store import AtlasStore, load_organs
+from atlas_store.arrays import chunk_io
 from kpt_dask.report.viewer import find_viewer
 from kpt_dask.report.writing import write_report
 from tests.report.conftest import Browse
@@ -201,6 +202,33 @@ def test_names_from_outside_are_shown_and_do_nothing(segmented: Path, tmp_path: 
     assert "&lt;img src=x" in text
     assert "<img src=x" not in text
     assert "<script>alert" not in text
+
+
+def test_a_scan_without_organs_and_keypoints_has_a_page_too(
+    segmented: Path, browse: Browse, tmp_path: Path
+) -> None:
+    out = tmp_path / "out.zarr"
+    shutil.copytree(segmented / "out.zarr", out)
+    group = zarr.open_group(str(out), mode="r+")
+    about: Any = group.attrs["kpt"]
+    nothing = {"volume_ml": 0.0, "interval_ml": [0.0, 0.0], "at_border": False, "confidence": 0.0}
+    nothing |= {"mean_hu": None, "centroid": None, "extent": None, "votes": 0, "spread_mm": None}
+    made = about["segmentation"]
+    made["organs"] = dict.fromkeys(made["organs"], nothing)
+    made["weights"] = {name: [0.0] * len(made["atlases"]) for name in made["weights"]}
+    group.update_attributes({"kpt": about})
+    for name in ("keypoints", "matches", "votes"):
+        table: Any = group[name]
+        for array, found in list(table.arrays()):
+            empty = np.zeros((0, *found.shape[1:]), found.dtype)
+            table.create_array(array, data=empty, chunks=(1, *found.shape[1:]), overwrite=True)
+    image: Any = group["labels/organs"]
+    for _, labels in image.arrays():
+        chunk_io.write_empty(labels)
+    write_report(out, tmp_path / "page.html", picture=tmp_path / "picture.png")
+    script = "await kptPage.ready; return document.querySelectorAll('tr[data-number]').length;"
+    assert browse(tmp_path / "page.html", script) == 0
+    assert "Not found: liver, spleen" in (tmp_path / "page.html").read_text("utf-8")
 
 
 def test_the_picture_fits_a_slide_and_shows_the_organs(segmented: Path) -> None:

@@ -51,18 +51,26 @@ def test_parts_of_atlases_are_those_of_the_weights_of_their_matches(moved: Findi
     assert sum(part for _, part in older) == pytest.approx(1)
 
 
-def test_warped_atlases_have_parts_too(
-    bodies: Path, body_store: AtlasStore, one_process: Client, tmp_path: Path
+def test_warped_atlases_have_parts_too_and_a_cluster_changes_nothing(
+    bodies: Path,
+    body_store: AtlasStore,
+    one_process: Client,
+    two_processes: Client,
+    tmp_path: Path,
 ) -> None:
-    out = tmp_path / "out.zarr"
     scan = bodies / "body_4_ct.nii.gz"
-    kpt_dask.segment(scan, body_store, out, mode="local", client=one_process)
-    found = open_findings(str(out))
+    for name, client in (("one", one_process), ("two", two_processes)):
+        out, page = tmp_path / name / "out.zarr", tmp_path / name / "page.html"
+        page.parent.mkdir()
+        kpt_dask.segment(scan, body_store, out, report=page, client=client)
+    found = open_findings(str(tmp_path / "one" / "out.zarr"))
     assert found.weights is not None
     for o, organ in enumerate(ORGANS):
         shown = [organ.name in body_store[one].annotated for one in found.atlases]
         assert found.weights[o].sum() == pytest.approx(float(any(shown)))
         assert not found.weights[o][~np.array(shown)].any()
+    pages = [(tmp_path / name / "page.html").read_bytes() for name in ("one", "two")]
+    assert pages[0] == pages[1]
 
 
 def test_matches_of_an_organ_are_of_its_label_first_and_of_many_atlases(moved: Findings) -> None:

@@ -11,8 +11,8 @@
   let listeners = [];
 
   const mm = (axis, index) => data.origin[axis] + data.spacing * index;
+  const spoken = (axis, index) => `${axes[axis]} ${mm(axis, index).toFixed(0).replace("-", "−")}`;
   const say = (text) => { $("said").textContent = text; };
-  const labelOf = (number) => data.organs.find((organ) => organ.number === number).label;
 
   // Pictures, decoded where they are looked at; the last ones are kept.
   const decoded = new Map();
@@ -86,7 +86,7 @@
       const n = this.nearest();
       const turn = ++this.drawn;
       const index = this.fine ? place[this.fixed] : this.indices[n];
-      const where = `${axes[this.fixed]} ${mm(this.fixed, index).toFixed(0)} mm`;
+      const where = `${spoken(this.fixed, index)} mm`;
       const [slice, count] = this.fine ? [index, data.shape[this.fixed]] : [n, this.indices.length];
       this.slider.value = slice;
       this.slider.setAttribute("aria-valuetext", `${this.name} slice ${slice + 1} of ${count}, ${where}`);
@@ -190,7 +190,7 @@
   function go(to, what) {
     to.forEach((index, axis) => { place[axis] = index; });
     moved();
-    say(`${what}: ${axes.map((axis, a) => `${axis} ${mm(a, place[a]).toFixed(0)}`).join(", ")} mm`);
+    say(`${what}: ${axes.map((_, axis) => spoken(axis, place[axis])).join(", ")} mm`);
   }
 
   const rows = [...document.querySelectorAll("tr[data-number]")];
