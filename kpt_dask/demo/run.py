@@ -9,16 +9,13 @@ from pathlib import Path
 from distributed import Client
 
 from atlas_store import AtlasStore, load_organs
-from atlas_store.arrays.regions import open_array
 from kpt_dask.atlases.add import add_atlas, store_parameters
 from kpt_dask.demo.phantom import write_phantom
 from kpt_dask.errors import OutputExistsError
 from kpt_dask.evaluation.overlap import dice
-from kpt_dask.report.overlay import overlay_png
 from kpt_dask.runtime import cluster, progress
 from kpt_dask.scans.scan import open_scan
 from kpt_dask.segmentation import Segmentation, segment
-from kpt_dask.volumes.volume import open_volume
 
 SHAPE = (300, 130, 160)
 """Voxels of a phantom (z, y, x): a whole body at 2 mm."""
@@ -91,6 +88,7 @@ def demo(
             out / "scan.zarr",
             labels=out / "labels.nii.gz",
             report=out / "report.html",
+            picture=out / "overlay.png",
             overwrite=True,
             memory=memory,
             client=session,
@@ -100,17 +98,6 @@ def demo(
             for path in (truth, out / "labels.nii.gz")
         )
         scores = dice(expected, actual, store.organs.names, store.organs)
-    volume = open_volume(found.path)
-    with progress.stage("Drawing"):
-        overlay_png(
-            out / "overlay.png",
-            volume.levels[0],
-            open_array(volume.group, "labels/organs/0"),
-            store.organs,
-            volume.grid,
-            "phantom",
-            overwrite=True,
-        )
     return Demo(found, scores)
 
 

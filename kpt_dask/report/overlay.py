@@ -4,7 +4,7 @@ Exactly three slices of the CT are read; the labels are streamed once, slab by s
 voxels. It does not know how the labels were made.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -18,10 +18,8 @@ from numpy.typing import NDArray
 
 from atlas_store.organs import Organ
 from kpt_dask.atlases.profiles import Voxels, organ_profiles
-from kpt_dask.errors import GridMismatchError, ParameterError
+from kpt_dask.errors import ParameterError
 from kpt_dask.grid import Grid
-from kpt_dask.output.commit import replacing
-from kpt_dask.output.places import check_outputs
 from kpt_dask.report.display import BODY_HU
 from kpt_dask.report.slices import AXIAL, CORONAL, SAGITTAL, View
 
@@ -105,56 +103,6 @@ def best_plane(profile: NDArray[np.int64]) -> int:
     return int(np.argmax((share >= SHOWN).sum(axis=0) + share.mean(axis=0)))
 
 
-def overlay_png(
-    path: Path,
-    image: Voxels,
-    labels: Voxels,
-    organs: Iterable[Organ],
-    grid: Grid,
-    title: str | None = None,
-    *,
-    overwrite: bool = False,
-) -> None:
-    """Draw coronal, sagittal and axial slices with the organs over them, and their volumes.
-
-    The picture has the size of a slide, `SIZE`.
-
-    Parameters
-    ----------
-    path : Path
-        The PNG to write.
-    image : array-like of HU, shape (k, j, i)
-        NumPy or Zarr; three slices are read.
-    labels : array-like of uint8 or uint16, shape (k, j, i)
-        NumPy or Zarr; streamed once.
-    organs : iterable of Organ
-        Meaning of the label values; organs without a voxel are left out of the legend.
-    grid : Grid
-        Grid of the voxels.
-    title : str, optional
-        Stands above the slices.
-    overwrite : bool
-        Replace a file that exists.
-
-    Raises
-    ------
-    GridMismatchError
-        If image and labels do not have the grid's shape.
-    OutputExistsError
-        If the file exists and `overwrite` is false.
-    ParameterError
-        If the grid is oblique.
-    """
-    check_outputs(files=[path], overwrite=overwrite)
-    if not tuple(image.shape) == tuple(labels.shape) == grid.shape:
-        raise GridMismatchError(
-            f"{path} cannot be drawn: image {tuple(image.shape)}, labels {tuple(labels.shape)} and "
-            f"grid {grid.shape} differ; give labels on the image's own grid."
-        )
-    with replacing(path, overwrite=overwrite) as partial:
-        draw_overlay(partial, image, labels, list(organs), grid, title)
-
-
 def draw_overlay(
     path: Path,
     image: Voxels,
@@ -164,12 +112,31 @@ def draw_overlay(
     title: str | None = None,
     volumes_ml: Sequence[float] | None = None,
 ) -> None:
-    """Do what `overlay_png` does, to a file that nobody else sees yet.
+    """Draw coronal, sagittal and axial slices with the organs over them, and their volumes.
+
+    The picture has the size of a slide, `SIZE`; each slice is cropped to the body.
 
     Parameters
     ----------
+    path : Path
+        The PNG to write, which nobody else sees yet.
+    image : array-like of HU, shape (k, j, i)
+        NumPy or Zarr; three slices are read.
+    labels : array-like of unsigned integers, shape (k, j, i)
+        NumPy or Zarr; streamed once.
+    organs : sequence of Organ
+        Meaning of the label values; organs without a volume are left out of the legend.
+    grid : Grid
+        Grid of the voxels.
+    title : str, optional
+        Stands above the slices.
     volumes_ml : sequence of float, optional
         Volumes of the organs for the legend, mL; by default, those that are drawn.
+
+    Raises
+    ------
+    ParameterError
+        If the grid is oblique.
     """
     profiles = organ_profiles(labels, [organ.value for organ in organs])
     k, j, i = (best_plane(profile) for profile in profiles)
