@@ -560,8 +560,9 @@ def _provenance(
             "atlases": list(found.atlases),
             "organ_table": store.organs.to_json(),
             "organs": {name: asdict(organ) for name, organ in found.organs.items()},
-            # Part of each atlas in an organ's votes, in the order of the atlases.
-            "weights": dict(zip(store.organs.names, found.weights.tolist(), strict=True)),
+            # Part of each atlas in an organ's votes, in the order of the atlases; rounded, since
+            # powers differ in the last bit from processor to processor.
+            "weights": dict(zip(store.organs.names, found.weights.round(6).tolist(), strict=True)),
             # Grid of the label map in this image: its bytes do not depend on other outputs.
             "volume_grid": "working",
             "versions": {name: version(name) for name in libraries},

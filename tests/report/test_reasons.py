@@ -42,13 +42,13 @@ def test_parts_of_atlases_are_those_of_the_weights_of_their_matches(moved: Findi
                 expected[found.atlas[m]] += posterior[k, o] * density[m]
         assert moved.weights is not None
         np.testing.assert_allclose(
-            moved.weights[o] * expected.sum(), expected, rtol=1e-4, atol=1e-9 * expected.sum()
+            moved.weights[o] * expected.sum(), expected, rtol=1e-4, atol=1e-6 * expected.sum()
         )
         parts = atlas_parts(moved, organ.name)
         assert [part for _, part in parts] == sorted((p for _, p in parts), reverse=True)
-        assert sum(part for _, part in parts) == pytest.approx(float(expected.sum() > 0))
+        assert sum(part for _, part in parts) == pytest.approx(float(expected.sum() > 0), abs=1e-4)
     older = atlas_parts(replace(moved, weights=None), "liver")
-    assert sum(part for _, part in older) == pytest.approx(1)
+    assert sum(part for _, part in older) == pytest.approx(1, abs=1e-4)
 
 
 def test_warped_atlases_have_parts_too_and_a_cluster_changes_nothing(
@@ -67,7 +67,7 @@ def test_warped_atlases_have_parts_too_and_a_cluster_changes_nothing(
     assert found.weights is not None
     for o, organ in enumerate(ORGANS):
         shown = [organ.name in body_store[one].annotated for one in found.atlases]
-        assert found.weights[o].sum() == pytest.approx(float(any(shown)))
+        assert found.weights[o].sum() == pytest.approx(float(any(shown)), abs=1e-4)
         assert not found.weights[o][~np.array(shown)].any()
     pages = [(tmp_path / name / "page.html").read_bytes() for name in ("one", "two")]
     assert pages[0] == pages[1]
