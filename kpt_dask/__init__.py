@@ -2,13 +2,14 @@
 
 The stations of the data's way, in order: `open_scan`, `convert`, `extract`, `match`, `vote`,
 `transfer`; `segment` walks them all, `export` writes label files of its output and `write_report` a
-page, `add_atlas` makes an atlas, `evaluate` measures.
+page, `add_atlas` makes an atlas, `check_atlases` doubts annotations, `evaluate` measures.
 """
 
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from kpt_dask.annotation_check.schedule import check_atlases
     from kpt_dask.atlases.add import add_atlas, add_folder, store_parameters
     from kpt_dask.evaluation.run import evaluate
     from kpt_dask.exports import export, export_atlas
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
 __all__ = [
     "add_atlas",
     "add_folder",
+    "check_atlases",
     "convert",
     "evaluate",
     "export",
@@ -44,6 +46,7 @@ __all__ = [
 _HOME = {
     "add_atlas": "atlases.add",
     "add_folder": "atlases.add",
+    "check_atlases": "annotation_check.schedule",
     "convert": "volumes.conversion",
     "evaluate": "evaluation.run",
     "export": "exports",

@@ -325,20 +325,24 @@ def segment_volume(
     options: TransferOptions = DEFAULTS,
     select: int | None = None,
     index: str = "auto",
+    keypoints: xr.Dataset | None = None,
     memory: int | None = None,
     client: Client | None = None,
 ) -> StationResults:
     """Go from a volume to its label map; `group` is the OME-Zarr image that receives it.
 
-    The other parameters are those of `segment`; `options` must fit the mode and the store.
+    `keypoints` are those of the volume, extracted with the parameters of the store, if they are
+    known already. The other parameters are those of `segment`; `options` must fit the mode and the
+    store.
     """
-    keypoints = extract(
-        volume,
-        descriptor=store.parameters["descriptor"],
-        finer=store.parameters["finer"],
-        memory=memory,
-        client=client,
-    )
+    if keypoints is None:
+        keypoints = extract(
+            volume,
+            descriptor=store.parameters["descriptor"],
+            finer=store.parameters["finer"],
+            memory=memory,
+            client=client,
+        )
     kept = Snapshot(store)
     settings = _Options(mode, options, select, index, memory, client)
     while True:

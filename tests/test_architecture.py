@@ -15,7 +15,7 @@ ROOT = Path(__file__).parents[1]
 LAYERS = (
     {"kpt_dask.cli", "kpt_dask.napari_plugin"},
     {"kpt_dask.demo", "kpt_dask.relabelling"},
-    {"kpt_dask.evaluation", "kpt_dask.exports"},
+    {"kpt_dask.annotation_check", "kpt_dask.evaluation", "kpt_dask.exports"},
     {"kpt_dask.baselines"},
     {"kpt_dask.segmentation"},
     {"kpt_dask.report"},
