@@ -33,8 +33,9 @@ class Finding:
     atlas : str
         Id of the atlas.
     kind : str
-        ``duplicate``, ``swapped`` (left and right), ``relabelled`` (labels of other organs),
-        ``mirrored``, ``shifted``, ``misfit`` (the whole label map) or ``organ`` (one organ).
+        ``duplicate`` (the scan is there twice), ``same_patient``, ``swapped`` (left and right),
+        ``relabelled`` (labels of other organs), ``mirrored``, ``shifted``, ``misfit`` (the whole
+        label map) or ``organ`` (one organ).
     organs : tuple of str
         The organs it concerns; empty for all of the atlas.
     sentence : str
@@ -55,6 +56,11 @@ class Finding:
     def __str__(self) -> str:
         """Say it in a line of text."""
         return f"{self.atlas}: {self.sentence}; {self.remedy}."
+
+    @property
+    def whole(self) -> bool:
+        """Whether the label map misleads those that are predicted from it."""
+        return self.kind not in ("duplicate", "same_patient", "organ")
 
     def to_json(self) -> dict[str, Any]:
         """Give its attributes in JSON types."""

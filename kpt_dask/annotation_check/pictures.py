@@ -9,9 +9,11 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 from numpy.typing import NDArray
 
 from atlas_store import OrganInfo, OrganTable
+from atlas_store.organs import Organ
 from kpt_dask.atlases.profiles import Voxels
 
 WINDOW = (-160.0, 240.0)
@@ -74,7 +76,15 @@ class Picture:
                 self._draw(axes[row, column], values, plane, "upper" if row == 0 else "lower")
                 if row == 0:
                     axes[row, column].set_title(title)
-        figure.supxlabel("above: axial, from the feet; below: coronal; the patient's right is left")
+        lines = [
+            Line2D([], [], color=_colour(organ), label=organ.name)
+            for organ in self.organs
+            if organ.name in shown
+        ]
+        figure.legend(handles=lines, loc="outside lower center", ncols=4, frameon=False)
+        figure.suptitle(
+            "axial, seen from the feet, and coronal: the patient's right is on the left"
+        )
         file = io.BytesIO()
         figure.savefig(file, format="png")
         return file.getvalue()
@@ -84,6 +94,11 @@ class Picture:
         for organ in self.organs:
             mask = labels == organ.value
             if mask.any():
-                colour = [tuple(part / 255 for part in organ.colour)]
-                axes.contour(mask.astype(float), levels=[0.5], colors=colour, linewidths=1.2)
+                outline = [_colour(organ)]
+                axes.contour(mask.astype(float), levels=[0.5], colors=outline, linewidths=1.2)
         axes.set_axis_off()
+
+
+def _colour(organ: Organ) -> tuple[float, float, float]:
+    red, green, blue = organ.colour
+    return red / 255, green / 255, blue / 255

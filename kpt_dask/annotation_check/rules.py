@@ -126,7 +126,12 @@ class Rules:
         self, atlas: str, found: Comparison, wrong: Mapping[str, str]
     ) -> list[Finding]:
         answers: list[Finding] = []
-        sides = {organ: other for organ, other in wrong.items() if partner(organ) == other}
+        # A side is swapped with the other one, and not part of a longer permutation.
+        sides = {
+            organ: other
+            for organ, other in wrong.items()
+            if partner(organ) == other and wrong.get(other, organ) == organ
+        }
         rest = {organ: other for organ, other in wrong.items() if organ not in sides}
         for kind, labels in (("swapped", sides), ("relabelled", rest)):
             if not labels:

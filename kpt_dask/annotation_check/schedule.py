@@ -1,8 +1,9 @@
 """The check of a store, atlas by atlas."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -107,46 +108,71 @@ def check_atlases(
 
 @dataclass(frozen=True, eq=False)
 class _Check:
+    """A check of a store; `misleading` becomes the atlases that are doubted as a whole."""
+
     atlases: Mapping[str, Atlas]
     predictor: Predictor
+    misleading: set[str] = field(default_factory=set)
+
+    @cached_property
+    def known(self) -> KnownScans:
+        """The scans of the store."""
+        return KnownScans(self.atlases.values())
 
     def result(self, checked: Sequence[str], organs: OrganTable) -> CheckResult:
         """Predict, compare, and judge."""
-        known = KnownScans(self.atlases.values())
-        comparisons: dict[str, Comparison] = {}
-        doubles: dict[str, list[Finding]] = {}
         names = population(checked, list(self.atlases))
-        with progress.stage("Checking atlases", total=len(names)) as advance:
-            for name in names:
-                atlas = self.atlases[name]
-                same = self._same(known, atlas)
-                doubles[name] = [_same_scan(name, same)] if same else []
-                with self.predictor.predicted(atlas, same) as predicted:
-                    if predicted is not None:
-                        if predicted.twins:
-                            doubles[name].append(_same_patient(name, predicted.twins))
-                        comparisons[name] = compare(
-                            atlas.labels,
-                            predicted.found.labels,
-                            open_array(atlas.image, "0"),
-                            predicted.volume.grid,
-                            organs,
-                        )
-                atlas.ensure_present()
-                advance(1)
         spacing = float(self.predictor.store.parameters["spacing"])
         layouts = {name: layout_of(atlas) for name, atlas in self.atlases.items()}
-        rules = Rules(organs, spacing, layouts, comparisons)
+        seen: dict[str, _Seen] = {}
+        with progress.stage("Checking atlases", total=len(names)) as advance:
+            for name in names:
+                seen[name] = self._see(name, ())
+                advance(1)
+        compared = {name: one.comparison for name, one in seen.items() if one.comparison}
+        rules = Rules(organs, spacing, layouts, compared)
+        found = {name: rules.findings(name) for name in compared}
+        # Wrong label maps mislead: what was predicted from them is doubted only without them.
+        misleading = {name for name, some in found.items() if any(one.whole for one in some)}
+        again = [
+            name for name in checked if found.get(name) and misleading.intersection(seen[name].used)
+        ]
+        with progress.stage("Checking findings again", total=len(again)) as advance:
+            for name in again:
+                seen[name] = self._see(name, misleading)
+                advance(1)
+        compared = {name: one.comparison for name, one in seen.items() if one.comparison}
+        rules = Rules(organs, spacing, layouts, compared)
         findings = [
             finding
             for name in checked
-            for finding in (*doubles[name], *(rules.findings(name) if name in comparisons else ()))
+            for finding in (
+                *_doubles(name, seen[name]),
+                *(rules.findings(name) if name in compared else ()),
+            )
         ]
+        self.misleading.update(misleading)
         return CheckResult(tuple(checked), tuple(findings), tuple(self._unchecked(rules, checked)))
 
+    def _see(self, name: str, leave_out: Collection[str]) -> "_Seen":
+        """Predict an atlas, and compare."""
+        atlas = self.atlases[name]
+        same = self._same(atlas)
+        with self.predictor.predicted(atlas, {*same, *leave_out}) as predicted:
+            if predicted is None:
+                return _Seen(same, {}, (), None)
+            comparison = compare(
+                atlas.labels,
+                predicted.found.labels,
+                open_array(atlas.image, "0"),
+                predicted.volume.grid,
+                atlas.organ_table,
+            )
+        atlas.ensure_present()
+        return _Seen(same, predicted.twins, predicted.found.atlases, comparison)
+
     def entries(self, result: CheckResult) -> list[Entry]:
-        """Draw the findings; each atlas is predicted again, which gives the same."""
-        known = KnownScans(self.atlases.values())
+        """Draw the findings, beside what the atlases predict that are not doubted as a whole."""
         entries = []
         with progress.stage("Drawing findings", total=len(result.findings)) as advance:
             for name in result.checked:
@@ -154,20 +180,20 @@ class _Check:
                 if not findings:
                     continue
                 atlas = self.atlases[name]
-                with self.predictor.predicted(atlas, self._same(known, atlas)) as predicted:
+                leave_out = {*self._same(atlas), *self.misleading}
+                with self.predictor.predicted(atlas, leave_out) as predicted:
                     labels = predicted.found.labels if predicted is not None else None
-                    picture = Picture(
-                        open_array(atlas.image, "0"), atlas.labels, labels, atlas.organ_table
-                    )
+                    scan = open_array(atlas.image, "0")
+                    picture = Picture(scan, atlas.labels, labels, atlas.organ_table)
                     for finding in findings:
                         png = picture.png(finding.organs, atlas.organs)
                         entries.append(Entry(finding, png))
                         advance(1)
         return entries
 
-    def _same(self, known: KnownScans, atlas: Atlas) -> tuple[str, ...]:
+    def _same(self, atlas: Atlas) -> tuple[str, ...]:
         """Ids of the other atlases of the same scan."""
-        same = known.of(digest_of(atlas.image), atlas.info.shape)
+        same = self.known.of(digest_of(atlas.image), atlas.info.shape)
         return tuple(name for name in same if name != atlas.id)
 
     def _unchecked(self, rules: Rules, checked: Sequence[str]) -> list[str]:
@@ -187,6 +213,28 @@ class _Check:
         elif rules.comparisons:
             said += unchecked(rules.organs, rules.comparisons)
         return [f"{sentence}." for sentence in said]
+
+
+@dataclass(frozen=True, eq=False)
+class _Seen:
+    """What was seen of an atlas.
+
+    Attributes
+    ----------
+    same : collection of str
+        Other atlases of the same scan.
+    twins : mapping of str to float
+        Those of the same patient, with the share of common keypoints.
+    used : collection of str
+        Those that it was predicted from.
+    comparison : Comparison or None
+        None if there were none.
+    """
+
+    same: Collection[str]
+    twins: Mapping[str, float]
+    used: Collection[str]
+    comparison: Comparison | None
 
 
 def population(checked: Sequence[str], ids: Sequence[str]) -> list[str]:
@@ -209,6 +257,14 @@ def layout_of(atlas: Atlas) -> Layout:
     )
 
 
+def _doubles(name: str, seen: _Seen) -> list[Finding]:
+    """Name the atlases that show the same scan or patient."""
+    return [
+        *([_same_scan(name, sorted(seen.same))] if seen.same else ()),
+        *([_same_patient(name, seen.twins)] if seen.twins else ()),
+    ]
+
+
 def _same_scan(name: str, same: Sequence[str]) -> Finding:
     return Finding(
         name,
@@ -223,7 +279,7 @@ def _same_patient(name: str, twins: Mapping[str, float]) -> Finding:
     most = max(twins.values())
     return Finding(
         name,
-        "duplicate",
+        "same_patient",
         (),
         f"it shows the same patient as {', '.join(twins)}, with which it has"
         f" {100 * most:.0f} % of its keypoints in common",

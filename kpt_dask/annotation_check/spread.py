@@ -77,5 +77,4 @@ def _widening(number: NDArray[np.int_]) -> NDArray[np.float64]:
     """Limit of Student's t over that of the normal distribution, for a new value."""
     n = np.maximum(number, 2)
     limit = -special.stdtrit(n - 1.0, special.ndtr(-LIMIT)) * np.sqrt(1 + 1 / n)
-    wider: NDArray[np.float64] = limit / LIMIT
-    return wider
+    return np.asarray(limit / LIMIT, np.float64)

@@ -4,6 +4,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from kpt_dask.cli.atlas_check import ENOUGH, check, doubt_added
 from kpt_dask.cli.common import (
     Failure,
     columns,
@@ -46,6 +47,9 @@ def atlas() -> None:
 
     STORE is a folder, or the URL of one in an object store (s3://…).
     """
+
+
+atlas.add_command(check)
 
 
 @atlas.command()
@@ -97,6 +101,13 @@ def create(store: str, organs: str, spacing: float, descriptor: str, finer: bool
 @click.argument("labels", type=click.Path())
 @click.option("--id", "atlas_id", metavar="ID", help="Its name; the scan's name unless given.")
 @annotated_option
+@click.option(
+    "--check/--no-check",
+    "checked",
+    default=True,
+    help=f"Whether to check its labels against what the others say, as kpt atlas check does, where"
+    f" the store has {ENOUGH} others, and to warn; it takes some ten seconds.  [default: check]",
+)
 @series_option
 @overwrite_option
 @memory_option
@@ -108,6 +119,7 @@ def add(
     labels: str,
     atlas_id: str | None,
     annotated: tuple[str, ...] | None,
+    checked: bool,
     series: str | None,
     overwrite: bool,
     memory: int | None,
@@ -143,6 +155,8 @@ def add(
             memory=memory,
             client=client,
         )
+        if checked:
+            doubt_added(opened, added.id, memory, client)
     if as_json:
         print_json(_describe(added) | {"warnings": doubts})
     else:
@@ -187,7 +201,8 @@ def add_folder(
 ) -> None:
     """Add all annotated scans of a folder; those that are there already are skipped.
 
-    A scan that cannot be added does not stop the others. Run it again after an interruption.
+    A scan that cannot be added does not stop the others. Run it again after an interruption. Their
+    labels are not checked against each other: kpt atlas check does that, best once all are there.
 
     \b
     Examples:
