@@ -17,7 +17,7 @@ from distributed import Client
 
 from atlas_store import Atlas, AtlasStore
 from atlas_store.keypoints import first_frames
-from kpt_dask.annotation_check.same_patient import SHARED, shared_keypoints
+from kpt_dask.annotation_check.duplicates import same_patient
 from kpt_dask.runtime import witness
 from kpt_dask.segmentation import StationResults, segment_volume
 from kpt_dask.volumes.volume import Volume, open_volume
@@ -96,7 +96,7 @@ class Predictor:
     def _twins(self, found: StationResults) -> dict[str, float]:
         """Shares of common keypoints with the atlases that show the same patient."""
         position, scale = found.keypoints.position.values, found.keypoints.scale.values
-        shared = shared_keypoints(
+        shared = same_patient(
             found.matches,
             first_frames(position, scale).size,
             np.array([one.info.keypoints for one in self.store.atlases(found.atlases)]),
@@ -105,7 +105,7 @@ class Predictor:
         return {
             name: share
             for name, share in zip(found.atlases, shared.tolist(), strict=True)
-            if share >= SHARED
+            if share > 0
         }
 
 

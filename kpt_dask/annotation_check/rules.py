@@ -103,7 +103,8 @@ class Rules:
             return []
         if mirrored := self._mirrored(atlas, found, relabelled, whole):
             return [mirrored]
-        if whole:
+        shown = np.count_nonzero(~np.isnan(found.own_dice)) - len(relabelled)
+        if whole or len(reasons) > max(shown / 2, 2):
             return [self._misfit(atlas, found, whole, reasons)]
         answers = self._relabelled_findings(atlas, found, relabelled)
         return answers + [_of_organ(atlas, organ, said) for organ, said in reasons.items()]
@@ -172,7 +173,10 @@ class Rules:
         )
         axis = int(np.argmax(np.nanmean(found.mirrored, axis=1)))
         then = float(np.nanmean(found.mirrored[axis]))
-        if then < max(now + FITS_BETTER, float(named)):
+        centre = self.spreads["dice"].centre[~np.isnan(found.own_dice)]
+        usual = float(np.nanmean(centre)) if (~np.isnan(centre)).any() else 2 * FITS - now
+        # Mirrored back, it must be nearer to what is usual than to what it is.
+        if then < max(now + FITS_BETTER, (now + usual) / 2, float(named)):
             return None
         return Finding(
             atlas,

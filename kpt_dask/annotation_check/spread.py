@@ -2,12 +2,12 @@
 
 The centre is the median. The scale, in standard deviations of a normal distribution, is the larger
 of 1.4826 times the median and 1/1.645 times the 90th percentile of the absolute deviations, so that
-a quantity with heavy tails does not make outliers of one atlas in ten; and at least a floor, below
-which differences do not matter. Up to a tenth of the atlases may be wrong without widening it.
+a quantity with heavy tails does not make outliers of one atlas in ten. Up to a tenth of the atlases
+may be wrong without widening it.
 
-Of few atlases, centre and scale are uncertain: a deviation counts as much less as Student's t with
-one degree of freedom less than there are atlases is wider, at `LIMIT` standard deviations, than the
-normal distribution.
+Of few atlases, centre and scale are uncertain: the scale is widened as Student's t, with one degree
+of freedom less than there are atlases, is wider at `LIMIT` standard deviations than the normal
+distribution. At last it is at least a floor, below which differences do not matter.
 """
 
 from typing import NamedTuple, Self
@@ -63,7 +63,7 @@ class Spread(NamedTuple):
         away = np.abs(filled - centre)
         usual = _MEDIAN * np.nanmedian(away, axis=0)
         tails: NDArray[np.float64] = np.nanpercentile(away, _PERCENTILE, axis=0) / _AT
-        wide: NDArray[np.float64] = np.maximum(np.maximum(usual, tails), floor) * _widening(number)
+        wide = np.maximum(np.maximum(usual, tails) * _widening(number), floor)
         unknown = number < LEAST
         return cls(np.where(unknown, np.nan, centre), np.where(unknown, np.nan, wide))
 

@@ -10,10 +10,40 @@ import xarray as xr
 from numpy.typing import NDArray
 
 SHARED = 0.1
-"""Share of the keypoints of the scan that has fewer, from which two scans show one patient."""
+"""Least share of the keypoints of the poorer scan, from which two scans show one patient."""
+
+FEWEST = 50
+"""Least number of shared keypoints: fewer may be chance."""
+
+UNUSUAL, SEVERAL = 3.0, 4
+"""How many times as large the share must be as the lower quartile of all atlases, if they are
+several: scans that look alike, as phantoms do, share more."""
 
 NEAR = 2.0
 """Voxels by which the translation of a shared keypoint may differ from the median."""
+
+
+def same_patient(
+    matches: xr.Dataset, n_keypoints: int, n_atlas_keypoints: NDArray[np.int64], spacing: float
+) -> NDArray[np.float64]:
+    """Share of keypoints in common with each atlas of the same patient.
+
+    Parameters
+    ----------
+    matches, n_keypoints, n_atlas_keypoints, spacing
+        As for `shared_keypoints`.
+
+    Returns
+    -------
+    ndarray (atlas), float64
+        0 for other patients.
+    """
+    shared = shared_keypoints(matches, n_keypoints, n_atlas_keypoints, spacing)
+    least = SHARED
+    if len(shared) >= SEVERAL:
+        least = max(least, UNUSUAL * float(np.percentile(shared, 25)))
+    fewest = FEWEST / np.maximum(np.minimum(n_keypoints, n_atlas_keypoints), 1)
+    return np.where(shared >= np.maximum(least, fewest), shared, 0.0)
 
 
 def shared_keypoints(
