@@ -14,7 +14,6 @@ import argparse
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,16 +27,17 @@ from atlas_store import Atlas, AtlasKeypoints, AtlasStore, Snapshot, load_organs
 from atlas_store.arrays.regions import open_array
 from atlas_store.keypoints import first_frames
 from kpt_dask.annotation_check.comparison import Comparison, compare
+from kpt_dask.annotation_check.duplicates import same_patient, shared_keypoints
 from kpt_dask.annotation_check.prediction import Predictor
 from kpt_dask.annotation_check.rules import Rules, partner
-from kpt_dask.annotation_check.duplicates import same_patient, shared_keypoints
 from kpt_dask.annotation_check.schedule import SELECT, population
 from kpt_dask.annotation_check.spread import LIMIT
-from kpt_dask.atlases.add import add_folder, store_parameters
+from kpt_dask.atlases.add import add_atlas, store_parameters
 from kpt_dask.exports import export_atlas
 from kpt_dask.keypoints.extraction import extract
 from kpt_dask.matching.first_pass import match
 from kpt_dask.runtime import cluster
+from kpt_dask.scans.pairs import find_pairs
 from kpt_dask.scans.scan import open_scan
 from kpt_dask.volumes.conversion import convert
 from kpt_dask.volumes.volume import open_volume
@@ -54,6 +54,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--store", help="of sound atlases; made of --data unless given")
     parser.add_argument("--data", type=Path, default=DATA, help="folder of the openkbp patients")
+    parser.add_argument("--spacing", type=float, default=2.0, help="of the store, mm")
     parser.add_argument("--cache", type=Path, help="keep predictions in this folder")
     parser.add_argument("--atlases", type=int, help="only so many, the first")
     parser.add_argument("--injections", type=int, default=20, help="of each fault in each half")
@@ -63,8 +64,10 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as name, cluster.session() as client:
         folder = Path(name)
         if options.store is None:
-            store = AtlasStore.create(folder / "store", load_organs("openkbp"), store_parameters())
-            add_folder(store, options.data)
+            parameters = store_parameters(options.spacing)
+            store = AtlasStore.create(folder / "store", load_organs("openkbp"), parameters)
+            for pair in find_pairs(options.data)[: options.atlases]:
+                add_atlas(store, pair.scan, pair.labels, atlas_id=pair.id, client=client)
         else:
             store = AtlasStore.open(options.store)
         cache = options.cache or folder / "cache"
@@ -159,41 +162,37 @@ class Campaign:
             for name in [one for _ in range(20) for one in rng.permutation(names).tolist()]:
                 if made == injections:
                     break
-                with self.arrays(self.store[name]) as (labels, _, _):
-                    wrong = inject(labels, self, rng)
+                labels = self.labels(self.store[name])
+                wrong = inject(labels, self, rng)
                 if wrong is not None and (wrong != labels).any() and wrong.any():
                     made += 1
                     yield Case(fault, name, self.compared(self.store[name], wrong))
 
     def compared(self, atlas: Atlas, labels: Labels | None = None) -> Comparison:
         """Compare an atlas, or other labels of its scan, with the prediction."""
-        with self.arrays(atlas) as (own, predicted, scan):
-            grid = open_volume(atlas.image).grid
-            return compare(
-                own if labels is None else labels, predicted, scan, grid, self.store.organs
-            )
+        return compare(
+            self.labels(atlas) if labels is None else labels,
+            self.predicted(atlas),
+            open_array(atlas.image, "0"),
+            open_volume(atlas.image).grid,
+            self.store.organs,
+        )
 
-    @contextmanager
-    def arrays(self, atlas: Atlas) -> Iterator[tuple[Labels, Labels, NDArray[np.int16]]]:
-        """Labels, predicted labels and HU, predicted once."""
+    def labels(self, atlas: Atlas) -> Labels:
+        """Labels of an atlas."""
+        return np.asarray(atlas.labels[:]).astype(np.uint16)
+
+    def predicted(self, atlas: Atlas) -> Labels:
+        """Labels that the others predict, made once."""
         path = self.cache / f"{atlas.id}.npz"
         if not path.exists():
             with self.predictor.predicted(atlas, ()) as found:
                 assert found is not None
                 if found.twins:
                     print(f"{atlas.id} shows the same patient as {', '.join(found.twins)}")
-                np.savez_compressed(
-                    path,
-                    labels=np.asarray(atlas.labels[:]).astype(np.uint8),
-                    predicted=np.asarray(found.found.labels[:]).astype(np.uint8),
-                    scan=np.rint(np.asarray(open_array(atlas.image, "0")[:])).astype(np.int16),
-                )
+                np.savez_compressed(path, predicted=np.asarray(found.found.labels[:]))
         with np.load(path) as kept:
-            yield (
-                kept["labels"].astype(np.uint16),
-                kept["predicted"].astype(np.uint16),
-                kept["scan"],
-            )
+            return np.asarray(kept["predicted"]).astype(np.uint16)
 
     def same_patients(
         self, names: Sequence[str], injections: int, rng: np.random.Generator
@@ -251,14 +250,14 @@ def mirrored(labels: Labels, campaign: Campaign, rng: np.random.Generator) -> La
 def another_patient(labels: Labels, campaign: Campaign, rng: np.random.Generator) -> Labels:
     """Put another patient's label map in the middle of the volume."""
     atlas = campaign.store[str(rng.choice(campaign.store.ids()))]
-    with campaign.arrays(atlas) as (other, _, _):
-        there, here = [], []
-        for n, m in zip(labels.shape, other.shape, strict=True):
-            k = min(n, m)
-            there.append(slice((n - k) // 2, (n - k) // 2 + k))
-            here.append(slice((m - k) // 2, (m - k) // 2 + k))
-        wrong = np.zeros_like(labels)
-        wrong[tuple(there)] = other[tuple(here)]
+    other = campaign.labels(atlas)
+    there, here = [], []
+    for n, m in zip(labels.shape, other.shape, strict=True):
+        k = min(n, m)
+        there.append(slice((n - k) // 2, (n - k) // 2 + k))
+        here.append(slice((m - k) // 2, (m - k) // 2 + k))
+    wrong = np.zeros_like(labels)
+    wrong[tuple(there)] = other[tuple(here)]
     return wrong
 
 

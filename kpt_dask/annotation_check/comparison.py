@@ -16,6 +16,9 @@ from kpt_dask.grid import Grid
 LOWEST_HU, HIGHEST_HU = -2048, 8192
 """Range of the histograms of HU; what lies outside counts as their first or last bin, 1 HU wide."""
 
+PERCENTILES = (10, 50)
+"""Percentiles of HU that are compared."""
+
 SLAB = 32
 """Planes that are read at a time where an array does not say itself."""
 
@@ -51,8 +54,9 @@ class Comparison:
         that the labels do not show.
     mirrored : ndarray (3, O), float64
         Dice of each organ with its prediction, were the label map mirrored along z, y or x.
-    median_hu : ndarray (O), float64
-        Median of the scan in each labelled organ.
+    hu : ndarray (O, 2), float64
+        10th percentile and median of the scan in each labelled organ: a low one says that a part of
+        it lies beside the organ.
     gap_mm : ndarray (O), float64
         Largest height along z, between the first and last plane of a labelled organ, in which it
         has no voxel.
@@ -62,7 +66,7 @@ class Comparison:
     predicted: Layout
     dice: NDArray[np.float64]
     mirrored: NDArray[np.float64]
-    median_hu: NDArray[np.float64]
+    hu: NDArray[np.float64]
     gap_mm: NDArray[np.float64]
 
     @property
@@ -105,7 +109,7 @@ def compare(
     >>> labels[2:6, 2:6, 0:4] = 1
     >>> grid = Grid.axis_aligned(labels.shape, (2.0, 2.0, 2.0))
     >>> found = compare(labels, labels[..., ::-1], labels * 40.0, grid, load_organs("openkbp"))
-    >>> found.own_dice[0], found.mirrored[2, 0], found.median_hu[0]
+    >>> found.own_dice[0], found.mirrored[2, 0], found.hu[0, 1]
     (0.0, 1.0, 40.0)
     """
     counts = _Counts(len(organs.names), labels.shape)
@@ -178,15 +182,16 @@ class _Counts:
             mirrored = 2 * self.mirrored[:, 1:] / (own + other)
         dice[~shown] = np.nan
         mirrored[:, ~shown] = np.nan
-        half = (self.values[1:].sum(axis=1, keepdims=True) + 1) // 2
-        median = (np.cumsum(self.values[1:], axis=1) >= half).argmax(axis=1) + float(LOWEST_HU)
+        below = np.cumsum(self.values[1:], axis=1)
+        wanted = [np.ceil(below[:, -1:] * percent / 100) for percent in PERCENTILES]
+        hu = np.stack([(below >= number).argmax(axis=1) for number in wanted], axis=1)
         gaps = np.array([_longest_gap(planes) for planes in self.planes[1:]])
         return Comparison(
             _layout(own, self.sums[0, 1:], grid),
             _layout(other, self.sums[1, 1:], grid),
             dice,
             mirrored,
-            np.where(shown, median, np.nan),
+            np.where(shown[:, None], hu + float(LOWEST_HU), np.nan),
             np.where(shown, gaps * float(grid.spacing[0]), np.nan),
         )
 

@@ -84,3 +84,14 @@ class CheckResult:
     checked: tuple[str, ...]
     findings: tuple[Finding, ...]
     unchecked: tuple[str, ...]
+
+
+def told(number: float) -> str:
+    """Write a number with three digits, or all that stand before the point.
+
+    Examples
+    --------
+    >>> told(1234.5), told(12.345), told(-0.01234)
+    ('1234', '12.3', '-0.0123')
+    """
+    return f"{number:.0f}" if abs(number) >= 100 else f"{number:.3g}"

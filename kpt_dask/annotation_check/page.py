@@ -7,7 +7,7 @@ from pathlib import Path
 
 from jinja2 import Environment
 
-from kpt_dask.annotation_check.findings import CheckResult, Finding
+from kpt_dask.annotation_check.findings import CheckResult, Finding, told
 
 _PAGE = """<!DOCTYPE html>
 <html lang="en">
@@ -39,8 +39,8 @@ wrong only if a person who looks at them says so.</p>
 <thead><tr><th>measure</th><th>here</th><th>usual</th><th>standard deviations</th></tr></thead>
 <tbody>
 {% for one in entry.finding.reasons %}
-<tr><td>{{ one.measure }}</td><td>{{ "%.3g"|format(one.value) }}</td>
-<td>{{ "%.3g"|format(one.usual) }}</td><td>{{ "%+.1f"|format(one.deviation) }}</td></tr>
+<tr><td>{{ one.measure }}</td><td>{{ one.value|told }}</td>
+<td>{{ one.usual|told }}</td><td>{{ "%+.1f"|format(one.deviation) }}</td></tr>
 {% endfor %}
 </tbody>
 </table>
@@ -81,7 +81,9 @@ def write_page(path: Path, entries: Sequence[Entry], result: CheckResult, url: s
     url : str
         Place of the store.
     """
-    template = Environment(autoescape=True, trim_blocks=True).from_string(_PAGE)
+    environment = Environment(autoescape=True, trim_blocks=True)
+    environment.filters["told"] = told
+    template = environment.from_string(_PAGE)
     number = len(result.checked)
     page = template.render(
         title="Check of annotations",

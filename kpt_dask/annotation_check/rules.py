@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 
 from atlas_store import OrganTable
 from kpt_dask.annotation_check.comparison import Comparison, Layout
-from kpt_dask.annotation_check.findings import Finding, Reason
+from kpt_dask.annotation_check.findings import Finding, Reason, told
 from kpt_dask.annotation_check.spread import LEAST, LIMIT, Spread
 
 DICE_FLOOR, MEAN_DICE_FLOOR = 0.03, 0.02
@@ -77,7 +77,7 @@ class Rules:
             "mean dice": Spread.of(means, MEAN_DICE_FLOOR),
             "shift": Spread.of(shifts, self.spacing),
             "volume": Spread.of(_stack([_log_volume(one) for one in layouts], n), VOLUME_FLOOR),
-            "hu": Spread.of(_stack([one.median_hu for one in compared], n), HU_FLOOR),
+            "hu": Spread.of(_stack([one.hu for one in compared], n, 2), HU_FLOOR),
             "gap": Spread.of(_stack([one.gap_mm for one in compared], n), self.spacing),
             "better": Spread.of(_stack([_better(one) for one in compared], n), DICE_FLOOR),
         }
@@ -97,7 +97,7 @@ class Rules:
         reasons = {
             organ: said
             for i, organ in enumerate(self.organs.names)
-            if organ not in relabelled and (said := self._reasons_of_organ(found, i))
+            if organ not in relabelled and (said := self._reasons_of_organ(found, i, relabelled))
         }
         if not (relabelled or reasons or whole):
             return []
@@ -233,14 +233,23 @@ class Rules:
             reasons += self._beyond("shift", f"common offset {name} (mm)", shift, axis)
         return sorted(reasons, key=lambda one: -abs(one.deviation))
 
-    def _reasons_of_organ(self, found: Comparison, i: int) -> list[Reason]:
+    def _reasons_of_organ(
+        self, found: Comparison, i: int, leave_out: Container[str]
+    ) -> list[Reason]:
+        """Look at one organ; those that are taken for others do not say where it should be."""
         reasons = self._beyond("dice", "Dice", found.own_dice, i, low=True)
         volume = self._beyond("volume", "volume (mL)", _log_volume(found.layout), i)
         reasons += [
             Reason(one.measure, float(np.exp(one.value)), float(np.exp(one.usual)), one.deviation)
             for one in volume
         ]
-        reasons += self._beyond("hu", "median HU", found.median_hu, i)
+        # Labels that lie beside the organ hold air or fat.
+        reasons += [
+            one
+            for one in self._beyond("hu", "10th percentile of HU", found.hu, (i, 0))
+            if one.deviation < 0
+        ]
+        reasons += self._beyond("hu", "median HU", found.hu, (i, 1))
         reasons += [
             one
             for one in self._beyond("gap", "planes missing (mm)", found.gap_mm, i)
@@ -249,15 +258,15 @@ class Rules:
         for axis in range(3):
             name = f"offset {AXES[axis]} (mm)"
             reasons += self._beyond("offset", name, found.offset, (i, axis))
-        reasons += self._out_of_order(found.layout, i)
+        reasons += self._out_of_order(found.layout, i, leave_out)
         return sorted(reasons, key=lambda one: -abs(one.deviation))
 
-    def _out_of_order(self, layout: Layout, i: int) -> list[Reason]:
+    def _out_of_order(self, layout: Layout, i: int, leave_out: Container[str]) -> list[Reason]:
         """Compare an organ's position with those of most other organs."""
         spread = self.order[i]
         vectors = layout.centroid - layout.centroid[i]
         beyond = spread.deviation(vectors)
-        beyond[i] = np.nan
+        beyond[[k == i or name in leave_out for k, name in enumerate(self.organs.names)]] = np.nan
         reasons = []
         for axis in range(3):
             known = np.flatnonzero(~np.isnan(beyond[:, axis]))
@@ -322,7 +331,7 @@ def unchecked(organs: OrganTable, comparisons: Mapping[str, Comparison]) -> list
 
 
 def _of_organ(atlas: str, organ: str, reasons: Sequence[Reason]) -> Finding:
-    said = [f"{one.measure} {one.value:.3g}, usual {one.usual:.3g}" for one in reasons]
+    said = [f"{one.measure} {told(one.value)}, usual {told(one.usual)}" for one in reasons]
     sentence = f"{organ} is unusual: {'; '.join(said)}"
     remedy = f"look at it, and if it is wrong, {READD}"
     return Finding(atlas, "organ", (organ,), sentence, remedy, tuple(reasons))
@@ -339,7 +348,9 @@ def _log_volume(layout: Layout) -> NDArray[np.float64]:
 
 def _better(found: Comparison) -> NDArray[np.float64]:
     """By how much Dice with the best other prediction exceeds that with an organ's own, (O)."""
-    best = [_others(found.dice, i).max(initial=-np.inf) for i in range(len(found.dice))]
+    if len(found.dice) < 2:
+        return np.full(1, np.nan)
+    best = [_others(found.dice, i).max() for i in range(len(found.dice))]
     better: NDArray[np.float64] = np.where(
         np.isnan(found.own_dice), np.nan, np.array(best) - found.own_dice
     )

@@ -139,7 +139,9 @@ class _Check:
         ]
         with progress.stage("Checking findings again", total=len(again)) as advance:
             for name in again:
-                seen[name] = self._see(name, misleading)
+                without = self._see(name, misleading)
+                if without.comparison is not None:
+                    seen[name] = without
                 advance(1)
         compared = {name: one.comparison for name, one in seen.items() if one.comparison}
         rules = Rules(organs, spacing, layouts, compared)

@@ -16,9 +16,9 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from scipy import special
 
-LIMIT = 5.0
-"""Standard deviations from which an atlas is unusual. Chosen on the patients of even position of
-OpenKBP among 3.5 to 7 (see the README of `kpt_dask`): the least with at most 5 % false alarms."""
+LIMIT = 4.5
+"""Standard deviations from which an atlas is unusual. Of 3.5 to 7, the least that doubted at most
+5 % of the sound patients of even position of OpenKBP; see the README of `kpt_dask`."""
 
 LEAST = 10
 """Fewer atlases have no spread."""

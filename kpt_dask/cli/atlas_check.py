@@ -62,7 +62,7 @@ def check(
     atlas is predicted from the others, in a second or so. Named are: left and right, or other
     organs, that are taken for each other; mirrored or shifted label maps; labels that do not fit
     the scan; organs with an unusual Dice, volume, intensity or position, or with slices missing;
-    and patients who are there twice. Unusual is what lies more than 5 robust standard deviations
+    and patients who are there twice. Unusual is what lies more than 4.5 robust standard deviations
     from the median of the store, which takes 10 atlases. Nothing is written to the store. The exit
     code is 1 if anything is found; whether it is wrong, a person must see.
 
