@@ -25,8 +25,8 @@ article { border-top: 1px solid; break-inside: avoid }
 </head>
 <body>
 <h1>{{ title }}</h1>
-<p>{{ checked }} checked in {{ url }}, {{ entries|length }} found. A finding is a doubt: labels are
-wrong only if a person who looks at them says so.</p>
+<p>{{ checked }} checked in {{ url }}, {{ entries|length }} finding{{ "" if entries|length == 1 else "s" }}.
+A finding is a doubt: labels are wrong only if a person who looks at them says so.</p>
 {% for sentence in unchecked %}<p>{{ sentence }}</p>
 {% endfor %}
 {% for entry in entries %}

@@ -106,7 +106,8 @@ def create(store: str, organs: str, spacing: float, descriptor: str, finer: bool
     "checked",
     default=True,
     help=f"Whether to check its labels against what the others say, as kpt atlas check does, where"
-    f" the store has {ENOUGH} others, and to warn; it takes some ten seconds.  [default: check]",
+    f" the store has {ENOUGH} others, and to warn; it takes some twenty seconds of a core."
+    "  [default: check]",
 )
 @series_option
 @overwrite_option

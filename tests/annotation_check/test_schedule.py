@@ -131,8 +131,11 @@ def test_a_store_on_s3_is_checked_as_one_on_disk(
     store = AtlasStore.create(f"{bucket}/checked", body_store.organs, body_store.parameters)
     for atlas in body_store.atlases():
         store.copy_from(atlas, atlas.id)
-    here, there = (check_atlases(one, client=one_process) for one in (body_store, store))
-    assert (there.checked, there.findings) == (here.checked, here.findings)
+    there = check_atlases(store, client=one_process)
+    assert (there.checked, there.findings) == (("body_1", "body_2", "body_3"), ())
+    here = run("atlas", "check", body_store.url)
+    assert "3 atlases checked, nothing unusual" in here.stdout
+    assert there.unchecked[0].split(" has ")[1] in here.stdout
 
 
 @pytest.fixture(scope="module")
