@@ -25,7 +25,7 @@ article { border-top: 1px solid; break-inside: avoid }
 </head>
 <body>
 <h1>{{ title }}</h1>
-<p>{{ checked }} checked in {{ url }}, {{ entries|length }} finding{{ "" if entries|length == 1 else "s" }}.
+<p>{{ checked }} checked in {{ url }}, {{ found }}.
 A finding is a doubt: labels are wrong only if a person who looks at them says so.</p>
 {% for sentence in unchecked %}<p>{{ sentence }}</p>
 {% endfor %}
@@ -84,10 +84,11 @@ def write_page(path: Path, entries: Sequence[Entry], result: CheckResult, url: s
     environment = Environment(autoescape=True, trim_blocks=True)
     environment.filters["told"] = told
     template = environment.from_string(_PAGE)
-    number = len(result.checked)
+    number, found = len(result.checked), len(entries)
     page = template.render(
         title="Check of annotations",
         checked=f"{number} {'atlas' if number == 1 else 'atlases'}",
+        found=f"{found} {'finding' if found == 1 else 'findings'}",
         url=url,
         unchecked=result.unchecked,
         entries=entries,
