@@ -49,9 +49,14 @@ class Comparison:
         Of the labels.
     predicted : Layout
         Of the predicted labels.
-    dice : ndarray (O, O), float64
-        Dice of each labelled organ (row) with each predicted one (column); NaN in rows of organs
-        that the labels do not show.
+    own_dice : ndarray (O), float64
+        Dice of each organ with its own prediction; NaN of organs that the labels do not show, here
+        and below.
+    other_dice : ndarray (O), float64
+        Dice of each organ with the prediction of another one that it fits best; NaN where there is
+        no other.
+    other : ndarray (O), int64
+        Which one that is.
     mirrored : ndarray (3, O), float64
         Dice of each organ with its prediction, were the label map mirrored along z, y or x.
     hu : ndarray (O, 2), float64
@@ -64,15 +69,12 @@ class Comparison:
 
     layout: Layout
     predicted: Layout
-    dice: NDArray[np.float64]
+    own_dice: NDArray[np.float64]
+    other_dice: NDArray[np.float64]
+    other: NDArray[np.int64]
     mirrored: NDArray[np.float64]
     hu: NDArray[np.float64]
     gap_mm: NDArray[np.float64]
-
-    @property
-    def own_dice(self) -> NDArray[np.float64]:
-        """Dice of each organ with its own prediction, (O)."""
-        return np.diagonal(self.dice)
 
     @property
     def offset(self) -> NDArray[np.float64]:
@@ -182,6 +184,9 @@ class _Counts:
             mirrored = 2 * self.mirrored[:, 1:] / (own + other)
         dice[~shown] = np.nan
         mirrored[:, ~shown] = np.nan
+        others = np.where(np.isnan(dice) | np.eye(len(dice), dtype=np.bool_), -1.0, dice)
+        nearest = others.argmax(axis=1)
+        best = others[np.arange(len(dice)), nearest]
         below = np.cumsum(self.values[1:], axis=1)
         wanted = [np.ceil(below[:, -1:] * percent / 100) for percent in PERCENTILES]
         hu = np.stack([(below >= number).argmax(axis=1) for number in wanted], axis=1)
@@ -189,7 +194,9 @@ class _Counts:
         return Comparison(
             _layout(own, self.sums[0, 1:], grid),
             _layout(other, self.sums[1, 1:], grid),
-            dice,
+            np.diagonal(dice).copy(),
+            np.where(best < 0, np.nan, best),
+            nearest,
             mirrored,
             np.where(shown[:, None], hu + float(LOWEST_HU), np.nan),
             np.where(shown, gaps * float(grid.spacing[0]), np.nan),

@@ -79,7 +79,9 @@ class Rules:
             "volume": Spread.of(_stack([_log_volume(one) for one in layouts], n), VOLUME_FLOOR),
             "hu": Spread.of(_stack([one.hu for one in compared], n, 2), HU_FLOOR),
             "gap": Spread.of(_stack([one.gap_mm for one in compared], n), self.spacing),
-            "better": Spread.of(_stack([_better(one) for one in compared], n), DICE_FLOOR),
+            "better": Spread.of(
+                _stack([one.other_dice - one.own_dice for one in compared], n), DICE_FLOOR
+            ),
         }
 
     @cached_property
@@ -111,16 +113,15 @@ class Rules:
 
     def _relabelled(self, found: Comparison) -> dict[str, str]:
         """Name the organs that another one's prediction fits better, and the other one."""
-        better = _better(found)
+        better = found.other_dice - found.own_dice
         beyond = self.spreads["better"].deviation(better)
         names = self.organs.names
         wrong = {}
         for i in np.flatnonzero(better > 0):
-            other = int(np.argmax(_others(found.dice, int(i))))
             known = not np.isnan(beyond[i])
-            clear = found.dice[i, other] >= FITS and found.dice[i, i] < found.dice[i, other] / 2
+            clear = found.other_dice[i] >= FITS and found.own_dice[i] < found.other_dice[i] / 2
             if beyond[i] > self.limit / 2 if known else clear:
-                wrong[names[i]] = names[other]
+                wrong[names[i]] = names[found.other[i]]
         return wrong
 
     def _relabelled_findings(
@@ -138,10 +139,10 @@ class Rules:
             if not labels:
                 continue
             pairs = [
-                f"{organ} fits what the others predict of {other} better (Dice {fits:.2f}) than of"
-                f" {organ} ({own:.2f})"
+                f"{organ} fits what the others predict of {other} better (Dice"
+                f" {found.other_dice[i]:.2f}) than of {organ} ({found.own_dice[i]:.2f})"
                 for organ, other in labels.items()
-                for own, fits in [self._fits(found, organ, other)]
+                for i in [self.organs.names.index(organ)]
             ]
             what = ("left and right are swapped: " if kind == "swapped" else "") + ", ".join(pairs)
             table = "look whether its label values are those of the store's organ table, and"
@@ -149,11 +150,6 @@ class Rules:
             remedy = f"{sides_too if kind == 'swapped' else table} {READD}"
             answers.append(Finding(atlas, kind, tuple(labels), what, remedy))
         return answers
-
-    def _fits(self, found: Comparison, organ: str, other: str) -> tuple[float, float]:
-        """Dice of an organ with its own prediction, and with another one's."""
-        i, k = self.organs.names.index(organ), self.organs.names.index(other)
-        return float(found.dice[i, i]), float(found.dice[i, k])
 
     def _mirrored(
         self,
@@ -164,13 +160,8 @@ class Rules:
     ) -> Finding | None:
         """Say that a label map is mirrored, if that explains it best."""
         now = float(np.nanmean(found.own_dice))
-        named = np.nanmean(
-            [
-                self._fits(found, organ, relabelled.get(organ, organ))[1]
-                for organ, own in zip(self.organs.names, found.own_dice, strict=True)
-                if not np.isnan(own)
-            ]
-        )
+        renamed = np.array([name in relabelled for name in self.organs.names])
+        named = np.nanmean(np.where(renamed, found.other_dice, found.own_dice))
         axis = int(np.argmax(np.nanmean(found.mirrored, axis=1)))
         then = float(np.nanmean(found.mirrored[axis]))
         centre = self.spreads["dice"].centre[~np.isnan(found.own_dice)]
@@ -344,24 +335,6 @@ def _stack(arrays: Sequence[NDArray[np.float64]], *shape: int) -> NDArray[np.flo
 def _log_volume(layout: Layout) -> NDArray[np.float64]:
     shown = layout.volume_ml > 0
     return np.log(np.where(shown, layout.volume_ml, np.nan))
-
-
-def _better(found: Comparison) -> NDArray[np.float64]:
-    """By how much Dice with the best other prediction exceeds that with an organ's own, (O)."""
-    if len(found.dice) < 2:
-        return np.full(1, np.nan)
-    best = [_others(found.dice, i).max() for i in range(len(found.dice))]
-    better: NDArray[np.float64] = np.where(
-        np.isnan(found.own_dice), np.nan, np.array(best) - found.own_dice
-    )
-    return better
-
-
-def _others(dice: NDArray[np.float64], i: int) -> NDArray[np.float64]:
-    """Dice of an organ with each prediction but its own."""
-    row = np.where(np.isnan(dice[i]), -np.inf, dice[i])
-    row[i] = -np.inf
-    return row
 
 
 def _mean(values: NDArray[np.float64]) -> NDArray[np.float64]:

@@ -38,8 +38,11 @@ def test_it_equals_numpy_on_whole_arrays() -> None:
     found = compare(chunked[0], chunked[1], chunked[2], GRID, ORGANS)
     for i, value in enumerate(ORGANS.values):
         own = labels == value
-        for k, other in enumerate(ORGANS.values):
-            assert found.dice[i, k] == naive_dice(own, predicted == other)
+        dice = [naive_dice(own, predicted == other) for other in ORGANS.values]
+        assert found.own_dice[i] == dice[i]
+        dice[i] = -1
+        assert found.other_dice[i] == max(dice)
+        assert found.other[i] == dice.index(max(dice))
         for axis in range(3):
             assert found.mirrored[axis, i] == naive_dice(np.flip(own, axis), predicted == value)
         centre = GRID.to_mm(np.argwhere(own).mean(axis=0))
