@@ -58,6 +58,7 @@ def main() -> None:
     parser.add_argument("--cache", type=Path, help="keep predictions in this folder")
     parser.add_argument("--atlases", type=int, help="only so many, the first")
     parser.add_argument("--injections", type=int, default=20, help="of each fault in each half")
+    parser.add_argument("--faults", nargs="*", choices=list(FAULTS), help="only these")
     parser.add_argument("--select", type=int, default=SELECT)
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
@@ -72,9 +73,9 @@ def main() -> None:
             store = AtlasStore.open(options.store)
         cache = options.cache or folder / "cache"
         cache.mkdir(parents=True, exist_ok=True)
-        campaign = Campaign(
-            Snapshot(store), Predictor(Snapshot(store), options.select, None, client), cache
-        )
+        kept = Snapshot(store)
+        predictor = Predictor(kept, options.select, None, client)
+        campaign = Campaign(kept, predictor, cache, options.faults or list(FAULTS))
         campaign.run(options.atlases, options.injections, options.seed)
 
 
@@ -90,8 +91,10 @@ class Case:
 class Campaign:
     """A store of sound atlases, and predictions of each from the others, kept in `cache`."""
 
-    def __init__(self, store: AtlasStore, predictor: Predictor, cache: Path) -> None:
-        self.store, self.predictor, self.cache = store, predictor, cache
+    def __init__(
+        self, store: AtlasStore, predictor: Predictor, cache: Path, faults: Sequence[str]
+    ) -> None:
+        self.store, self.predictor, self.cache, self.faults = store, predictor, cache, faults
         self.voxel_mm = float(store.parameters["spacing"])
 
     def run(self, atlases: int | None, injections: int, seed: int) -> None:
@@ -156,7 +159,8 @@ class Campaign:
         self, names: Sequence[str], injections: int, rng: np.random.Generator
     ) -> Iterator[Case]:
         """Make labels wrong at random."""
-        for fault, (_, inject) in FAULTS.items():
+        for fault in self.faults:
+            _, inject = FAULTS[fault]
             made = 0
             # A small store needs each of its atlases more than once.
             for name in [one for _ in range(20) for one in rng.permutation(names).tolist()]:

@@ -166,12 +166,13 @@ def test_a_new_atlas_is_doubted_when_it_is_added(
 
 def test_a_part_of_the_campaign_of_wrong_annotations(patients: AtlasStore) -> None:
     script = ROOT / "scripts" / "campaign_annotations.py"
-    arguments = ["--store", patients.url, "--injections", "1"]
+    faults = ["left and right swapped", "another table's numbers"]
+    arguments = ["--store", patients.url, "--injections", "1", "--faults", *faults]
     told = subprocess.run(
         [sys.executable, script, *arguments], capture_output=True, text=True, check=True
     ).stdout
     report = told.split("check, odd positions")[1].split("add, odd")[0]
     assert report.startswith(", limit 4.5: 0 false alarms in 3 atlases")
-    for fault in ("left and right swapped", "another table's numbers"):
+    for fault in faults:
         assert f"{fault}: 1 of 1" in report
     assert "same patient, noise and a shift: 1 of 1 found" in told
