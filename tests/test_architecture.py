@@ -69,7 +69,7 @@ MANY_PARAMETERS = {
     "kpt_dask.atlases.add.add_folder": FACE,
     "kpt_dask.cli.atlas.add": COMMAND,
     "kpt_dask.cli.atlas.add_folder": COMMAND,
-    "kpt_dask.cli.main.evaluate": COMMAND,
+    "kpt_dask.cli.evaluate.evaluate": COMMAND,
     "kpt_dask.cli.main.export": COMMAND,
     "kpt_dask.cli.main.segment": COMMAND,
     "kpt_dask.cli.measure.measure": COMMAND,
@@ -83,6 +83,7 @@ MANY_PARAMETERS = {
 
 NAMED_ALIKE = {
     "kpt_dask.cli.atlas": "the click group of `kpt atlas`",
+    "kpt_dask.cli.evaluate": "the click command `kpt evaluate`",
     "kpt_dask.cli.main": "an entry point is called main",
     "kpt_dask.cli.measure": "the click command `kpt measure`",
     "kpt_dask.cli.report": "the click command `kpt report`",

@@ -5,21 +5,23 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from kpt_dask.cli.atlas_check import ENOUGH, check, doubt_added
+from kpt_dask.cli.atlas_edit import note, relabel
 from kpt_dask.cli.common import (
     Failure,
+    annotated_option,
     columns,
     console,
     fail,
     json_option,
     layout_option,
     memory_option,
-    names,
     overwrite_option,
     print_json,
     say,
     scheduler_option,
     series_option,
     size,
+    store_argument,
     table,
     working,
 )
@@ -31,16 +33,6 @@ if TYPE_CHECKING:
     from kpt_dask.atlases.add import AddOutcome
 
 
-annotated_option = click.option(
-    "--annotated",
-    callback=names,
-    metavar="NAME,…",
-    help="The organs that whoever annotated the scan looked for. Labels of others are left "
-    "out. Unless given, the organs whose labels occur.",
-)
-store_argument = click.argument("store", metavar="STORE")
-
-
 @click.group()
 def atlas() -> None:
     """Keep a store of annotated scans: the atlases.
@@ -50,6 +42,8 @@ def atlas() -> None:
 
 
 atlas.add_command(check)
+atlas.add_command(note)
+atlas.add_command(relabel)
 
 
 @atlas.command()

@@ -2,8 +2,14 @@
 
 import click
 
-from kpt_dask.cli.atlas import annotated_option, store_argument
-from kpt_dask.cli.common import memory_option, say, scheduler_option, working
+from kpt_dask.cli.common import (
+    annotated_option,
+    memory_option,
+    say,
+    scheduler_option,
+    store_argument,
+    working,
+)
 
 
 @click.command()

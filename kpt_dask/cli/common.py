@@ -9,9 +9,10 @@ import json
 import os
 import sys
 import warnings
-from collections.abc import Callable, Container, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from functools import wraps
+from importlib import import_module
 from textwrap import fill
 from typing import IO, TYPE_CHECKING, Any, NoReturn, TypeVar, cast
 
@@ -66,8 +67,60 @@ class Failure(click.ClickException):
         click.echo(f"kpt: {printable(self.message, keep=LINES)}", file=file, err=True)
 
 
+class _Imported(dict[str, click.Command]):
+    """Commands by name; those that are named here are imported when they are looked up."""
+
+    def __init__(self, later: Container[str]) -> None:
+        super().__init__()
+        self._later = later
+
+    def __missing__(self, name: str) -> click.Command:
+        if name not in self._later:
+            raise KeyError(name)
+        self[name] = getattr(import_module(f"kpt_dask.cli.{name}"), name)
+        return self[name]
+
+
 class Commands(click.Group):
-    """The commands; what they raise becomes a sentence, unless ``KPT_DEBUG`` is set."""
+    """The commands; what they raise becomes a sentence, unless ``KPT_DEBUG`` is set.
+
+    Parameters
+    ----------
+    later : mapping of str to str
+        Commands that are imported when they are asked for, so that others start sooner: each lies
+        in the module of its name; and the first sentence of its help.
+    """
+
+    def __init__(self, *args: Any, later: Mapping[str, str], **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._later = later
+        self.commands = _Imported(later)
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        """List the names of all commands, sorted."""
+        return sorted({*self.commands, *self._later})
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        """Get a command, imported if need be."""
+        with suppress(KeyError):
+            return self.commands[cmd_name]
+        return None
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """Write the list of commands, without importing any."""
+        listed = self.list_commands(ctx)
+        width = formatter.width - 6 - max(map(len, listed))
+        rows = [
+            (
+                name,
+                click.Command(name, help=self._later[name]).get_short_help_str(width)
+                if name in self._later
+                else self.commands[name].get_short_help_str(width),
+            )
+            for name in listed
+        ]
+        with formatter.section("Commands"):
+            formatter.write_dl(rows)
 
     def invoke(self, ctx: click.Context) -> Any:
         """Run a command."""
@@ -214,6 +267,16 @@ def names(ctx: click.Context, param: click.Parameter, value: str | None) -> tupl
     if not all(found):
         raise click.BadParameter(f"{value!r}: write the names of organs, separated by commas.")
     return found
+
+
+annotated_option = click.option(
+    "--annotated",
+    callback=names,
+    metavar="NAME,…",
+    help="The organs that whoever annotated the scan looked for. Labels of others are left "
+    "out. Unless given, the organs whose labels occur.",
+)
+store_argument = click.argument("store", metavar="STORE")
 
 
 def numbers(

@@ -8,12 +8,10 @@ import threading
 import traceback
 from contextlib import suppress
 from pathlib import Path
-from typing import Any, NoReturn, cast
+from typing import NoReturn, cast
 
 import click
 
-from kpt_dask.cli.atlas import atlas
-from kpt_dask.cli.atlas_edit import note, relabel
 from kpt_dask.cli.common import (
     Commands,
     console,
@@ -21,10 +19,7 @@ from kpt_dask.cli.common import (
     json_option,
     label_options,
     labels_option,
-    layout_option,
     memory_option,
-    names,
-    numbers,
     overwrite_option,
     picture_option,
     print_json,
@@ -37,12 +32,18 @@ from kpt_dask.cli.common import (
     transfer_options,
     working,
 )
-from kpt_dask.cli.measure import measure
-from kpt_dask.cli.report import report
 from kpt_dask.cli.streams import keep_streams_open
-from kpt_dask.options import LABELS, SCANS, TransferOptions
+from kpt_dask.options import TransferOptions
 from kpt_dask.output.interruption import ENDING
 from kpt_dask.runtime.allocator import share_freed_memory
+
+LATER = {
+    "atlas": "Keep a store of annotated scans: the atlases.",
+    "evaluate": "Measure how well scans with known labels are segmented.",
+    "measure": "Measure every label of LABELS, which lie on the grid of SCAN.",
+    "report": "Show OUT.zarr, which kpt segment made: one page that needs no network.",
+}
+"""Commands in modules of their own, which are imported when they are run, and what they do."""
 
 AGAIN_AFTER = 0.01
 """Seconds until a lost interruption is repeated."""
@@ -139,7 +140,7 @@ def _repeat_interruption_alone(lost: "sys.UnraisableHookArgs") -> None:
     signal.setitimer(signal.ITIMER_REAL, AGAIN_AFTER)
 
 
-@click.group(cls=Commands, context_settings={"help_option_names": ["-h", "--help"]})
+@click.group(cls=Commands, later=LATER, context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(package_name="kpt-dask", message="kpt-dask %(version)s")
 def kpt() -> None:
     """Segment organs in CT scans from annotated examples, by keypoint transfer.
@@ -151,13 +152,6 @@ def kpt() -> None:
       kpt atlas add atlases SCAN.nii.gz LABELS.nii.gz     add an annotated scan
       kpt segment SCAN.nii.gz atlases OUT.zarr            segment another scan
     """
-
-
-atlas.add_command(note)
-atlas.add_command(relabel)
-kpt.add_command(atlas)
-kpt.add_command(measure)
-kpt.add_command(report)
 
 
 @kpt.command()
@@ -406,224 +400,6 @@ def export(
         return
     shown = ", ".join(f"{name} {ml:.1f} mL" for name, ml in volumes.items() if ml) or "no organ"
     say(f"Written: {', '.join(filter(None, (*files, split)))}: {shown}.")
-
-
-@kpt.command()
-@click.argument("store", metavar="STORE")
-@click.option(
-    "--scans",
-    type=click.Path(),
-    metavar="DIR",
-    help="Evaluate the scans of a folder. Without it, each atlas by means of the others.",
-)
-@layout_option
-@click.option(
-    "--scan",
-    "scan_pattern",
-    metavar="PATTERN",
-    help=f"How scans are named in DIR.  [default: {SCANS}]",
-)
-@click.option(
-    "--labels",
-    "labels_pattern",
-    metavar="PATTERN",
-    help=f"How their labels are named.  [default: {LABELS}]",
-)
-@series_option
-@transfer_options
-@click.option(
-    "--atlases",
-    callback=numbers,
-    metavar="N[,N…]",
-    help="Use only the first N atlases other than the scan. Of several numbers the largest gives "
-    "the answer, and the others show how Dice grows with the store.",
-)
-@click.option(
-    "--cropped",
-    callback=names,
-    metavar="ORGAN[,ORGAN…]",
-    help="Also crop each scan along the body around each of these organs, to a third of its "
-    "length, and compare with the whole scan, in --mode and in modes across and organ.",
-)
-@click.option(
-    "--baseline",
-    metavar="NAME",
-    help="Put a baseline beside the results: syn registers the same atlases to each scan by ANTs "
-    "SyN, and fuses their labels by majority and by locally weighted votes. Takes minutes for each "
-    "atlas and scan; needs kpt-dask[baselines].",
-)
-@click.option(
-    "--registrations",
-    type=click.Path(),
-    metavar="DIR",
-    help="With --baseline, keep registrations here for another time.  [default: the user's cache]",
-)
-@click.option("--limit", type=int, metavar="N", help="Evaluate only the first N scans.")
-@select_option
-@index_option
-@click.option(
-    "--out",
-    type=click.Path(),
-    metavar="DIR",
-    help="Write a folder with index.html, a page of tables, plots and overlays that needs nothing "
-    "else; measures.csv, a row for each scan and organ; and results.json.",
-)
-@overwrite_option
-@memory_option
-@scheduler_option
-@click.option(
-    "--json",
-    "json_file",
-    type=click.Path(),
-    metavar="FILE",
-    help="Write the results as JSON too, replacing FILE; - for standard output alone.",
-)
-def evaluate(
-    store: str,
-    scans: str | None,
-    layout: str | None,
-    scan_pattern: str | None,
-    labels_pattern: str | None,
-    series: str | None,
-    mode: str,
-    options: TransferOptions,
-    atlases: tuple[int, ...] | None,
-    cropped: tuple[str, ...] | None,
-    baseline: str | None,
-    registrations: str | None,
-    limit: int | None,
-    select: int | None,
-    index: str,
-    out: str | None,
-    overwrite: bool,
-    memory: int | None,
-    scheduler: str | None,
-    json_file: str | None,
-) -> None:
-    """Measure how well scans with known labels are segmented.
-
-    Each atlas of STORE is segmented by the others (leave one out), or each scan of DIR by
-    all of STORE. A scan is never segmented by its own atlas, whatever that is called.
-    Temporary files go to $TMPDIR, which all workers of a cluster must share.
-
-    Of each scan and organ: Dice, the mean and the 95 % Hausdorff distance of the surfaces, and the
-    surface Dice at 3 mm, with 95 % bootstrap intervals over scans.
-
-    \b
-    Examples:
-      kpt evaluate atlases --out evaluation
-      kpt evaluate atlases --limit 20 --atlases 19 --json results.json
-      kpt evaluate atlases --scans test --labels '{id}_organs.nii.gz' --out evaluation
-      kpt evaluate atlases --atlases 5,10,20,40 --cropped liver,trachea --out evaluation
-      kpt evaluate atlases --limit 8 --atlases 10 --baseline syn --out evaluation
-    """
-    import json
-
-    from atlas_store import AtlasStore
-    from kpt_dask.annotations.layouts import pairs_of
-    from kpt_dask.evaluation.run import evaluate as evaluate_store
-    from kpt_dask.output.commit import replacing
-    from kpt_dask.output.places import check_outputs
-
-    opened = AtlasStore.open(store)
-    pairs = None
-    if scans is not None:
-        pairs = pairs_of(scans, layout, scan_pattern, labels_pattern, series)
-    if json_file not in (None, "-"):
-        read = [path for pair in pairs or () for path in (pair.scan, pair.labels)]
-        check_outputs(files=[json_file], inputs=[opened.url, *read], overwrite=True)
-        if out is not None:
-            check_outputs(folders=[out], files=[json_file], overwrite=True)
-    with working(scheduler) as client:
-        results = evaluate_store(
-            opened,
-            pairs,
-            out=out,
-            mode=mode,
-            options=options,
-            atlases=atlases,
-            cropped=cropped or (),
-            baseline=baseline,
-            registrations=registrations,
-            limit=limit,
-            select=select,
-            index=index,
-            overwrite=overwrite,
-            memory=memory,
-            client=client,
-        )
-    if json_file == "-":
-        print_json(results)
-        return
-    if json_file is not None:
-        with replacing(json_file, overwrite=True) as partial:
-            partial.write_text(json.dumps(results, indent=2, ensure_ascii=False) + "\n", "utf-8")
-    _print_results(results)
-    if out is not None:
-        say(f"Written: {out}; open {Path(out) / 'index.html'}.")
-
-
-def _print_results(results: dict[str, Any]) -> None:
-    organs = table(
-        "organ",
-        "Dice",
-        "mean mm",
-        "95 % mm",
-        "surface Dice",
-        "keypoints",
-        "% labelled",
-        "% correct",
-    )
-    for name, dice in results["dice_by_organ"].items():
-        measures = results["measures_by_organ"][name]
-        mean, most, surface = (
-            measures[one]["mean"] for one in ("mean_distance_mm", "distance_95_mm", "surface_dice")
-        )
-        organs.add_row(
-            name,
-            f"{dice:.3f}",
-            *(_number(one, 2) for one in (mean, most)),
-            f"{surface:.3f}",
-            *_keypoints(results["keypoints"][name]),
-        )
-    organs.add_section()
-    organs.add_row("background", "", "", "", "", *_keypoints(results["background"]))
-    organs.add_row("mean", f"{results['mean_dice']:.3f}")
-    stations = table("station", "seconds per scan")
-    for name, seconds in results["seconds"].items():
-        if name == "total":
-            stations.add_section()
-        stations.add_row(name, f"{seconds:.2f}")
-    answer = console()
-    answer.print(organs)
-    answer.print()
-    answer.print(stations)
-    for row in results.get("by_atlases", ()):
-        plural = "atlas" if row["atlases"] == 1 else "atlases"
-        click.echo(f"{row['atlases']} {plural}: mean Dice {row['mean_dice']:.3f}.")
-    for mode, one in results.get("limited_view", {}).get("modes", {}).items():
-        click.echo(
-            f"Mode {mode}, cropped: Dice {one['cropped']:.3f} of the organs inside, where the whole"
-            f" scan gives {one['whole']:.3f}."
-        )
-    ends = results["mean_dice_interval"]
-    interval = "" if ends is None else f" (95 % interval {ends[0]:.3f} to {ends[1]:.3f})"
-    click.echo(
-        f"Mode {results['mode']}: mean Dice {results['mean_dice']:.3f}{interval} over"
-        f" {results['scans']} scans, {results['atlases']} atlases for each."
-    )
-
-
-def _keypoints(counts: dict[str, float | None]) -> list[str]:
-    return [
-        _number(counts["mean"], 1),
-        _number(counts["labelled"], 0),
-        _number(counts["correct"], 0),
-    ]
-
-
-def _number(value: float | None, digits: int) -> str:
-    return "–" if value is None else f"{value:.{digits}f}"
 
 
 @kpt.command()

@@ -12,6 +12,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import click
 import nibabel
 import numpy as np
 import pytest
@@ -19,7 +20,7 @@ from click.testing import CliRunner, Result
 from distributed import Client
 
 from atlas_store import AtlasStore, load_organs
-from kpt_dask.cli.main import kpt
+from kpt_dask.cli.main import LATER, kpt
 from kpt_dask.demo import run as demonstration
 from kpt_dask.volumes.volume import open_volume
 from tests.helpers import BODY, BODY_SPACING
@@ -54,7 +55,7 @@ def test_help_comes_at_once_and_names_all_commands() -> None:
     shown = run("--help").stdout
     for command in ("atlas", "convert", "demo", "evaluate", "segment"):
         assert re.search(rf"^  {command} ", shown, re.MULTILINE)
-    for command in kpt.commands:
+    for command in kpt.list_commands(click.Context(kpt)):
         assert "Example" in run(command, "--help").stdout or command == "atlas"
     for command in kpt.commands["atlas"].commands:  # type: ignore[attr-defined]
         assert f"kpt atlas {command} " in run("atlas", command, "--help").stdout
@@ -386,3 +387,13 @@ def test_what_is_no_fault_of_the_program_is_not_called_one(
 def test_a_wait_that_is_no_span_of_time(wait: str) -> None:
     shown = run("segment", "scan", "store", "out", "--wait", wait, code=2).stderr
     assert "is no span of time to wait" in shown
+
+
+def test_commands_that_are_imported_later_are_listed_as_they_say_themselves() -> None:
+    for name, sentence in LATER.items():
+        command = kpt.get_command(click.Context(kpt), name)
+        assert command is not None
+        assert command.get_short_help_str(200) == sentence
+    listed = CliRunner().invoke(kpt, ["--help"]).output.split("Commands:")[1]
+    for name in kpt.list_commands(click.Context(kpt)):
+        assert f"\n  {name} " in listed
