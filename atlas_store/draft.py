@@ -21,6 +21,7 @@ from atlas_store.errors import AtlasExistsError, KeypointsFormatError, StoreForm
 from atlas_store.keypoints import check_keypoints, first_labels, write_keypoints
 from atlas_store.layout import KEYPOINTS, LABELS, data_folder, marker_key
 from atlas_store.marker import ENCODING_TYPE, ENCODING_VERSION, AtlasInfo, OrganInfo, table_digest
+from atlas_store.notes import write_note
 from atlas_store.organs import OrganTable
 from atlas_store.storage.digests import Json, digest, digest_of_file
 from atlas_store.storage.objects import MAX_OBJECT, Objects, finish_writes
@@ -29,6 +30,10 @@ ABANDONED_AFTER = timedelta(hours=24)
 """Age after which an unfinished add of another machine counts as interrupted."""
 
 _HASHING_THREADS = 4
+
+
+KnownSource = tuple[str, str | None]
+"""Name of a file that an atlas was made from, and its SHA-256 if that is known."""
 
 
 class _State(Enum):
@@ -46,6 +51,8 @@ class Draft:
 
     Attributes
     ----------
+    note : str
+        Note that the atlas begins with; empty unless set.
     group : zarr.Group
         Group to fill with ``image/``, an OME-Zarr image with the label map
         ``image/labels/organs``. `commit` writes ``keypoints/``.
@@ -72,6 +79,7 @@ class Draft:
         replace: bool,
     ) -> None:
         self.id = atlas_id
+        self.note = ""
         self._objects = objects
         self._organs = organs
         self._parameters = parameters
@@ -119,7 +127,7 @@ class Draft:
         shape: tuple[int, int, int],
         spacing: tuple[float, float, float],
         origin: tuple[float, float, float],
-        source: Iterable[str | os.PathLike[str]],
+        source: Iterable[str | os.PathLike[str] | KnownSource],
         scan_digest: str | None = None,
     ) -> AtlasInfo:
         """Write the keypoints and make the atlas visible.
@@ -135,8 +143,8 @@ class Draft:
         shape, spacing, origin : tuple
             The working grid, (z, y, x): voxels, mm, centre of voxel (0, 0, 0) in mm.
         source : iterable of str or path
-            The files it was made from; their names are kept, and the SHA-256 of those given as
-            `pathlib.Path`.
+            The files it was made from, or a name with its SHA-256; the names are kept, and the
+            SHA-256 of files given as `pathlib.Path`.
         scan_digest : str, optional
             SHA-256, hexadecimal, that identifies the scan whatever its file is called.
 
@@ -157,7 +165,7 @@ class Draft:
             If the keypoints lack a variable, or one has a wrong shape, type or value.
         """
         wanted = {self._organs.by_name(name).name for name in annotated}
-        source = list(source)
+        known = [_known(one) for one in source]
         shape = (int(shape[0]), int(shape[1]), int(shape[2]))
         check_labels(self.group.get(LABELS), shape, f"{self._objects.url}: atlas {self.id!r}")
         total, counted = self._count(keypoints, organs)
@@ -171,15 +179,14 @@ class Draft:
             shape=shape,
             spacing=(float(spacing[0]), float(spacing[1]), float(spacing[2])),
             origin=(float(origin[0]), float(origin[1]), float(origin[2])),
-            # A name may not be UTF-8, which JSON requires.
-            source=tuple(os.fsencode(PurePath(p).name).decode("utf-8", "replace") for p in source),
+            source=tuple(name for name, _ in known),
             added=datetime.now(UTC).isoformat(timespec="seconds"),
             software=_software(),
             parameters=self._parameters,
             organ_table=table_digest(self._organs),
             digest=self._seal(),
             scan_digest=scan_digest,
-            source_digests=tuple(map(digest_of_file, source)),
+            source_digests=tuple(sha256 for _, sha256 in known),
         )
         self._publish(info)
         return info
@@ -244,6 +251,7 @@ class Draft:
         old = self._objects.read(key) if self._replace else None
         # Data is synced before the marker: after a loss of power no marker may lack its data.
         self._objects.settle(self._folder)
+        write_note(self._objects, info, self.note)
         self._state = _State.PUBLISHING
         if self._replace:
             self._objects.write(key, data)
@@ -269,6 +277,16 @@ def remove_data(objects: Objects, atlas_id: str, marker: bytes) -> None:
         # `verify` removes the data of a damaged marker, with all other data without a marker.
         return
     objects.delete_folder(data_folder(atlas_id, info.uuid))
+    write_note(objects, info, "")
+
+
+def _known(source: str | os.PathLike[str] | KnownSource) -> KnownSource:
+    """Name of a source, and its SHA-256."""
+    if isinstance(source, tuple):
+        return source
+    # A name may not be UTF-8, which JSON requires.
+    name = os.fsencode(PurePath(source).name).decode("utf-8", "replace")
+    return name, digest_of_file(source)
 
 
 def digests_of(objects: Objects, folder: str) -> dict[str, str]:

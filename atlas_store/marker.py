@@ -109,8 +109,8 @@ class AtlasInfo:
         SHA-256 of the scan's voxels on the working grid, which identifies the scan; None for
         atlases of earlier versions.
     source_digests : tuple of (str or None)
-        SHA-256 of each of the files, or folders, in `source`; None of what is no local file. Empty
-        for atlases of earlier versions.
+        SHA-256 of each of `source`; None of folders, and of what is no local file. Empty for
+        atlases of earlier versions.
 
     Examples
     --------

@@ -357,7 +357,7 @@ class AtlasStore:
         write_note(self.objects, self[atlas_id].info, note)
 
     def copy_from(self, atlas: Atlas, atlas_id: str | None = None) -> Atlas:
-        """Copy an atlas of another store; its content is compared with its SHA-256.
+        """Copy an atlas of another store, and its note; its content is compared with its SHA-256.
 
         Parameters
         ----------
@@ -390,6 +390,7 @@ class AtlasStore:
             )
         atlas_id = atlas.id if atlas_id is None else atlas_id
         with self.draft(atlas_id, atlas.info.parameters) as draft:
+            draft.note = read_note(atlas.objects, atlas.info)
             draft.commit_copy(atlas)
         return self[atlas_id]
 

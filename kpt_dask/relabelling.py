@@ -10,6 +10,7 @@ from atlas_store import AtlasInfo, AtlasStore
 from kpt_dask.atlases.add import add_atlas
 from kpt_dask.errors import GridMismatchError
 from kpt_dask.exports import export_atlas
+from kpt_dask.runtime import notices
 
 
 def relabel(
@@ -59,7 +60,7 @@ def relabel(
     >>> relabel(store, "body_1", labels, annotated=["liver"]).annotated
     ('liver',)
     """
-    note = store.note(atlas_id)
+    old = store[atlas_id].info
     with tempfile.TemporaryDirectory(prefix="kpt-relabel-") as folder:
         scan, _ = export_atlas(store[atlas_id], folder)
         try:
@@ -70,6 +71,7 @@ def relabel(
                 atlas_id=atlas_id,
                 annotated=annotated,
                 replace=True,
+                relabelled=old,
                 memory=memory,
                 client=client,
             )
@@ -79,6 +81,9 @@ def relabel(
                 f" draw on the files of kpt atlas export, or add the scan and its labels again"
                 f" with kpt atlas add --overwrite."
             ) from error
-    if note:
-        store.set_note(atlas_id, note)
+    if lost := [name for name in old.annotated if name not in info.annotated]:
+        notices.warn(
+            f"{labels} shows no {', '.join(lost)}, which {atlas_id} had: not counted as annotated"
+            " any more; name all organs that were looked for with --annotated."
+        )
     return info

@@ -28,7 +28,7 @@ from atlas_store.arrays.regions import open_array
 from atlas_store.keypoints import first_frames
 from kpt_dask.annotation_check.comparison import Comparison, compare
 from kpt_dask.annotation_check.duplicates import same_patient, shared_keypoints
-from kpt_dask.annotation_check.prediction import Predictor
+from kpt_dask.annotation_check.prediction import MODE, Predictor
 from kpt_dask.annotation_check.rules import Rules, partner
 from kpt_dask.annotation_check.schedule import SELECT, population
 from kpt_dask.annotation_check.spread import LIMIT
@@ -188,7 +188,10 @@ class Campaign:
 
     def predicted(self, atlas: Atlas) -> Labels:
         """Labels that the others predict, made once."""
-        path = self.cache / f"{atlas.id}.npz"
+        # Named by all that a prediction depends on.
+        path = (
+            self.cache / f"{MODE}-{self.predictor.select}-{len(self.store)}-{atlas.info.uuid}.npz"
+        )
         if not path.exists():
             with self.predictor.predicted(atlas, ()) as found:
                 assert found is not None

@@ -14,7 +14,7 @@ from distributed import Client
 from atlas_store import AtlasStore, load_organs
 from kpt_dask.atlases.add import add_atlas, store_parameters
 from kpt_dask.cli.main import kpt
-from kpt_dask.errors import GridMismatchError, LabelError
+from kpt_dask.errors import GridMismatchError, KptWarning, LabelError
 from kpt_dask.exports import export_atlas
 from kpt_dask.relabelling import relabel
 
@@ -40,17 +40,22 @@ def test_an_atlas_gets_new_labels_and_keeps_its_scan_and_its_note(
     liver, spleen = (ORGANS.by_name(name).value for name in ("liver", "spleen"))
     drawn = np.where(labels == spleen, liver, 0).astype(labels.dtype)
     nibabel.save(nibabel.Nifti1Image(drawn, file.affine), path)
-    info = relabel(store, "body_1", path, client=one_process)
+    with pytest.warns(KptWarning, match="spleen"):
+        info = relabel(store, "body_1", path, client=one_process)
     after = store["body_1"]
     assert info.annotated == ("liver",)
     assert info.organs["liver"].voxels == before.organs["spleen"].voxels
     assert info.organs["liver"].keypoints == before.organs["spleen"].keypoints
     assert info.scan_digest == before.info.scan_digest
+    assert info.source[0] == before.info.source[0] == "body_1_ct.nii.gz"
+    assert info.source_digests[0] == before.info.source_digests[0]
+    assert info.source_digests[1] == hashlib.sha256(path.read_bytes()).hexdigest()
     np.testing.assert_array_equal(np.asarray(after.image["0"]), image)
     keypoints = after.keypoints()
     for name in ("position", "scale", "descriptor"):
         np.testing.assert_array_equal(keypoints[name], known[name])
     assert store.note("body_1") == "to be drawn again"
+    assert len(list((Path(store.url) / "notes").iterdir())) == 1
     assert store.verify() == []
 
 
@@ -92,8 +97,12 @@ def test_notes_stay_with_what_they_were_written_about(tmp_path: Path, store: Atl
     store.remove("body_1")
     store.copy_from(store["body_2"], "body_1")
     assert store.note("body_1") == ""
+    store.set_note("body_1", "a copy")
+    store.copy_from(store["body_1"], "body_9")
+    assert store.note("body_9") == "a copy"
+    store.set_note("body_9", "")
     store.prune()
-    assert list((Path(store.url) / "notes").iterdir()) == []
+    assert [path.name.split(".")[0] for path in (Path(store.url) / "notes").iterdir()] == ["body_1"]
     with pytest.raises(ValueError, match="shorten"):
         store.set_note("body_2", "x" * 10_001)
     assert store.verify() == []

@@ -191,7 +191,9 @@ class Rules:
         beyond = self.spreads["shift"].deviation(shift)
         now = float(np.nanmean(found.own_dice))
         usual = now - float(_mean(found.own_dice - self.spreads["dice"].centre)[0])
-        dice = f"mean Dice with what the others predict is {now:.2f}, usual {usual:.2f}"
+        dice = f"mean Dice with what the others predict is {now:.2f}"
+        if not np.isnan(usual):
+            dice += f", usual {usual:.2f}"
         shifted = bool((np.abs(beyond) > self.limit).any())
         if shifted:
             ways = [

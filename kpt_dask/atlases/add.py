@@ -106,6 +106,7 @@ def add_atlas(
     values: Mapping[int, str] | None = None,
     series: str | None = None,
     replace: bool = False,
+    relabelled: AtlasInfo | None = None,
     memory: int | None = None,
     client: Client | None = None,
 ) -> AtlasInfo:
@@ -132,6 +133,9 @@ def add_atlas(
         UID of the DICOM series, needed where a folder or zip holds several.
     replace : bool
         Whether to replace an existing atlas of this id; it stays until the new one is complete.
+    relabelled : AtlasInfo, optional
+        Marker of the atlas of the store whose scan this is: where the scan came from, and the note,
+        stay.
     memory : int, optional
         Memory budget of extraction in each process, bytes.
     client : distributed.Client, optional
@@ -169,6 +173,8 @@ def add_atlas(
     )
     name = scan_name(source.path) if atlas_id is None else atlas_id
     with store.draft(name, made_with, replace=replace) as draft:
+        if relabelled is not None:
+            draft.note = store.note(relabelled.id)
         wanted = _annotated(labelled, store.organs, annotated)
         image = draft.group.create_group("image")
         with cluster.session(client) as session, witness.shared(session, image):
@@ -208,7 +214,7 @@ def add_atlas(
             shape=volume.grid.shape,
             spacing=(z, y, x),
             origin=(z0, y0, x0),
-            source=(source.path, labelled.path),
+            source=(_scan_source(source, relabelled), labelled.path),
             scan_digest=digest,
         )
 
@@ -359,6 +365,13 @@ def labels_at(
     if not len(z):
         return np.zeros(0, np.uint16)
     return np.asarray(labels.vindex[z, y, x]).astype(np.uint16)
+
+
+def _scan_source(scan: Scan, relabelled: AtlasInfo | None) -> Any:
+    if relabelled is None or not relabelled.source:
+        return scan.path
+    digests = relabelled.source_digests
+    return relabelled.source[0], digests[0] if digests else None
 
 
 def _annotated(

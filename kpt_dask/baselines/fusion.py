@@ -42,7 +42,7 @@ def majority(atlases: Iterable[WarpedAtlas]) -> NDArray[np.uint16]:
     Parameters
     ----------
     atlases : iterable of WarpedAtlas
-        All of one shape; held in memory one at a time.
+        All of one shape.
 
     Returns
     -------
@@ -83,7 +83,7 @@ def locally_weighted(
     image : float32 array (z, y, x)
         The scan, HU.
     atlases : iterable of WarpedAtlas
-        All of the scan's shape; held in memory one at a time.
+        All of the scan's shape.
     nu : float
         ν, HU.
 
@@ -120,7 +120,9 @@ def _decide(votes: Iterable[tuple[WarpedAtlas, Any]]) -> NDArray[np.uint16]:
                 all_votes[value] = np.zeros(atlas.labels.shape)
             yes[value] += weight * (atlas.labels == value)
             all_votes[value] += weight
-    return _largest_share({value: yes[value] / all_votes[value] for value in yes})
+    for value, share in yes.items():
+        share /= all_votes.pop(value)
+    return _largest_share(yes)
 
 
 def _largest_share(shares: Mapping[int, NDArray[np.float64]]) -> NDArray[np.uint16]:

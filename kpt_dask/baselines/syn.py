@@ -4,6 +4,7 @@ Needs the extra ``baselines`` (antspyx). A registration takes minutes, so its re
 folder, under a name made of everything that it depends on.
 """
 
+import tempfile
 import time
 from hashlib import sha256
 from importlib.metadata import version
@@ -114,17 +115,16 @@ def _register(scan: Image, atlas: Image, labels: NDArray[Any]) -> Registered:
 
     start, cpu_start = time.perf_counter(), time.process_time()
     fixed, moving = (_ants_image(one, one.voxels) for one in (scan, atlas))
-    found = ants.registration(fixed, moving, "SyN", random_seed=SEED)
-    warps = found["fwdtransforms"]
-    warped = ants.apply_transforms(
-        fixed, moving, warps, interpolator="linear", defaultvalue=OUTSIDE
-    )
-    drawn = ants.apply_transforms(
-        fixed, _ants_image(atlas, labels), warps, interpolator="nearestNeighbor"
-    )
-    # ANTs leaves its transforms in the temporary folder.
-    for path in {*warps, *found["invtransforms"]}:
-        Path(path).unlink(missing_ok=True)
+    with tempfile.TemporaryDirectory(prefix="kpt-syn-") as folder:
+        prefix = f"{folder}/"
+        found = ants.registration(fixed, moving, "SyN", outprefix=prefix, random_seed=SEED)
+        warps = found["fwdtransforms"]
+        warped = ants.apply_transforms(
+            fixed, moving, warps, interpolator="linear", defaultvalue=OUTSIDE
+        )
+        drawn = ants.apply_transforms(
+            fixed, _ants_image(atlas, labels), warps, interpolator="nearestNeighbor"
+        )
     return Registered(
         np.asarray(warped.numpy(), np.float32),
         np.asarray(np.rint(drawn.numpy()), np.uint16),

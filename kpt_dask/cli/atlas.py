@@ -314,7 +314,7 @@ def info(store: str, atlas_id: str | None, as_json: bool) -> None:
     if atlas_id is None:
         _show_store(opened, as_json)
     else:
-        _show_atlas(opened[atlas_id].info, opened.note(atlas_id), as_json)
+        _show_atlas(opened[atlas_id].info, _note(opened, atlas_id), as_json)
 
 
 @atlas.command()
@@ -578,6 +578,17 @@ def _show_store(store: "AtlasStore", as_json: bool) -> None:
     say("Atlases that annotate an organ, and keypoints in it on average where it shows.")
     made_with = ", ".join(f"{name} {value}" for name, value in store.parameters.items())
     say(f"Made with {made_with}.")
+
+
+def _note(store: "AtlasStore", atlas_id: str) -> str:
+    from atlas_store import StoreFormatError
+    from kpt_dask.runtime import notices
+
+    try:
+        return store.note(atlas_id)
+    except StoreFormatError as error:
+        notices.warn(str(error))
+        return ""
 
 
 def _show_atlas(info: "AtlasInfo", note: str, as_json: bool) -> None:

@@ -111,9 +111,10 @@ def doubt_added(
 
     if len(store) <= ENOUGH:
         return
+    failures: tuple[type[Exception], ...] = (*USER_ERRORS, OSError, MemoryError)
     try:
         found = check_atlases(store, [atlas_id], memory=memory, client=client).findings
-    except USER_ERRORS as error:
+    except failures as error:
         notices.warn(f"{atlas_id} was added, but could not be checked: {error}")
         return
     for finding in found:

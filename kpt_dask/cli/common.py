@@ -10,7 +10,7 @@ import os
 import sys
 import warnings
 from collections.abc import Callable, Container, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from functools import wraps
 from importlib import import_module
 from textwrap import fill
@@ -102,9 +102,8 @@ class Commands(click.Group):
 
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
         """Get a command, imported if need be."""
-        with suppress(KeyError):
-            return self.commands[cmd_name]
-        return None
+        known = cmd_name in self.commands or cmd_name in self._later
+        return self.commands[cmd_name] if known else None
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         """Write the list of commands, without importing any."""

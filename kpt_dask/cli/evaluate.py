@@ -174,7 +174,8 @@ def evaluate(
         return
     if json_file is not None:
         with replacing(json_file, overwrite=True) as partial:
-            partial.write_text(json.dumps(results, indent=2, ensure_ascii=False) + "\n", "utf-8")
+            answer = json.dumps(results, indent=2, ensure_ascii=False) + "\n"
+            partial.write_text(answer, "utf-8", "replace")
     _print_results(results)
     if out is not None:
         say(f"Written: {out}; open {Path(out) / 'index.html'}.")

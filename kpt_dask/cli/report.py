@@ -65,7 +65,8 @@ def report(
     from kpt_dask.runtime import notices
 
     if page is None and picture is None:
-        page = str(Path(segmentation).with_suffix(".html"))
+        place = Path(segmentation).resolve()
+        page = str(place.with_name(f"{place.name.removesuffix('.zarr')}.html"))
     with notices.recorded() as doubts, working(None):
         write_report(
             segmentation, page, picture=picture, store=store, viewer=viewer, overwrite=overwrite

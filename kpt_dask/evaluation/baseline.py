@@ -18,9 +18,10 @@ from atlas_store.storage.cache import cache_folder
 from kpt_dask.baselines.fusion import WarpedAtlas, locally_weighted, majority
 from kpt_dask.baselines.syn import Image, check_installed, register
 from kpt_dask.errors import ParameterError
-from kpt_dask.evaluation.known_scan import Reference
+from kpt_dask.evaluation.known_scan import Reference, planes
 from kpt_dask.evaluation.overlap import dice
 from kpt_dask.evaluation.summary import mean_dice
+from kpt_dask.output.places import check_place, printable
 from kpt_dask.runtime import progress
 from kpt_dask.volumes.volume import Volume
 
@@ -30,11 +31,21 @@ MAJORITY, WEIGHTED = "SyN, majority", "SyN, locally weighted"
 """Names of the two ways in which the labels of registered atlases are fused."""
 
 
-def check_baseline(name: str) -> None:
-    """Raise `ParameterError` if a baseline is unknown, or what it needs is not installed."""
+def check_baseline(name: str, registrations: str | Path | None = None) -> None:
+    """Raise `ParameterError` if a baseline is unknown, or what it needs is not there."""
     if name not in BASELINES:
         raise ParameterError(f"The baseline {name!r} is unknown; use {', '.join(BASELINES)}.")
     check_installed()
+    if registrations is not None:
+        place = Path(registrations).absolute()
+        check_place(printable(registrations), place)
+        try:
+            place.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise ParameterError(
+                f"{printable(registrations)} cannot hold registrations: {error.strerror}; give a"
+                " folder."
+            ) from error
 
 
 class Baseline:
@@ -79,12 +90,9 @@ class Baseline:
             start = time.perf_counter()
             labels = fuse()
             self._seconds[method][name] = seconds + time.perf_counter() - start
-            known = reference.labels
+            known = planes(reference.labels)
             self._dice[method][name] = dice(
-                (np.asarray(known[k]) for k in range(len(labels))),
-                iter(labels),
-                reference.annotated,
-                reference.organs,
+                known, iter(labels), reference.annotated, reference.organs
             )
 
     def summary(self) -> dict[str, Any]:

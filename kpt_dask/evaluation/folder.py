@@ -51,7 +51,7 @@ class ResultsFolder:
         from kpt_dask.evaluation.page import render
 
         self._partial.mkdir()
-        with (self._partial / "results.json").open("w", encoding="utf-8") as file:
+        with (self._partial / "results.json").open("w", encoding="utf-8", errors="replace") as file:
             json.dump({**ENCODING, **results}, file, indent=2, ensure_ascii=False)
             file.write("\n")
         write_csv(self._partial / "measures.csv", measure_rows(results))
@@ -62,7 +62,9 @@ class ResultsFolder:
             for scan in best_median_worst(results["dice"]).values()
             if scan in self._number
         }
-        (self._partial / "index.html").write_text(render(results, organs, shown), "utf-8")
+        (self._partial / "index.html").write_text(
+            render(results, organs, shown), "utf-8", "replace"
+        )
 
     def _picture_of(self, scan: str) -> Path:
         return self._pictures / f"{self._number[scan]}.svg"

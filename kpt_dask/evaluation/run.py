@@ -179,7 +179,9 @@ def evaluate(
     options.check(mode, store.organs)
     _check_organs(cropped, store)
     if baseline is not None:
-        check_baseline(baseline)
+        check_baseline(baseline, registrations)
+    elif registrations is not None:
+        raise ParameterError("Registrations are those of a baseline; ask for one, such as syn.")
     if out is not None:
         read = [path for pair in pairs.values() for path in (pair.scan, pair.labels)]
         check_outputs(folders=[out], inputs=[store.url, *read], overwrite=overwrite)

@@ -126,7 +126,9 @@ def open_findings(path: str, group: zarr.Group | None = None) -> Findings:
             weights = weights.reshape(len(table), len(atlases))
         image = volume.group["labels/organs"]
         ome: Any = image.attrs["ome"]
-        assert isinstance(image, zarr.Group)
+        if not isinstance(image, zarr.Group):
+            raise TypeError("its label map is no image")
+        _ = about["source"]["file"], about["software"]
         paths = [one["path"] for one in ome["multiscales"][0]["datasets"]]
         labels = tuple(open_array(image, path) for path in paths)
         if tuple(one.shape for one in labels[:1]) != (volume.grid.shape,):

@@ -85,6 +85,7 @@ class Gallery:
             findings.labels[0],
             findings.volume.grid,
             findings.keypoints.position,
+            np.zeros(len(findings.keypoints.position), np.uint16),
         )
         self.missing: dict[str, str] = {}
 
@@ -96,7 +97,12 @@ class Gallery:
         side = float(np.clip(SCALES * match.scale, *SIDES))
         drawing = _Drawing(side, CIRCLE * match.scale, value, colour)
         atlas_id = findings.atlases[match.atlas]
-        other = self._source(atlas_id, match)
+        other, there = self._source(atlas_id, match), ""
+        if other is not None:
+            try:
+                there = drawing.patch(other, match.atlas_position)
+            except (AtlasStoreError, KptError, OSError):
+                self.missing[atlas_id] = "cannot be read"
         names = {organ.value: organ.name for organ in table}
         return Pair(
             atlas_id,
@@ -105,7 +111,7 @@ class Gallery:
             names.get(match.label),
             match.position,
             drawing.patch(self._own, match.position),
-            "" if other is None else drawing.patch(other, match.atlas_position),
+            there,
         )
 
     def _source(self, atlas_id: str, match: Match) -> "_Source | None":
@@ -122,6 +128,9 @@ class Gallery:
             if k >= len(positions) or np.abs(positions[k] - there).max() > SAME:
                 self.missing[atlas_id] = "is another scan now"
                 return None
+            if source.organs_of_keypoints[k] != match.label:
+                self.missing[atlas_id] = "has other labels now"
+                return None
         except (AtlasStoreError, KptError, OSError):
             self.missing[atlas_id] = "is not in the store, or cannot be read"
             return None
@@ -136,15 +145,17 @@ class _Source:
     labels: "zarr.Array[Any]"
     grid: Grid
     positions: NDArray[np.float32]
+    organs_of_keypoints: NDArray[np.uint16]
 
     @classmethod
     def of(cls, atlas: Atlas) -> "_Source":
-        volume = open_volume(atlas.image)
+        volume, keypoints = open_volume(atlas.image), atlas.keypoint_arrays()
         return cls(
             volume.levels,
             open_array(atlas.image, "labels/organs/0"),
             volume.grid,
-            atlas.keypoint_arrays()["position"],
+            keypoints["position"],
+            keypoints["label"],
         )
 
 

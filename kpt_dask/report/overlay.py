@@ -311,4 +311,5 @@ def _legend(figure: Figure, found: list[tuple[Organ, float]], title: str | None)
         title_fontsize=11,
     ).get_title().set_color("white")
     if title:
-        figure.suptitle(title, color="white", fontsize=14, y=0.985, va="top")
+        # A dollar sign in a file's name is no mathematics.
+        figure.suptitle(title, color="white", fontsize=14, y=0.985, va="top", parse_math=False)

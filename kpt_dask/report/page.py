@@ -275,8 +275,9 @@ def _millilitres(volume: float) -> str:
 
 
 def _summary(measures: OrganMeasures, parts: Sequence[tuple[str, float]]) -> str:
+    atlases = "atlas" if len(parts) == 1 else "atlases"
     keypoints = f"{measures.votes} keypoint{'' if measures.votes == 1 else 's'} voted for it"
-    return f"confidence {measures.confidence:.2f}; {keypoints}; {len(parts)} atlases decided it"
+    return f"confidence {measures.confidence:.2f}; {keypoints}; {len(parts)} {atlases} decided it"
 
 
 def _parts(parts: Sequence[tuple[str, float]]) -> list[dict[str, str]]:

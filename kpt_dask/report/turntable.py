@@ -49,7 +49,7 @@ def turntable_of(organs: NDArray[np.uint16], turns: int = TURNS) -> Turntable | 
     Returns
     -------
     Turntable or None
-        None without any organ.
+        None without any organ, or if all are smaller than a step.
     """
     found = [
         np.flatnonzero(organs.any(axis=tuple(a for a in range(3) if a != axis)))
@@ -63,6 +63,8 @@ def turntable_of(organs: NDArray[np.uint16], turns: int = TURNS) -> Turntable | 
     frames = [_frame(voxels, 2 * pi * turn / turns) for turn in range(turns)]
     # The longest run of columns that holds all of them: from all sides the width differs.
     used = np.flatnonzero(np.any([f.any(axis=(0, 2)) for f in frames], axis=0))
+    if not used.size:
+        return None
     kept = slice(max(int(used[0]) - 2, 0), int(used[-1]) + 3)
     frames = [frame[:, kept] for frame in frames]
     rows, columns, _ = frames[0].shape

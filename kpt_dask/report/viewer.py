@@ -7,6 +7,7 @@ import gzip
 import os
 import re
 import tarfile
+import zlib
 from base64 import b64encode
 from dataclasses import dataclass
 from pathlib import Path
@@ -110,7 +111,7 @@ def _read(path: Path) -> Viewer:
         raise ParameterError(
             f"{path} cannot be read as a viewer: {error.strerror or error}; give NiiVue's {SCRIPT}."
         ) from error
-    except (tarfile.TarError, ValueError, EOFError) as error:
+    except (tarfile.TarError, zlib.error, ValueError, EOFError) as error:
         raise ParameterError(
             f"{path} is no viewer ({error}); give NiiVue's {SCRIPT}, or its npm package (.tgz)."
         ) from error
