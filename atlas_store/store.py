@@ -153,7 +153,7 @@ class AtlasStore:
         attributes = parse_json(data, f"{objects.url}/{ROOT}").get("attributes")
         if not isinstance(attributes, dict):
             attributes = {}
-        check_encoding(attributes, ENCODING_TYPE, ENCODING_VERSION, objects.url)
+        check_encoding(attributes, ENCODING_TYPE, ENCODING_VERSION, f"{objects.url}/{ROOT}")
         try:
             organs = OrganTable.from_json(attributes.get("organs"))
         except OrganTableError as error:
