@@ -15,9 +15,8 @@ from numpy.typing import NDArray
 from atlas_store import OrganInfo, OrganTable
 from atlas_store.organs import Organ
 from kpt_dask.atlases.profiles import Voxels
+from kpt_dask.volumes.omezarr import WINDOW
 
-WINDOW = (-160.0, 240.0)
-"""HU that are shown black and white."""
 INCHES, DPI = (8.0, 7.0), 100
 MARGIN = 20
 """Voxels around the organs that are shown."""

@@ -13,6 +13,9 @@ from numpy.typing import NDArray
 SLAB_VOXELS = 1 << 24
 """Voxels read at a time, typical."""
 
+SHOWN = 0.2
+"""Share of its largest area from which an organ counts as visible."""
+
 
 class Voxels(Protocol):
     """Interface common to NumPy and Zarr arrays."""
@@ -55,6 +58,24 @@ def organ_profiles(labels: Voxels, values: Iterable[int]) -> tuple[NDArray[np.in
             flat = np.bincount(organ * profile.shape[1] + position, minlength=profile.size)
             profile += flat.reshape(profile.shape)
     return tuple(profile[:-1] for profile in profiles)
+
+
+def best_plane(profile: NDArray[np.int64]) -> int:
+    """Choose the plane that shows most organs, and of these the one that shows them largest.
+
+    An organ shows where its area is at least `SHOWN` of its largest. Without any organ, the
+    middle.
+
+    Parameters
+    ----------
+    profile : ndarray of int64, shape (organ, plane)
+        Voxels of each organ in each plane.
+    """
+    largest = profile.max(axis=1, initial=0)
+    share = profile[largest > 0] / largest[largest > 0, None]
+    if len(share) == 0:
+        return int(profile.shape[1] // 2)
+    return int(np.argmax((share >= SHOWN).sum(axis=0) + share.mean(axis=0)))
 
 
 def _planes_per_read(labels: Voxels) -> int:

@@ -3,7 +3,6 @@
 The slices are pixels, the organs are outlines in SVG, which stay sharp at any size.
 """
 
-import base64
 import io
 from collections.abc import Sequence
 from html import escape
@@ -13,14 +12,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from atlas_store import Organ
-from kpt_dask.atlases.profiles import Voxels, organ_profiles
+from kpt_dask.atlases.profiles import Voxels, best_plane, organ_profiles
+from kpt_dask.report.encoding import data_uri
+from kpt_dask.volumes.omezarr import WINDOW
 
-WINDOW = (-160.0, 240.0)
-"""Soft-tissue window: HU shown black and white."""
 AROUND_MM = 25.0
 """Distance from the organs to the edge of a picture."""
-SHOWN = 0.2
-"""Share of its largest area from which an organ counts as visible."""
 
 
 class _View(NamedTuple):
@@ -64,7 +61,7 @@ def draw_scan(
     values = [organ.value for organ in organs]
     profiles = organ_profiles(reference, values)
     both = [a + b for a, b in zip(profiles, organ_profiles(found, values), strict=True)]
-    index = [_best_plane(profile) for profile in profiles]
+    index = [best_plane(profile) for profile in profiles]
     box = [_around(profile.sum(axis=0), AROUND_MM / spacing) for profile in both]
     drawn = []
     lengths = [part.stop - part.start for part in box]
@@ -78,15 +75,6 @@ def draw_scan(
             planes = [plane[::-1] for plane in planes]
         drawn.append(_svg(view, planes[0], planes[1], planes[2], organs, letters))
     return "\n".join(drawn)
-
-
-def _best_plane(profile: NDArray[np.int64]) -> int:
-    """Choose the plane that shows most organs, and of these the one that shows them largest."""
-    largest = profile.max(axis=1, initial=0)
-    share = profile[largest > 0] / largest[largest > 0, None]
-    if len(share) == 0:
-        return int(profile.shape[1] // 2)
-    return int(np.argmax((share >= SHOWN).sum(axis=0) + share.mean(axis=0)))
 
 
 def _around(profile: NDArray[np.int64], margin: float) -> slice:
@@ -153,4 +141,4 @@ def _png(picture: NDArray[Any]) -> str:
 
     file = io.BytesIO()
     imsave(file, picture, cmap="gray", vmin=WINDOW[0], vmax=WINDOW[1], format="png")
-    return f"data:image/png;base64,{base64.b64encode(file.getvalue()).decode()}"
+    return data_uri(file.getvalue(), "image/png")

@@ -17,18 +17,15 @@ from matplotlib.patheffects import withStroke
 from numpy.typing import NDArray
 
 from atlas_store.organs import Organ
-from kpt_dask.atlases.profiles import Voxels, organ_profiles
+from kpt_dask.atlases.profiles import Voxels, best_plane, organ_profiles
 from kpt_dask.errors import ParameterError
 from kpt_dask.grid import Grid
 from kpt_dask.report.display import BODY_HU
 from kpt_dask.report.slices import AXIAL, CORONAL, SAGITTAL, View
+from kpt_dask.volumes.omezarr import WINDOW
 
-WINDOW = (-160.0, 240.0)
-"""Soft-tissue window: HU shown black and white."""
 FILL = 0.35
 """Opacity of an organ."""
-SHOWN = 0.2
-"""Share of its largest area from which an organ counts as visible."""
 
 SIZE = 1600, 900
 """Width and height of the picture, pixels: a slide's."""
@@ -83,24 +80,6 @@ def slices_for_display(array: Voxels, grid: Grid, index: tuple[int, int, int]) -
         picture = picture[::-1] if upside_down else picture
         pictures.append(picture[:, ::-1] if flipped[view.columns] else picture)
     return Views(*pictures)
-
-
-def best_plane(profile: NDArray[np.int64]) -> int:
-    """Choose the plane that shows most organs, and of these the one that shows them largest.
-
-    An organ shows where its area is at least `SHOWN` of its largest. Without any organ, the
-    middle.
-
-    Parameters
-    ----------
-    profile : ndarray of int64, shape (organ, plane)
-        Voxels of each organ in each plane.
-    """
-    largest = profile.max(axis=1, initial=0)
-    share = profile[largest > 0] / largest[largest > 0, None]
-    if len(share) == 0:
-        return int(profile.shape[1] // 2)
-    return int(np.argmax((share >= SHOWN).sum(axis=0) + share.mean(axis=0)))
 
 
 def draw_overlay(
