@@ -21,7 +21,7 @@ from atlas_store.errors import AtlasExistsError, KeypointsFormatError, StoreForm
 from atlas_store.keypoints import check_keypoints, first_labels, write_keypoints
 from atlas_store.layout import KEYPOINTS, LABELS, data_folder, marker_key
 from atlas_store.marker import ENCODING_TYPE, ENCODING_VERSION, AtlasInfo, OrganInfo, table_digest
-from atlas_store.notes import write_note
+from atlas_store.notes import delete_content, write_note
 from atlas_store.organs import OrganTable
 from atlas_store.storage.digests import Json, digest, digest_of_file
 from atlas_store.storage.objects import MAX_OBJECT, Objects, finish_writes
@@ -116,7 +116,7 @@ class Draft:
         # marker is harmless, a marker without data is not.
         if self._state in (_State.OPEN, _State.LOST):
             finish_writes()
-            self._objects.delete_folder(self._folder)
+            delete_content(self._objects, self.id, self._uuid)
 
     def commit(
         self,
@@ -251,7 +251,8 @@ class Draft:
         old = self._objects.read(key) if self._replace else None
         # Data is synced before the marker: after a loss of power no marker may lack its data.
         self._objects.settle(self._folder)
-        write_note(self._objects, info, self.note)
+        if self.note:
+            write_note(self._objects, info, self.note)
         self._state = _State.PUBLISHING
         if self._replace:
             self._objects.write(key, data)
@@ -276,8 +277,7 @@ def remove_data(objects: Objects, atlas_id: str, marker: bytes) -> None:
     except StoreFormatError:
         # `verify` removes the data of a damaged marker, with all other data without a marker.
         return
-    objects.delete_folder(data_folder(atlas_id, info.uuid))
-    write_note(objects, info, "")
+    delete_content(objects, atlas_id, info.uuid)
 
 
 def _known(source: str | os.PathLike[str] | KnownSource) -> KnownSource:

@@ -8,7 +8,7 @@ import json
 from datetime import UTC, datetime
 
 from atlas_store.errors import StoreFormatError
-from atlas_store.layout import note_key
+from atlas_store.layout import data_folder, note_key
 from atlas_store.marker import AtlasInfo, check_encoding, parse_json
 from atlas_store.storage.objects import MAX_DOCUMENT, Objects
 
@@ -36,6 +36,12 @@ def read_note(objects: Objects, info: AtlasInfo) -> str:
     if not isinstance(note, str):
         raise StoreFormatError(f"{where} is damaged (it holds no note): write the note again.")
     return note
+
+
+def delete_content(objects: Objects, atlas_id: str, uuid: str) -> None:
+    """Delete what belongs to the content of an atlas: its data, and then the note on it."""
+    objects.delete_folder(data_folder(atlas_id, uuid))
+    objects.delete(note_key(atlas_id, uuid))
 
 
 def write_note(objects: Objects, info: AtlasInfo, note: str) -> None:

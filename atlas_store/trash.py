@@ -11,15 +11,9 @@ from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 
 from atlas_store.errors import AtlasExistsError, AtlasNotFoundError, StoreFormatError
-from atlas_store.layout import (
-    REMOVED,
-    data_folder,
-    marker_key,
-    note_key,
-    parse_folder,
-    removed_key,
-)
+from atlas_store.layout import REMOVED, marker_key, parse_folder, removed_key
 from atlas_store.marker import AtlasInfo, check_encoding, parse_json
+from atlas_store.notes import delete_content
 from atlas_store.storage.objects import MAX_DOCUMENT, Objects
 
 ENCODING = {"encoding-type": "kpt-removed-atlas", "encoding-version": "1"}
@@ -128,8 +122,7 @@ def prune(objects: Objects, older_than: timedelta) -> list[str]:
             continue
         objects.delete(removed_key(info.id, info.uuid))
         if _uuid(objects, info.id) != info.uuid:  # restored meanwhile
-            objects.delete_folder(data_folder(info.id, info.uuid))
-            objects.delete(note_key(info.id, info.uuid))
+            delete_content(objects, info.id, info.uuid)
             pruned.append(info.id)
     return sorted(pruned)
 

@@ -32,6 +32,7 @@ from atlas_store.marker import (
     parse_json,
     table_digest,
 )
+from atlas_store.notes import delete_content
 from atlas_store.organs import OrganTable
 from atlas_store.storage.cache import forget, index_folder, recall
 from atlas_store.storage.digests import Json, digest
@@ -274,7 +275,7 @@ def _leftover(objects: Objects, path: str, repair: bool) -> Problem:
         return problem
     try:
         if folder:
-            objects.delete_folder(path)
+            delete_content(objects, *folder)
         else:
             objects.delete(path)
     except OSError as error:

@@ -11,7 +11,7 @@ import pytest
 from click.testing import CliRunner
 from distributed import Client
 
-from atlas_store import AtlasStore, load_organs
+from atlas_store import AtlasExistsError, AtlasStore, load_organs
 from kpt_dask.atlases.add import add_atlas, store_parameters
 from kpt_dask.cli.main import kpt
 from kpt_dask.errors import GridMismatchError, KptWarning, LabelError
@@ -105,6 +105,17 @@ def test_notes_stay_with_what_they_were_written_about(tmp_path: Path, store: Atl
     assert [path.name.split(".")[0] for path in (Path(store.url) / "notes").iterdir()] == ["body_1"]
     with pytest.raises(ValueError, match="shorten"):
         store.set_note("body_2", "x" * 10_001)
+    assert store.verify() == []
+
+
+def test_an_add_that_loses_to_another_leaves_no_note(store: AtlasStore) -> None:
+    with store.draft("body_8", store.parameters) as draft:
+        draft.note = "lost"
+        store.copy_from(store["body_2"], "body_8")
+        with pytest.raises(AtlasExistsError):
+            draft.commit_copy(store["body_3"])
+    assert store.note("body_8") == ""
+    assert list(Path(store.url).glob("notes/*")) == []
     assert store.verify() == []
 
 
