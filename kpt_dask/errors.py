@@ -10,6 +10,7 @@
     ├── ParameterError             ValueError
     ├── OutputExistsError          FileExistsError
     ├── OutputVanishedError        FileNotFoundError
+    ├── UnreachableError           ConnectionError
     └── ClusterError               RuntimeError
     atlas_store.AtlasStoreError    base of those of a store; see `atlas_store.errors`
 
@@ -61,6 +62,10 @@ class ClusterError(KptError, RuntimeError):
 
 class OutputVanishedError(KptError, FileNotFoundError):
     """A run's partial output was deleted by somebody else before the run was done."""
+
+
+class UnreachableError(KptError, ConnectionError):
+    """A URL cannot be read or written: no network, no bucket, no right to it, or no library."""
 
 
 if TYPE_CHECKING:

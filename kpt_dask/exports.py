@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from os import PathLike
+from os import PathLike, fspath
 from pathlib import Path
 from typing import Any
 
@@ -54,7 +54,7 @@ def export(
     Parameters
     ----------
     segmentation : str or Path
-        The OME-Zarr output of `kpt_dask.segment`.
+        The OME-Zarr output of `kpt_dask.segment`, or its URL.
     labels, split, organs, largest, overwrite, memory, client
         As for `kpt_dask.segment`.
     scan : str or Path, optional
@@ -174,7 +174,7 @@ class _Segmentation:
 
 
 def _open(path: StrPath) -> _Segmentation:
-    volume = open_volume(Path(path))
+    volume = open_volume(fspath(path))
     try:
         about: Any = volume.group.attrs["kpt"]
         made = about["segmentation"]

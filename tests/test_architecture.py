@@ -26,8 +26,9 @@ LAYERS = (
     {"kpt_dask.annotations"},
     {"kpt_dask.label_files"},
     {"kpt_dask.scans"},
-    {"kpt_dask.resampling", "kpt_dask.runtime", "kpt_dask.output"},
-    {"kpt_dask.options", "kpt_dask.kernels", "kpt_dask.grid"},
+    {"kpt_dask.output"},
+    {"kpt_dask.resampling", "kpt_dask.runtime"},
+    {"kpt_dask.options", "kpt_dask.kernels", "kpt_dask.grid", "kpt_dask.remote"},
     {"kpt_dask.errors"},
     {"atlas_store"},
 )

@@ -6,6 +6,7 @@ than this project's are left to Zarr. Chunks have the same bytes either way; in 
 they lie in C order.
 """
 
+import asyncio
 import math
 import os
 import sys
@@ -19,6 +20,7 @@ import google_crc32c
 import numpy as np
 import zarr
 from numpy.typing import NDArray
+from zarr.core.sync import sync
 from zarr.storage import LocalStore
 
 from atlas_store.arrays.boxes import Region
@@ -105,13 +107,33 @@ def check_complete(array: "zarr.Array[Any]") -> None:
         If a chunk is missing, or the description of the array.
     """
     layout = _layout(array)
-    if layout is None or not array.metadata.attributes.get(COMPLETE):
+    if not array.metadata.attributes.get(COMPLETE):
+        return
+    if layout is None:
+        _check_objects(array)
         return
     whole = tuple(slice(0, n) for n in array.shape)
     paths = [layout.path(numbers) for numbers, _, _ in _split_by_chunk(whole, layout.unit)]
     for path in (f"{_folder(layout)}/zarr.json", *paths):
         if not os.path.exists(path):
             raise missing_chunk(path)
+
+
+def _check_objects(array: "zarr.Array[Any]") -> None:
+    """Refuse an array in an object store that lacks a chunk or shard."""
+    if isinstance(array.store, LocalStore):
+        return
+    unit = array.shards or array.chunks
+    counts = (range(-(-n // size)) for n, size in zip(array.shape, unit, strict=True))
+    names = [array.metadata.encode_chunk_key(numbers) for numbers in product(*counts)]
+    keys = [f"{array.path}/{name}".lstrip("/") for name in names]
+
+    async def ask() -> list[bool]:
+        return await asyncio.gather(*map(array.store.exists, keys))
+
+    for key, exists in zip(keys, sync(ask()), strict=True):
+        if not exists:
+            raise missing_chunk(f"{array.store}/{key}")
 
 
 def write_empty(array: "zarr.Array[Any]") -> None:

@@ -13,10 +13,10 @@ from atlas_store import OrganTable
 from kpt_dask.errors import LabelError
 from kpt_dask.grid import Grid
 from kpt_dask.label_files.label_map import dtype_of
+from kpt_dask.remote import Remote
 from kpt_dask.runtime import notices
 from kpt_dask.scans import voxel_stream
 from kpt_dask.scans.placement import header_of
-from kpt_dask.scans.remote import Remote
 
 NEAR = 0.1
 """Largest distance of a voxel from one of the scan, in voxels of the scan, to be that one."""

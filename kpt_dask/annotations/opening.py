@@ -13,10 +13,10 @@ from kpt_dask.annotations.names import match_names
 from kpt_dask.annotations.nifti_names import label_names
 from kpt_dask.errors import GridMismatchError, LabelError, ScanNotFoundError
 from kpt_dask.grid import Grid
+from kpt_dask.remote import Remote, scheme_of
 from kpt_dask.runtime import notices
 from kpt_dask.scans.dicom_files import is_dicom, is_zarr
 from kpt_dask.scans.nifti import NiftiFile
-from kpt_dask.scans.remote import Remote, scheme_of
 from kpt_dask.scans.scan import Scan, open_labels, open_scan
 
 

@@ -52,7 +52,7 @@ def report(
 
     The page shows the scan with its labels in three planes and in 3-D, a table of the organs, the
     least sure first, and why: the atlases that decided each organ, and its matched keypoints.
-    It opens from disk in any browser.
+    It opens from disk in any browser. OUT.zarr is a folder or a URL (s3://…).
 
     \b
     Examples:
@@ -60,12 +60,16 @@ def report(
       kpt report scan.zarr --out page.html --store atlases --viewer niivue.umd.js
       kpt report scan.zarr --picture slide.png
     """
+    from kpt_dask.remote import Remote, scheme_of
     from kpt_dask.report.viewer import find_viewer, how_to_install
     from kpt_dask.report.writing import write_report
     from kpt_dask.runtime import notices
 
     if page is None and picture is None:
-        place = Path(segmentation).resolve()
+        if scheme_of(segmentation) is None:
+            place = Path(segmentation).resolve()
+        else:
+            place = Path(Remote(segmentation).name).absolute()
         page = str(place.with_name(f"{place.name.removesuffix('.zarr')}.html"))
     with notices.recorded() as doubts, working(None):
         write_report(

@@ -12,6 +12,7 @@ import zarr
 from numpy.typing import NDArray
 
 from atlas_store import AtlasStore
+from atlas_store.arrays import chunk_io
 from kpt_dask.errors import ParameterError, naming
 from kpt_dask.organ_transfer.measures import OrganMeasures
 from kpt_dask.output.commit import replacing_together
@@ -111,7 +112,7 @@ def write_report(
     Parameters
     ----------
     segmentation : str or Path
-        The OME-Zarr output of `kpt_dask.segment`.
+        The OME-Zarr output of `kpt_dask.segment`, or its URL.
     page : str or Path, optional
         The HTML file.
     picture : str or Path, optional
@@ -150,6 +151,8 @@ def write_report(
     inputs = [segmentation, *([] if store is None else [store.url])]
     targets = check_outputs(files=request.targets(), inputs=inputs, overwrite=overwrite)
     findings = findings_of(segmentation)
+    for array in (*findings.volume.levels, *findings.labels):
+        chunk_io.check_complete(array)
     with ExitStack() as stack:
         partials = stack.enter_context(replacing_together(targets, overwrite=overwrite))
         request.write(findings, store, partials)

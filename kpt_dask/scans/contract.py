@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kpt_dask.grid import Grid
-from kpt_dask.scans.remote import Remote
+from kpt_dask.remote import Remote
 
 
 class ScanFile(Protocol):

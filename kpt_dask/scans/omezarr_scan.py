@@ -15,11 +15,11 @@ from numpy.typing import NDArray
 
 from atlas_store.arrays import chunk_io
 from atlas_store.storage.objects import Objects
-from kpt_dask.errors import ScanFormatError, ScanNotFoundError
+from kpt_dask.errors import ScanFormatError, ScanNotFoundError, UnreachableError
 from kpt_dask.grid import Grid
+from kpt_dask.remote import Remote, reaching
 from kpt_dask.scans import voxel_stream
 from kpt_dask.scans.placement import check_grid, header_of, listed
-from kpt_dask.scans.remote import Remote
 
 UNITS = {"meter": 1e3, "centimeter": 10.0, "millimeter": 1.0, "micrometer": 1e-3}
 """Length of each unit, mm."""
@@ -129,18 +129,21 @@ def open_omezarr(path: Path | Remote) -> OmeZarrFile:
     ------
     ScanFormatError
         If the folder is no OME-Zarr image, or not one 3-D volume of real numbers on a usable grid.
+    UnreachableError
+        If its server or bucket cannot be reached, or does not allow it.
     """
     try:
-        group = zarr.open_group(Objects.at(str(path)).store, mode="r")
-        about: Any = group.attrs.asdict()
+        with reaching(path):
+            group = zarr.open_group(Objects.at(str(path)).store, mode="r")
+            about: Any = group.attrs.asdict()
         images = about.get("ome", about).get("multiscales")
     except FileNotFoundError as error:
         raise ScanNotFoundError(
             f"{path} does not exist, cannot be reached, or is no Zarr group; give the URL or folder"
             " of an OME-Zarr image."
         ) from error
-    except ImportError as error:
-        raise ScanFormatError(f"{path} cannot be read without a library: {error}.") from error
+    except UnreachableError:
+        raise
     except Exception as error:
         raise _damaged(path, "metadata", error) from error
     if not images:

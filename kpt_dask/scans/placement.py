@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from kpt_dask.errors import ScanFormatError
 from kpt_dask.grid import Grid
-from kpt_dask.scans.remote import Remote
+from kpt_dask.remote import Remote
 
 SMALLEST_SPACING = 1e-4
 LARGEST_EXTENT = 1e5

@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 
 from kpt_dask.errors import ScanFormatError, ScanNotFoundError
 from kpt_dask.grid import Grid
+from kpt_dask.remote import SCHEMES, Remote, scheme_of
 from kpt_dask.runtime import notices
 from kpt_dask.scans.contract import ScanFile
 from kpt_dask.scans.dicom_files import ENDINGS as DICOM_ENDINGS
@@ -23,7 +24,6 @@ from kpt_dask.scans.intensities import Intensities
 from kpt_dask.scans.metaimage import open_metaimage
 from kpt_dask.scans.nifti import open_nifti
 from kpt_dask.scans.nrrd import open_nrrd
-from kpt_dask.scans.remote import SCHEMES, Remote, scheme_of
 
 READERS: dict[str, Callable[[Path], ScanFile]] = {
     ".nii": open_nifti,

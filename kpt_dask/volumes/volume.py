@@ -19,6 +19,7 @@ from kpt_dask.errors import (
 )
 from kpt_dask.grid import Grid
 from kpt_dask.output.places import printable
+from kpt_dask.remote import Remote, open_group
 from kpt_dask.volumes.omezarr import (
     create_levels,
     multiscale,
@@ -106,7 +107,7 @@ def create_volume(
     return Volume(group, grid, source_grid, levels)
 
 
-def open_volume(group: zarr.Group | str | Path) -> Volume:
+def open_volume(group: zarr.Group | str | Path | Remote) -> Volume:
     """Open a volume: read-only from a path, as it was opened from a group.
 
     Raises
@@ -115,11 +116,13 @@ def open_volume(group: zarr.Group | str | Path) -> Volume:
         If there is none.
     ScanFormatError
         If it is something else, damaged, or of a version that is not known.
+    UnreachableError
+        If a URL cannot be reached.
 
     Parameters
     ----------
-    group : zarr.Group, str or Path
-        An OME-Zarr image from `kpt_dask.convert` or `kpt_dask.segment`, or its folder.
+    group : zarr.Group, str, Path or Remote
+        An OME-Zarr image from `kpt_dask.convert` or `kpt_dask.segment`, or its folder or URL.
 
     Returns
     -------
@@ -136,7 +139,7 @@ def open_volume(group: zarr.Group | str | Path) -> Volume:
     where = str(group.store_path if isinstance(group, zarr.Group) else group)
     if not isinstance(group, zarr.Group):
         try:
-            group = zarr.open_group(where, mode="r", zarr_format=3)
+            group = open_group(where)
         except (FileNotFoundError, NotADirectoryError, zarr.errors.BaseZarrError) as error:
             raise ScanNotFoundError(
                 f"{where} does not exist or is no Zarr group; make a volume with kpt convert."

@@ -13,7 +13,7 @@ from click.testing import CliRunner
 
 from kpt_dask.cli.main import kpt
 from kpt_dask.errors import KptError, ScanFormatError, ScanNotFoundError
-from kpt_dask.scans.remote import scheme_of
+from kpt_dask.remote import scheme_of
 from kpt_dask.scans.scan import open_scan
 from tests.scans.formats import omezarr
 from tests.scans.test_contract import AFFINE, VALUES
