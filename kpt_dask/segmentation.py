@@ -55,6 +55,7 @@ from kpt_dask.organ_transfer.modes import transfer
 from kpt_dask.organ_transfer.probability import TILING, create_probability
 from kpt_dask.output.commit import replacing_together
 from kpt_dask.output.places import check_outputs
+from kpt_dask.remote import Remote
 from kpt_dask.report.writing import ReportRequest, findings_of
 from kpt_dask.resampling.labels_on_scan import Shares
 from kpt_dask.runtime import cluster, notices, witness
@@ -113,8 +114,8 @@ class Segmentation:
 
     Attributes
     ----------
-    path : Path
-        Absolute path of the OME-Zarr output: the scan, ``labels/organs``, ``probability``,
+    path : Path or Remote
+        Absolute path, or URL, of the OME-Zarr output: the scan, ``labels/organs``, ``probability``,
         ``keypoints``, ``matches``, ``votes``, and its provenance as attribute ``kpt``.
     organs : mapping of str to OrganMeasures
         What was found of each organ, in the order of the organ table.
@@ -131,7 +132,7 @@ class Segmentation:
         Doubts about the scan or the answer, one sentence each.
     """
 
-    path: Path
+    path: Path | Remote
     organs: Mapping[str, OrganMeasures]
     volume_grid: str
     atlases: tuple[str, ...]
@@ -175,7 +176,8 @@ def segment(
     store : AtlasStore, str or Path
         The atlases.
     out : str or Path
-        Folder of the OME-Zarr output.
+        Folder of the OME-Zarr output, or its URL in an object store (s3://…), to which it is
+        uploaded when it is complete.
     mode : str
         One of `kpt_dask.options.MODES`.
     options : TransferOptions
@@ -252,7 +254,7 @@ def segment(
     label_files = request.targets(store.organs)
     files = [*label_files, *shown.targets()]
     inputs = (source.path, store.url)
-    targets = check_outputs(folders=[out], files=files, inputs=inputs, overwrite=overwrite)
+    targets = check_outputs(images=[out], files=files, inputs=inputs, overwrite=overwrite)
     with ExitStack() as stack:
         later = stack.enter_context(notices.recorded())
         session = stack.enter_context(cluster.session(client))
@@ -292,7 +294,7 @@ def segment(
             measures = as_delivered(measures, counts, source.grid)
             volume_grid = "scan"
         finished = Segmentation(
-            path=Path(out).absolute(),
+            path=targets[0] if isinstance(targets[0], Remote) else Path(out).absolute(),
             organs=measures,
             volume_grid=volume_grid,
             atlases=found.atlases,
@@ -312,7 +314,7 @@ def segment(
         if shown.targets():
             findings = findings_of(finished.path, group, measures, volume_grid)
             shown.write(findings, store, partials[1 + len(label_files) :])
-    return finished
+    return replace(finished, seconds=time.perf_counter() - start)
 
 
 def segment_volume(
@@ -458,13 +460,13 @@ def choose_atlases(store: AtlasStore, exclude: Sequence[str]) -> tuple[str, ...]
     return used
 
 
-def open_probability(path: str | Path) -> xr.DataArray:
+def open_probability(path: str | Path | Remote) -> xr.DataArray:
     """Open the probabilities of a segmentation lazily.
 
     Parameters
     ----------
-    path : str or Path
-        The OME-Zarr output of `kpt_dask.segment`.
+    path : str, Path or Remote
+        The OME-Zarr output of `kpt_dask.segment`, or its URL.
 
     Returns
     -------

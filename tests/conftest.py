@@ -6,7 +6,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import pytest
@@ -101,31 +101,43 @@ def _await_server(url: str) -> None:
     raise TimeoutError(url)
 
 
-@pytest.fixture(scope="session")
-def bucket() -> Iterator[str]:
-    """URL of an empty bucket."""
-    import s3fs
-
-    with (
-        subprocess.Popen(
-            [sys.executable, "-c", _S3_SERVER],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL,
-            text=True,
-        ) as server,
-        pytest.MonkeyPatch.context() as patch,
-    ):
+@contextmanager
+def _s3_server(**environment: str) -> Iterator[str]:
+    """Start a server that speaks the protocol of S3; give its URL."""
+    with subprocess.Popen(
+        [sys.executable, "-c", _S3_SERVER],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        env=os.environ | environment,
+        text=True,
+    ) as server:
         assert server.stdin is not None
         assert server.stdout is not None
         try:
             url = next(line.strip() for line in server.stdout if line.startswith("http"))
             _await_server(url)
-            patch.setenv("AWS_ENDPOINT_URL", url)
-            patch.setenv("AWS_ACCESS_KEY_ID", "test")
-            patch.setenv("AWS_SECRET_ACCESS_KEY", "test")
-            patch.setenv("AWS_DEFAULT_REGION", "us-east-1")
-            s3fs.S3FileSystem().mkdir("atlases")
-            yield "s3://atlases"
+            yield url
         finally:
             server.kill()
+
+
+@pytest.fixture(scope="session")
+def bucket() -> Iterator[str]:
+    """URL of an empty bucket."""
+    import s3fs
+
+    with _s3_server() as url, pytest.MonkeyPatch.context() as patch:
+        patch.setenv("AWS_ENDPOINT_URL", url)
+        patch.setenv("AWS_ACCESS_KEY_ID", "test")
+        patch.setenv("AWS_SECRET_ACCESS_KEY", "test")
+        patch.setenv("AWS_DEFAULT_REGION", "us-east-1")
+        s3fs.S3FileSystem().mkdir("atlases")
+        yield "s3://atlases"
+
+
+@pytest.fixture
+def forbidding_server() -> Iterator[str]:
+    """URL of an S3 server that knows no user, so that all are refused."""
+    with _s3_server(INITIAL_NO_AUTH_ACTION_COUNT="0") as url:
+        yield url

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 from distributed import Client
 
 from kpt_dask.errors import USER_ERRORS, OutputExistsError, ParameterError
-from kpt_dask.output import places
+from kpt_dask.output import contents
 from kpt_dask.runtime import notices
 from kpt_dask.scans import label_header
 from kpt_dask.scans.scan import scan_name
@@ -38,7 +38,7 @@ class Output(NamedTuple):
     @property
     def complete(self) -> bool:
         """Whether both exist and are of the same run; each appears only when it is complete."""
-        run = places.run_of(self.segmentation)
+        run = contents.run_of(self.segmentation)
         return run is not None and run == label_header.run_of(self.labels)
 
     @property

@@ -262,7 +262,8 @@ def segment(
     http://…), or a NIfTI, NRRD or MetaImage file.
 
     OUT.zarr is an OME-Zarr image of the scan with the label map labels/organs; it also holds
-    the probability of each organ, keypoints, matches and votes.
+    the probability of each organ, keypoints, matches and votes. It may be s3://BUCKET/NAME.zarr: it
+    is made in KPT_SCRATCH, or where temporary files go, and uploaded when it is complete.
 
     \b
     Examples:
@@ -270,6 +271,7 @@ def segment(
       kpt segment scan.nii.gz atlases scan.zarr --report scan.html --picture scan.png
       kpt segment ct_folder atlases scan.zarr --labels organs.dcm --labels organs.seg.nrrd
       kpt segment scan.nii.gz atlases scan.zarr --split masks --organs liver,spleen --largest
+      kpt segment scan.nii.gz atlases s3://bucket/cases/scan.zarr --labels organs.nii.gz
     """
     from dataclasses import asdict
 
@@ -368,6 +370,8 @@ def export(
     as_json: bool,
 ) -> None:
     """Write label files of OUT.zarr, which kpt segment made, on the grid of its scan.
+
+    OUT.zarr is a folder or a URL (s3://…).
 
     Endings: .nii.gz or .nii (NIfTI with names), .seg.nrrd (3D Slicer), .nrrd, .mha, .dcm (DICOM
     SEG), .label (names and colours for ITK-SNAP); rtstruct:FILE.dcm is a DICOM RTSTRUCT.

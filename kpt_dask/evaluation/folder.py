@@ -10,7 +10,7 @@ from typing import Any
 
 from atlas_store import OrganTable
 from kpt_dask.output.commit import replacing
-from kpt_dask.output.places import EVALUATION
+from kpt_dask.output.contents import EVALUATION
 
 ENCODING = {"encoding-type": EVALUATION, "encoding-version": "1"}
 

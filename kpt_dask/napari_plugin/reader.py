@@ -1,14 +1,16 @@
 """Layers of an OME-Zarr of this program for napari: scan, organs and keypoints, in mm (z, y, x)."""
 
 from collections.abc import Callable, Mapping, Sequence
-from os import PathLike
+from os import PathLike, fspath
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import zarr
 
-from kpt_dask.output.places import OWN, encoding_of
+from kpt_dask.errors import KptError
+from kpt_dask.output.contents import OWN, encoding_of
+from kpt_dask.remote import open_group, scheme_of
 
 Layer = tuple[Any, dict[str, Any], str]
 """Data, keywords of the layer, and its type."""
@@ -31,12 +33,22 @@ def get_reader(
     Parameters
     ----------
     path : str, Path or a sequence of these
-        As napari hands it over; several must all be such outputs.
+        As napari hands it over, or a URL; several must all be such outputs.
     """
     paths = [path] if isinstance(path, str | PathLike) else list(path)
-    if not paths or not all(encoding_of(Path(one)) in OWN for one in paths):
+    if not paths or not all(_encoding(fspath(one)) in OWN for one in paths):
         return None
     return read
+
+
+def _encoding(place: str) -> str | None:
+    if scheme_of(place) is None:
+        return encoding_of(Path(place))
+    try:
+        return str(open_group(place).attrs.get("encoding-type"))
+    except (KptError, OSError, zarr.errors.BaseZarrError):
+        # Another reader may know what it is.
+        return None
 
 
 def read(path: str | PathLike[str] | Sequence[str | PathLike[str]]) -> list[Layer]:
@@ -48,11 +60,12 @@ def read(path: str | PathLike[str] | Sequence[str | PathLike[str]]) -> list[Laye
         Levels are read where they are looked at.
     """
     paths = [path] if isinstance(path, str | PathLike) else list(path)
-    return [layer for one in paths for layer in _layers(Path(one))]
+    return [layer for one in paths for layer in _layers(fspath(one))]
 
 
-def _layers(path: Path) -> list[Layer]:
-    group = zarr.open_group(str(path), mode="r")
+def _layers(path: str) -> list[Layer]:
+    group = open_group(path)
+    file = path.rstrip("/").rpartition("/")[2]
     about: Any = group.attrs["ome"]
     window = about["omero"]["channels"][0]["window"] if "omero" in about else {}
     image = _Image(group, about["multiscales"][0])
@@ -61,7 +74,7 @@ def _layers(path: Path) -> list[Layer]:
             image.levels,
             {
                 **image.placed,
-                "name": path.name,
+                "name": file,
                 "colormap": "gray",
                 "contrast_limits": (window.get("start", -160.0), window.get("end", 240.0)),
                 "metadata": {"kpt": group.attrs.get("kpt")},
@@ -81,7 +94,7 @@ def _layers(path: Path) -> list[Layer]:
                 labels.levels,
                 {
                     **labels.placed,
-                    "name": f"{path.name} {name}",
+                    "name": f"{file} {name}",
                     "features": {
                         "index": [0, *organs],
                         "name": ["background", *(one for one, _ in organs.values())],
@@ -92,7 +105,7 @@ def _layers(path: Path) -> list[Layer]:
             )
         )
     if "keypoints" in group:
-        layers.append(_keypoints(group, organs, path.name))
+        layers.append(_keypoints(group, organs, file))
     return layers
 
 

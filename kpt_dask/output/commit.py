@@ -14,8 +14,9 @@ from pathlib import Path
 from typing import Any
 
 from atlas_store.storage.objects import Objects, finish_writes
-from kpt_dask.errors import OutputVanishedError, ParameterError, naming
+from kpt_dask.errors import KptError, OutputVanishedError, ParameterError, naming
 from kpt_dask.output.interruption import uninterrupted
+from kpt_dask.output.object_store import Upload, scratch_of
 from kpt_dask.output.partial import (
     Partial,
     Turn,
@@ -30,9 +31,10 @@ from kpt_dask.output.places import (
     Kind,
     check_place,
     check_replaceable,
+    place_of,
     printable,
-    target_of,
 )
+from kpt_dask.remote import Remote
 
 _ASIDE = ".replaced"
 _AT_FDCWD = -100
@@ -63,37 +65,52 @@ def replacing(target: str | os.PathLike[str], *, overwrite: bool = False) -> Ite
 def replacing_together(
     targets: Sequence[str | os.PathLike[str]], *, overwrite: bool = False
 ) -> Iterator[list[Path]]:
-    """Do what `replacing` does, for several outputs that belong together."""
-    places = [target_of(target) for target in targets]
-    for place in places:
-        sweep(place.parent)
+    """Do what `replacing` does, for several outputs that belong together.
+
+    A target may be a URL of an object store; it is written as `kpt_dask.output.object_store` says.
+    """
+    places = [place_of(target) for target in targets]
     for place, target in zip(places, targets, strict=True):
-        check_place(printable(target), place)
-        if place.exists():
+        local = scratch_of(place) if isinstance(place, Remote) else place
+        sweep(local.parent)
+        check_place(printable(target), local)
+        if isinstance(place, Path) and place.exists():
             kind: Kind = "folder" if place.is_dir() else "file"
             check_replaceable(printable(target), place, kind, overwrite=overwrite)
-    partials: list[Partial] = []
+    outputs: list[Partial | Upload] = []
     failed = True
     try:
         for place, target in zip(places, targets, strict=True):
             try:
                 # Not interrupted between making a lock and knowing of it.
                 with uninterrupted():
-                    partials.append(Partial(place))
+                    outputs.append(
+                        Upload(place, overwrite=overwrite)
+                        if isinstance(place, Remote)
+                        else Partial(place)
+                    )
+            except KptError:
+                raise
             except OSError as error:
                 raise ParameterError(
                     f"{printable(target)} cannot be written: {error.strerror}."
                 ) from error
         with naming(printable(targets[0])):
-            yield [partial.path for partial in partials]
+            yield [output.path for output in outputs]
+        partials = [output for output in outputs if isinstance(output, Partial)]
+        uploads = [output for output in outputs if isinstance(output, Upload)]
+        # An upload may remove an old output, so nothing known may come in between.
+        _check(partials, overwrite=overwrite)
+        for upload in uploads:
+            upload.send()
         with uninterrupted():
-            _commit(partials, overwrite=overwrite)
+            _commit(partials, uploads, overwrite=overwrite)
             failed = False
     finally:
         with uninterrupted():
             if failed:
                 finish_writes()
-            _close(partials, failed=failed)
+            _close(outputs, failed=failed)
 
 
 def sweep(folder: Path) -> None:
@@ -114,13 +131,20 @@ def sweep(folder: Path) -> None:
         Turn.forget(folder)
 
 
-def _close(partials: Sequence[Partial], *, failed: bool) -> None:
+def _close(outputs: Sequence[Partial | Upload], *, failed: bool) -> None:
     with ExitStack() as stack:
-        for partial in partials:
-            stack.callback(partial.close, failed=failed)
+        for output in outputs:
+            stack.callback(output.close, failed=failed)
 
 
-def _commit(partials: Sequence[Partial], *, overwrite: bool) -> None:
+def _check(partials: Sequence[Partial], *, overwrite: bool) -> None:
+    """Refuse local targets that appeared, or changed, during the run."""
+    for partial in partials:
+        kind: Kind = "folder" if partial.path.is_dir() else "file"
+        check_replaceable(printable(partial.target), partial.target, kind, overwrite=overwrite)
+
+
+def _commit(partials: Sequence[Partial], uploads: Sequence[Upload], *, overwrite: bool) -> None:
     for partial in partials:
         if not partial.path.exists() or partial.path.is_symlink():
             raise OutputVanishedError(
@@ -131,10 +155,11 @@ def _commit(partials: Sequence[Partial], *, overwrite: bool) -> None:
     with ExitStack() as stack:
         for folder in sorted({partial.target.parent for partial in partials}):
             stack.callback(Turn(folder).end)
-        for partial in partials:
-            kind: Kind = "folder" if partial.path.is_dir() else "file"
-            check_replaceable(printable(partial.target), partial.target, kind, overwrite=overwrite)
+        _check(partials, overwrite=overwrite)
         moves = [_move_of(partial) for partial in partials]
+        # Before the moves: they can be undone, or finished by another run, without a network.
+        for upload in uploads:
+            upload.publish()
         for partial in partials:
             partial.note({"moves": moves})
         _move_all(moves)

@@ -218,7 +218,7 @@ def _new_lock(folder: Path, content: dict[str, Any]) -> tuple[int, Path]:
         locked = _lock(file, wait=False)
         # Between the two calls another process may have removed it as abandoned.
         if locked is not None and _is_at(file, path):
-            line = {**ENCODING, **content, **_machine(), "pid": os.getpid(), "locked": locked}
+            line = {**ENCODING, **content, **machine(), "pid": os.getpid(), "locked": locked}
             try:
                 os.write(file, json.dumps(line).encode() + b"\n")
             except BaseException:
@@ -262,7 +262,7 @@ def _is_abandoned(file: int, lines: list[dict[str, Any]], locked: bool) -> bool:
     age = time.time() - status.st_mtime
     if not lines:
         return status.st_size == 0 and locked and age > UNWRITTEN_SECONDS
-    run, here = lines[0], _machine()
+    run, here = lines[0], machine()
     same_boot = run.get("boot") == here["boot"] is not None
     if locked and run.get("locked"):
         rebooted = run.get("host") == here["host"] and run.get("machine") == here["machine"]
@@ -274,7 +274,18 @@ def _is_abandoned(file: int, lines: list[dict[str, Any]], locked: bool) -> bool:
     return known or age > FOREIGN_DAYS * 86400
 
 
-def _machine() -> dict[str, Any]:
+def has_ended(run: dict[str, Any]) -> bool | None:
+    """Whether a run, known by `machine` and ``pid``, has ended; None if that cannot be known."""
+    here = machine()
+    if run.get("boot") == here["boot"] is not None:
+        same = run.get("processes") == here["processes"] is not None
+        return not os.path.exists(f"/proc/{run.get('pid')}") if same else None
+    known = None not in (run.get("boot"), here["boot"], here["machine"])
+    rebooted = known and all(run.get(name) == here[name] for name in ("host", "machine"))
+    return True if rebooted else None
+
+
+def machine() -> dict[str, Any]:
     """Identify this machine, its boot and its PID namespace."""
     return {
         "host": socket.gethostname(),

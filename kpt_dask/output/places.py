@@ -1,32 +1,19 @@
 """Targets that a run may write: never over, into or around an input, a store or a user's file."""
 
 import errno
-import json
 import os
 import re
 import stat
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 from kpt_dask.errors import OutputExistsError, ParameterError
+from kpt_dask.output import object_store
+from kpt_dask.output.contents import STORE, encoding_of, foreign
+from kpt_dask.remote import Remote
 
-OWN = frozenset({"kpt-volume"})
-"""``encoding-type`` of folders that this program writes and may replace."""
-STORE = "kpt-atlas-store"
-"""``encoding-type`` of atlas stores, to which only the store itself writes."""
-EVALUATION = "kpt-evaluation"
-"""``encoding-type`` of folders of an evaluation, in their ``results.json``."""
-
-_ENTRIES = re.compile(r"zarr\.json|\d+|labels|probability|keypoints|matches|votes|own_axes")
-"""Names in an output of this program."""
-_LABELS = frozenset({"zarr.json", "organs"})
-_EVALUATION_ENTRIES = re.compile(r"index\.html|measures\.csv|limited_view\.csv|results\.json")
-"""Names in the folder of an evaluation."""
-_LITTER = frozenset({".DS_Store", "Thumbs.db"})
-"""Files that file managers put into every folder."""
 _URL = re.compile(r"([A-Za-z][A-Za-z0-9+.-]+):/")
-_LARGEST_MARKER = 16 << 20
 
 Kind = Literal["folder", "file"]
 
@@ -51,7 +38,7 @@ def target_of(out: str | os.PathLike[str]) -> Path:
     shown = printable(text)
     if found := _URL.match(text):
         raise ParameterError(
-            f"{shown} cannot be written: outputs go to local folders only, not to"
+            f"{shown} cannot be written: this output goes to local folders only, not to"
             f" {found.group(1)}; give a path, and copy the result."
         )
     if not text or "\0" in text:
@@ -64,19 +51,34 @@ def target_of(out: str | os.PathLike[str]) -> Path:
     return target
 
 
+def place_of(out: str | os.PathLike[str]) -> Path | Remote:
+    """Resolve the place of an output that may lie in an object store.
+
+    Raises
+    ------
+    ParameterError
+        See `target_of` and `kpt_dask.output.object_store.target_of`.
+    """
+    text = os.fspath(out)
+    return object_store.target_of(text) if object_store.is_url(text) else target_of(text)
+
+
 def check_outputs(
     *,
+    images: Iterable[str | os.PathLike[str]] = (),
     folders: Iterable[str | os.PathLike[str]] = (),
     files: Iterable[str | os.PathLike[str]] = (),
     inputs: Iterable[str | os.PathLike[str]] = (),
     overwrite: bool = False,
-) -> list[Path]:
+) -> list[Path | Remote]:
     """Refuse outputs that cannot be written or would overwrite other data, before the work begins.
 
     Parameters
     ----------
+    images : iterable of path or URL
+        OME-Zarr outputs of the call, which may lie in an object store.
     folders, files : iterable of path
-        Outputs of the call.
+        Other outputs of the call.
     inputs : iterable of path or URL
         Inputs of the call: scans, label maps, stores. Those that are not local are skipped.
     overwrite : bool
@@ -84,8 +86,8 @@ def check_outputs(
 
     Returns
     -------
-    list of Path
-        `target_of` each output, folders first.
+    list of Path or Remote
+        `place_of` each output, those in object stores first, then images, folders and files.
 
     Raises
     ------
@@ -94,9 +96,19 @@ def check_outputs(
     ParameterError
         If an output is, contains or lies in an input, another output or an atlas store, or
         cannot be written.
+    UnreachableError
+        If an object store cannot be reached.
     """
-    outs: list[tuple[str, Path, Kind]] = [(printable(f), target_of(f), "folder") for f in folders]
+    remote, outs = [], list[tuple[str, Path, Kind]]()
+    for image in images:
+        place = place_of(image)
+        if isinstance(place, Remote):
+            remote.append(place)
+        else:
+            outs.append((printable(image), place, "folder"))
+    outs += [(printable(f), target_of(f), "folder") for f in folders]
     outs += [(printable(f), target_of(f), "file") for f in files]
+    inputs = list(inputs)
     read = [(printable(given), path) for given in inputs for path in _local(given)]
     for i, (shown, target, kind) in enumerate(outs):
         for other, path in read:
@@ -113,7 +125,9 @@ def check_outputs(
                 )
         check_place(shown, target)
         check_replaceable(shown, target, kind, overwrite=overwrite)
-    return [target for _, target, _ in outs]
+    for place in remote:
+        object_store.check(place, inputs, overwrite=overwrite)
+    return [*remote, *(target for _, target, _ in outs)]
 
 
 def check_replaceable(shown: str, target: Path, kind: Kind, *, overwrite: bool) -> None:
@@ -139,9 +153,9 @@ def check_replaceable(shown: str, target: Path, kind: Kind, *, overwrite: bool) 
         raise OutputExistsError(
             f"{shown} exists and is a file, but the output is a folder; choose another name."
         )
-    foreign = _foreign(target)
-    if foreign is not None:
-        raise OutputExistsError(f"{shown} is not replaced: {foreign}; choose another name.")
+    why = foreign(target)
+    if why is not None:
+        raise OutputExistsError(f"{shown} is not replaced: {printable(why)}; choose another name.")
 
 
 def check_place(shown: str, target: Path) -> None:
@@ -172,59 +186,6 @@ def check_place(shown: str, target: Path) -> None:
                 f"{shown} lies in {printable(folder)}, which is an atlas store; give another"
                 " output."
             )
-
-
-def encoding_of(folder: Path) -> str | None:
-    """Read the attribute ``encoding-type`` of a Zarr group, if it has one."""
-    attributes = _attributes(folder)
-    kind = attributes.get("encoding-type") if attributes else None
-    return kind if isinstance(kind, str) else None
-
-
-def run_of(folder: Path) -> str | None:
-    """Read the id of the run that wrote an output folder; None if it is incomplete."""
-    provenance = (_attributes(folder) or {}).get("kpt")
-    run = provenance.get("run") if isinstance(provenance, dict) else None
-    return run if isinstance(run, str) else None
-
-
-def _foreign(folder: Path) -> str | None:
-    """Find why a folder must not be replaced: it holds files of others; None if it may be."""
-    entries = set(os.listdir(folder)) - _LITTER
-    if not entries:
-        return None
-    own = _EVALUATION_ENTRIES if _is_evaluation(folder) else _ENTRIES
-    if own is _ENTRIES and encoding_of(folder) not in OWN:
-        return "it does not say of itself that it is an output of kpt"
-    others = sorted(name for name in entries if not own.fullmatch(name))
-    labels = folder / "labels"
-    if labels.is_dir():
-        others += sorted(f"labels/{name}" for name in {*os.listdir(labels)} - _LABELS - _LITTER)
-    writer = "evaluate" if own is _EVALUATION_ENTRIES else "segment"
-    return f"{printable(others[0])} in it is not written by kpt {writer}" if others else None
-
-
-def _is_evaluation(folder: Path) -> bool:
-    """Whether the results in a folder begin as those of an evaluation do; they may be long."""
-    beginning = f'{{\n  "encoding-type": "{EVALUATION}"'.encode()
-    try:
-        with open(folder / "results.json", "rb") as file:
-            regular = stat.S_ISREG(os.fstat(file.fileno()).st_mode)
-            return regular and file.read(len(beginning)) == beginning
-    except OSError:
-        return False
-
-
-def _attributes(folder: Path) -> dict[str, Any] | None:
-    try:
-        with open(folder / "zarr.json", "rb") as file:
-            if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
-                return None
-            document = json.loads(file.read(_LARGEST_MARKER))
-        attributes = document["attributes"]
-    except (OSError, ValueError, KeyError, TypeError, RecursionError):
-        return None
-    return attributes if isinstance(attributes, dict) else None
 
 
 def _local(given: str | os.PathLike[str]) -> Sequence[Path]:

@@ -152,7 +152,7 @@ def prove(proof: Proof, dask_worker: Worker | None = None) -> str:
     if proof.folder.read(f"{proof.path}/{proof.token}") != proof.token.encode():
         raise ClusterError(
             f"{worker_name} does not see {where}, which is written here: use an output folder "
-            "that all workers share."
+            "that all workers share (for s3://, name one in KPT_SCRATCH)."
         )
     for objects, key, digest in proof.inputs:
         if _digest(objects, key) != digest:
@@ -218,7 +218,7 @@ def _ask_all(client: Client, proof: Proof) -> None:
         if not _seen(proof, answer):
             raise ClusterError(
                 f"What the worker {address} writes to {proof.folder.url} is not seen here: use an "
-                "output folder that all workers share."
+                "output folder that all workers share (for s3://, name one in KPT_SCRATCH)."
             )
 
 

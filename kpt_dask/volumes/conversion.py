@@ -25,6 +25,7 @@ from kpt_dask.errors import (
 from kpt_dask.grid import Grid
 from kpt_dask.output.commit import replacing
 from kpt_dask.output.places import check_outputs
+from kpt_dask.remote import open_group
 from kpt_dask.resampling.axes import along_own_axes
 from kpt_dask.resampling.blocks import interpolate, interpolate_labels, window
 from kpt_dask.resampling.stream import resample, resample_labels
@@ -75,7 +76,7 @@ def convert(
     scan : Scan
         From `open_scan`.
     out : str or Path
-        Folder of the OME-Zarr image.
+        Folder of the OME-Zarr image, or its URL in an object store (s3://…).
     spacing : float
         Voxel size of the working grid, mm.
     overwrite : bool
@@ -109,14 +110,14 @@ def convert(
     >>> volume.levels[0].shape, volume.grid.spacing.tolist()
     ((110, 65, 80), [4.0, 4.0, 4.0])
     """
-    [target] = check_outputs(folders=[out], inputs=[scan.path], overwrite=overwrite)
+    [target] = check_outputs(images=[out], inputs=[scan.path], overwrite=overwrite)
     with cluster.session(client) as session, replacing(target, overwrite=overwrite) as partial:
         group = zarr.create_group(str(partial), zarr_format=3)
         with witness.shared(session, group):
             volume = convert_into(scan, group, spacing=spacing, memory=memory, client=session)
             for level in volume.levels:
                 chunk_io.check_complete(level)
-    return open_volume(zarr.open_group(str(target), mode="r+", zarr_format=3))
+    return open_volume(open_group(target, "r+"))
 
 
 def convert_into(

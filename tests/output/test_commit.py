@@ -267,7 +267,7 @@ def killed(folder: Path, **changed: object) -> Path:
         **changed,
     }
     lock = folder / f".kpt-{1:016x}.lock"
-    about = {**partial.ENCODING, **partial._machine(), "pid": 1, "locked": True, "target": "o.zarr"}
+    about = {**partial.ENCODING, **partial.machine(), "pid": 1, "locked": True, "target": "o.zarr"}
     lock.write_text(f"{json.dumps(about)}\n{json.dumps({'moves': [move]})}\n")
     return lock
 

@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 
 from kpt_dask.errors import KptError, OutputExistsError, ParameterError
-from kpt_dask.output.places import OWN, STORE, check_outputs, encoding_of, printable, target_of
+from kpt_dask.output.contents import OWN, STORE, encoding_of
+from kpt_dask.output.places import check_outputs, printable, target_of
 from kpt_dask.volumes import volume
 
 ROOT = os.geteuid() == 0
