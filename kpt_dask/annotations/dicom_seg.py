@@ -20,6 +20,9 @@ from kpt_dask.scans.dicom_header import MOST_PIXELS
 HALF = 0.5
 """Share of the largest value from which a voxel of a fractional segment belongs to it."""
 
+AT_RIGHT_ANGLES = 1e-3
+"""How far axes of pixels may be from lengths of 1 and from right angles, as cosines."""
+
 
 class SegmentationFile:
     """A segmentation whose header has been read.
@@ -113,6 +116,9 @@ class SegmentationFile:
         cosines = numbers(self._macro(group, "PlaneOrientationSequence").ImageOrientationPatient, 6)
         spacing = numbers(self._macro(group, "PixelMeasuresSequence").PixelSpacing, 2)
         along_row, along_column = cosines.reshape(2, 3)
+        skewed = np.abs(cosines.reshape(2, 3) @ cosines.reshape(2, 3).T - np.eye(2)).max()
+        if skewed > AT_RIGHT_ANGLES or spacing.min() <= 0:
+            raise ValueError("pixels that vanish, or whose axes are not at right angles")
         places = (
             position
             + columns[:, None] * spacing[1] * along_row

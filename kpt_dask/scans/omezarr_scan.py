@@ -3,6 +3,7 @@
 Directions of axes are those of RFC-4 (anatomical orientation), which this program writes too.
 """
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import product
@@ -14,6 +15,8 @@ import zarr
 from numpy.typing import NDArray
 
 from atlas_store.arrays import chunk_io
+from atlas_store.errors import DamagedChunkError
+from atlas_store.storage.bounded import Bounded
 from atlas_store.storage.objects import Objects
 from kpt_dask.errors import ScanFormatError, ScanNotFoundError, UnreachableError
 from kpt_dask.grid import Grid
@@ -33,6 +36,9 @@ DIRECTIONS = {
     "left-to-right": (0, 0, -1),
 }
 """Directions (z, y, x), LPS, by their names in RFC-4."""
+
+MOST_CHUNKS = 1 << 22
+"""Chunks of a scan; a whole body at half a millimetre in chunks of 64³ has 20 000."""
 
 USUAL = {"z": "inferior-to-superior", "y": "anterior-to-posterior", "x": "right-to-left"}
 """Directions assumed for axes without an orientation."""
@@ -97,12 +103,27 @@ class OmeZarrFile:
         for index in product(*ends):
             yield f"{self.array.path}/{metadata.encode_chunk_key(index)}"
 
+    def _bounded(self) -> "zarr.Array[Any]":
+        """Open the array so that no chunk takes more memory than its voxels."""
+        array = self.array
+        most = math.prod(array.shards or array.chunks) * self.dtype.itemsize
+        try:
+            return zarr.open_array(
+                Bounded(array.store, most),
+                path=array.path,
+                mode="r",
+                zarr_format=array.metadata.zarr_format,
+            )
+        except Exception as error:
+            raise _damaged(self.path, "metadata", error) from error
+
     def slabs(self) -> Iterator[NDArray[Any]]:
         """Stream the stored voxels; see `kpt_dask.scans.contract.ScanFile`."""
         planes, rows, columns = self.grid.shape
         depth = min(self.array.chunks[self.axes[0]], planes)
         few = max(1, voxel_stream.SLAB_BYTES // (rows * columns * self.dtype.itemsize))
         checked = False
+        voxels = self._bounded()
         for begin in range(0, planes, depth):
             where: list[Any] = [0] * self.array.ndim
             for axis in self.axes:
@@ -113,9 +134,11 @@ class OmeZarrFile:
                 if not checked or isinstance(self.path, Path):
                     self._check_complete()
                 checked = True
-                values = np.asarray(self.array[tuple(where)])
+                values = np.asarray(voxels[tuple(where)])
             except ScanFormatError:
                 raise
+            except DamagedChunkError as error:
+                raise ScanFormatError(f"{self.path}: {error}") from error
             except Exception as error:  # codecs and stores raise many kinds
                 raise _damaged(self.path, "chunk", error) from error
             for first in range(0, len(values), few):
@@ -167,9 +190,9 @@ def open_omezarr(path: Path | Remote) -> OmeZarrFile:
                 raise ValueError(f"coordinate transformation {step['type']!r}")
         names = [str(axis["name"]).lower() for axis in axes]
         space = tuple(i for i, axis in enumerate(axes) if axis.get("type", "space") == "space")
-        units = [axes[i].get("unit") for i in space]
-        directions = [axes[i].get("orientation") for i in space]
-        directions = [str(d["value"]) if isinstance(d, dict) else d for d in directions]
+        units = [None if axes[i].get("unit") is None else str(axes[i]["unit"]) for i in space]
+        given = [axes[i].get("orientation") for i in space]
+        directions = [str(d["value"]) if isinstance(d, dict) else str(d) for d in given]
     except Exception as error:
         raise _damaged(path, "metadata", error) from error
     if not isinstance(array, zarr.Array) or array.ndim != len(axes):
@@ -181,6 +204,16 @@ def open_omezarr(path: Path | Remote) -> OmeZarrFile:
         raise ScanFormatError(f"{path} has shape {listed(array.shape)}; give one 3-D volume.")
     if array.dtype.kind not in "iuf":
         raise ScanFormatError(f"{path} holds {array.dtype} voxels, not real numbers.")
+    if min(array.chunks) < 1:
+        raise _damaged(path, "metadata", f"chunks of {listed(array.chunks)} voxels")
+    if math.prod(array.chunks) * array.dtype.itemsize > voxel_stream.LARGEST_PLANE:
+        raise ScanFormatError(
+            f"{path} has chunks of {listed(array.chunks)} voxels; store it with smaller ones."
+        )
+    if array.nchunks > MOST_CHUNKS:
+        raise ScanFormatError(
+            f"{path} has {array.nchunks} chunks, more than any scan; store it with larger ones."
+        )
     plane = shape[1] * shape[2] * array.dtype.itemsize
     if plane * min(array.chunks[space[0]], shape[0]) > voxel_stream.LARGEST_PLANE:
         raise ScanFormatError(
@@ -190,7 +223,7 @@ def open_omezarr(path: Path | Remote) -> OmeZarrFile:
     doubts = []
     unknown = [unit for unit in units if unit is not None and unit not in UNITS]
     if unknown:
-        raise ScanFormatError(f"{path} gives its lengths in {str(unknown[0])[:40]!r}, not in mm.")
+        raise ScanFormatError(f"{path} gives its lengths in {unknown[0][:40]!r}, not in mm.")
     if None in units:
         doubts.append(f"{path} gives no unit of length; it is taken for mm.")
     if any(direction not in DIRECTIONS for direction in directions):
@@ -201,8 +234,8 @@ def open_omezarr(path: Path | Remote) -> OmeZarrFile:
         directions = [USUAL[names[i]] for i in space]
     affine = np.eye(4)
     for column, i in enumerate(space):
-        step_mm = UNITS.get(str(units[column]), 1.0)
-        towards = np.array(DIRECTIONS[str(directions[column])], np.float64)
+        step_mm = UNITS.get(units[column] or "", 1.0)
+        towards = np.array(DIRECTIONS[directions[column]], np.float64)
         affine[:3, column] = towards * scale[i] * step_mm
         affine[:3, 3] += towards * translation[i] * step_mm
     grid = Grid(shape, affine)
