@@ -198,7 +198,11 @@ def segment(
     split : str or Path, optional
         Folder for a mask of each organ on the scan's own grid, ``NAME.nii.gz``.
     organs : sequence of str
-        Names of the organs that label files show, and that are measured; all if empty.
+        Names of the organs that label files show, and that are measured; all if empty. All are
+        computed and kept in `out`, whatever is shown: they compete for voxels, and mode `local`
+        refines fields near all of them. (For two of seven organs of the head and neck alone it
+        would take half as long, and give other labels: their Dice with those of all was 0.92 and
+        0.99. With the same labels, only their borders could be left out, a twelfth of the time.)
     largest : bool
         Whether label files keep only the largest connected component of each organ.
     report : str or Path, optional

@@ -326,7 +326,8 @@ _LABEL_FILES = (
         "--organs",
         callback=names,
         metavar="NAME,…",
-        help="Only these organs in label files and in the answer, which is quicker.",
+        help="Only these organs in label files and in the answer. To segment takes as long: the "
+        "others are computed too, as they compete for voxels and help to align the atlases.",
     ),
     click.option(
         "--largest",
