@@ -95,7 +95,10 @@ def replacing_together(
                 raise ParameterError(
                     f"{printable(target)} cannot be written: {error.strerror}."
                 ) from error
-        with naming(printable(targets[0])):
+        first = places[0]
+        # A full disk is that of the local folder, whatever the target is.
+        filled = scratch_of(first).parent if isinstance(first, Remote) else targets[0]
+        with naming(printable(filled)):
             yield [output.path for output in outputs]
         partials = [output for output in outputs if isinstance(output, Partial)]
         uploads = [output for output in outputs if isinstance(output, Upload)]

@@ -1,5 +1,6 @@
 """Outputs in an object store: whole or not there, and nothing of others is touched."""
 
+import errno
 import json
 import os
 import signal
@@ -144,6 +145,13 @@ def test_a_local_file_that_cannot_be_moved_takes_the_upload_back(
             run()
     assert there(url) == {}
     assert not (tmp_path / "labels").exists()
+
+
+def test_a_full_disk_is_that_of_the_scratch(url: str, scratch: Path) -> None:
+    with pytest.raises(OSError, match="No space") as caught, replacing(url):
+        raise OSError(errno.ENOSPC, "No space left on device")
+    assert caught.value.filename == str(scratch)
+    assert there(url) == {}
 
 
 def test_what_is_there_is_not_replaced_unasked(url: str, scratch: Path) -> None:
