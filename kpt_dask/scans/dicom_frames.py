@@ -9,6 +9,10 @@ from pydicom.dataset import Dataset
 
 from kpt_dask.errors import ScanFormatError
 from kpt_dask.scans.dicom_header import ENHANCED, Header, numbers
+from kpt_dask.scans.placement import SMALLEST_SPACING
+
+SMALLEST_SLOPE = 1e-6
+"""Smallest HU of a step between stored values."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -124,11 +128,13 @@ def _frame(header: Header, index: int, sources: list[Dataset]) -> Frame:
             f"{header.shown} has an ImageOrientationPatient whose axes are not of length 1 at right"
             " angles; get a new copy."
         )
-    if min(between_rows, between_columns) <= 0:
-        raise ScanFormatError(f"{header.shown} has a PixelSpacing that is not positive.")
+    if min(between_rows, between_columns) < SMALLEST_SPACING:
+        raise ScanFormatError(
+            f"{header.shown} has a PixelSpacing that is not positive, or too small."
+        )
     slope, intercept = find("RescaleSlope", 1), find("RescaleIntercept", 1)
-    if slope is not None and slope[0] == 0:
-        raise ScanFormatError(f"{header.shown} has the RescaleSlope 0; get a new copy.")
+    if slope is not None and abs(slope[0]) < SMALLEST_SLOPE:
+        raise ScanFormatError(f"{header.shown} has the RescaleSlope {slope[0]:g}; get a new copy.")
     thickness = find("SpacingBetweenSlices", 1)
     if thickness is None:
         thickness = find("SliceThickness", 1)

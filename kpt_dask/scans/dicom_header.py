@@ -15,6 +15,9 @@ from pydicom.dataset import Dataset
 from kpt_dask.errors import ScanFormatError
 from kpt_dask.scans.dicom_files import looks_like_dicom
 
+LARGEST_NUMBER = 1e9
+"""Largest number, in mm or HU, that an element may hold."""
+
 MOST_PIXELS = 1 << 26
 """Limit of the pixels of one plane; no scanner makes more."""
 
@@ -167,7 +170,7 @@ def quiet() -> None:
 
 
 def numbers(header: Header, source: Dataset, keyword: str, n: int) -> NDArray[np.float64] | None:
-    """Get an element of `n` finite numbers; None where it is absent or empty."""
+    """Get an element of `n` numbers, none of them absurd; None where it is absent or empty."""
     try:
         value = source.get(keyword)
         if value is None or value == "" or (hasattr(value, "__len__") and len(value) == 0):
@@ -175,7 +178,8 @@ def numbers(header: Header, source: Dataset, keyword: str, n: int) -> NDArray[np
         values = np.array(value, np.float64).reshape(-1)
     except Exception as error:  # pydicom decodes on access, and raises many kinds
         raise header.damaged(keyword, error) from error
-    if values.size != n or not np.isfinite(values).all():
+    # The condition is what must hold, because NaN fails every comparison.
+    if values.size != n or not (np.abs(values) <= LARGEST_NUMBER).all():
         raise header.damaged(keyword, values.tolist())
     return values
 

@@ -8,6 +8,7 @@ import gzip
 import json
 import struct
 import tracemalloc
+import warnings
 import zipfile
 import zlib
 from collections.abc import Callable, Mapping
@@ -285,6 +286,35 @@ def test_links_in_a_circle_are_refused(form: Format, tmp_path: Path) -> None:
     path.with_name("a.nii").symlink_to("b.nii")
     path.with_name("b.nii").symlink_to("a.nii")
     sentence(path.with_name("a.nii"))
+
+
+NUMBERS = {
+    "ImagePositionPatient": 3,
+    "ImageOrientationPatient": 6,
+    "PixelSpacing": 2,
+    "RescaleSlope": 1,
+    "RescaleIntercept": 1,
+}
+
+
+@pytest.mark.parametrize("number", ["nan", "inf", "1e300", "1e-300"])
+@pytest.mark.parametrize("keyword", NUMBERS)
+@pytest.mark.parametrize("everywhere", [False, True])
+def test_numbers_that_are_none_are_refused(
+    keyword: str, number: str, everywhere: bool, tmp_path: Path
+) -> None:
+    datasets = slices(VALUES, AFFINE)
+    with warnings.catch_warnings():
+        # pydicom says that such values are none.
+        warnings.simplefilter("ignore", UserWarning)
+        for dataset in datasets if everywhere else datasets[2:3]:
+            setattr(dataset, keyword, [number] * NUMBERS[keyword])
+        for k, dataset in enumerate(datasets):
+            save(dataset, tmp_path / "ct" / f"{k}.dcm")
+    # A number all the same: it makes no difference, or puts a slice elsewhere.
+    usable = number == "1e-300" and keyword in ("RescaleIntercept", "ImagePositionPatient")
+    said = sentence(tmp_path / "ct", must=not usable)
+    assert usable or everywhere or "2.dcm" in str(said)
 
 
 fuzz = settings(
