@@ -29,6 +29,7 @@ from atlas_store import AtlasStore, OrganTable, load_organs
 from kpt_dask.atlases.add import add_atlas, store_parameters
 from kpt_dask.baselines.fusion import WarpedAtlas, locally_weighted, majority
 from kpt_dask.baselines.syn import Image, Registered, register
+from kpt_dask.evaluation.overlap import dice
 from kpt_dask.scans.pairs import Pair, find_pairs
 
 OURS = {
@@ -78,7 +79,10 @@ def main() -> None:
             )
             for method, measured in results.items():
                 found.setdefault(method, []).append(measured)
-                print(f"{pair.id} {method:22} {mean(measured.dice):.3f}", file=sys.stderr)
+                print(
+                    f"{pair.id} {method:22} {statistics.fmean(measured.dice.values()):.3f}",
+                    file=sys.stderr,
+                )
         spacing = float(store.parameters["spacing"])
         fine = register_at(spacing, loaded[scans[0].id], loaded[atlases[0].id], options.cache)
     figures = summary(found, organs)
@@ -157,9 +161,9 @@ def registered(
     results = {}
     for method, fuse in fused.items():
         start = time.process_time()
-        dice = overlap(case, fuse(), organs)
+        scores = overlap(case, fuse(), organs)
         own = time.process_time() - start
-        results[method] = Measured(dice, seconds + own, cpu_seconds + own)
+        results[method] = Measured(scores, seconds + own, cpu_seconds + own)
     return results
 
 
@@ -178,33 +182,26 @@ def at_spacing(image: Image, spacing: float, order: int) -> Image:
 
 def overlap(case: Case, found: NDArray[Any], organs: OrganTable) -> dict[str, float]:
     """Dice of each annotated organ."""
-    scores = {}
-    for value in sorted(case.annotated):
-        a, b = case.labels == value, found == value
-        scores[organs.by_value(value).name] = float(2 * np.sum(a & b) / (np.sum(a) + np.sum(b)))
-    return scores
+    names = [organs.by_value(value).name for value in sorted(case.annotated)]
+    return dice([case.labels], [found], names, organs)
 
 
 def summary(found: dict[str, list[Measured]], organs: OrganTable) -> dict[str, Any]:
     figures: dict[str, Any] = {}
     for method, results in found.items():
         by_organ = {
-            name: mean({str(i): r.dice[name] for i, r in enumerate(results) if name in r.dice})
+            name: statistics.fmean(r.dice[name] for r in results if name in r.dice)
             for name in organs.names
             if any(name in r.dice for r in results)
         }
         every = [value for result in results for value in result.dice.values()]
         figures[method] = {
-            "mean_dice": float(np.mean(every)),
+            "mean_dice": statistics.fmean(every),
             "dice_by_organ": by_organ,
             "seconds": statistics.median(r.seconds for r in results),
             "cpu_seconds": statistics.median(r.cpu_seconds for r in results),
         }
     return figures
-
-
-def mean(values: dict[str, float]) -> float:
-    return float(np.mean(list(values.values())))
 
 
 if __name__ == "__main__":

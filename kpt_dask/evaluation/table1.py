@@ -15,7 +15,7 @@ import xarray as xr
 from numpy.typing import NDArray
 
 from atlas_store import OrganTable
-from kpt_dask.matching.voting import likelihood
+from kpt_dask.matching.voting import weights_of
 
 
 class Background(NamedTuple):
@@ -91,9 +91,7 @@ def background_votes(
     counted : ndarray of int
         Keypoints that are counted: one of each position.
     """
-    weight = likelihood(
-        matches.squared_distance.values, matches.attrs["largest_squared_distance"]
-    ) * matches.probability.values.astype(np.float64)
+    weight = weights_of(matches)
     # Column 0 is the background, the others are organs in the order of the table.
     column = np.zeros(1 << 16, np.int64)
     column[list(organs.values)] = np.arange(1, len(organs) + 1)

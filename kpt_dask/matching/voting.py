@@ -24,6 +24,27 @@ def likelihood(squared_distance: NDArray[np.float32], tau_squared: float) -> NDA
     return density
 
 
+def weight(
+    squared_distance: NDArray[np.float32], tau_squared: float, probability: NDArray[np.float32]
+) -> NDArray[np.float64]:
+    """Weight of each match's vote, p(F | 𝓕, m) · p(m) (eq. 6).
+
+    Parameters
+    ----------
+    squared_distance, tau_squared
+        As for `likelihood`.
+    probability : float32 array (match)
+        p(m), from `kpt_dask.match`.
+    """
+    return likelihood(squared_distance, tau_squared) * probability.astype(np.float64)
+
+
+def weights_of(matches: xr.Dataset) -> NDArray[np.float64]:
+    """Weight of each match's vote, float64 array (match), of the matches of `kpt_dask.match`."""
+    tau_squared = matches.attrs["largest_squared_distance"]
+    return weight(matches.squared_distance.values, tau_squared, matches.probability.values)
+
+
 def vote(matches: xr.Dataset, n_keypoints: int, organs: OrganTable) -> xr.Dataset:
     """Give each test keypoint the organ that its matches agree on.
 
@@ -70,12 +91,10 @@ def vote(matches: xr.Dataset, n_keypoints: int, organs: OrganTable) -> xr.Datase
     order = np.argsort(values, kind="stable")
     at = np.minimum(np.searchsorted(values[order], label), values.size - 1)
     organ = np.where(values[order][at] == label, order[at], -1)
-    weight = likelihood(
-        matches.squared_distance.values, matches.attrs["largest_squared_distance"]
-    ) * matches.probability.values.astype(np.float64)
+    weights = weights_of(matches)
     voting = organ >= 0
     votes = np.zeros((n_keypoints, values.size))
-    np.add.at(votes, (matches.keypoint.values[voting], organ[voting]), weight[voting])
+    np.add.at(votes, (matches.keypoint.values[voting], organ[voting]), weights[voting])
     total = votes.sum(axis=1, keepdims=True)
     posterior = np.divide(votes, total, out=np.zeros_like(votes), where=total > 0)
     winner = np.where(total[:, 0] > 0, values[votes.argmax(axis=1)], 0)

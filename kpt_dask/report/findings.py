@@ -143,14 +143,13 @@ def open_findings(path: str, group: zarr.Group | None = None) -> Findings:
 
 def _keypoints(group: zarr.Group, n_atlases: int) -> Keypoints:
     # Imported here: it needs xarray, which takes a while.
-    from kpt_dask.matching.voting import likelihood
+    from kpt_dask.matching.voting import weight
 
     def read(name: str) -> NDArray[Any]:
         return np.asarray(open_array(group, name)[...])
 
     squared, probability = read("matches/squared_distance"), read("matches/probability")
     attributes: Any = group["matches"].attrs
-    weight = likelihood(squared, float(attributes["largest_squared_distance"])) * probability
     found = Keypoints(
         position=read("keypoints/position"),
         scale=read("keypoints/scale"),
@@ -160,7 +159,7 @@ def _keypoints(group: zarr.Group, n_atlases: int) -> Keypoints:
         atlas_keypoint=read("matches/atlas_keypoint"),
         label=read("matches/label"),
         translation=read("matches/translation"),
-        weight=weight,
+        weight=weight(squared, float(attributes["largest_squared_distance"]), probability),
     )
     n = len(found.position)
     for index, size in ((found.keypoint, n), (found.atlas, n_atlases)):

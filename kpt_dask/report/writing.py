@@ -19,7 +19,7 @@ from kpt_dask.output.commit import replacing_together
 from kpt_dask.output.places import check_outputs
 from kpt_dask.report.display import MOST_VOXELS, display_of, hu_of_tones
 from kpt_dask.report.findings import Findings, open_findings
-from kpt_dask.report.viewer import find_viewer
+from kpt_dask.report.viewer import Viewer, find_viewer
 from kpt_dask.runtime import progress
 
 StrPath = str | PathLike[str]
@@ -33,13 +33,13 @@ class ReportRequest:
     ----------
     page, picture : str, optional
         The HTML file, and the PNG.
-    viewer : str, optional
-        NiiVue; see `kpt_dask.report.viewer.find_viewer`.
+    viewer : Viewer, optional
+        What the page shows the scan with; pictures without.
     """
 
     page: str | None = None
     picture: str | None = None
-    viewer: str | None = None
+    viewer: Viewer | None = None
 
     @classmethod
     def parse(
@@ -52,14 +52,13 @@ class ReportRequest:
         ParameterError
             If a file has another ending than its kind, or the viewer cannot be used.
         """
-        given = (page, picture, viewer)
-        request = cls(*(None if one is None else fspath(one) for one in given))
+        request = cls(
+            None if page is None else fspath(page), None if picture is None else fspath(picture)
+        )
         for path, endings in ((request.page, (".html", ".htm")), (request.picture, (".png",))):
             if path is not None and not path.lower().endswith(endings):
                 raise ParameterError(f"{path} must end in {' or '.join(endings)}.")
-        if request.page is not None:
-            find_viewer(request.viewer)
-        return request
+        return request if page is None else replace(request, viewer=find_viewer(viewer))
 
     def targets(self) -> list[str]:
         """Paths of the files, as asked for."""
@@ -74,7 +73,7 @@ class ReportRequest:
 
             path = next(left)
             with progress.stage("Writing report"), naming(path):
-                text = page_of(findings, store, find_viewer(self.viewer), MOST_VOXELS)
+                text = page_of(findings, store, self.viewer, MOST_VOXELS)
                 path.write_text(text, "utf-8")
         if self.picture is not None:
             path = next(left)
