@@ -240,31 +240,25 @@ def sum_by_organ(values: Any, marked: Any, sums: Any, counts: Any) -> None:
 
 
 @kernel
-def count_pairs(labels: Any, counts: Any, seen: Any) -> None:
-    """Count, of each organ, how often atlases label a point, and how often two label the same one.
+def count_others(labels: Any, counts: Any) -> None:
+    """Count, of each organ and atlas, the points it labels by how many other atlases do.
 
     Parameters
     ----------
     labels : uint16 array (atlas, point)
         Index of an organ + 1, or 0.
-    counts : int64 array (2, organ + 1)
-        Σ_x n(x) and Σ_x n(x) (n(x) − 1), where n atlases label the organ at x; changed.
-    seen : bool array (atlas, organ + 1)
-        Whether the atlas labels the organ anywhere; changed.
+    counts : int64 array (organ, atlas, others)
+        Changed.
     """
-    here = np.zeros(counts.shape[1], np.int64)
+    here = np.zeros(counts.shape[0] + 1, np.int64)
     for x in range(labels.shape[1]):
-        some = False
         for a in range(labels.shape[0]):
-            organ = labels[a, x]
-            if organ:
-                here[organ] += 1
-                seen[a, organ] = some = True
-        if not some:
-            continue
-        for a in range(labels.shape[0]):
-            organ = labels[a, x]
-            n = here[organ]
-            counts[0, organ] += n
-            counts[1, organ] += n * (n - 1)
-            here[organ] = 0
+            here[labels[a, x]] += 1
+        if here[0] < labels.shape[0]:
+            for a in range(labels.shape[0]):
+                organ = np.int64(labels[a, x])
+                if organ:
+                    counts[organ - 1, a, here[organ] - 1] += 1
+            for a in range(labels.shape[0]):
+                here[labels[a, x]] = 0
+        here[0] = 0

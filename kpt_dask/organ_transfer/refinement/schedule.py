@@ -9,7 +9,6 @@ from typing import Any
 import numpy as np
 import zarr
 from distributed import Client
-from numpy.typing import NDArray
 from zarr.codecs import BloscCodec
 
 from atlas_store import Atlas, OrganTable
@@ -135,40 +134,6 @@ def refine(
         tasks.append((scattered, atlas, field, out, i, needed, memory))
     for i, one in cluster.run(client, _refine, tasks, "Refining"):
         found[i] = one
-    return found
-
-
-def agreement(refined: Sequence[Refined], organs: int) -> NDArray[np.float64]:
-    """Mean of each atlas's cc where any atlas labels an organ (atlas, organ); 0 if none does."""
-    found = np.zeros((len(refined), organs))
-    if not refined:
-        return found
-    marked = np.zeros((refined[0].labels.size, -(-organs // 64)), np.uint64)
-    for one in refined:
-        kernels.mark_organs(one.labels.reshape(-1), marked)
-    for i, one in enumerate(refined):
-        sums, counts = np.zeros((2, 64 * marked.shape[1]), np.int64)
-        kernels.sum_by_organ(one.correlation.reshape(-1), marked, sums, counts)
-        found[i] = (sums / (255 * np.maximum(counts, 1)))[:organs]
-    return found
-
-
-def overlap(refined: Sequence[Refined], organs: int) -> NDArray[np.float64]:
-    """Mean overlap of two atlases' labels, of each organ, float64 array (organ).
-
-    With n(x) atlases that label the organ at x, and A that label it anywhere, it is
-    Σ n (n − 1) / ((A − 1) Σ n): for two atlases, their Dice coefficient. NaN where A < 2.
-    """
-    counts = np.zeros((2, organs + 1), np.int64)
-    seen = np.zeros((len(refined), organs + 1), bool)
-    # Plane by plane, so that not all labels are held twice.
-    for planes in zip(*(one.labels for one in refined), strict=True):
-        kernels.count_pairs(np.stack(planes).reshape(len(refined), -1), counts, seen)
-    found = np.full(organs, np.nan)
-    atlases = seen.sum(axis=0)[1:]
-    several = atlases > 1
-    single, pairs = counts[:, 1:][:, several]
-    found[several] = pairs / ((atlases[several] - 1) * single)
     return found
 
 

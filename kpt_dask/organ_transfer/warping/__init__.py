@@ -21,6 +21,9 @@ In: matches and crops of atlases. Out: probabilities and labels. `landing` predi
    (Σ (1 − P_l)) are normalized histograms of the HU of all voxels with P_l > 0.02, in bins of
    20 HU, smoothed by a Gaussian of one bin, with 0.2 voxels added to each bin. γ is ½ where the
    atlases' organs are typically 60 mm long or less, 1 from 120 mm on, and linear in between.
+   Scattered atlases. It also grows by 2 (logit 0.35 − logit s_l) where s_l < 0.35 is the share of
+   the other atlases at which each atlas's label is found best
+   (`kpt_dask.organ_transfer.refinement.agreement.best_shares`), unless a threshold was given.
 4. Borders. A mean field over organs and background (`warping.kernels.relax`), 5 Jacobi sweeps:
 
        q_c(x) ∝ U_c(x) · exp(λ Σ_y exp(−(I(x) − I(y))² / 2β²) q_c(y))

@@ -62,8 +62,8 @@ class Borders:
         Where each organ is looked for, in cells.
     shares : zarr.Array (organ, z, y, x)
         Shares of the votes.
-    by_hu : float32 array (organ, bin)
-        Shifts of the logit, from `kpt_dask.organ_transfer.warping.schedule.log_ratios`.
+    shifts : float32 array (organ, bin)
+        Shifts of the logit in each bin of HU, by `kpt_dask.organ_transfer.warping.schedule`.
     size_weight : float
         γ, from `size_weight`.
     """
@@ -71,7 +71,7 @@ class Borders:
     job: TransferJob
     search_boxes: Sequence[Box | None]
     shares: "zarr.Array[Any]"
-    by_hu: NDArray[np.float32]
+    shifts: NDArray[np.float32]
     size_weight: float
 
     @property
@@ -146,7 +146,7 @@ def _read(
             continue
         organ = slice(o, o + 1)
         share = np.ascontiguousarray(chunk_io.read(borders.shares, (organ, *slices(here)))[0])
-        tell_by_hu(share, scan[within(here, around)], FIRST_HU, BIN, borders.by_hu[o])
+        tell_by_hu(share, scan[within(here, around)], FIRST_HU, BIN, borders.shifts[o])
         yield o, (here, share)
 
 

@@ -5,15 +5,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pytest
 import zarr
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from numpy.typing import NDArray
 from scipy.ndimage import gaussian_filter, map_coordinates
 
 from kpt_dask.matching.displacement import Field
-from kpt_dask.organ_transfer.refinement.atlas import PER_MM, WEIGHT, Refined, refine_atlas
+from kpt_dask.organ_transfer.refinement.agreement import correlations
+from kpt_dask.organ_transfer.refinement.atlas import PER_MM, WEIGHT, refine_atlas
 from kpt_dask.organ_transfer.refinement.lattice import (
     FAST,
     FULL,
@@ -22,12 +20,7 @@ from kpt_dask.organ_transfer.refinement.lattice import (
     lattices,
     typical_size,
 )
-from kpt_dask.organ_transfer.refinement.schedule import (
-    agreement,
-    compare_with,
-    create_fields,
-    overlap,
-)
+from kpt_dask.organ_transfer.refinement.schedule import compare_with, create_fields
 from tests.helpers import ORGANS, SPACING, make_store, volume_of
 from tests.naive import refinement as naive
 from tests.naive.stations import AnnotatedImage
@@ -122,11 +115,11 @@ def test_a_refined_field_is_what_the_equations_say(tmp_path: Path) -> None:
     np.testing.assert_allclose(found.correlation / 255, cc, atol=0.03)
     said = [found.labels == o for o in (1, 2)]
     assert all(one.sum() > 20 for one in said)
-    [mean] = agreement([found], 3)
+    [mean] = correlations([found], 3)
     by_hand = [found.correlation[one].mean() / 255 for one in said]
     np.testing.assert_allclose(mean, [*by_hand, 0])
     other = replace(found, labels=np.where(found.labels == 1, 3, found.labels).astype(np.uint16))
-    np.testing.assert_allclose(agreement([found, other], 3)[1], [*by_hand, by_hand[0]])
+    np.testing.assert_allclose(correlations([found, other], 3)[1], [*by_hand, by_hand[0]])
 
 
 def test_a_shift_that_the_matches_do_not_know_is_found(tmp_path: Path) -> None:
@@ -140,26 +133,6 @@ def test_a_shift_that_the_matches_do_not_know_is_found(tmp_path: Path) -> None:
     inner = u[:, 2:-2, 2:-2, 2:-2].reshape(3, -1)
     np.testing.assert_allclose(np.median(inner, axis=1), by, atol=1)
     assert found.correlation[found.labels == 1].mean() > 0.8 * 255
-
-
-@given(st.integers(0, 2**32 - 1), st.integers(1, 5))
-@settings(max_examples=30, deadline=None)
-def test_overlap_is_the_mean_over_pairs(seed: int, atlases: int) -> None:
-    rng = np.random.default_rng(seed)
-    labels = rng.integers(0, 4, (atlases, 3, 4, 5)).astype(np.uint16)
-    labels[1:, labels[0] == 3] = 3
-    labels[:, 0, 0] = 0
-    nothing = np.zeros((3, 4, 5), np.uint8)
-    found = overlap([Refined((0.0, 0.0, 0.0), one, nothing) for one in labels], 4)
-    for o, value in enumerate(found):
-        masks = [one == o + 1 for one in labels if (one == o + 1).any()]
-        if len(masks) < 2:
-            assert np.isnan(value)
-            continue
-        both = sum((a & b).sum() for i, a in enumerate(masks) for b in masks[:i])
-        size = sum(mask.sum() for mask in masks) / len(masks)
-        assert value == pytest.approx(both / size / (len(masks) * (len(masks) - 1) / 2))
-    assert np.isnan(overlap([], 4)).all()
 
 
 def test_where_no_organ_may_lie_is_left_out(tmp_path: Path) -> None:
