@@ -12,13 +12,15 @@ from numpy.typing import NDArray
 
 from atlas_store import AtlasStore, load_organs
 from kpt_dask.atlases.add import add_atlas, store_parameters
+from kpt_dask.options import DEFAULTS, TransferOptions
 from kpt_dask.organ_transfer.job import Evidence, TransferJob
 from kpt_dask.organ_transfer.probability import TILING, Tiling, create_probability
+from kpt_dask.organ_transfer.refinement import agreement
 from kpt_dask.organ_transfer.refinement.atlas import PER_MM, WEIGHT
 from kpt_dask.organ_transfer.warping import block as module
 from kpt_dask.organ_transfer.warping import border, schedule
 from kpt_dask.organ_transfer.warping.kernels import BorderWeights, relax
-from kpt_dask.organ_transfer.warping.schedule import warp_atlases
+from kpt_dask.organ_transfer.warping.schedule import of_scattered, warp_atlases
 from kpt_dask.runtime import cluster
 from kpt_dask.segmentation import segment
 from kpt_dask.volumes.volume import Volume
@@ -77,12 +79,13 @@ def run(
     client: Client,
     memory: int = 1 << 30,
     tiling: Tiling = TILING,
+    options: TransferOptions = DEFAULTS,
 ) -> tuple[Array, Array]:
     """Probabilities and label map."""
     group = zarr.create_group(str(path))
     probability = create_probability(group, volume.grid, store.organs, "local", tiling)
     labels = create_labels(group, volume.grid.shape, tiling)
-    job = TransferJob(volume, store.organs, probability, labels, memory=memory, tiling=tiling)
+    job = TransferJob(volume, store.organs, probability, labels, "local", options, memory, tiling)
     evidence = Evidence(*tables(found), votes=xr.Dataset())
     warp_atlases(job, store.atlases(store.ids()), evidence, client)
     return np.asarray(probability[...]), labels[...]
@@ -169,6 +172,27 @@ def test_shares_are_what_the_equations_say(
     assert sure.mean() > 0.9
     np.testing.assert_array_equal(labels[sure], warping.decide(expected, ORGANS.values)[sure])
     assert set(np.unique(labels)) == {0, *ORGANS.values}
+
+
+def test_organs_of_scattered_atlases_grow_unless_a_threshold_is_given(
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    volume: Volume,
+    store: AtlasStore,
+    one_process: Client,
+    whole: tuple[Array, Array],
+) -> None:
+    share = of_scattered(np.array([np.nan, 0.5, 0.35, 0.25]))
+    np.testing.assert_allclose(share, [0, 0, 0, 2 * np.log(0.35 / 0.65 * 3)], rtol=1e-6, atol=1e-7)
+    monkeypatch.setattr(agreement, "best_shares", lambda _: np.array([0.25, np.nan, 0.4]))
+    own = TransferOptions(threshold=0.4)
+    found, labels = run(volume, store, MATCHES, tmp_path / "own", one_process, options=own)
+    np.testing.assert_array_equal(found, whole[0])
+    np.testing.assert_array_equal(labels, whole[1])
+    _, labels = run(volume, store, MATCHES, tmp_path / "scattered", one_process)
+    grown, *others = ((labels == v).sum() / (whole[1] == v).sum() for v in ORGANS.values)
+    assert grown > 1.1
+    assert all(0.9 < one < 1.01 for one in others)
 
 
 @pytest.mark.parametrize(
