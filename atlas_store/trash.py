@@ -74,7 +74,7 @@ def _entries(objects: Objects) -> Iterator[tuple[RemovedAtlas, bytes]]:
     for name in objects.names(REMOVED):
         if not name.endswith(".json") or parse_folder(name.removesuffix(".json")) is None:
             continue
-        if (found := _read(objects, f"{REMOVED}/{name}")) is not None:
+        if (found := read_removed(objects, f"{REMOVED}/{name}")) is not None:
             yield found
 
 
@@ -127,7 +127,7 @@ def prune(objects: Objects, older_than: timedelta) -> list[str]:
     return sorted(pruned)
 
 
-def _read(objects: Objects, key: str) -> tuple[RemovedAtlas, bytes] | None:
+def read_removed(objects: Objects, key: str) -> tuple[RemovedAtlas, bytes] | None:
     """Read what describes a removed atlas, and its marker; None if it is not there any more."""
     data = objects.read(key, 2 * MAX_DOCUMENT)
     if data is None:

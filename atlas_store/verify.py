@@ -18,6 +18,7 @@ from atlas_store.keypoints import first_labels
 from atlas_store.layout import (
     ATLASES,
     MARKERS,
+    NOTES,
     REMOVED,
     ROOT,
     marker_key,
@@ -32,11 +33,12 @@ from atlas_store.marker import (
     parse_json,
     table_digest,
 )
-from atlas_store.notes import delete_content
+from atlas_store.notes import delete_content, read_note
 from atlas_store.organs import OrganTable
 from atlas_store.storage.cache import forget, index_folder, recall
 from atlas_store.storage.digests import Json, digest
 from atlas_store.storage.objects import MAX_DOCUMENT, PARTIAL_SUFFIX, Objects
+from atlas_store.trash import read_removed
 
 INSTANT = 2.0
 """Seconds, generous, that a running add takes from making its folder to writing an object."""
@@ -98,7 +100,9 @@ def verify_store(
     list of Problem
         Problems of the atlases in natural order, then leftovers.
     """
-    # Folders before markers: an add that commits meanwhile is then named by its marker.
+    # Notes before the data that they are about. Folders before markers: an add that commits
+    # meanwhile is then named by its marker.
+    notes = objects.names(NOTES)
     folders = objects.names(ATLASES)
     markers = objects.names(MARKERS)
     ids = [name.removesuffix(".json") for name in markers if name.endswith(".json")]
@@ -108,11 +112,20 @@ def verify_store(
         faults, path = _verify_atlas(objects, organs, parameters, atlas_id)
         problems += faults
         named.add(path)
-    entries = [name.removesuffix(".json") for name in objects.names(REMOVED)]
+    removed = objects.names(REMOVED)
+    problems += _verify_removed(objects, organs, parameters, removed)
+    entries = [name.removesuffix(".json") for name in removed]
     named |= {f"{ATLASES}/{name}" for name in entries if parse_folder(name)}
     data = {f"{ATLASES}/{name}" for name in folders if parse_folder(name)}
-    partial = {f"{MARKERS}/{name}" for name in markers if name.endswith(PARTIAL_SUFFIX)}
-    left = _abandoned(objects, (data - named) | partial)
+    listed = ((MARKERS, markers), (NOTES, notes), (REMOVED, removed))
+    partial = {f"{of}/{name}" for of, names in listed for name in names if _is_partial(name)}
+    alone = {
+        f"{NOTES}/{name}"
+        for name in notes
+        if parse_folder(stem := name.removesuffix(".json"))
+        and f"{ATLASES}/{stem}" not in data | named
+    }
+    left = _abandoned(objects, (data - named) | partial | alone)
     problems += [_leftover(objects, path, repair) for path in left]
     problems += [
         Problem(None, f"{objects.url}/{MARKERS}/{name} is no marker of an atlas", "delete it")
@@ -151,8 +164,45 @@ def _verify_atlas(
         return [Problem(atlas_id, str(error).rstrip("."), _ADD_AGAIN)], None
     atlas = Atlas(info, organs, objects)
     problems = [Problem(atlas_id, fault, _ADD_AGAIN) for fault in _faults(atlas, parameters)]
+    try:
+        read_note(objects, info)
+    except StoreFormatError as error:
+        problems.append(_as_problem(atlas_id, error))
     changed = objects.read(key) != data
     return [] if changed else problems, atlas.path
+
+
+def _verify_removed(
+    objects: Objects, organs: OrganTable, parameters: Mapping[str, Json], names: Iterable[str]
+) -> Iterator[Problem]:
+    """Find what is wrong with atlases that can be restored, by the names of their entries."""
+    for name in sorted(names):
+        folder = parse_folder(name.removesuffix(".json"))
+        if folder is None or _is_partial(name):
+            continue
+        try:
+            found = read_removed(objects, f"{REMOVED}/{name}")
+        except StoreFormatError as error:
+            yield _as_problem(folder[0], error)
+            continue
+        if found is None:
+            continue
+        faults = list(_faults(Atlas(found[0].info, organs, objects), parameters))
+        if objects.exists(f"{REMOVED}/{name}"):  # nobody prunes it
+            for fault in faults:
+                yield Problem(
+                    folder[0], f"it was removed, and {fault}", "prune it, or add it again"
+                )
+
+
+def _as_problem(atlas_id: str, error: StoreFormatError) -> Problem:
+    """Describe an error as a problem: what, and after its last colon the remedy."""
+    what, _, remedy = str(error).rstrip(".").rpartition(": ")
+    return Problem(atlas_id, what, remedy)
+
+
+def _is_partial(name: str) -> bool:
+    return name.endswith(PARTIAL_SUFFIX)
 
 
 def _faults(atlas: Atlas, parameters: Mapping[str, Json]) -> Iterator[str]:
@@ -228,7 +278,9 @@ def _abandoned(objects: Objects, paths: Iterable[str]) -> list[str]:
         # A running add describes its folder, or renames its marker, within this time.
         time.sleep(INSTANT)
         present = {
-            f"{folder}/{name}" for folder in (ATLASES, MARKERS) for name in objects.names(folder)
+            f"{folder}/{name}"
+            for folder in (ATLASES, MARKERS, NOTES, REMOVED)
+            for name in objects.names(folder)
         }
         abandoned += [p for p in unknown if p in present and _started(objects, p) is None]
     # Markers are read last: an add may have committed and ended since they were listed, and an
@@ -237,8 +289,8 @@ def _abandoned(objects: Objects, paths: Iterable[str]) -> list[str]:
 
 
 def _is_named(objects: Objects, path: str) -> bool:
-    """Whether a marker names this folder, or is damaged and may have named it."""
-    folder = parse_folder(path.removeprefix(f"{ATLASES}/"))
+    """Whether a marker names this data, or that of this note, or is damaged and may have."""
+    folder = parse_folder(path.rpartition("/")[2].removesuffix(".json"))
     if folder is None:
         return False
     if objects.exists(removed_key(*folder)):
@@ -268,7 +320,7 @@ def _leftover(objects: Objects, path: str, repair: bool) -> Problem:
     folder = parse_folder(path.removeprefix(f"{ATLASES}/"))
     problem = Problem(
         folder[0] if folder else None,
-        f"{objects.url}/{path} was left by an add or removal that was interrupted",
+        f"{objects.url}/{path} was left by an add or another change that was interrupted",
         "verify with repair to remove it",
     )
     if not repair:

@@ -1,11 +1,13 @@
 #!/usr/bin/env python
 """Try to break a store: kill those who add to it, and flip bytes of what is there.
 
-`kill`: rounds in which several processes add atlases to one store, while the atlases of the
-round before are removed and all are read; some of the processes are killed with SIGKILL at a
-random moment. Whatever is visible meanwhile must be whole. After every round each atlas whose
-add returned must be there, nothing else may be wrong than that interrupted adds left data,
-which is removed, and the adds that were interrupted are repeated. `flip`: change one random
+`kill`: rounds in which several processes add, copy, note and relabel atlases of one store, and
+remove and restore those of the round before, in every second round prune them too, while all are
+read; some of the processes are killed with SIGKILL at a random moment. Whatever is visible
+meanwhile must be whole. After every round each atlas whose add or copy returned must be there with
+its note, each that was removed and not pruned must be there or be restored, nothing else may be
+wrong than that interrupted changes left data, which is removed, and the adds and copies that were
+interrupted are repeated. `flip`: change one random
 byte after the other of one atlas; `verify` must name the atlas, and the array, each time.
 `read`: damage one object after the other of a store, and segment a scan with it, in modes local
 and organ by turns; the answer must be the same bytes, or one sentence.
@@ -21,7 +23,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from threading import Thread
 
@@ -67,17 +69,18 @@ def main() -> None:
 
 
 class Adders:
-    """Processes that add atlases to a store, forked by one that is warm."""
+    """Processes that change a store, and copy from another, forked by one that is warm."""
 
-    def __init__(self, store: AtlasStore) -> None:
+    def __init__(self, store: AtlasStore, source: AtlasStore) -> None:
         self._server = subprocess.Popen(
-            [sys.executable, SYNTHETIC, store.url],
+            [sys.executable, SYNTHETIC, store.url, source.url],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
             env=os.environ | {"PYTHONPATH": str(ROOT)},
         )
         self.added: set[str] = set()
+        self.noted: set[str] = set()
         assert self._read() == ["ready"]
 
     def start(self, batches: Iterable[Iterable[str]]) -> list[int]:
@@ -110,27 +113,39 @@ class Adders:
     def _read(self) -> list[str]:
         assert self._server.stdout is not None
         words = self._server.stdout.readline().split()
-        if words[0] == "added":
+        if words[0] in ("added", "copied"):
             self.added.add(words[1])
+        if words[0] == "noted":
+            self.noted.add(words[1])
         return words
 
 
 def kill(store: AtlasStore, rounds: int, processes: int, rng: random.Random) -> None:
     # Nobody adds while it is verified: no add has to be given time to show itself.
     verify.INSTANT = 0.0
-    adders = Adders(store)
-    before: list[str] = []
+    source = AtlasStore.create(f"{store.url}-source", store.organs, synthetic.PARAMETERS)
+    synthetic.add(source, "original")
+    adders = Adders(store, source)
     killed = left = repeated = read = 0
     start = time.perf_counter()
-    adders.finish(adders.start(ids_of(-1, processes)))
+    adders.finish(adders.start(map(changes, ids_of(-1, processes))))
     # As long as a round takes when nobody is killed.
     long = time.perf_counter() - start
     before = store.ids()
     assert len(before) == EACH * processes
     for turn in range(rounds):
+        adders.added.clear()
+        adders.noted.clear()
         wanted = ids_of(turn, processes)
-        running = adders.start(wanted)
-        remover = Thread(target=remove, args=(store, before))
+        mine, theirs = before[::EACH], before[1::EACH]
+        prunes = turn % 2 == 1
+        running = adders.start(
+            changes(ids)
+            + [f"{how}:{old}" for how in ("removed", "restored", "removed")]
+            + ["pruned:all"] * prunes
+            for ids, old in zip(wanted, theirs, strict=True)
+        )
+        remover = Thread(target=remove, args=(store, mine))
         remover.start()
         until = time.perf_counter() + rng.uniform(0.0, long)
         while time.perf_counter() < until:
@@ -147,18 +162,23 @@ def kill(store: AtlasStore, rounds: int, processes: int, rng: random.Random) -> 
         assert all("was left by" in problem.what for problem in problems), problems
         assert all(problem.repaired for problem in problems), problems
         assert adders.added - set(before) <= set(store), adders.added - set(store)
+        assert all(store.note(one) == f"about {one}" for one in adders.noted), adders.noted
         left += len(problems)
+        if not prunes:
+            bring_back(store, theirs)
+        read += read_all(store)
+        clear(store, before)
         before = [atlas_id for batch in wanted for atlas_id in batch]
         missing = [atlas_id for atlas_id in before if atlas_id not in store]
         repeated += len(missing)
         adders.finish(adders.start([missing]))
         assert sorted(store) == sorted(before)
         assert store.verify() == []
+        assert_nothing_left(store)
         read += read_all(store)
-        adders.added.clear()
     adders.close()
     print(
-        f"{rounds} rounds of {processes} processes: {killed} killed, {left} interrupted adds"
+        f"{rounds} rounds of {processes} processes: {killed} killed, {left} interrupted changes"
         f" found and removed, {repeated} repeated, {rounds * processes * EACH} atlases, none"
         f" lost, {read} read whole meanwhile."
     )
@@ -168,13 +188,39 @@ def ids_of(turn: int, processes: int) -> list[list[str]]:
     return [[f"r{turn + 1}_p{p}_{n}" for n in range(EACH)] for p in range(processes)]
 
 
+def changes(ids: Sequence[str]) -> list[str]:
+    """Add the first, note something about it and relabel it; copy the others."""
+    first, *others = ids
+    return [first, f"noted:{first}", f"relabelled:{first}", *(f"copied:{one}" for one in others)]
+
+
 def remove(store: AtlasStore, ids: Iterable[str]) -> None:
-    for i, atlas_id in enumerate(ids):
+    for atlas_id in ids:
         store.remove(atlas_id)
-        if i == 0:
+
+
+def bring_back(store: AtlasStore, ids: Iterable[str]) -> None:
+    """Restore atlases that were removed, and perhaps restored, by somebody who was killed."""
+    for atlas_id in ids:
+        if atlas_id not in store:
             store.restore(atlas_id)
-            store.remove(atlas_id)
-    assert sorted(ids) == sorted(store.prune())
+
+
+def clear(store: AtlasStore, ids: Iterable[str]) -> None:
+    """Remove atlases of which some are removed already, and delete their data."""
+    remove(store, (atlas_id for atlas_id in ids if atlas_id in store))
+    store.prune()
+    assert store.removed() == []
+
+
+def assert_nothing_left(store: AtlasStore) -> None:
+    """Check that whatever is in a store belongs to an atlas that is there."""
+    known = {f"{atlas.id}.{atlas.info.uuid}" for atlas in store.atlases()}
+    for folder, whose in (("atlases", known), ("notes", known), ("removed", set[str]())):
+        there = {path.name.removesuffix(".json") for path in Path(store.url, folder).glob("*")}
+        assert there - {"zarr"} <= whose, there - whose  # zarr.json: `atlases` is a Zarr group
+    markers = {path.name for path in Path(store.url, "markers").glob("*")}
+    assert markers == {f"{atlas_id}.json" for atlas_id in store}
 
 
 def read_all(store: AtlasStore) -> int:

@@ -1,8 +1,9 @@
 """Small synthetic atlases, written with zarr alone.
 
-Run as a program with the path of a store, it forks a process for every line it reads
-(`ID ID …`) that adds these atlases one after the other, and prints `started PID`,
-`added ID` and `refused ID`, and in the end `done`, or `done nothing` where no id was given.
+Run as a program with the paths of a store and, perhaps, of another one, it forks a process for
+every line it reads (`ID ID …`) that adds these atlases one after the other, and prints `started
+PID`, `added ID` and `refused ID`, and in the end `done`, or `done nothing` where no id was given.
+Instead of an id there may be `HOW:ID`: one of `CHANGES`, then prints `HOW ID`.
 """
 
 import os
@@ -14,7 +15,15 @@ import numpy as np
 import xarray as xr
 from zarr.codecs import BloscCodec
 
-from atlas_store import AtlasInfo, AtlasStore, Draft, OrganInfo, load_organs
+from atlas_store import (
+    AtlasExistsError,
+    AtlasInfo,
+    AtlasNotFoundError,
+    AtlasStore,
+    Draft,
+    OrganInfo,
+    load_organs,
+)
 
 PARAMETERS = {"spacing": 2.0, "extraction": {"sigma": 1.6, "levels": 3}}
 SHAPE = (12, 10, 8)
@@ -85,6 +94,30 @@ def add(
         return commit(draft, seed, count)
 
 
+def relabel(store: AtlasStore, atlas_id: str) -> None:
+    """Replace an atlas, and keep its note."""
+    with store.draft(atlas_id, PARAMETERS, replace=True) as draft:
+        draft.note = store.note(atlas_id)
+        fill(draft, 1)
+        commit(draft, 1)
+
+
+def copy(store: AtlasStore, atlas_id: str) -> None:
+    source = AtlasStore.open(sys.argv[2])
+    store.copy_from(source[source.ids()[0]], atlas_id)
+
+
+CHANGES = {
+    "added": lambda store, atlas_id: add(store, atlas_id, seed=os.getpid()),
+    "copied": copy,
+    "relabelled": relabel,
+    "noted": lambda store, atlas_id: store.set_note(atlas_id, f"about {atlas_id}"),
+    "removed": lambda store, atlas_id: store.remove(atlas_id),
+    "restored": lambda store, atlas_id: store.restore(atlas_id),
+    "pruned": lambda store, _: store.prune(),
+}
+
+
 def tell(what: str) -> None:
     # In one write: the processes share the pipe.
     os.write(1, f"{what}\n".encode())
@@ -98,13 +131,15 @@ def serve(path: str) -> None:
         if os.fork() == 0:
             tell(f"started {os.getpid()}")
             store = AtlasStore.open(path)
-            for atlas_id in line.split():
+            for word in line.split():
+                how, _, atlas_id = word.rpartition(":")
+                how = how or "added"
                 try:
-                    add(store, atlas_id, seed=os.getpid())
-                except FileExistsError:
+                    CHANGES[how](store, atlas_id)
+                except (AtlasExistsError, AtlasNotFoundError):
                     tell(f"refused {atlas_id}")
                 else:
-                    tell(f"added {atlas_id}")
+                    tell(f"{how} {atlas_id}")
             tell("done" if line.split() else "done nothing")
             os._exit(0)
 

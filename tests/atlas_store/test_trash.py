@@ -144,4 +144,6 @@ def test_a_damaged_description_is_refused(
         with pytest.raises(StoreFormatError, match=path.name):
             action()
     assert folders(store) == 1
-    assert store.verify(repair=True) == []
+    (problem,) = store.verify(repair=True)
+    assert path.name in problem.what
+    assert not problem.repaired

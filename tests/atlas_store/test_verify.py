@@ -350,3 +350,60 @@ def test_what_is_no_file_is_refused_at_once(
     assert isinstance(error, AtlasStoreError)
     if name not in ("zarr.json", "markers/pt_1.json"):
         assert {problem.atlas for problem in store.verify()} == {"pt_1"}
+
+
+def test_notes_that_nobody_needs_are_removed_and_others_kept(
+    store: AtlasStore, synthetic: SimpleNamespace
+) -> None:
+    for name in ("pt_1", "pt_2", "pt_3"):
+        synthetic.add(store, name)
+        store.set_note(name, f"about {name}")
+    store.remove("pt_2")
+    folder = Path(store.url, "notes")
+    left = [folder / f"pt_3.{'0' * 32}.json", folder / "pt_3.0123.partial"]
+    left.append(Path(store.url, "removed", "pt_3.0123.partial"))
+    for path in left:
+        path.write_text("{")
+    # Its data is lost, and somebody may bring it back from a copy.
+    data = Path(store.url, store["pt_3"].path)
+    data.rename(data.with_name("away"))
+    problems = store.verify(repair=True)
+    assert {str(path) for path in left} == {p.what.split(" was left")[0] for p in problems[1:]}
+    assert [problem.repaired for problem in problems] == [False, True, True, True]
+    assert not any(path.exists() for path in left)
+    data.with_name("away").rename(data)
+    assert store.verify() == []
+    store.restore("pt_2")
+    assert [store.note(name) for name in store] == [f"about {name}" for name in store]
+
+
+def test_a_damaged_note_is_named(store: AtlasStore, synthetic: SimpleNamespace) -> None:
+    synthetic.add(store, "pt_1")
+    store.set_note("pt_1", "read twice")
+    (path,) = Path(store.url, "notes").iterdir()
+    path.write_text(path.read_text().replace('"note"', '"nose"'))
+    (problem,) = store.verify(repair=True)
+    expected = f"atlas 'pt_1': {path} is damaged (it holds no note): write the note again."
+    assert str(problem) == expected
+    store.set_note("pt_1", "read twice")
+    assert store.verify() == []
+
+
+def test_what_was_removed_is_verified_while_it_can_be_restored(
+    store: AtlasStore, synthetic: SimpleNamespace
+) -> None:
+    for name in ("pt_1", "pt_2"):
+        synthetic.add(store, name)
+    data = Path(store.url, store["pt_1"].path)
+    for name in ("pt_1", "pt_2"):
+        store.remove(name)
+    assert store.verify() == []
+    (data / "image" / "0" / "c" / "1" / "0" / "0").unlink()
+    entry = next(Path(store.url, "removed").glob("pt_2.*"))
+    entry.write_text(entry.read_text().replace("pt_1_ct", "pt_9_ct"))
+    missing, damaged = store.verify(repair=True)
+    assert (missing.atlas, damaged.atlas) == ("pt_1", "pt_2")
+    assert missing.what.startswith("it was removed, and ")
+    assert missing.what.endswith("image/0 has 1 object(s) that are missing")
+    assert str(entry) in damaged.what
+    assert [missing.repaired, damaged.repaired] == [False, False]
