@@ -1,6 +1,11 @@
 """A graph of neighbours among keypoints, built by pynndescent and searched by a kernel.
 
-The graph is two plain arrays. Only building it imports pynndescent, which takes seconds and
+Keypoints of many atlases lie in clusters, each of one place in the body, and a graph of nearest
+neighbours hardly leads from one to another. So there are layers: every keypoint is in the lowest,
+one of `THINNING` at random also in the next, and so on. In upper layers, few of a cluster are left,
+and neighbours are in other ones.
+
+The graph is plain arrays. Only building it imports pynndescent, which takes seconds and
 compiles for a minute, so that is done in a process of its own. The search needs no lock and no
 pickle, and gives the same result in any number of threads.
 """
@@ -10,7 +15,7 @@ import os
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -28,14 +33,18 @@ FEWEST = 512
 LISTED = 64
 """Neighbours that a search lists for each keypoint."""
 SLACK = 1.1
-"""Candidates are followed up to this factor of the squared distance of the last neighbour."""
-ENTRIES = 64
-"""Rows at which a search begins, evenly spaced."""
+"""Nodes are followed up to this factor of the squared distance of the last neighbour."""
+UPPER_SLACK = 1.5
+"""The same in upper layers, whose nodes stand for many. Of 1780 atlases made of 8 patients, 2.5 %
+of the nearest keypoints are missed; with 1.2 here 8 %, with 1.2 in the lowest layer below 2 % in
+nearly twice the time, and without layers 86 %."""
+THINNING = 16
+"""Keypoints of a layer for each one that is in the next layer, too."""
 MOST_COMPARED = 1 << 14
-"""Limit of the rows that a search compares with a keypoint, where few have a similar scale."""
+"""Limit of the nodes that a search compares with a keypoint, where few have a similar scale."""
 
 LOWER_HALF = 0xFFFFFFFF
-"""Bits of a key that hold the row; see `_Search`."""
+"""Bits of a key that hold the node; see `_Search`."""
 
 PROGRAM = "from atlas_store.index.graph import build; build()"
 """Program of the process that builds graphs."""
@@ -46,28 +55,37 @@ _SUFFIX = ".graph"
 class Graph(NamedTuple):
     """Neighbours of m keypoints.
 
+    Nodes 0 to m - 1 are the keypoints, those after them copies in upper layers. A copy also leads
+    to the node of the same keypoint in the layer below.
+
     Attributes
     ----------
-    begin : int32 array (m + 1)
-        Neighbours of row i are ``neighbours[begin[i] : begin[i + 1]]``.
+    begin : int32 array (nodes + 1)
+        Neighbours of node i are ``neighbours[begin[i] : begin[i + 1]]``.
     neighbours : int32 array (e)
-        Rows.
+        Nodes.
+    copies : int32 array (nodes - m)
+        Row of the keypoint of each node in an upper layer, layer by layer.
+    top : int32 array (1)
+        First node of the highest layer, where searches begin.
     """
 
     begin: NDArray[np.int32]
     neighbours: NDArray[np.int32]
+    copies: NDArray[np.int32]
+    top: NDArray[np.int32]
 
     def dump(self) -> bytes:
         """Write it as an ``.npz`` without pickles."""
         file = io.BytesIO()
-        np.savez(file, allow_pickle=False, begin=self.begin, neighbours=self.neighbours)
+        np.savez(file, allow_pickle=False, **self._asdict())
         return file.getvalue()
 
     @classmethod
     def load(cls, data: bytes) -> "Graph":
         """Read what `dump` wrote."""
         with np.load(io.BytesIO(data), allow_pickle=False) as arrays:
-            return cls(arrays["begin"], arrays["neighbours"])
+            return cls(*(arrays[name] for name in cls._fields))
 
 
 def cached_graph(folder: Path, stem: str) -> Graph | None:
@@ -140,7 +158,7 @@ def build_graphs(
 
 
 def _name(stem: str) -> str:
-    return f"{stem}-pynndescent-{version('pynndescent')}"
+    return f"{stem}-layers-pynndescent-{version('pynndescent')}"
 
 
 def build() -> None:
@@ -151,19 +169,58 @@ def build() -> None:
 
 def _build(path: str) -> None:
     """Build the graph of the descriptors in a file; runs in a process of its own."""
+    descriptor = np.load(f"{path}.npy", allow_pickle=False)
+    graph = layered_graph(descriptor, _neighbours)
+    Path(f"{path}{_SUFFIX}").write_bytes(graph.dump())
+    print(path, flush=True)
+
+
+def layered_graph(
+    descriptor: NDArray[np.uint8],
+    neighbours: Callable[[NDArray[np.uint8]], tuple[NDArray[np.int64], NDArray[np.int64]]],
+) -> Graph:
+    """Make a graph in layers.
+
+    Parameters
+    ----------
+    descriptor : uint8 array (m, 64)
+        `FEWEST` or more.
+    neighbours : callable
+        Given some of them, returns pairs as two int64 arrays, row and neighbour.
+    """
+    order = np.random.default_rng(0).permutation(len(descriptor))
+    rows, below = np.arange(len(descriptor)), np.zeros(0, np.int64)
+    first, degrees, ends, copies = 0, [], [], [np.zeros(0, np.int64)]
+    while rows.size:
+        # All of the highest layer are compared, so it needs no neighbours.
+        pairs = neighbours(descriptor[rows]) if rows.size >= FEWEST else (below[:0], below[:0])
+        start = np.concatenate([np.arange(below.size), pairs[0]])
+        end = np.concatenate([below, first + pairs[1]])
+        ends.append(end[np.argsort(start, kind="stable")])
+        degrees.append(np.bincount(start, minlength=rows.size))
+        if rows.size < FEWEST:
+            break
+        kept = np.sort(order[: rows.size // THINNING])
+        below = first + np.searchsorted(rows, kept)
+        first += rows.size
+        rows = kept
+        copies.append(rows)
+    begin = np.cumsum(np.concatenate([[0], *degrees]))
+    arrays = begin, np.concatenate(ends), np.concatenate(copies), np.array([first])
+    return Graph(*(array.astype(np.int32) for array in arrays))
+
+
+def _neighbours(descriptor: NDArray[np.uint8]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Find neighbours by pynndescent: pairs of row and neighbour."""
     from pynndescent import NNDescent
 
-    descriptor = np.load(f"{path}.npy", allow_pickle=False)
     index: Any = NNDescent(descriptor.astype(np.float32), random_state=0)
     index.prepare()
     # pynndescent sorts the rows by its trees, and numbers its graph in that order.
     edges, row_of = index._search_graph.tocoo(), np.asarray(index._vertex_order)
-    ends = row_of[edges.row], row_of[edges.col]
-    order = np.lexsort(ends[::-1])
-    begin = np.searchsorted(ends[0][order], np.arange(len(descriptor) + 1))
-    graph = Graph(begin.astype(np.int32), ends[1][order].astype(np.int32))
-    Path(f"{path}{_SUFFIX}").write_bytes(graph.dump())
-    print(path, flush=True)
+    start, end = row_of[edges.row].astype(np.int64), row_of[edges.col].astype(np.int64)
+    order = np.lexsort((end, start))
+    return start[order], end[order]
 
 
 @kernel
@@ -208,19 +265,19 @@ def _squared_distance(one: NDArray[np.uint8], other: NDArray[np.uint8]) -> Any:
 class _Search(NamedTuple):
     """What a search knows of one keypoint.
 
-    A key holds the squared distance of a row in its upper half and the row in its lower one, so
+    A key holds the squared distance of a node in its upper half and the node in its lower one, so
     that heaps have one order.
 
     Attributes
     ----------
-    stamp : int32 array (m)
-        Last keypoint that each row was compared with.
+    stamp : int32 array (nodes)
+        Last keypoint that each node was compared with.
     ahead : int64 array (`MOST_COMPARED`)
-        Heap of the keys of rows whose neighbours were not looked at, the nearest first.
+        Heap of the keys of nodes whose neighbours were not looked at, the nearest first.
     near : int64 array (`LISTED`)
         Heap of the negated keys of the nearest rows that may be listed, the farthest first.
     sizes : int64 array (3)
-        Rows in `ahead`, in `near`, and compared so far.
+        Nodes in `ahead`, in `near`, and compared so far.
     """
 
     stamp: NDArray[np.int32]
@@ -230,29 +287,37 @@ class _Search(NamedTuple):
 
 
 @kernel
-def _limit(search: _Search) -> float:
-    """Squared distance up to which rows are followed."""
+def _limit(search: _Search, slack: float) -> float:
+    """Squared distance up to which nodes are followed."""
     if search.sizes[1] < LISTED:
         return np.inf
-    return SLACK * float(-search.near[0] >> 32)
+    return slack * float(-search.near[0] >> 32)
 
 
 @kernel
 def _compare(
-    search: _Search, i: int, row: int, query: Query, candidates: Candidates, wanted: Any
+    search: _Search,
+    i: int,
+    node: int,
+    graph: Graph,
+    query: Query,
+    candidates: Candidates,
+    wanted: Any,
 ) -> None:
-    """Compare a row with keypoint i, unless that was done."""
+    """Compare a node with keypoint i, unless that was done."""
     sizes = search.sizes
-    if search.stamp[row] == i or sizes[2] == MOST_COMPARED:
+    if search.stamp[node] == i or sizes[2] == MOST_COMPARED:
         return
-    search.stamp[row] = i
+    search.stamp[node] = i
     sizes[2] += 1
+    upper = node - wanted.size
+    row = node if upper < 0 else graph.copies[upper]
     squared = _squared_distance(query.descriptor[i], candidates.descriptor[row])
-    key = squared << 32 | row
-    if squared <= _limit(search):
+    key = squared << 32 | node
+    if squared <= _limit(search, SLACK if upper < 0 else UPPER_SLACK):
         _push(search.ahead, sizes[0], key)
         sizes[0] += 1
-    if wanted[row] and query.low[i] <= candidates.scale[row] <= query.high[i]:
+    if upper < 0 and wanted[row] and query.low[i] <= candidates.scale[row] <= query.high[i]:
         if sizes[1] < LISTED:
             _push(search.near, sizes[1], -key)
             sizes[1] += 1
@@ -266,9 +331,10 @@ def nearest_in_graph(
 ) -> Any:
     """List rows that are probably the nearest to each keypoint, under the constraints of eq. 2.
 
-    Best-first search: of the rows known so far, the nearest whose neighbours were not yet looked
-    at is next, until that is farther than `SLACK` times the farthest of those listed. Rows that a
-    constraint refuses lead on, but are not listed.
+    Best-first search from all of the highest layer: of the nodes known so far, the nearest whose
+    neighbours were not yet looked at is next, until that is farther than `UPPER_SLACK` times the
+    farthest of those listed; in the lowest layer, `SLACK` times. Rows that a constraint refuses
+    lead on, but are not listed.
 
     Parameters
     ----------
@@ -285,21 +351,23 @@ def nearest_in_graph(
     int32 array (n, `LISTED`)
         Rows in no order; -1 where there are fewer.
     """
-    n, m = query.low.size, wanted.size
+    n, nodes = query.low.size, graph.begin.size - 1
     listed = np.full((n, LISTED), -1, np.int32)
-    stamp, near = np.full(m, -1, np.int32), np.empty(LISTED, np.int64)
+    stamp, near = np.full(nodes, -1, np.int32), np.empty(LISTED, np.int64)
     search = _Search(stamp, np.empty(MOST_COMPARED, np.int64), near, np.zeros(3, np.int64))
     for i in range(n):
         sizes = search.sizes
         sizes[:] = 0
-        for entry in range(ENTRIES):
-            _compare(search, i, entry * m // ENTRIES, query, candidates, wanted)
-        while sizes[0] and (search.ahead[0] >> 32) <= _limit(search):
-            row = search.ahead[0] & LOWER_HALF
+        for node in range(graph.top[0], nodes):
+            _compare(search, i, node, graph, query, candidates, wanted)
+        while sizes[0] and (search.ahead[0] >> 32) <= _limit(search, UPPER_SLACK):
+            squared, node = search.ahead[0] >> 32, search.ahead[0] & LOWER_HALF
             sizes[0] -= 1
             _sink(search.ahead, sizes[0], search.ahead[sizes[0]])
-            for edge in range(graph.begin[row], graph.begin[row + 1]):
-                _compare(search, i, graph.neighbours[edge], query, candidates, wanted)
+            if node < wanted.size and squared > _limit(search, SLACK):
+                continue
+            for edge in range(graph.begin[node], graph.begin[node + 1]):
+                _compare(search, i, graph.neighbours[edge], graph, query, candidates, wanted)
         for k in range(sizes[1]):
             listed[i, k] = -near[k] & LOWER_HALF
     return listed

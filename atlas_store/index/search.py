@@ -20,7 +20,14 @@ from numpy.typing import NDArray
 from atlas_store.errors import AtlasNotFoundError
 from atlas_store.index.graph import FEWEST
 from atlas_store.index.nearest import Best, Numbers, Query
-from atlas_store.index.segments import Segment, SignedKeypoints, build_missing, merges
+from atlas_store.index.segments import (
+    Segment,
+    SignedKeypoints,
+    build_missing,
+    fewest_for,
+    merges,
+    mostly_wanted,
+)
 from atlas_store.storage.cache import forget, index_folder, keep, recall
 from atlas_store.store import AtlasStore
 
@@ -35,6 +42,9 @@ REPRESENTED_BY = 128
 For 51 scans and 100 atlases of 16 organ keypoints each: of the 20 atlases that agree best by
 all their keypoints, the index has 79 % among its first 60 by organ keypoints alone, 96 % with
 the largest up to 128, 95 % with the strongest, 92 % with those nearest to organs."""
+
+_loaded: dict[Path, tuple[object, Segment | None]] = {}
+"""Segments that this process opened last, with the version of each file: for the next scan."""
 
 _THREADS = 4
 """Threads that read atlases."""
@@ -108,7 +118,7 @@ class AtlasIndex:
             raise ValueError(f"The index {mode!r} is unknown; use {', '.join(MODES)}.")
         folder = index_folder(store.uuid)
         uuids = store.uuids()
-        cached = {path: _load(path) for path in sorted(folder.glob("*.npz"))}
+        cached = _load_all(folder)
         current, stale = _sort_out([s for s in cached.values() if s is not None], uuids)
         known = {atlas for segment in (*current, *stale) for atlas in segment.atlases}
         missing = [i for i, uuid in uuids.items() if (i, uuid) not in known]
@@ -199,6 +209,35 @@ class AtlasIndex:
         """
         return build_missing(self.segments, self._folder)
 
+    def build_needed(self, ids: Sequence[str]) -> Iterator[int]:
+        """Build the graphs that a query needs and the cache lacks, as the query itself would.
+
+        Yields
+        ------
+        int
+            Number of keypoints of each graph, when it is built.
+
+        Raises
+        ------
+        AtlasStoreError
+            If pynndescent cannot build one.
+        AtlasNotFoundError
+            As for `query`.
+        """
+        return build_missing(self._searched(ids), self._folder, fewest_for(self.mode))
+
+    def n_needed(self, ids: Sequence[str]) -> int:
+        """Count the graphs that `build_needed` would build."""
+        fewest = fewest_for(self.mode)
+        return sum(len(s.missing_graphs(self._folder, fewest)) for s in self._searched(ids))
+
+    def _searched(self, ids: Sequence[str]) -> list[Segment]:
+        """Segments that a query searches in graphs, where they are large enough."""
+        if self.mode == "exact":
+            return []
+        numbers = self._atlas_numbers(ids)
+        return [s for s, n in zip(self.segments, numbers, strict=True) if mostly_wanted(n)]
+
     @property
     def n_graphs(self) -> int:
         """Number of the graphs that can be built."""
@@ -259,9 +298,23 @@ def _look_up(best: Best, segments: Sequence[SignedKeypoints]) -> dict[str, NDArr
     return columns
 
 
-def _load(path: Path) -> Segment | None:
-    data = recall(path)
-    return None if data is None else Segment.load(data)
+def _load_all(folder: Path) -> dict[Path, Segment | None]:
+    """Load the segments of a folder; None for one that is damaged or of another version."""
+    found: dict[Path, tuple[object, Segment | None]] = {}
+    for path in sorted(folder.glob("*.npz")):
+        try:
+            status = path.stat()
+        except OSError:  # deleted meanwhile
+            continue
+        version = status.st_ino, status.st_mtime_ns, status.st_size
+        known = _loaded.get(path)
+        if known is None or known[0] != version:
+            data = recall(path)
+            known = version, None if data is None else Segment.load(data)
+        found[path] = known
+    _loaded.clear()
+    _loaded.update(found)
+    return {path: segment for path, (_, segment) in found.items()}
 
 
 def _sort_out(

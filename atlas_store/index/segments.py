@@ -9,8 +9,10 @@ import json
 import threading
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import pairwise
 from pathlib import Path
 from typing import Self
 
@@ -36,11 +38,13 @@ from atlas_store.storage.digests import canonical, digest
 
 ENCODING = {"encoding-type": "kpt-index-segment", "encoding-version": "2"}
 
-PAYS_FROM = 1 << 17
-"""Keypoints of one sign from which a graph is built without being asked for: of some 2 000 atlases.
-Building it takes a minute or two, as long as BLAS takes for 100 scans; see
-scripts/benchmark_store.py."""
+PAYS_FROM = 1 << 15
+"""Keypoints of one sign from which a graph is built without being asked for: of some 500 atlases.
+From there on a graph is quicker than BLAS, and the time of a scan hardly grows with the store;
+see scripts/benchmark_store.py."""
 
+_THREADS = 4
+"""Threads that search a graph, each for some of the keypoints."""
 _COLUMNS = 8192
 """Descriptors of atlases whose scalar products are in memory at a time."""
 _FIRST_LEVEL = 4096
@@ -229,7 +233,7 @@ class Segment:
         """
         keypoints = self.by_sign[sign > 0]
         atlas_number, segment_number = numbers.atlas, numbers.segment
-        if 2 * np.count_nonzero(atlas_number >= 0) < atlas_number.size:
+        if not mostly_wanted(atlas_number):
             # Most atlases that a graph lists would be unwanted ones.
             wanted = np.flatnonzero(atlas_number >= 0)
             part = keypoints.only(wanted)
@@ -242,7 +246,7 @@ class Segment:
         else:
             candidates = Candidates(keypoints.descriptor, keypoints.scale, keypoints.offsets)
             wanted_rows = atlas_number[keypoints.atlas_of] >= 0
-            listed = nearest_in_graph(graph, query, candidates, wanted_rows)
+            listed = nearest_in_threads(graph, query, candidates, wanted_rows)
             search_listed_atlases(listed, keypoints.atlas_of, query, candidates, numbers, best)
 
     def graph(self, sign: int, mode: str, folder: Path) -> Graph | None:
@@ -260,9 +264,8 @@ class Segment:
         """
         if mode == "exact" or len(self.by_sign[sign > 0].scale) < FEWEST:
             return None
-        fewest = PAYS_FROM if mode == "auto" else FEWEST
         with _one_at_a_time:
-            for _ in build_missing([self], folder, fewest):
+            for _ in build_missing([self], folder, fewest_for(mode)):
                 pass
             return self._known_graph(sign, folder)
 
@@ -284,6 +287,29 @@ class Segment:
             if len(self.by_sign[sign > 0].scale) >= fewest
             and self._known_graph(sign, folder) is None
         }
+
+
+def nearest_in_threads(
+    graph: Graph, query: Query, candidates: Candidates, wanted: NDArray[np.bool_]
+) -> NDArray[np.int32]:
+    """Do what `nearest_in_graph` does, part by part of the query."""
+    ends = np.linspace(0, query.low.size, _THREADS + 1).astype(int)
+    parts = [
+        Query(query.descriptor[a:b], query.low[a:b], query.high[a:b]) for a, b in pairwise(ends)
+    ]
+    with ThreadPoolExecutor(_THREADS) as threads:
+        listed = threads.map(lambda part: nearest_in_graph(graph, part, candidates, wanted), parts)
+        return np.concatenate(list(listed))
+
+
+def mostly_wanted(atlas_number: NDArray[np.int64]) -> bool:
+    """Whether at least half of a segment's atlases are wanted: those of no negative number."""
+    return bool(2 * np.count_nonzero(atlas_number >= 0) >= atlas_number.size)
+
+
+def fewest_for(mode: str) -> int:
+    """Keypoints of one sign from which a search builds a graph; see `Segment.graph`."""
+    return PAYS_FROM if mode == "auto" else FEWEST
 
 
 def build_missing(segments: Sequence[Segment], folder: Path, fewest: int = FEWEST) -> Iterator[int]:

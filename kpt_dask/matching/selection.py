@@ -94,6 +94,10 @@ def propose_atlases(
     with progress.stage("Selecting atlases"):
         descriptor, scale, sign = (keypoints[n].values for n in ("descriptor", "scale", "sign"))
         opened = AtlasIndex.open(store, index)
+        if missing := opened.n_needed(atlas_ids):
+            with progress.stage("Building graphs", total=missing) as advance:
+                for _ in opened.build_needed(atlas_ids):
+                    advance(1)
         found = opened.query(descriptor, scale, sign, atlas_ids, scale_ratio=SCALE_RATIO)
         i, k = np.nonzero(found.atlas >= 0)
         atlas, squared = found.atlas[i, k], found.first[i, k]

@@ -1,7 +1,7 @@
 """The index finds what a plain search finds, however it grew and whoever asks."""
 
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
@@ -114,7 +114,7 @@ def test_listed_atlases_are_searched_exactly(seed: int, a: int) -> None:
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(segments, "nearest_in_graph", listed)
-        patch.setattr(Segment, "graph", lambda *_: Graph(np.zeros(0), np.zeros(0)))
+        patch.setattr(Segment, "graph", lambda *_: Graph(*[np.zeros(0)] * 4))
         graph = AtlasIndex([made], dict(atlases.keys()), "pynndescent", Path("nowhere"))
         assert same(graph.query(*asked(test), chosen), expected)
         # A list that ends early: atlases may be missing, but none is told wrongly.
@@ -222,6 +222,22 @@ def test_an_atlas_removed_before_the_index_reads_it_is_told(
     assert same(query_all(snapshot, ["a0", "a2"]), query_all(store, store.ids()))
 
 
+def test_a_segment_is_loaded_once_by_a_process(
+    store: AtlasStore, synthetic: SimpleNamespace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    synthetic.add(store, "a0")
+    expected = query_all(store, ["a0"])
+    AtlasIndex.open(store)
+    with monkeypatch.context() as patch:
+        patch.setattr(search, "recall", None)
+        assert same(query_all(store, ["a0"]), expected)
+    [path] = index_folder(store.uuid).iterdir()
+    path.write_bytes(path.read_bytes()[:-1])
+    assert same(query_all(store, ["a0"]), expected)
+    [after] = index_folder(store.uuid).iterdir()
+    assert recall(after) is not None
+
+
 @pytest.mark.parametrize("damage", [b"", b"nonsense", None])
 def test_a_damaged_or_outdated_cache_is_made_anew(
     store: AtlasStore,
@@ -263,14 +279,21 @@ def test_a_cache_that_cannot_be_written_is_done_without(
     assert same(query_all(store, ["a0"]), expected)
 
 
-def naive_graph(descriptor: np.ndarray, k: int) -> Graph:
-    """Each row leads to its k nearest and to one other at random, so that all can be reached."""
-    n = len(descriptor)
-    squared = ((descriptor[:, None].astype(int) - descriptor[None].astype(int)) ** 2).sum(axis=2)
-    near = np.argsort(squared, axis=1, kind="stable")[:, : k + 1]
-    ahead = np.concatenate([near, (np.arange(n)[:, None] + 1) % n], axis=1)
-    begin = np.arange(n + 1) * ahead.shape[1]
-    return Graph(begin.astype(np.int32), ahead.ravel().astype(np.int32))
+def naive_neighbours(
+    k: int, *, linked: bool
+) -> Callable[[np.ndarray], tuple[np.ndarray, np.ndarray]]:
+    """Lead from each row to its k nearest and, if linked, to one other, so that all are reached."""
+
+    def neighbours(descriptor: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        n = len(descriptor)
+        one = descriptor.astype(np.float32)
+        squared = (one**2).sum(axis=1)[:, None] + (one**2).sum(axis=1) - 2 * one @ one.T
+        near = np.argsort(squared, axis=1, kind="stable")[:, : k + 1]
+        if linked:
+            near = np.concatenate([near, (np.arange(n)[:, None] + 1) % n], axis=1)
+        return np.repeat(np.arange(n), near.shape[1]), near.ravel()
+
+    return neighbours
 
 
 @given(st.integers(0, 2**32 - 1), st.integers(1, 300), st.integers(0, 5))
@@ -282,8 +305,14 @@ def test_a_graph_search_lists_the_nearest_that_constraints_allow(seed: int, m: i
     candidates = Candidates(known["descriptor"], known["scale"], np.array([0, m]))
     query = Query(test["descriptor"], test["scale"] / 2, test["scale"] * 2)
     wanted = rng.random(m) < 0.7
-    made = naive_graph(known["descriptor"], 3)
+    fewest = int(rng.choice([40, graph.FEWEST]))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(graph, "FEWEST", fewest)
+        made = graph.layered_graph(known["descriptor"], naive_neighbours(3, linked=True))
+    assert (made.top[0] == 0) == (m < fewest)
     listed = graph.nearest_in_graph(made, query, candidates, wanted)
+    in_threads = segments.nearest_in_threads(made, query, candidates, wanted)
+    assert in_threads.tolist() == listed.tolist()
     for i in range(n):
         apart = known["descriptor"].astype(int) - test["descriptor"][i].astype(int)
         squared = (apart**2).sum(axis=1)
@@ -293,8 +322,58 @@ def test_a_graph_search_lists_the_nearest_that_constraints_allow(seed: int, m: i
         rows = listed[i][listed[i] >= 0]
         assert fitting[rows].all()
         assert len(set(rows.tolist())) == len(rows) == min(len(expected), graph.LISTED)
-        if m <= graph.ENTRIES:  # all are compared
+        if m < fewest:  # all are compared
             assert np.sort(squared[rows]).tolist() == expected.tolist()
+
+
+def test_layers_lead_from_one_cluster_to_another() -> None:
+    """Clusters of more keypoints than have each other as neighbours: many atlases of few bodies."""
+    rng = np.random.default_rng(0)
+    clusters, each = 80, 56
+    middles = rng.permuted(np.tile(np.arange(64), (clusters, 1)), axis=1)
+
+    def jittered(n: int) -> np.ndarray:
+        values = np.repeat(middles, n, axis=0) + rng.normal(0, 4, (n * clusters, 64))
+        return values.argsort(axis=1).argsort(axis=1).astype(np.uint8)
+
+    known, test = jittered(each), jittered(1)
+    m, same_scale = len(known), np.ones(len(known), np.float32)
+    candidates = Candidates(known, same_scale, np.array([0, m]))
+    query = Query(test, same_scale[:clusters], same_scale[:clusters])
+    made = graph.layered_graph(known, naive_neighbours(8, linked=False))
+
+    def found(searched: Graph) -> float:
+        """Fraction of each cluster that is listed for its keypoint."""
+        listed = graph.nearest_in_graph(searched, query, candidates, np.ones(m, np.bool_))
+        return float((listed // each == np.arange(clusters)[:, None]).sum() / m)
+
+    lowest = made.begin[: m + 1], made.neighbours[: made.begin[m]]
+    assert found(Graph(*lowest, made.copies[:0], np.array([m - 64], np.int32))) < 0.5
+    assert found(made) > 0.9
+
+
+def test_graphs_that_a_query_needs_are_counted_and_built(
+    patients: AtlasStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    segment = segment_of(atlases := real_atlases(patients))
+    names = dict(atlases.keys())
+    few = list(names)[: len(names) // 3]
+
+    def built(wanted: Mapping[str, np.ndarray], _: Path) -> Iterator[tuple[str, Graph]]:
+        for stem, descriptor in wanted.items():
+            yield stem, graph.layered_graph(descriptor, naive_neighbours(3, linked=True))
+
+    monkeypatch.setattr(segments, "build_graphs", built)
+    monkeypatch.setattr(segments, "_graphs", {})
+    sizes = [len(side.scale) for side in segment.by_sign]
+    monkeypatch.setattr(segments, "PAYS_FROM", max(sizes))
+    needed = {"exact": [], "auto": [max(sizes)], "pynndescent": [min(sizes)]}
+    for mode, expected in needed.items():
+        opened = AtlasIndex([segment], names, mode, tmp_path)
+        assert opened.n_needed(few) == 0  # most that a graph lists would be others
+        assert opened.n_needed(list(names)) == len(expected)
+        assert list(opened.build_needed(list(names))) == expected
+        assert opened.n_needed(list(names)) == 0
 
 
 def real_atlases(store: AtlasStore) -> dict[tuple[str, str], dict[str, Any]]:
