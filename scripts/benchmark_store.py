@@ -9,6 +9,13 @@ measured in one warm process; the first query of each kind is not counted, since
 pynndescent built, in a process of its own. `selected_by_both` is the fraction of the atlases
 selected after an exact search that are selected after a search in graphs, too.
 
+`graph_build_s` and `graph_build_mib` are what building the graphs took that were not there, for
+`graph_keypoints` keypoints. `graph_s_per_add` is what graphs cost for each atlas if a store grows
+to this size one by one and is searched after every one: the keypoints in all graphs that `auto`
+then builds, at the measured time for each. `add_scan_s` is a real patient's whole add, from files,
+and `add_with_graphs` how many times as long it takes with that. `search_process_mib` is the most
+memory that a process of its own holds that proposes atlases.
+
 With `--folder` the store is kept, and the next run goes on from there: sizes can be measured
 one by one.
 """
@@ -16,7 +23,9 @@ one by one.
 import argparse
 import json
 import os
+import resource
 import statistics
+import subprocess
 import sys
 import tempfile
 import time
@@ -33,7 +42,8 @@ from numcodecs import Blosc
 from zarr.codecs import BloscCodec
 
 from atlas_store import Atlas, AtlasKeypoints, AtlasStore, OrganInfo, load_organs
-from atlas_store.index.search import AtlasIndex
+from atlas_store.index.search import REPRESENTED_BY, AtlasIndex
+from atlas_store.index.segments import PAYS_FROM, merges
 from atlas_store.keypoints import VARIABLES
 from atlas_store.layout import data_folder, marker_key
 from atlas_store.storage.cache import index_folder
@@ -48,6 +58,18 @@ DATA = Path(__file__).parents[2] / "shared" / "data" / "openkbp"
 IN_ORGANS = 110
 SHAPE = (4, 4, 4)
 SELECTED = 20
+
+SEARCH = """
+import sys
+from memory import resident_mib
+from atlas_store import AtlasStore
+from kpt_dask.matching.selection import propose_atlases
+
+store, scans = map(AtlasStore.open, sys.argv[1:])
+propose_atlases(next(iter(scans.atlases())).keypoints(), store, store.ids(), 20)
+print(resident_mib("VmHWM"))
+"""
+"""Program of a process that proposes atlases of one store for the first of another."""
 
 
 def main() -> None:
@@ -73,7 +95,8 @@ def main() -> None:
         folder = options.folder or Path(name)
         folder.mkdir(parents=True, exist_ok=True)
         os.environ["XDG_CACHE_HOME"] = str(folder / "cache")
-        real = originals(folder / "originals", None if options.quick else options.data)
+        data = None if options.quick else options.data
+        real = originals(folder / "originals", data)
         url = folder / "store"
         if url.exists():
             store = AtlasStore.open(url)
@@ -86,31 +109,47 @@ def main() -> None:
         with cluster.session() as client:
             for size in sizes:
                 print(f"Growing to {size} atlases …", file=sys.stderr)
-                rows[size] = measure(store, real, size, graph_up_to, repeats, client)
+                row = measure(store, real, size, graph_up_to, repeats, client)
+                row["search_process_mib"] = search_in_a_process(url, folder / "originals")
+                row["add_scan_s"] = add_scan(data, client)
+                rows[size] = with_graphs(rows.get(size, {}) | row, size)
                 figures.write_text(json.dumps(rows, indent=2))
         report(rows)
     if options.json:
         options.json.write_text(json.dumps(metrics(rows), indent=2) + "\n")
 
 
+def sources(folder: Path, data: Path | None) -> tuple[AtlasStore, list[tuple[Path, Path]]]:
+    """Make a store, and list scans for it with their label maps: real patients, or phantoms."""
+    if data is not None and data.is_dir():
+        scans = sorted(data.glob("*_ct.nii.gz"))[:9]
+        pairs = [(scan, Path(str(scan).replace("_ct.nii.gz", "_seg.nii.gz"))) for scan in scans]
+        return AtlasStore.create(folder, load_organs("openkbp"), store_parameters()), pairs
+    print("Phantoms are used, not real CT.", file=sys.stderr)
+    names = [[f"body_{seed}_{what}.nii.gz" for what in ("ct", "seg")] for seed in (1, 2)]
+    pairs = [(folder.parent / scan, folder.parent / labels) for scan, labels in names]
+    for seed, pair in enumerate(pairs, 1):
+        write_phantom(*pair, seed, (110, 65, 80), 4.0, overwrite=True)
+    return AtlasStore.create(folder, load_organs("visceral"), store_parameters(4.0)), pairs
+
+
 def originals(folder: Path, data: Path | None) -> list[xr.Dataset]:
     """Keypoints of real patients, or of phantoms; the first is the scan."""
     if folder.exists():
         store = AtlasStore.open(folder)
-        return [store[atlas_id].keypoints() for atlas_id in store]
-    print("Extracting keypoints …", file=sys.stderr)
-    if data is None or not data.is_dir():
-        print("Phantoms are used, not real CT.", file=sys.stderr)
-        store = AtlasStore.create(folder, load_organs("visceral"), store_parameters(4.0))
-        scan, labels = (folder.parent / f"body_{what}.nii.gz" for what in ("ct", "seg"))
-        for seed in (1, 2):
-            write_phantom(scan, labels, seed, (110, 65, 80), 4.0, overwrite=True)
-            add_atlas(store, scan, labels, atlas_id=f"body_{seed}")
     else:
-        store = AtlasStore.create(folder, load_organs("openkbp"), store_parameters())
-        for scan in sorted(data.glob("*_ct.nii.gz"))[:9]:
-            add_atlas(store, scan, Path(str(scan).replace("_ct.nii.gz", "_seg.nii.gz")))
+        print("Extracting keypoints …", file=sys.stderr)
+        store, pairs = sources(folder, data)
+        for pair in pairs:
+            add_atlas(store, *pair)
     return [store[atlas_id].keypoints() for atlas_id in store]
+
+
+def add_scan(data: Path | None, client: Any) -> float:
+    """Seconds that it takes to add a scan from its files."""
+    with tempfile.TemporaryDirectory() as name:
+        store, (pair, *_) = sources(Path(name, "store"), data)
+        return timed(lambda: add_atlas(store, *pair, client=client))[0]
 
 
 def jittered(original: xr.Dataset, rng: np.random.Generator) -> xr.Dataset:
@@ -212,6 +251,8 @@ def measure(
         restrict_to(matches, selected, len(atlases))
         return {atlases.ids[i] for i in selected}
 
+    opened = AtlasIndex.open(store)
+    building, built = timed(lambda: sum(opened.build_needed(ids)))
     by_exact = select_and_match("exact")
     select_and_match()
     row["select_and_match_s"] = median(select_and_match, repeats)
@@ -221,7 +262,9 @@ def measure(
     row["exact_query_s"] = median(lambda: exact.query(*asked, ids), repeats)
     if size <= graph_up_to:
         graph = AtlasIndex.open(store, "pynndescent")
-        row["graph_build_s"], found = timed(lambda: graph.query(*asked, ids))
+        longer, more = timed(lambda: sum(graph.build_graphs()))
+        building, built = building + longer, built + more
+        found = graph.query(*asked, ids)
         row["graph_query_s"] = median(lambda: graph.query(*asked, ids), repeats)
         row["recall"] = recall(expected, found)
         by_graph = select_and_match("pynndescent")
@@ -229,11 +272,45 @@ def measure(
         row["select_and_match_by_graph_s"] = median(
             lambda: select_and_match("pynndescent"), repeats
         )
+    if built:
+        row["graph_build_s"], row["graph_keypoints"] = building, built
+        most = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss
+        row["graph_build_mib"] = most / 1024
     row["resident_mib"] = resident_mib()
     row["bytes_per_atlas"] = folder_bytes(Path(store.url)) / size
     row["index_bytes_per_atlas"] = folder_bytes(index_folder(store.uuid)) / size
     row["keypoints"] = len(exact)
     return row
+
+
+def search_in_a_process(store: Path, scans: Path) -> float:
+    """Propose atlases for a scan, and return the memory that it took, MiB."""
+    done = subprocess.run(
+        [sys.executable, "-c", SEARCH, store, scans],
+        env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)},
+        stdout=subprocess.PIPE,
+        text=True,
+        check=True,
+    )
+    return float(done.stdout)
+
+
+def with_graphs(row: dict[str, float], size: int) -> dict[str, float]:
+    """Add what graphs cost while a store grows to this size, if building any was measured."""
+    if "graph_build_s" not in row:
+        return row
+    sizes: list[int] = []
+    built = 0
+    for _ in range(size):
+        sizes.append(REPRESENTED_BY)
+        groups = merges(sizes)
+        joined = {i for group in groups for i in group}
+        made = [sum(sizes[i] for i in group) for group in groups]
+        built += sum(one for one in made if one >= 2 * PAYS_FROM)
+        sizes = [one for i, one in enumerate(sizes) if i not in joined] + made
+    each = built / row["graph_keypoints"] * row["graph_build_s"] / size
+    ratio = (row["add_scan_s"] + each) / row["add_scan_s"]
+    return row | {"graph_s_per_add": each, "add_with_graphs": ratio}
 
 
 def recall(expected: Any, found: Any) -> float:
@@ -292,16 +369,18 @@ def report(rows: dict[int, dict[str, float]]) -> None:
     flat = metrics(rows)
     for name in ("match_growth_20_to_2000", "add_growth_20_to_2000"):
         print(f"{name}: {flat[name]:.2f} (from {flat['grown_from']} to {flat['grown_to']} atlases)")
+    if "match_growth_200_to_20000" in flat:
+        print(f"match_growth_200_to_20000: {flat['match_growth_200_to_20000']:.2f}")
     for size, row in rows.items():
         if "graph_query_s" not in row:
             continue
         gain = row["exact_query_s"] - row["graph_query_s"]
-        if gain > 0:
+        if gain > 0 and "graph_build_s" in row:
             print(
                 f"{size} atlases: a graph saves {gain:.3g} s a scan; building it pays after"
                 f" {row['graph_build_s'] / gain:.0f} scans."
             )
-        else:
+        elif gain <= 0:
             print(f"{size} atlases: exact search is quicker than a graph.")
 
 

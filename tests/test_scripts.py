@@ -6,6 +6,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+from atlas_store import AtlasStore
+
 ROOT = Path(__file__).parents[1]
 
 
@@ -25,6 +27,12 @@ def test_benchmark_of_the_store(tmp_path: Path) -> None:
     assert figures["match_growth_20_to_2000"] > 0
     assert figures["add_growth_20_to_2000"] > 0
     assert (figures["grown_from"], figures["grown_to"]) == (4, 8)
+
+
+def test_benchmark_of_selection(patients: AtlasStore, tmp_path: Path) -> None:
+    run("benchmark_selection.py", patients.url, "--scans", "1", "--json", str(tmp_path / "f.json"))
+    figures = json.loads((tmp_path / "f.json").read_text())
+    assert (figures["scans"], figures["recall"]) == (1, 1.0)  # of so few, all are selected
 
 
 def test_a_tenth_of_the_campaign_of_killing() -> None:
