@@ -493,7 +493,7 @@ def build_index(store: str) -> None:
     """Build graphs by which a large store is searched, and keep them in your cache.
 
     With graphs, kpt segment finds the atlases that are like a scan without comparing the scan's
-    keypoints with all of the store's. A store of some 500 atlases gets them by itself, when it is
+    keypoints with all of the store's. A store of some 4000 atlases gets them by itself, when it is
     first searched. A graph takes a minute or more to build. As a store grows, new graphs are needed
     now and then: run this again.
 

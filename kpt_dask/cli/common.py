@@ -467,7 +467,7 @@ index_option = click.option(
     metavar="WAY",
     help="How --select finds like keypoints: exact compares all; pynndescent searches graphs that "
     "are built once, in minutes, and kept in your cache (kpt atlas index); auto takes graphs that "
-    "are there, and builds those of some 500 atlases or more. A graph may miss a few of the "
+    "are there, and builds those of some 4000 atlases or more. A graph may miss a few of the "
     "atlases that exact finds.",
 )
 
