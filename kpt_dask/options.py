@@ -43,7 +43,8 @@ _WHOLE = (
 _BY_FIELDS = (
     "share of the organ at a voxel, beside the background: of the votes among the atlases that "
     "annotate the organ, which count the more, the better the warped atlas agrees with the scan "
-    "there; then of what the organ's HU in the scan and neighbouring voxels say"
+    "there; then of what the organ's HU in the scan and neighbouring voxels say, and "
+    "of how far the atlases are scattered, unless a threshold was given"
 )
 
 MODES: Mapping[str, Mode] = {
@@ -94,7 +95,8 @@ class TransferOptions:
     Attributes
     ----------
     threshold : float, optional
-        Voxels whose largest probability is below it are background; over 0, at most 1.
+        Voxels whose largest probability is below it are background; over 0, at most 1. If given,
+        mode `local` does not raise the shares of organs whose atlases are scattered.
     nu : float or mapping of str to float
         A factor for every ν, or ν in HU of some organs by name.
     rho, sigma_x, sigma_t : float
@@ -151,6 +153,7 @@ class TransferOptions:
         """All values that a mode uses, in JSON types."""
         return {
             "threshold": self.smallest_share(mode),
+            "threshold_given": self.threshold is not None,
             "nu": dict(zip(organs.names, self.nus(mode, organs), strict=True)),
             "rho": self.rho,
             "sigma_x": self.sigma_x,

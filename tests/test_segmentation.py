@@ -168,6 +168,7 @@ def test_provenance(plain: Segmentation) -> None:
     assert (said["encoding-type"], said["encoding-version"]) == ("kpt-segmentation", "1")
     assert said["mode"] == "local"
     assert said["transfer"]["threshold"] == MODES["local"].threshold
+    assert said["transfer"]["threshold_given"] is False
     assert set(said["transfer"]["nu"]) == set(ORGANS.names)
     assert said["atlases"] == list(ATLASES)
     told = {name: asdict(organ) for name, organ in plain.organs.items()}

@@ -395,7 +395,8 @@ _TRANSFER = (
         type=float,
         metavar="SHARE",
         help="A voxel is background where no organ's share of the votes reaches this; lower finds"
-        " more, and more that is wrong.  [default: "
+        " more, and more that is wrong. Mode local finds organs that the atlases hardly agree on at"
+        " a lower share, unless this is given.  [default: "
         + ", ".join(f"{mode.threshold:g} in mode {name}" for name, mode in MODES.items())
         + "]",
     ),
