@@ -206,9 +206,10 @@ class _Moved:
         spacing = float(self.scan.grid.spacing[0])
         first = lattice.origin(self.scan.grid) - PAD * lattice.spacing
         at = ((first - self.corner) / spacing).astype(np.float32)
-        return PointMap(
-            at, np.float32(lattice.step), np.float32(1 / spacing), start, v, lattice.padded
-        )
+        step, scale = np.float32(lattice.step), np.float32(1 / spacing)
+        planes, *_ = shape = lattice.padded
+        by_plane = start.reshape(len(start), planes, -1), v.reshape(3, planes, -1)
+        return PointMap(at, step, scale, *by_plane, shape)
 
     def refine(self) -> NDArray[np.float32]:
         """Compute the correction v at the points of the finest level (3, point), mm."""

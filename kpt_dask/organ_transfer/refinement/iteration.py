@@ -1,8 +1,9 @@
-"""One iteration of the refinement: sampling, local correlation, force, smoothing, step.
+"""Steps of an iteration of the refinement, each on one plane of a lattice.
 
-Arrays are float32 and flat: points (z, y, x) of a lattice in C order. A step along z, y or x is a
-stride in them. Kernels visit runs, int64 arrays (run, 2): half-open ranges of points of one row.
-What they read beyond a run must exist, so lattices have `PAD` points more on every side.
+Sampling, local correlation, force, smoothing, step; `sweep` does them plane after plane. Arrays of
+a plane are float32 and flat: points (y, x) in C order. Kernels visit runs, int64 arrays (run, 2):
+half-open ranges of points of one row. What they read beyond a run must exist, so lattices have
+`PAD` points more on every side.
 """
 
 from typing import Any, NamedTuple
@@ -10,10 +11,12 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from kpt_dask.kernels.jit import kernel
+from kpt_dask.kernels.jit import inlined_kernel, kernel
 
 BOX = 2
 """Lattice points on each side of the middle one of the box of local correlation."""
+WIDTH = 2 * BOX + 1
+"""Lattice points along a side of the box."""
 UNITS = 8192
 """Steps per unit of an atlas's intensities, int16."""
 NOISE = np.float32(1e-3)
@@ -22,11 +25,13 @@ SMOOTHNESS = 1.5
 """Standard deviation of the Gaussian on the force, lattice points."""
 RADIUS = 5
 """Points on each side that it reaches."""
+TAPS = 2 * RADIUS + 1
+"""Points along an axis that it reaches."""
 DIFFUSION = 0.15
 """κ: how far neighbours draw the correction in each iteration, no unit; at most 1/6."""
 PAD = BOX + RADIUS
 """Points by which a lattice's arrays are wider than the lattice, on every side."""
-_POINTS = np.float32(1 / (2 * BOX + 1) ** 3)
+_POINTS = np.float32(1 / WIDTH**3)
 
 
 class PointMap(NamedTuple):
@@ -40,7 +45,7 @@ class PointMap(NamedTuple):
         Voxels from one lattice point to the next.
     scale : float32
         Voxels per mm.
-    start, v : float32 arrays (3, point)
+    start, v : float32 arrays (3, plane, point)
         Displacement of each point: u⁰ and the correction, mm.
     shape : (int, int, int)
         Points along z, y and x.
@@ -73,19 +78,21 @@ def runs_of(mask: NDArray[np.bool_]) -> NDArray[np.int64]:
 
 
 @kernel
-def sample(image: Any, where: Any, runs: Any, out: Any) -> None:
-    """Sample an image at the mapped points, trilinearly; beyond it its edge repeats.
+def sample(image: Any, where: Any, z: Any, runs: Any, out: Any) -> None:
+    """Sample an image at mapped points of a plane, trilinearly; beyond it its edge repeats.
 
     Parameters
     ----------
     image : int16 array (z, y, x)
         In 1/`UNITS`.
     where : PointMap
+    z : int
+        The plane.
     runs : int64 array (run, 2)
     out : float32 array (point)
         Changed.
     """
-    at, step, scale, start, v, (_, ny, nx) = where
+    at, step, scale, start, v, (_, _, nx) = where
     dz, dy, dx = image.shape
     flat = image.reshape(-1)
     zero, unit = np.float32(0), np.float32(1 / UNITS)
@@ -102,22 +109,22 @@ def sample(image: Any, where: Any, runs: Any, out: Any) -> None:
         i, end = runs[r, 0], runs[r, 1]
         n = end - i
         row = i // nx
-        z0 = at[0] + step * np.float32(row // ny)
-        y0 = at[1] + step * np.float32(row % ny)
+        z0 = at[0] + step * np.float32(z)
+        y0 = at[1] + step * np.float32(row)
         x0 = at[2] + step * np.float32(i - row * nx)
-        a, b = start[0, i:end], v[0, i:end]
+        a, b = start[0, z, i:end], v[0, z, i:end]
         for k in range(n):
             p = min(max(z0 + scale * (a[k] + b[k]), zero), lz)
             q = np.int32(min(p, mz))
             fz[k] = p - np.float32(q)
             near[k] = q * height
-        a, b = start[1, i:end], v[1, i:end]
+        a, b = start[1, z, i:end], v[1, z, i:end]
         for k in range(n):
             p = min(max(y0 + scale * (a[k] + b[k]), zero), ly)
             q = np.int32(min(p, my))
             fy[k] = p - np.float32(q)
             near[k] = (near[k] + q) * width
-        a, b = start[2, i:end], v[2, i:end]
+        a, b = start[2, z, i:end], v[2, z, i:end]
         for k in range(n):
             x = x0 + step * np.float32(np.int32(k))
             p = min(max(x + scale * (a[k] + b[k]), zero), lx)
@@ -168,121 +175,159 @@ def sum_along_x(f: Any, m: Any, runs: Any, out: Any) -> None:
             line[k] = a[k] * a[k] + b[k] * b[k] + c[k] * c[k] + d[k] * d[k] + e[k] * e[k]
 
 
+@inlined_kernel
+def _add_five(a: Any, b: Any, c: Any, d: Any, e: Any, out: Any) -> None:
+    for k in range(out.size):
+        out[k] = a[k] + b[k] + c[k] + d[k] + e[k]
+
+
 @kernel
-def sum_along(values: Any, stride: Any, runs: Any, out: Any) -> None:
-    """Sum over five points along an axis.
+def sum_along_y(values: Any, nx: Any, runs: Any, out: Any) -> None:
+    """Sum over five points along y.
 
     Parameters
     ----------
-    values : float32 array (c, point)
-    stride : int
-        From one point to the next.
+    values : float32 array (3, point)
+    nx : int
+        Points of a row.
     runs : int64 array (run, 2)
-    out : float32 array (c, point)
+    out : float32 array (3, point)
         Changed.
     """
-    s, s2 = stride, 2 * stride
+    s, s2 = nx, 2 * nx
     for r in range(runs.shape[0]):
         i, end = runs[r, 0], runs[r, 1]
-        for channel in range(values.shape[0]):
+        for channel in range(3):
             own = values[channel]
             a, b, c = own[i - s2 : end - s2], own[i - s : end - s], own[i:end]
             d, e = own[i + s : end + s], own[i + s2 : end + s2]
-            line = out[channel, i:end]
-            for k in range(end - i):
-                line[k] = a[k] + b[k] + c[k] + d[k] + e[k]
+            _add_five(a, b, c, d, e, out[channel, i:end])
 
 
 @kernel
-def moments(sums: Any, runs: Any, out: Any) -> None:
-    """Mean and variance with ε, in rows 1 and 2 of `out`, from rows 0 and 2 of `sums`."""
+def sum_along_z(values: Any, z: Any, runs: Any, out: Any) -> None:
+    """Sum over five points along z.
+
+    Parameters
+    ----------
+    values : float32 array (WIDTH, 3, point)
+        Plane z and the two before and after it, each at its number modulo `WIDTH`.
+    z : int
+        The plane.
+    runs : int64 array (run, 2)
+    out : float32 array (3, point)
+        Changed.
+    """
+    p, q, s = values[(z - 2) % WIDTH], values[(z - 1) % WIDTH], values[z % WIDTH]
+    t, u = values[(z + 1) % WIDTH], values[(z + 2) % WIDTH]
+    for r in range(runs.shape[0]):
+        i, end = runs[r, 0], runs[r, 1]
+        for channel in range(3):
+            a, b, c = p[channel, i:end], q[channel, i:end], s[channel, i:end]
+            d, e = t[channel, i:end], u[channel, i:end]
+            _add_five(a, b, c, d, e, out[channel, i:end])
+
+
+@kernel
+def moments(sums: Any, runs: Any, mean: Any, variance: Any) -> None:
+    """Mean and variance with ε, arrays (point), from rows 0 and 2 of sums over boxes."""
     for r in range(runs.shape[0]):
         for k in range(runs[r, 0], runs[r, 1]):
-            mean = sums[0, k] * _POINTS
-            out[1, k] = mean
-            out[2, k] = sums[2, k] * _POINTS - mean * mean + NOISE
+            own = sums[0, k] * _POINTS
+            mean[k] = own
+            variance[k] = sums[2, k] * _POINTS - own * own + NOISE
 
 
 @kernel
-def _covariances(fixed: Any, sums: Any, i: Any, end: Any, stats: Any) -> None:
+def _covariances(mean: Any, sums: Any, i: Any, end: Any, stats: Any) -> None:
     """Mean of m, covariance a of f and m, and variance c of m, with ε, of a run."""
-    mean = fixed[1, i:end]
+    f = mean[i:end]
     own, m = sums[0, i:end], stats[0]
     for k in range(end - i):
         m[k] = own[k] * _POINTS
     own, a = sums[1, i:end], stats[1]
     for k in range(end - i):
-        a[k] = own[k] * _POINTS - mean[k] * m[k]
+        a[k] = own[k] * _POINTS - f[k] * m[k]
     own, c = sums[2, i:end], stats[2]
     for k in range(end - i):
         c[k] = own[k] * _POINTS - m[k] * m[k] + NOISE
 
 
 @kernel
-def correlation(fixed: Any, sums: Any, runs: Any, out: Any) -> None:
-    """Local correlation a / √(bc) of two images, with the parameters of `force`."""
-    longest = 0
-    for r in range(runs.shape[0]):
-        longest = max(longest, runs[r, 1] - runs[r, 0])
-    stats = np.empty((3, longest), np.float32)
+def correlation(fixed: Any, z: Any, sums: Any, runs: Any, out: Any) -> None:
+    """Local correlation a / √(bc) of two images in a plane, with the parameters of `force`.
+
+    `out` is a float32 array (point).
+    """
+    stats = np.empty((3, out.size), np.float32)
+    mean, variance = fixed[1, z], fixed[2, z]
     for r in range(runs.shape[0]):
         i, end = runs[r, 0], runs[r, 1]
-        _covariances(fixed, sums, i, end, stats)
-        a, b, c, line = stats[1], fixed[2, i:end], stats[2], out[i:end]
+        _covariances(mean, sums, i, end, stats)
+        a, b, c, line = stats[1], variance[i:end], stats[2], out[i:end]
         for k in range(end - i):
             line[k] = a[k] / np.sqrt(b[k] * c[k])
 
 
+@inlined_kernel
+def _push(strength: Any, after: Any, before: Any, m_after: Any, m_before: Any, out: Any) -> None:
+    for k in range(out.size):
+        out[k] = strength[k] * ((after[k] - before[k]) + (m_after[k] - m_before[k]))
+
+
 @kernel
-def force(fixed: Any, m: Any, sums: Any, h: Any, strides: Any, runs: Any, out: Any) -> None:
-    """Force that increases the local correlation of two images.
+def force(
+    fixed: Any, m: Any, z: Any, sums: Any, h: Any, nx: Any, runs: Any, stats: Any, out: Any
+) -> None:
+    """Force that increases the local correlation of two images, in a plane.
 
     With a = ⟨fm⟩ − f̄m̄, b = ⟨ff⟩ − f̄² + ε and c = ⟨mm⟩ − m̄² + ε over boxes of 5 × 5 × 5 points
     it is a/(bc) · [(f − f̄) − (a/c)(m − m̄)] · ½(∇f + ∇m), per mm.
 
     Parameters
     ----------
-    fixed : float32 array (3, point)
+    fixed : float32 array (3, plane, point)
         f, f̄ and b.
-    m : float32 array (point)
+    m : float32 array (WIDTH, point)
+        Plane z and those beside it, each at its number modulo `WIDTH`.
+    z : int
+        The plane.
     sums : float32 array (3, point)
         Sums of m, f · m and m · m over the boxes.
     h : float32
         Spacing, mm.
-    strides : (int, int, int)
-        From one point to the next along z, y and x.
+    nx : int
+        Points of a row.
     runs : int64 array (run, 2)
+    stats : float32 array (4, longest run)
+        Scratch.
     out : float32 array (3, point)
         Changed.
     """
-    longest = 0
-    for r in range(runs.shape[0]):
-        longest = max(longest, runs[r, 1] - runs[r, 0])
-    stats = np.empty((3, longest), np.float32)
-    strength = np.empty(longest, np.float32)
+    strength = stats[3]
     per = np.float32(0.25) / h
-    f = fixed[0]
+    f, mean, variance, own = fixed[0, z], fixed[1, z], fixed[2, z], m[z % WIDTH]
+    f_after, f_before = fixed[0, (z + 1) % fixed.shape[1]], fixed[0, z - 1]
+    m_after, m_before = m[(z + 1) % WIDTH], m[(z - 1) % WIDTH]
     for r in range(runs.shape[0]):
         i, end = runs[r, 0], runs[r, 1]
-        _covariances(fixed, sums, i, end, stats)
+        _covariances(mean, sums, i, end, stats)
         mm, a, c = stats[0], stats[1], stats[2]
-        fr, fm, b, mr = f[i:end], fixed[1, i:end], fixed[2, i:end], m[i:end]
+        fr, fm, b, mr = f[i:end], mean[i:end], variance[i:end], own[i:end]
         for k in range(end - i):
             q = a[k] / c[k]
             strength[k] = per * q / b[k] * ((fr[k] - fm[k]) - q * (mr[k] - mm[k]))
-        for axis in range(3):
-            s = strides[axis]
-            after, before = f[i + s : end + s], f[i - s : end - s]
-            m_after, m_before = m[i + s : end + s], m[i - s : end - s]
+        line = out[0, i:end]
+        _push(strength, f_after[i:end], f_before[i:end], m_after[i:end], m_before[i:end], line)
+        for axis, s in ((1, nx), (2, 1)):
             line = out[axis, i:end]
-            for k in range(end - i):
-                slope = (after[k] - before[k]) + (m_after[k] - m_before[k])
-                line[k] = strength[k] * slope
+            after, before = f[i + s : end + s], f[i - s : end - s]
+            _push(strength, after, before, own[i + s : end + s], own[i - s : end - s], line)
 
 
 @kernel
 def smooth(values: Any, stride: Any, half: Any, runs: Any, out: Any) -> None:
-    """Smooth vectors along one axis by a symmetric filter of eleven taps.
+    """Smooth vectors along x or y by a symmetric filter of eleven taps.
 
     Parameters
     ----------
@@ -320,12 +365,56 @@ def smooth(values: Any, stride: Any, half: Any, runs: Any, out: Any) -> None:
 
 
 @kernel
-def copy(values: Any, runs: Any, out: Any) -> None:
-    """Copy what is in runs, int64 array (run, 2), of an array (3, point) to another."""
+def smooth_along_z(values: Any, z: Any, half: Any, runs: Any, out: Any) -> None:
+    """Smooth vectors along z by a symmetric filter of eleven taps.
+
+    Parameters
+    ----------
+    values : float32 array (TAPS, 3, point)
+        Plane z and the five before and after it, each at its number modulo `TAPS`.
+    z : int
+        The plane.
+    half : float32 array (6)
+        From `taps`.
+    runs : int64 array (run, 2)
+    out : float32 array (3, plane, point)
+        Changed in plane z.
+    """
+    h0, h1, h2, h3, h4, h5 = half[0], half[1], half[2], half[3], half[4], half[5]
+    p0 = values[z % TAPS]
+    p1, q1 = values[(z - 1) % TAPS], values[(z + 1) % TAPS]
+    p2, q2 = values[(z - 2) % TAPS], values[(z + 2) % TAPS]
+    p3, q3 = values[(z - 3) % TAPS], values[(z + 3) % TAPS]
+    p4, q4 = values[(z - 4) % TAPS], values[(z + 4) % TAPS]
+    p5, q5 = values[(z - 5) % TAPS], values[(z + 5) % TAPS]
     for channel in range(3):
         for r in range(runs.shape[0]):
             i, end = runs[r, 0], runs[r, 1]
-            out[channel, i:end] = values[channel, i:end]
+            v = p0[channel, i:end]
+            a1, b1 = p1[channel, i:end], q1[channel, i:end]
+            a2, b2 = p2[channel, i:end], q2[channel, i:end]
+            a3, b3 = p3[channel, i:end], q3[channel, i:end]
+            a4, b4 = p4[channel, i:end], q4[channel, i:end]
+            a5, b5 = p5[channel, i:end], q5[channel, i:end]
+            line = out[channel, z, i:end]
+            for k in range(end - i):
+                line[k] = (
+                    h0 * v[k]
+                    + h1 * (a1[k] + b1[k])
+                    + h2 * (a2[k] + b2[k])
+                    + h3 * (a3[k] + b3[k])
+                    + h4 * (a4[k] + b4[k])
+                    + h5 * (a5[k] + b5[k])
+                )
+
+
+@kernel
+def copy(values: Any, z: Any, runs: Any, out: Any) -> None:
+    """Copy runs, int64 array (run, 2), of plane z of an array (3, plane, point) to (3, point)."""
+    for channel in range(3):
+        for r in range(runs.shape[0]):
+            i, end = runs[r, 0], runs[r, 1]
+            out[channel, i:end] = values[channel, z, i:end]
 
 
 @kernel
@@ -337,79 +426,91 @@ def clear(runs: Any, out: Any) -> None:
 
 
 @kernel
-def add_step(v: Any, d: Any, factor: Any, strides: Any, runs: Any, out: Any) -> None:
+def add_step(before: Any, d: Any, z: Any, factor: Any, nx: Any, runs: Any, v: Any) -> None:
     """Add a step to the correction, and let the sum w diffuse: w(x) + κ Σ_y (w(y) − w(x)).
 
     Parameters
     ----------
-    v : float32 array (3, point)
-        Correction, mm.
-    d : float32 array (3, point)
+    before : float32 array (2, 3, point)
+        Correction of plane z and the one before it as it was, each at its number modulo 2, mm.
+    d : float32 array (3, plane, point)
         Step before it is scaled.
+    z : int
+        The plane.
     factor : float32
-        Its scale, mm.
-    strides : (int, int, int)
-        From one point to the next along z, y and x: the neighbours y.
+        Scale of the step, mm.
+    nx : int
+        Points of a row.
     runs : int64 array (run, 2)
-    out : float32 array (3, point)
-        Changed.
+    v : float32 array (3, plane, point)
+        Correction, mm, of the next plane as it was; changed in plane z.
     """
     near, own = np.float32(DIFFUSION), np.float32(1 - 6 * DIFFUSION)
-    s, t, _ = strides
+    below = (z + 1) % v.shape[1]
     for channel in range(3):
-        w, step = v[channel], d[channel]
+        w, w_above, w_below = (
+            before[z % 2, channel],
+            before[(z - 1) % 2, channel],
+            v[channel, below],
+        )
+        step, step_above, step_below = d[channel, z], d[channel, z - 1], d[channel, below]
         for r in range(runs.shape[0]):
             i, end = runs[r, 0], runs[r, 1]
-            line = out[channel, i:end]
+            line = v[channel, z, i:end]
             a, b, c = w[i:end], w[i - 1 : end - 1], w[i + 1 : end + 1]
-            e, f, g, h = (
-                w[i - t : end - t],
-                w[i + t : end + t],
-                w[i - s : end - s],
-                w[i + s : end + s],
-            )
+            e, f = w[i - nx : end - nx], w[i + nx : end + nx]
+            g, h = w_above[i:end], w_below[i:end]
             for k in range(end - i):
                 line[k] = own * a[k] + near * (b[k] + c[k] + (e[k] + f[k]) + (g[k] + h[k]))
             a, b, c = step[i:end], step[i - 1 : end - 1], step[i + 1 : end + 1]
-            e, f = step[i - t : end - t], step[i + t : end + t]
-            g, h = step[i - s : end - s], step[i + s : end + s]
+            e, f = step[i - nx : end - nx], step[i + nx : end + nx]
+            g, h = step_above[i:end], step_below[i:end]
             for k in range(end - i):
                 side = b[k] + c[k] + (e[k] + f[k]) + (g[k] + h[k])
                 line[k] += factor * (own * a[k] + near * side)
 
 
-@kernel
-def largest(d: Any, runs: Any, share: Any) -> Any:
-    """Quantile of the lengths of vectors, to 0.4 %.
+BINS = 1 << 16
+"""Bins of the histogram of lengths."""
 
-    A histogram over the upper bits of the squared length: exact whatever the order.
+
+@kernel
+def count_lengths(d: Any, z: Any, runs: Any, squared: Any, counts: Any) -> None:
+    """Count the lengths of vectors of a plane, for `quantile`.
+
+    By the upper bits of the squared length: exact whatever the order.
 
     Parameters
     ----------
-    d : float32 array (3, point)
+    d : float32 array (3, plane, point)
+    z : int
+        The plane.
     runs : int64 array (run, 2)
-    share : float
-        Fraction of the vectors that are not longer.
+    squared : float32 array (longest run)
+        Scratch.
+    counts : int32 array (BINS)
+        Changed.
     """
-    counts = np.zeros(1 << 16, np.int32)
-    longest = total = 0
-    for r in range(runs.shape[0]):
-        longest = max(longest, runs[r, 1] - runs[r, 0])
-    squared = np.empty(longest, np.float32)
     bits = squared.view(np.int32)
     for r in range(runs.shape[0]):
         i, end = runs[r, 0], runs[r, 1]
-        a, b, c = d[0, i:end], d[1, i:end], d[2, i:end]
+        a, b, c = d[0, z, i:end], d[1, z, i:end], d[2, z, i:end]
         for k in range(end - i):
             squared[k] = a[k] * a[k] + b[k] * b[k] + c[k] * c[k]
         for k in range(end - i):
             counts[bits[k] >> 15] += 1
-        total += end - i
-    wanted = share * total
-    below, i = 0, 0
-    while i < counts.size and below < wanted:
-        below += counts[i]
-        i += 1
-    one = np.empty(1, np.int32)
-    one[0] = i << 15
-    return np.sqrt(one.view(np.float32)[0])
+
+
+def quantile(counts: NDArray[np.int32], share: float) -> float:
+    """Quantile of the lengths that `count_lengths` counted, to 0.4 %.
+
+    Parameters
+    ----------
+    counts : int32 array (BINS)
+    share : float
+        Fraction of the vectors that are not longer.
+    """
+    below = np.cumsum(counts, dtype=np.int64)
+    wanted = share * float(below[-1])
+    bin_after = 0 if wanted <= 0 else int(np.searchsorted(below, wanted)) + 1
+    return float(np.sqrt(np.int32(bin_after << 15).view(np.float32)))

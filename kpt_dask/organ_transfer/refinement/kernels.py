@@ -93,21 +93,23 @@ def nearest(packed: Any, coding: Any, where: Any, table: Any, runs: Any, out: An
     for r in range(runs.shape[0]):
         begin, end = runs[r, 0], runs[r, 1]
         row, size = begin // nx, end - begin
-        z0 = at[0] + step * np.float32(row // ny) + half
+        z = row // ny
+        i, j = begin - z * ny * nx, end - z * ny * nx
+        z0 = at[0] + step * np.float32(z) + half
         y0 = at[1] + step * np.float32(row % ny) + half
         x0 = at[2] + step * np.float32(begin - row * nx) + half
-        a, b = start[0, begin:end], v[0, begin:end]
+        a, b = start[0, z, i:j], v[0, z, i:j]
         for k in range(size):
             p = z0 + scale * (a[k] + b[k])
             beside[k] = (p < 0) | (p >= lz)
             near[k] = np.int32(min(max(p, np.float32(0)), lz - one)) * np.int32(dy)
-        a, b = start[1, begin:end], v[1, begin:end]
+        a, b = start[1, z, i:j], v[1, z, i:j]
         for k in range(size):
             p = y0 + scale * (a[k] + b[k])
             beside[k] |= (p < 0) | (p >= ly)
             q = np.int32(min(max(p, np.float32(0)), ly - one))
             near[k] = (near[k] + q) * np.int32(dx)
-        a, b = start[2, begin:end], v[2, begin:end]
+        a, b = start[2, z, i:j], v[2, z, i:j]
         for k in range(size):
             p = x0 + step * np.float32(np.int32(k)) + scale * (a[k] + b[k])
             beside[k] |= (p < 0) | (p >= lx)

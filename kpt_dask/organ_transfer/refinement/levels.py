@@ -7,9 +7,10 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from kpt_dask.organ_transfer.refinement import iteration
+from kpt_dask.organ_transfer.refinement import iteration, sweep
 from kpt_dask.organ_transfer.refinement.iteration import BOX, PAD, PointMap
 from kpt_dask.organ_transfer.refinement.lattice import Lattice
+from kpt_dask.organ_transfer.refinement.sweep import Planes, Runs
 
 FOLLOWED = 0.99
 """Fraction of points that one iteration moves by at most half a lattice spacing."""
@@ -27,7 +28,7 @@ class ScanLevel:
     ----------
     lattice : Lattice
     iterations : int
-    fixed : float32 array (3, point)
+    fixed : float32 array (3, plane, point)
         Intensity F at the points of the padded lattice; its mean and variance with ε over boxes
         where organs may lie.
     wanted : Region
@@ -51,13 +52,11 @@ class ScanLevel:
 
         `wanted` marks the points of the padded lattice where organs may lie.
         """
-        f = np.pad(image, PAD, mode="edge").reshape(-1)
         region = Region.around(wanted)
-        fixed = np.zeros((3, f.size), np.float32)
-        fixed[0] = f
-        scratch = np.empty_like(fixed), np.empty_like(fixed)
-        sums = sum_boxes(f, f, region, lattice.padded, scratch)
-        iteration.moments(sums, region.points, fixed)
+        nz, ny, nx = lattice.padded
+        fixed = np.zeros((3, nz, ny * nx), np.float32)
+        fixed[0] = np.pad(image, PAD, mode="edge").reshape(nz, -1)
+        sweep.take_moments(nx, region.planes, fixed)
         return cls(lattice, iterations, fixed, region)
 
 
@@ -70,21 +69,19 @@ class Region(NamedTuple):
         The points.
     points : int64 array (run, 2)
         Runs of the points.
-    z, zy : int64 arrays (run, 2)
-        Runs of the points and of `BOX` more along z, and along z and y: sums over boxes are taken
-        along one axis after the other.
     moved : int64 array (run, 2)
         Runs of the points and of `BOX` more on every side.
     fringe : int64 array (run, 2)
         Runs of these and of one more on every side.
+    planes : Planes
+        The same plane by plane, for the iterations.
     """
 
     mask: NDArray[np.bool_]
     points: NDArray[np.int64]
-    z: NDArray[np.int64]
-    zy: NDArray[np.int64]
     moved: NDArray[np.int64]
     fringe: NDArray[np.int64]
+    planes: Planes
 
     @classmethod
     def around(cls, mask: NDArray[np.bool_]) -> "Region":
@@ -93,7 +90,10 @@ class Region(NamedTuple):
         zy = grown(z, (0, BOX, 0))
         moved = grown(zy, (0, 0, BOX))
         masks = mask, z, zy, moved, grown(moved, (1, 1, 1))
-        return cls(mask, *(iteration.runs_of(one) for one in masks))
+        runs = [iteration.runs_of(one) for one in masks]
+        depth, height, width = mask.shape
+        planes = Planes._make(Runs.split(one, (depth, height, width)) for one in runs)
+        return cls(mask, runs[0], runs[3], runs[4], planes)
 
 
 def grown(mask: NDArray[np.bool_], radii: tuple[int, int, int]) -> NDArray[np.bool_]:
@@ -111,61 +111,29 @@ def grown(mask: NDArray[np.bool_], radii: tuple[int, int, int]) -> NDArray[np.bo
     return out.reshape(mask.shape)
 
 
-def sum_boxes(
-    f: NDArray[np.float32],
-    m: NDArray[np.float32],
-    region: Region,
-    shape: tuple[int, int, int],
-    scratch: tuple[NDArray[np.float32], NDArray[np.float32]],
-) -> NDArray[np.float32]:
-    """Sum m, f · m and m · m over boxes around the points: the first scratch array (3, point)."""
-    _, ny, nx = shape
-    one, two = scratch
-    iteration.sum_along_x(f, m, region.zy, one)
-    iteration.sum_along(one, nx, region.z, two)
-    iteration.sum_along(two, ny * nx, region.points, one)
-    return one
-
-
 def iterate(level: ScanLevel, region: Region, image: NDArray[np.int16], where: PointMap) -> None:
     """Do all iterations of a level; `where.v` is changed in the region."""
-    lattice = level.lattice
-    shape, fixed, v = lattice.padded, level.fixed, where.v
-    _, ny, nx = shape
-    strides = ny * nx, nx, 1
-    h = np.float32(lattice.spacing)
+    fixed, planes, v = level.fixed, region.planes, where.v
+    _, _, nx = level.lattice.padded
+    h = np.float32(level.lattice.spacing)
     taps = iteration.taps(iteration.SMOOTHNESS, iteration.RADIUS)
-    m, after = np.empty_like(v[0]), np.empty_like(v)
-    iteration.copy(v, region.fringe, after)
-    # Only points that move are written: these arrays stay 0 beyond.
-    one, two = (np.zeros(v.shape, np.float32) for _ in range(2))
+    # Only points that move are written: this array stays 0 beyond.
+    d = np.zeros_like(v)
+    factor = np.float32(0)
     for _ in range(level.iterations):
-        iteration.sample(image, where._replace(v=v), region.moved, m)
-        sums = sum_boxes(fixed[0], m, region, shape, (one, two))
-        iteration.clear(region.moved, two)
-        iteration.force(fixed, m, sums, h, strides, region.points, two)
-        iteration.smooth(two, strides[2], taps, region.moved, one)
-        iteration.smooth(one, strides[1], taps, region.moved, two)
-        iteration.smooth(two, strides[0], taps, region.moved, one)
-        length = iteration.largest(one, region.points, FOLLOWED)
-        if not length > TINY:
+        counts = sweep.step_and_take_forces(image, where, planes, fixed, h, taps, factor, d)
+        length = iteration.quantile(counts, FOLLOWED)
+        factor = np.float32(0.5 * h / length) if length > TINY else np.float32(0)
+        if factor == 0:
             break
-        factor = np.float32(0.5 * h / length)
-        iteration.add_step(v, one, factor, strides, region.moved, after)
-        v, after = after, v
-    if v is not where.v:
-        iteration.copy(v, region.moved, where.v)
+    if factor > 0:
+        sweep.step(d, factor, nx, planes, v)
 
 
 def local_correlation(
     level: ScanLevel, image: NDArray[np.int16], where: PointMap
 ) -> NDArray[np.float32]:
     """Correlation cc of the scan and a warped atlas where organs may lie, float32 array (point)."""
-    lattice = level.lattice
-    m = np.empty(level.fixed.shape[1], np.float32)
-    one, two = (np.empty_like(where.v) for _ in range(2))
-    wanted = level.wanted
-    iteration.sample(image, where, wanted.moved, m)
-    sums = sum_boxes(level.fixed[0], m, wanted, lattice.padded, (one, two))
-    iteration.correlation(level.fixed, sums, wanted.points, m)
-    return np.maximum(m, np.float32(LEAST_CORRELATION), out=m)
+    out = np.empty(level.fixed.shape[1:], np.float32)
+    sweep.take_correlation(image, where, level.wanted.planes, level.fixed, out)
+    return np.maximum(out, np.float32(LEAST_CORRELATION), out=out).reshape(-1)

@@ -1,6 +1,6 @@
-"""What an iteration of the refinement does in runs of points, against the equations."""
+"""What an iteration of the refinement does plane after plane, against the equations."""
 
-from typing import Any
+from typing import Any, NamedTuple, Self
 
 import numpy as np
 import pytest
@@ -8,9 +8,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from kpt_dask.organ_transfer.refinement import iteration
+from kpt_dask.organ_transfer.refinement import iteration, sweep
 from kpt_dask.organ_transfer.refinement.iteration import PAD, UNITS, PointMap
-from kpt_dask.organ_transfer.refinement.levels import Region, grown, sum_boxes
+from kpt_dask.organ_transfer.refinement.levels import Region, grown
+from kpt_dask.organ_transfer.refinement.sweep import Runs
 from tests.naive import refinement as naive
 
 Array = NDArray[Any]
@@ -28,8 +29,9 @@ def values(shape: tuple[int, ...], seed: int) -> Array:
     return np.random.default_rng(seed).normal(0, 1, shape).astype(np.float32)
 
 
-def strides(shape: tuple[int, int, int]) -> tuple[int, int, int]:
-    return shape[1] * shape[2], shape[2], 1
+def by_plane(values: Array) -> Array:
+    """Points of each plane in one row."""
+    return values.reshape(*values.shape[:-2], -1)
 
 
 def some_points(shape: tuple[int, ...], part: float = 0.4) -> Array:
@@ -48,6 +50,16 @@ def test_runs_are_the_points_marked(seed: int, part: float) -> None:
     assert (runs[1:, 0] >= runs[:-1, 1]).all()
 
 
+def test_runs_are_split_by_plane() -> None:
+    shape = 4, 5, 9
+    mask = np.pad(np.random.default_rng(1).random((2, 5, 7)) < 0.4, ((1, 1), (0, 0), (1, 1)))
+    runs = Runs.split(iteration.runs_of(mask), shape)
+    for z in range(4):
+        own = runs.of[runs.first[z] : runs.first[z + 1]]
+        found = [i for begin, end in own for i in range(begin, end)]
+        assert found == np.flatnonzero(mask[z]).tolist()
+
+
 @pytest.mark.parametrize("shape", SHAPES)
 def test_growing(shape: tuple[int, ...]) -> None:
     mask = some_points(shape, 0.1)
@@ -63,83 +75,120 @@ def test_sampling(shape: tuple[int, ...], image_shape: tuple[int, ...]) -> None:
     wide, mask = padded(shape), some_points(shape)
     start, v = values((3, *wide), 3) * 3, values((3, *wide), 4)
     first, step, scale = rng.uniform(-8, 2, 3).astype(np.float32), np.float32(0.7), np.float32(0.5)
-    where = PointMap(first, step, scale, start.reshape(3, -1), v.reshape(3, -1), wide)
+    where = PointMap(first, step, scale, by_plane(start), by_plane(v), wide)
     out = np.full(wide, 7, np.float32)
-    iteration.sample(image, where, iteration.runs_of(mask), out.reshape(-1))
+    runs = Runs.split(iteration.runs_of(mask), wide)
+    for z, plane in enumerate(by_plane(out)):
+        iteration.sample(image, where, z, runs.of[runs.first[z] : runs.first[z + 1]], plane)
     expected = naive.sampled(image / UNITS, first, step, start.astype(float) + v, scale)
     np.testing.assert_allclose(out, np.where(mask, expected, 7), atol=1e-5)
 
 
-@pytest.mark.parametrize("shape", SHAPES)
-def test_force_and_correlation(shape: tuple[int, ...]) -> None:
-    wide, inside = padded(shape), some_points(shape)
-    region = Region.around(inside)
-    f, m = values(wide, 1), values(wide, 2)
-    m += f
-    everywhere = Region.around(np.pad(np.ones(shape, bool), PAD))
-    fixed = np.zeros((3, f.size), np.float32)
-    fixed[0] = f.reshape(-1)
-    scratch = np.full_like(fixed, np.nan), np.full_like(fixed, np.nan)
-    sums = sum_boxes(fixed[0], fixed[0], everywhere, wide, scratch)
-    iteration.moments(sums, everywhere.points, fixed)
-    # Beyond the points that move, nothing is known of the atlas.
-    moving = np.where(naive.grown(inside, 2), m, np.nan).astype(np.float32).reshape(-1)
-    sums = sum_boxes(fixed[0], moving, region, wide, scratch)
-    found, cc = np.full((3, f.size), 7, np.float32), np.full(f.size, 7, np.float32)
-    points = region.points
-    iteration.force(fixed, moving, sums, np.float32(3), strides(wide), points, found)
-    iteration.correlation(fixed, sums, points, cc)
-    expected = np.where(inside, naive.force(f, m, 3.0, inside), 7)
-    np.testing.assert_allclose(found.reshape(3, *wide), expected, rtol=1e-3, atol=1e-4)
-    a, b, c = naive.correlation(f, m)
-    expected = np.where(inside, a / np.sqrt(b * c), 7)
-    np.testing.assert_allclose(cc.reshape(wide), expected, atol=1e-4)
+class Case(NamedTuple):
+    """A scan, an image that a map moves, and points with a force."""
+
+    f: Array
+    image: Array
+    where: PointMap
+    inside: Array
+    fixed: Array
+
+    @classmethod
+    def of(cls, shape: tuple[int, ...]) -> Self:
+        wide, inside = padded(shape), some_points(shape)
+        f = values(wide, 1)
+        image = np.random.default_rng(2).integers(-9000, 9000, wide).astype(np.int16)
+        unit = np.float32(1)
+        start, v = values((3, *wide), 3), values((3, *wide), 4)
+        where = PointMap(np.zeros(3, np.float32), unit, unit, by_plane(start), by_plane(v), wide)
+        fixed = np.zeros((3, wide[0], wide[1] * wide[2]), np.float32)
+        fixed[0] = by_plane(f)
+        everywhere = Region.around(np.pad(np.ones(shape, bool), PAD))
+        sweep.take_moments(wide[2], everywhere.planes, fixed)
+        return cls(f, image, where, inside, fixed)
+
+    def moved(self, v: Array) -> Array:
+        """The image where the map with a correction takes the points."""
+        u = self.where.start.astype(float) + v
+        u = u.reshape(3, *self.f.shape)
+        return naive.sampled(self.image / UNITS, np.zeros(3), 1.0, u, 1.0)
 
 
 @pytest.mark.parametrize("shape", SHAPES)
-def test_smoothing(shape: tuple[int, ...]) -> None:
-    wide, inside = padded(shape), some_points(shape)
-    region, moved = Region.around(inside), naive.grown(inside, 2)
-    d = (values((3, *wide), 4) * inside).reshape(3, -1)
-    one, two = np.zeros_like(d), np.zeros_like(d)
+def test_correlation(shape: tuple[int, ...]) -> None:
+    case = Case.of(shape)
+    out = np.full(case.fixed.shape[1:], 7, np.float32)
+    region = Region.around(case.inside)
+    sweep.take_correlation(case.image, case.where, region.planes, case.fixed, out)
+    a, b, c = naive.correlation(case.f, case.moved(case.where.v))
+    expected = np.where(case.inside, a / np.sqrt(b * c), 7)
+    np.testing.assert_allclose(out.reshape(case.f.shape), expected, atol=1e-4)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_iterations(shape: tuple[int, ...]) -> None:
+    """A force; then a step by it and the next force; then a step by that."""
+    case = Case.of(shape)
+    wide = case.f.shape
+    region, moves = Region.around(case.inside), naive.grown(case.inside, 2)
     taps = iteration.taps(iteration.SMOOTHNESS, iteration.RADIUS)
-    for stride, (before, after) in zip(
-        reversed(strides(wide)), ((d, one), (one, two), (two, one)), strict=True
-    ):
-        iteration.smooth(before, stride, taps, region.moved, after)
-    expected = [naive.smoothed(axis.reshape(wide), moved) for axis in d]
-    np.testing.assert_allclose(one.reshape(3, *wide), expected, atol=1e-6)
+    d, v = np.zeros_like(case.where.v), case.where.v
+    start = v.copy().reshape(3, *wide)
+    h, factors = np.float32(3), (0.0, 1.7, 0.8)
+    expected, step = start.astype(float), np.zeros_like(start)
+    for factor in factors[:2]:
+        if factor:
+            expected = naive.stepped(expected, np.float32(factor) * step.astype(float), moves)
+        counts = sweep.step_and_take_forces(
+            case.image, case.where, region.planes, case.fixed, h, taps, np.float32(factor), d
+        )
+        assert counts.sum() == case.inside.sum()
+        np.testing.assert_allclose(v.reshape(3, *wide), expected, atol=1e-3)
+        force = naive.force(case.f, case.moved(expected.reshape(v.shape)), 3.0, case.inside)
+        step = np.array([naive.smoothed(one, moves) for one in force])
+        np.testing.assert_allclose(d.reshape(3, *wide), step, atol=1e-3)
+    sweep.step(d, np.float32(factors[2]), wide[2], region.planes, v)
+    expected = naive.stepped(expected, np.float32(factors[2]) * step, moves)
+    np.testing.assert_allclose(v.reshape(3, *wide), expected, atol=1e-3)
+    assert (v.reshape(3, *wide) == start)[:, ~moves].all()
 
 
-@pytest.mark.parametrize("shape", SHAPES)
-def test_a_step(shape: tuple[int, ...]) -> None:
-    wide = padded(shape)
-    region = Region.around(some_points(shape))
-    moved = naive.grown(region.mask, 2)
-    v, d = values((3, *wide), 1), values((3, *wide), 2) * moved
-    out = np.full((3, v[0].size), 7, np.float32)
-    iteration.copy(v.reshape(3, -1), region.fringe, out)
-    flat = v.reshape(3, -1), d.reshape(3, -1)
-    iteration.add_step(*flat, np.float32(1.7), strides(wide), region.moved, out)
-    expected = naive.stepped(v, np.float32(1.7) * d.astype(float), moved)
-    expected = np.where(naive.grown(moved, 1), expected, 7)
-    np.testing.assert_allclose(out.reshape(3, *wide), expected, atol=1e-5)
+def test_the_first_force_comes_before_any_step() -> None:
+    case = Case.of((4, 5, 6))
+    before = case.where.v.copy()
+    planes = Region.around(case.inside).planes
+    taps = iteration.taps(iteration.SMOOTHNESS, iteration.RADIUS)
+    sweep.step_and_take_forces(
+        case.image,
+        case.where,
+        planes,
+        case.fixed,
+        np.float32(3),
+        taps,
+        np.float32(0),
+        np.zeros_like(before),
+    )
+    assert (case.where.v == before).all()
 
 
 @given(st.integers(0, 2**32 - 1), st.floats(1e-6, 1e6))
 @settings(max_examples=30, deadline=None)
-def test_largest_is_the_percentile(seed: int, size: float) -> None:
+def test_quantile_of_lengths(seed: int, size: float) -> None:
     rng = np.random.default_rng(seed)
-    d = (size * rng.normal(0, 1, (3, 4 * 7 * 11))).astype(np.float32)
+    d = (size * rng.normal(0, 1, (3, 4, 7 * 11))).astype(np.float32)
     inside = np.pad(rng.random((4, 7, 9)) < 0.8, ((0, 0), (0, 0), (1, 1)))
-    length = np.sqrt((d.astype(float) ** 2).sum(axis=0))[inside.reshape(-1)]
+    length = np.sqrt((d.astype(float) ** 2).sum(axis=0))[by_plane(inside)]
     expected = np.quantile(length, 0.9, method="inverted_cdf")
-    found = iteration.largest(d, iteration.runs_of(inside), 0.9)
-    assert found == pytest.approx(expected, rel=0.005)
+    runs = Runs.split(iteration.runs_of(inside), (4, 7, 11))
+    counts = np.zeros(iteration.BINS, np.int32)
+    for z in range(4):
+        own = runs.of[runs.first[z] : runs.first[z + 1]]
+        iteration.count_lengths(d, z, own, np.empty(11, np.float32), counts)
+    assert iteration.quantile(counts, 0.9) == pytest.approx(expected, rel=0.005)
 
 
-def test_largest_of_nothing_is_nothing() -> None:
-    d = np.zeros((3, 4 * 7 * 11), np.float32)
-    whole, none = np.array([[0, 4 * 7 * 11]]), np.empty((0, 2), np.int64)
-    assert iteration.largest(d, whole, 0.99) < 1e-18
-    assert iteration.largest(d + 1, none, 0.99) == 0
+def test_quantile_of_nothing_is_nothing() -> None:
+    counts = np.zeros(iteration.BINS, np.int32)
+    assert iteration.quantile(counts, 0.99) == 0
+    counts[0] = 5
+    assert iteration.quantile(counts, 0.99) < 1e-18
