@@ -8,7 +8,7 @@ store was created with is kept in the store, so it stays what it was.
 import re
 import tomllib
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from importlib.resources import files
 from os import PathLike
@@ -190,6 +190,17 @@ class OrganTable:
     def values(self) -> tuple[int, ...]:
         """Label values, in the order of the table."""
         return tuple(organ.value for organ in self.organs)
+
+    def only(self, names: Iterable[str]) -> "OrganTable":
+        """Keep the organs of these names, in the order of the table.
+
+        Raises
+        ------
+        OrganTableError
+            If none is left, or a name is unknown.
+        """
+        wanted = {self.by_name(name).name for name in names}
+        return OrganTable(tuple(organ for organ in self if organ.name in wanted))
 
     def by_name(self, name: str) -> Organ:
         """Get the organ of this name; `OrganTableError` if there is none."""

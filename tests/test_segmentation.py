@@ -34,6 +34,7 @@ from kpt_dask.errors import (
     ScanFormatError,
     ScanNotFoundError,
 )
+from kpt_dask.exports import export
 from kpt_dask.matching.first_pass import match
 from kpt_dask.options import MODES
 from kpt_dask.scans.scan import open_scan
@@ -661,3 +662,29 @@ def test_every_chunk_that_may_be_read_is_there(plain: Segmentation) -> None:
         expected = np.prod([-(-n // unit) for n, unit in units])
         chunks = [p for p in (plain.path / name).rglob("*") if p.is_file()]
         assert len(chunks) == expected + 1, name
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_some_organs_alone(
+    mode: str, bodies: Path, store: AtlasStore, tmp_path: Path, one_process: Client
+) -> None:
+    """Only these are made; all vote, and their labels are nearly those beside all others."""
+    scan, page = bodies / f"body_{SEED}_ct.nii.gz", tmp_path / "some.html"
+    options: Any = {"mode": mode, "client": one_process}
+    everything = segment(scan, store, tmp_path / "all.zarr", **options)
+    out = tmp_path / "some.zarr"
+    some = segment(scan, store, out, organs=["spleen", "liver"], report=page, **options)
+    assert list(some.organs) == ["liver", "spleen"]
+    assert open_probability(out).organ.values.tolist() == ["liver", "spleen"]
+    labels, beside = label_map(out), label_map(tmp_path / "all.zarr")
+    assert set(np.unique(labels)) == {0, 1, 2}
+    for value, name in ((1, "liver"), (2, "spleen")):
+        assert dice(labels == value, beside == value) > 0.9
+        assert some.organs[name].votes == everything.organs[name].votes > 0
+    votes = zarr.open_group(str(out), mode="r")["votes/label"]
+    assert set(np.unique(votes[...])) <= {0, 1, 2}
+    text = page.read_text()
+    assert "spleen" in text
+    assert "kidney" not in text
+    export(out, tmp_path / "again.nii.gz")
+    assert set(np.unique(load(tmp_path / "again.nii.gz"))) == {0, 1, 2}

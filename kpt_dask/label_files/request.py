@@ -75,14 +75,13 @@ class LabelRequest:
         Raises
         ------
         ParameterError
-            If an organ is unknown, or organs are chosen and no file is asked for.
+            If an organ is unknown, or components are chosen and no file is asked for.
         ScanFormatError
             If a format has no label maps on such a grid.
         """
-        if (self.organs or self.largest) and not self:
+        if self.largest and not self:
             raise ParameterError(
-                "--organs and --largest are about label files: add --labels FILE or --split DIR"
-                " (OUT.zarr always holds every organ)."
+                "--largest is about label files: add --labels FILE or --split DIR."
             )
         unknown = sorted(set(self.organs) - set(table.names))
         if unknown:

@@ -16,7 +16,7 @@ import numpy as np
 import xarray as xr
 from numpy.typing import NDArray
 
-from atlas_store import AtlasKeypoints, AtlasStore
+from atlas_store import AtlasKeypoints, AtlasStore, OrganTable
 from atlas_store.index.search import MODES, AtlasIndex
 from atlas_store.keypoints import first_frames
 from kpt_dask.errors import ParameterError
@@ -62,6 +62,7 @@ def propose_atlases(
     *,
     mode: str = "local",
     index: str = "auto",
+    organs: OrganTable | None = None,
 ) -> tuple[str, ...]:
     """Choose the atlases that are worth matching, by means of the index.
 
@@ -83,6 +84,8 @@ def propose_atlases(
         Mode of the transfer that follows, one of `kpt_dask.options.MODES`.
     index : str
         One of `atlas_store.index.search.MODES`.
+    organs : OrganTable, optional
+        Organs of interest; by default all of the store.
 
     Returns
     -------
@@ -105,11 +108,13 @@ def propose_atlases(
         weight = _likeness(squared, float(squared.max(initial=0.0)))
         weight *= _closeness(atlas, moved)
         n, most = len(atlas_ids), PROPOSED * select
+        wanted = organs or store.organs
         if mode in BY_ORGANS:
-            best = _best(shares_of_votes(atlas, found.label[i, k], weight, n), most)
+            best = _best(shares_of_votes(atlas, found.label[i, k], weight, n, wanted), most)
         else:
             score = np.bincount(atlas, weight, n).astype(np.float64)
-            best = choose_covering(score, opened.annotated(atlas_ids), most)
+            columns = [store.organs.names.index(name) for name in wanted.names]
+            best = choose_covering(score, opened.annotated(atlas_ids)[:, columns], most)
     return tuple(atlas_ids[i] for i in best)
 
 
@@ -121,6 +126,7 @@ def select_atlases(
     select: int,
     *,
     mode: str = "local",
+    organs: OrganTable | None = None,
 ) -> list[int]:
     """Choose the atlases whose keypoints agree best with the scan's.
 
@@ -143,6 +149,8 @@ def select_atlases(
         Number of atlases to keep.
     mode : str
         Mode of the transfer that follows, one of `kpt_dask.options.MODES`.
+    organs : OrganTable, optional
+        Organs of interest; by default all of the store.
 
     Returns
     -------
@@ -151,15 +159,16 @@ def select_atlases(
     """
     weight = _likeness(matches.squared_distance.values, matches.attrs["largest_squared_distance"])
     weight *= matches.probability.values
+    wanted = organs or store.organs
     if mode in BY_ORGANS:
-        votes = shares_of_votes(matches.atlas.values, matches.label.values, weight, len(atlases))
-        return _best(votes, select)
+        atlas, label = matches.atlas.values, matches.label.values
+        return _best(shares_of_votes(atlas, label, weight, len(atlases), wanted), select)
     both = np.bincount(matches.atlas.values, weight, len(atlases)).astype(np.float64)
     here = first_frames(keypoints.position.values, keypoints.scale.values).size
     first = first_frames(atlases.position, atlases.scale)
     there = np.diff(np.searchsorted(first, atlases.offsets))
-    organs = store.organs.names
-    annotated = [[n in atlas.annotated for n in organs] for atlas in store.atlases(atlases.ids)]
+    names = wanted.names
+    annotated = [[n in atlas.annotated for n in names] for atlas in store.atlases(atlases.ids)]
     return choose_covering(both / np.maximum(here + there - both, 1.0), np.array(annotated), select)
 
 
@@ -205,7 +214,11 @@ def restrict_to(matches: xr.Dataset, atlases: Sequence[int], n: int) -> xr.Datas
 
 
 def shares_of_votes(
-    atlas: NDArray[np.integer], label: NDArray[np.integer], weight: NDArray[np.float64], n: int
+    atlas: NDArray[np.integer],
+    label: NDArray[np.integer],
+    weight: NDArray[np.float64],
+    n: int,
+    organs: OrganTable,
 ) -> NDArray[np.float64]:
     """Sum over the organs of each atlas's share of the organ's votes.
 
@@ -217,13 +230,14 @@ def shares_of_votes(
         Weight of each vote.
     n : int
         Number of atlases.
+    organs : OrganTable
 
     Returns
     -------
     ndarray (n), float64
     """
     score = np.zeros(n)
-    for value in np.unique(label[label > 0]):
+    for value in sorted(organs.values):
         votes = np.bincount(atlas[label == value], weight[label == value], minlength=n)
         if (total := votes.sum()) > 0:
             score += votes / total

@@ -45,6 +45,13 @@ def weights_of(matches: xr.Dataset) -> NDArray[np.float64]:
     return weight(matches.squared_distance.values, tau_squared, matches.probability.values)
 
 
+def votes_for(votes: xr.Dataset, organs: OrganTable) -> xr.Dataset:
+    """Keep the votes of `vote` for some of its organs; keypoints of others get label 0."""
+    kept = votes.sel(organ=list(organs.names))
+    own = np.isin(votes.label.values, organs.values)
+    return kept.assign(label=votes.label.copy(data=np.where(own, votes.label.values, 0)))
+
+
 def vote(matches: xr.Dataset, n_keypoints: int, organs: OrganTable) -> xr.Dataset:
     """Give each test keypoint the organ that its matches agree on.
 

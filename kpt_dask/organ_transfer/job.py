@@ -35,7 +35,7 @@ class TransferJob:
     volume : Volume
         The scan.
     organs : OrganTable
-        What labels stand for.
+        Organs that are transferred.
     probability : zarr.Array (organ, z, y, x), float32
         From `kpt_dask.organ_transfer.probability.create_probability`, made for the same mode and
         tiling.
@@ -50,6 +50,8 @@ class TransferJob:
         `kpt_dask.runtime.cluster.budget` for the default.
     tiling : Tiling
         Tiling of `probability`; blocks are whole shards.
+    atlas_organs : OrganTable, optional
+        All organs of the atlases, where these are more: matches in all of them vote.
 
     Raises
     ------
@@ -65,10 +67,16 @@ class TransferJob:
     options: TransferOptions = DEFAULTS
     memory: int | None = None
     tiling: Tiling = TILING
+    atlas_organs: OrganTable | None = None
 
     def __post_init__(self) -> None:
         """Refuse what no mode can do."""
-        self.options.check(self.mode, self.organs)
+        self.options.check(self.mode, self.voting)
+
+    @property
+    def voting(self) -> OrganTable:
+        """Organs that matches vote for."""
+        return self.atlas_organs or self.organs
 
     @property
     def threshold(self) -> float:

@@ -103,12 +103,12 @@ class Gallery:
                 there = drawing.patch(other, match.atlas_position)
             except (AtlasStoreError, KptError, OSError):
                 self.missing[atlas_id] = "cannot be read"
-        names = {organ.value: organ.name for organ in table}
+        names = {0: None, **{organ.value: organ.name for organ in table}}
         return Pair(
             atlas_id,
             match.scale,
             side,
-            names.get(match.label),
+            names.get(match.label, "another organ"),
             match.position,
             drawing.patch(self._own, match.position),
             there,

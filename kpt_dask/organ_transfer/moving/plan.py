@@ -151,6 +151,7 @@ def propose(
     evidence: Evidence,
     atlases: Sequence[Atlas],
     organs: OrganTable,
+    voting: OrganTable,
     across: Mapping[str, Sequence[str]],
     distance: NDArray[np.float32] | None = None,
     rho: float = np.inf,
@@ -161,8 +162,12 @@ def propose(
     ----------
     evidence : Evidence
         Its matches and votes.
-    atlases, organs
-        What the indices of the matches and the columns of the votes stand for.
+    atlases
+        What the indices of the matches stand for.
+    organs : OrganTable
+        Organs to move.
+    voting : OrganTable
+        Organs that the columns of the votes stand for, those to move among them.
     across : mapping of str to sequence of str
         By organ, in which organs matches must lie to move it; in the organ itself otherwise. Those
         whose atlas label equals their test keypoint's label move it, with weight p(L) · p(m)
@@ -179,9 +184,9 @@ def propose(
     probability = matches.probability.values.astype(np.float64)
     agreeing = np.flatnonzero((label > 0) & (label == votes.label.values[keypoint]))
     names = organs.names
-    organ_of = np.zeros(1 << 16, np.int64)
-    organ_of[list(organs.values)] = np.arange(len(names))
-    lies_in = organ_of[label[agreeing]]
+    column_of = np.zeros(1 << 16, np.int64)
+    column_of[list(voting.values)] = np.arange(len(voting))
+    lies_in = column_of[label[agreeing]]
     posterior = votes.posterior.values[keypoint[agreeing], lies_in].astype(np.float64)
     agreeing_weight = posterior * probability[agreeing]
     shown = np.array([[name in a.organs for name in names] for a in atlases], bool)
@@ -194,7 +199,7 @@ def propose(
             nearness = np.exp(-(distance[match, o].astype(np.float64) ** 2) / (2 * rho**2))
             weight = probability[match] * nearness
         else:
-            movers = [names.index(mover) for mover in across.get(name, [name])]
+            movers = [voting.names.index(mover) for mover in across.get(name, [name])]
             moving = np.isin(lies_in, movers) & shown[:, o]
             match, weight = agreeing[moving], agreeing_weight[moving]
         match_of.append(match[weight > 0])

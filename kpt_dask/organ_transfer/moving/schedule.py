@@ -109,7 +109,9 @@ def _plan(
     distance = None
     if job.mode == "across":
         distance = _distances(evidence, atlases, organs, REACH_RHO * options.rho, client)
-    proposals = propose(evidence, atlases, organs, options.across, distance, options.rho)
+    proposals = propose(
+        evidence, atlases, organs, job.voting, options.across, distance, options.rho
+    )
     if job.mode == "affine":
         return plan_affines(proposals, evidence, atlases, organs, grid)
     moves = plan_moves(proposals, evidence.matches, atlases, organs, grid)

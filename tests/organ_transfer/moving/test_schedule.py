@@ -250,7 +250,7 @@ def test_the_weight_of_a_move_is_p_label_times_p_match(
     ]
     matches, votes = tables(proposals)
     atlases = store.atlases(["a0", "a1", "a2"])
-    found = propose(Evidence(xr.Dataset(), matches, votes), atlases, ORGANS, {})
+    found = propose(Evidence(xr.Dataset(), matches, votes), atlases, ORGANS, ORGANS, {})
     moves = plan_moves(found, matches, atlases, ORGANS, volume.grid)
     assert moves.atlas.tolist() == moves.organ.tolist() == [0, 0]
     assert moves.weight.tolist() == [0.5, 0.75]
