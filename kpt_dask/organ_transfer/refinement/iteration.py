@@ -501,7 +501,8 @@ def count_lengths(d: Any, z: Any, runs: Any, squared: Any, counts: Any) -> None:
             counts[bits[k] >> 15] += 1
 
 
-def quantile(counts: NDArray[np.int32], share: float) -> float:
+@kernel
+def quantile(counts: Any, share: Any) -> Any:
     """Quantile of the lengths that `count_lengths` counted, to 0.4 %.
 
     Parameters
@@ -510,7 +511,11 @@ def quantile(counts: NDArray[np.int32], share: float) -> float:
     share : float
         Fraction of the vectors that are not longer.
     """
-    below = np.cumsum(counts, dtype=np.int64)
-    wanted = share * float(below[-1])
-    bin_after = 0 if wanted <= 0 else int(np.searchsorted(below, wanted)) + 1
-    return float(np.sqrt(np.int32(bin_after << 15).view(np.float32)))
+    wanted = share * counts.sum()
+    below, i = 0, 0
+    while i < counts.size and below < wanted:
+        below += counts[i]
+        i += 1
+    one = np.empty(1, np.int32)
+    one[0] = i << 15
+    return np.sqrt(one.view(np.float32)[0])

@@ -4,7 +4,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
@@ -68,7 +68,7 @@ def test_the_best_share_is_where_an_atlas_is_found_best_by_the_others(
     away = ((points[:, None] - centres[..., None, None, None]) ** 2).sum(axis=0)
     labels = np.where(away < 3**2, 2, 0)
     labels = np.concatenate([labels, np.zeros_like(labels[:1])])
-    assert labels[:-1].any(axis=(1, 2, 3)).all()
+    assume(labels[:-1].any(axis=(1, 2, 3)).all())
     none, share = best_shares(count_others(refined(labels), 2))
     assert np.isnan(none)
     dice = dice_by_others([one == 2 for one in labels[:-1]])
