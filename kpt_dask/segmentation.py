@@ -1,9 +1,10 @@
 """Segmentation of a scan: all stations in order, from the file to the label map."""
 
 import json
+import tempfile
 import time
-from collections.abc import Mapping, Sequence
-from contextlib import ExitStack
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, replace
 from hashlib import sha256
 from importlib.metadata import version
@@ -436,6 +437,23 @@ def _label(
         measures,
         counts.weights,
     )
+
+
+@contextmanager
+def temporary_image(
+    store: AtlasStore, client: Client, image: zarr.Group | None = None
+) -> Iterator[zarr.Group]:
+    """Make a temporary group for `segment_volume`, where every worker sees it.
+
+    It is empty, or the image that the label map of another's voxels is written into.
+    """
+    with tempfile.TemporaryDirectory(prefix="kpt-") as folder:
+        # Workers may have another current folder.
+        group = zarr.create_group(str(Path(folder).absolute() / "scan.zarr"), zarr_format=3)
+        if image is not None:
+            group.update_attributes({"ome": image.attrs["ome"]})
+        with witness.shared(client, group, store.documents()):
+            yield group
 
 
 def choose_atlases(store: AtlasStore, exclude: Sequence[str]) -> tuple[str, ...]:

@@ -5,21 +5,17 @@ each atlas. Mode `local`, which takes five times as long, finds nothing more but
 centimetre.
 """
 
-import tempfile
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
-import zarr
 from distributed import Client
 
 from atlas_store import Atlas, AtlasStore
 from atlas_store.keypoints import first_frames
 from kpt_dask.annotation_check.duplicates import same_patient
-from kpt_dask.runtime import witness
-from kpt_dask.segmentation import StationResults, segment_volume
+from kpt_dask.segmentation import StationResults, segment_volume, temporary_image
 from kpt_dask.volumes.volume import Volume, open_volume
 
 MODE = "across"
@@ -70,22 +66,18 @@ class Predictor:
             if not others:
                 yield None
                 return
-            with tempfile.TemporaryDirectory(prefix="kpt-check-") as folder:
-                # Workers may have another current folder.
-                group = zarr.create_group(str(Path(folder).absolute() / "x.zarr"), zarr_format=3)
-                group.update_attributes({"ome": atlas.image.attrs["ome"]})
-                with witness.shared(self.client, group, self.store.documents()):
-                    found = segment_volume(
-                        volume,
-                        group,
-                        self.store,
-                        others,
-                        mode=MODE,
-                        select=self.select,
-                        keypoints=keypoints,
-                        memory=self.memory,
-                        client=self.client,
-                    )
+            with temporary_image(self.store, self.client, atlas.image) as group:
+                found = segment_volume(
+                    volume,
+                    group,
+                    self.store,
+                    others,
+                    mode=MODE,
+                    select=self.select,
+                    keypoints=keypoints,
+                    memory=self.memory,
+                    client=self.client,
+                )
                 # A second copy of the scan would confirm its labels, right or wrong.
                 if more := self._twins(found):
                     twins |= more

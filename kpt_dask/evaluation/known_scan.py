@@ -74,7 +74,7 @@ class KnownAtlas:
 
     def open_volume(self, group: zarr.Group) -> Volume:
         """Open the stored image."""
-        prepare(group, self.atlas.image)
+        group.update_attributes({"ome": self.atlas.image.attrs["ome"]})
         return open_volume(self.atlas.image)
 
     def reference(self, volume: Volume, group: zarr.Group) -> Reference:
@@ -171,11 +171,6 @@ class _Known:
 def open_files(pair: Pair, store: AtlasStore) -> tuple[Scan, Scan]:
     """Open a scan and its labels, with the values of the store's organs."""
     return open_pair(pair.scan, pair.labels, store.organs, values=pair.values, series=pair.series)
-
-
-def prepare(group: zarr.Group, image: zarr.Group) -> None:
-    """Make an empty group the image that a label map is written into: that of a volume."""
-    group.update_attributes({"ome": image.attrs["ome"]})
 
 
 def planes(array: "zarr.Array[Any]", first: int = 0, last: int | None = None) -> Planes:

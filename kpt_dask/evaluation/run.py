@@ -1,9 +1,8 @@
 """Segment scans whose labels are known, and compare: leave-one-out, or the scans of a folder."""
 
-import tempfile
 import time
-from collections.abc import Iterator, Mapping, Sequence, Set
-from contextlib import ExitStack, contextmanager
+from collections.abc import Mapping, Sequence, Set
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -26,7 +25,6 @@ from kpt_dask.evaluation.known_scan import (
     Reference,
     open_files,
     planes,
-    prepare,
 )
 from kpt_dask.evaluation.limited_view import (
     MODES,
@@ -42,9 +40,14 @@ from kpt_dask.evaluation.table1 import background_votes, keypoint_votes
 from kpt_dask.matching.selection import check_selection, how_many
 from kpt_dask.options import DEFAULTS, TransferOptions
 from kpt_dask.output.places import check_outputs
-from kpt_dask.runtime import cluster, notices, progress, witness
+from kpt_dask.runtime import cluster, notices, progress
 from kpt_dask.scans.pairs import Pair
-from kpt_dask.segmentation import StationResults, choose_atlases, segment_volume
+from kpt_dask.segmentation import (
+    StationResults,
+    choose_atlases,
+    segment_volume,
+    temporary_image,
+)
 from kpt_dask.volumes.identity import digest_of
 from kpt_dask.volumes.volume import Volume
 
@@ -247,7 +250,7 @@ class _Judge:
 
     def judge(self, name: str, known: KnownScan, *, draw: bool) -> tuple[ScanResult, str]:
         """Segment a scan and compare it with its labels; draw it, or return an empty picture."""
-        with self._scratch() as group:
+        with temporary_image(self.store, self.client) as group:
             start = time.perf_counter()
             with progress.recorded() as seconds:
                 volume = known.open_volume(group)
@@ -273,7 +276,7 @@ class _Judge:
                 picture = draw_scan(*arrays, shown, float(volume.grid.spacing[0]))
             by_atlases = {}
             for number in self.fewer:
-                with self._scratch(volume) as other:
+                with temporary_image(self.store, self.client, volume.group) as other:
                     again = self._segment(volume, other, same, number)
                     by_atlases[number] = {n: a.dice for n, a in reference.compare(again).items()}
             limited = self._limited(name, volume, reference, found, same)
@@ -369,7 +372,7 @@ class _Judge:
         modes = tuple(dict.fromkeys((self.mode, *MODES)))
         whole = {}
         for mode in modes:
-            with self._scratch(volume) as group:
+            with temporary_image(self.store, self.client, volume.group) as group:
                 labels = found.labels
                 if mode != self.mode:
                     labels = self._segment(volume, group, same_scan, number, mode).labels
@@ -378,10 +381,10 @@ class _Judge:
                 )
         judged = []
         for crop in crops:
-            with self._scratch() as place:
+            with temporary_image(self.store, self.client) as place:
                 part = cropped_volume(volume, crop, place, memory=self.memory, client=self.client)
                 for mode in modes:
-                    with self._scratch(part) as group:
+                    with temporary_image(self.store, self.client, part.group) as group:
                         labels = self._segment(part, group, same_scan, number, mode).labels
                         expected = planes(reference.labels, crop.first, crop.last)
                         scores = dice(expected, planes(labels), crop.inside, organs)
@@ -390,19 +393,6 @@ class _Judge:
                         for organ, score in scores.items()
                     ]
         return judged
-
-    @contextmanager
-    def _scratch(self, volume: Volume | None = None) -> Iterator[zarr.Group]:
-        """Make a group that workers see, empty or prepared for the label map of a volume."""
-        with ExitStack() as stack:
-            folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="kpt-evaluate-"))
-            # Workers may have another current folder.
-            place = Path(folder).absolute() / "scan.zarr"
-            group = zarr.create_group(str(place), zarr_format=3)
-            if volume is not None:
-                prepare(group, volume.group)
-            stack.enter_context(witness.shared(self.client, group, self.store.documents()))
-            yield group
 
 
 def _others(store: AtlasStore, same_scan: Set[str], atlases: int | None) -> tuple[str, ...]:

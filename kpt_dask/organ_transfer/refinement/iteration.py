@@ -59,6 +59,24 @@ class PointMap(NamedTuple):
     shape: tuple[int, int, int]
 
 
+class Window(NamedTuple):
+    """Planes that sums over boxes need.
+
+    Attributes
+    ----------
+    m : float32 array (WIDTH, point)
+        The moved image; each plane at its number modulo `WIDTH`.
+    rows : float32 array (WIDTH, 3, point)
+        Sums along x and y of m, f · m and m · m; each plane at its number modulo `WIDTH`.
+    sums : float32 array (3, point)
+        Sums along x; later sums over boxes.
+    """
+
+    m: NDArray[np.float32]
+    rows: NDArray[np.float32]
+    sums: NDArray[np.float32]
+
+
 def taps(sigma: float, radius: int) -> NDArray[np.float32]:
     """One half of a normalized Gaussian, from its middle outwards."""
     weights = np.exp(-0.5 * (np.arange(-radius, radius + 1) / sigma) ** 2)
@@ -255,9 +273,9 @@ def _covariances(mean: Any, sums: Any, i: Any, end: Any, stats: Any) -> None:
 
 @kernel
 def correlation(fixed: Any, z: Any, sums: Any, runs: Any, out: Any) -> None:
-    """Local correlation a / √(bc) of two images in a plane, with the parameters of `force`.
+    """Local correlation a / √(bc) of two images in a plane, from their sums over boxes.
 
-    `out` is a float32 array (point).
+    `out` is a float32 array (point); the other parameters are as for `force` and `moments`.
     """
     stats = np.empty((3, out.size), np.float32)
     mean, variance = fixed[1, z], fixed[2, z]
@@ -277,7 +295,7 @@ def _push(strength: Any, after: Any, before: Any, m_after: Any, m_before: Any, o
 
 @kernel
 def force(
-    fixed: Any, m: Any, z: Any, sums: Any, h: Any, nx: Any, runs: Any, stats: Any, out: Any
+    fixed: Any, window: Any, z: Any, h: Any, nx: Any, runs: Any, stats: Any, out: Any
 ) -> None:
     """Force that increases the local correlation of two images, in a plane.
 
@@ -288,12 +306,10 @@ def force(
     ----------
     fixed : float32 array (3, plane, point)
         f, f̄ and b.
-    m : float32 array (WIDTH, point)
-        Plane z and those beside it, each at its number modulo `WIDTH`.
+    window : Window
+        m of plane z and of those beside it, and the sums over boxes of plane z.
     z : int
         The plane.
-    sums : float32 array (3, point)
-        Sums of m, f · m and m · m over the boxes.
     h : float32
         Spacing, mm.
     nx : int
@@ -304,6 +320,7 @@ def force(
     out : float32 array (3, point)
         Changed.
     """
+    m = window.m
     strength = stats[3]
     per = np.float32(0.25) / h
     f, mean, variance, own = fixed[0, z], fixed[1, z], fixed[2, z], m[z % WIDTH]
@@ -311,7 +328,7 @@ def force(
     m_after, m_before = m[(z + 1) % WIDTH], m[(z - 1) % WIDTH]
     for r in range(runs.shape[0]):
         i, end = runs[r, 0], runs[r, 1]
-        _covariances(mean, sums, i, end, stats)
+        _covariances(mean, window.sums, i, end, stats)
         mm, a, c = stats[0], stats[1], stats[2]
         fr, fm, b, mr = f[i:end], mean[i:end], variance[i:end], own[i:end]
         for k in range(end - i):

@@ -16,6 +16,7 @@ from kpt_dask.organ_transfer.refinement.iteration import (
     RADIUS,
     TAPS,
     WIDTH,
+    Window,
     add_step,
     clear,
     copy,
@@ -75,24 +76,6 @@ class Planes(NamedTuple):
     zy: Runs
     moved: Runs
     fringe: Runs
-
-
-class Window(NamedTuple):
-    """Planes that sums over boxes need.
-
-    Attributes
-    ----------
-    m : float32 array (WIDTH, point)
-        The moved image; each plane at its number modulo `WIDTH`.
-    rows : float32 array (WIDTH, 3, point)
-        Sums along x and y of m, f · m and m · m; each plane at its number modulo `WIDTH`.
-    sums : float32 array (3, point)
-        Sums along x; later sums over boxes.
-    """
-
-    m: NDArray[np.float32]
-    rows: NDArray[np.float32]
-    sums: NDArray[np.float32]
 
 
 @kernel
@@ -218,7 +201,7 @@ def step_and_take_forces(
         if middle >= 0:
             own, moved = _in(planes.points, middle), _in(planes.moved, middle)
             sum_along_z(window.rows, middle, own, window.sums)
-            force(fixed, window.m, middle, window.sums, h, nx, own, stats, raw)
+            force(fixed, window, middle, h, nx, own, stats, raw)
             smooth(raw, 1, half, moved, along_x)
             clear(own, raw)
             last = along_y[middle % TAPS]
