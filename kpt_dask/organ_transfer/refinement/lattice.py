@@ -28,7 +28,7 @@ BOXES = 2
 """Least number of boxes of local correlation along a typical organ, for a coarser level."""
 MOST_POINTS = 2_000_000
 """Largest number of points of a lattice. Levels with more are left out, as in whole bodies with ten
-organs, so a task takes at most ≈ 240 MB whatever the scan."""
+organs, so a task takes at most ≈ 190 MB whatever the scan."""
 
 
 @dataclass(frozen=True)

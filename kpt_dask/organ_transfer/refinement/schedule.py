@@ -34,7 +34,7 @@ SLAB = 32
 """Thickness of the slabs in which the scan is read, voxels."""
 DEPTH = 16
 """Thickness of a chunk of the stored fields, lattice points."""
-POINT_BYTES = 88
+POINT_BYTES = 64
 """Memory of a task per point of its finest padded lattice, coarser levels included, bytes."""
 VOXEL_BYTES = 4
 """Memory of a task per voxel that it reads of its atlas, bytes."""
