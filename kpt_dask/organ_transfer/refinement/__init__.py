@@ -6,8 +6,10 @@ field on one lattice, and the local correlation of the warped atlas with the sca
 F is the scan and M the atlas, both mapped by a piecewise linear function of HU (`atlas.HU`,
 `atlas.INTENSITY`). The field maps a lattice point x to y = x + u(x), mm; u⁰ is the field of the
 matches and v = u − u⁰ the correction. Ω are the points where an organ of the atlas, as u⁰ maps it,
-is at most 18 mm away along each axis, and Ω⁺ those within two points of Ω. On each level of the
-lattice (`lattice.FULL`; `lattice.FAST` with ``--fast``), from coarse to fine, each iteration
+is at most 18 mm away along each axis, and Ω⁺ those within two points of Ω. On levels finer than
+6 mm only organs of at most 100 mL count: larger ones gain nothing there, and take most of the
+time. On each level of the lattice (`lattice.FULL`; `lattice.FAST` with ``--fast``), from coarse to
+fine, each iteration
 
 1. samples M at y, trilinearly; edges repeat;
 2. takes means over boxes of 5 × 5 × 5 points: a = ⟨FM⟩ − F̄M̄, b = ⟨FF⟩ − F̄² + ε and

@@ -201,6 +201,27 @@ def coarsen(mask: Any, ratio: Any, out: Any) -> None:
 
 
 @kernel
+def fill_gaps(runs: Any, nx: Any, widest: Any, mask: Any) -> None:
+    """Mark the points between two runs of a row, where they are few.
+
+    Parameters
+    ----------
+    runs : int64 array (run, 2)
+        Half-open ranges of points, each within a row, in order.
+    nx : int
+        Points of a row.
+    widest : int
+        Number of points of the widest gap that is filled.
+    mask : bool array (point)
+        Changed.
+    """
+    for r in range(1, runs.shape[0]):
+        begin, end = runs[r - 1, 1], runs[r, 0]
+        if end - begin <= widest and begin // nx == end // nx:
+            mask[begin:end] = True
+
+
+@kernel
 def mark_organs(labels: Any, marked: Any) -> None:
     """Set, at each point, the bit of the organ that an atlas labels there.
 

@@ -5,11 +5,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 import zarr
 from numpy.typing import NDArray
 from scipy.ndimage import gaussian_filter, map_coordinates
 
 from kpt_dask.matching.displacement import Field
+from kpt_dask.organ_transfer.refinement import atlas
 from kpt_dask.organ_transfer.refinement.agreement import correlations
 from kpt_dask.organ_transfer.refinement.atlas import PER_MM, WEIGHT, refine_atlas
 from kpt_dask.organ_transfer.refinement.lattice import (
@@ -162,6 +164,25 @@ def test_where_no_organ_may_lie_is_left_out(tmp_path: Path) -> None:
     for one in results:
         assert one is not None
         assert (one.labels == 1).sum() > 20
+
+
+def test_large_organs_are_not_refined_on_fine_levels(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They are of 5.1 mL and 1.9 mL."""
+    field = Field.of(np.array([ORIGIN], np.float32), np.zeros((1, 3), np.float32))
+    shifted = map_coordinates(body(1), np.indices(SHAPE) + 0.7, order=1, mode="nearest").round()
+
+    def refined(name: str, small: float, levels: Any) -> Array:
+        monkeypatch.setattr(atlas, "SMALL", small)
+        u, *_ = refine(tmp_path / name, body(1), shifted, field, levels)
+        return np.asarray(u)
+
+    coarse = *LEVELS[:2], (4.0, 0)
+    neither, one, both = (refined(f"below_{small}", small, LEVELS) for small in (1.0, 3.0, 100.0))
+    assert (neither == refined("coarse", 100.0, coarse)).all()
+    assert (one != neither).any()
+    assert (one != both).any()
 
 
 def test_organs_say_where_to_begin(tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
 """What an iteration of the refinement does plane after plane, against the equations."""
 
+from itertools import pairwise
 from typing import Any, NamedTuple, Self
 
 import numpy as np
@@ -8,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from kpt_dask.organ_transfer.refinement import iteration, sweep
+from kpt_dask.organ_transfer.refinement import iteration, kernels, sweep
 from kpt_dask.organ_transfer.refinement.iteration import PAD, UNITS, PointMap
 from kpt_dask.organ_transfer.refinement.levels import Region, grown
 from kpt_dask.organ_transfer.refinement.sweep import Runs
@@ -58,6 +59,20 @@ def test_runs_are_split_by_plane() -> None:
         own = runs.of[runs.first[z] : runs.first[z + 1]]
         found = [i for begin, end in own for i in range(begin, end)]
         assert found == np.flatnonzero(mask[z]).tolist()
+
+
+@given(st.integers(0, 2**32 - 1), st.floats(0, 1), st.integers(0, 4))
+@settings(max_examples=30, deadline=None)
+def test_narrow_gaps_of_rows_are_filled(seed: int, part: float, widest: int) -> None:
+    mask = np.pad(np.random.default_rng(seed).random((3, 4, 9)) < part, ((0, 0), (0, 0), (1, 1)))
+    found = mask.copy()
+    kernels.fill_gaps(iteration.runs_of(mask), 11, widest, found.reshape(-1))
+    for row, own in zip(mask.reshape(-1, 11), found.reshape(-1, 11), strict=True):
+        expected = row.copy()
+        marked = np.flatnonzero(row)
+        for before, after in pairwise(marked):
+            expected[before:after] |= after - before - 1 <= widest
+        assert own.tolist() == expected.tolist()
 
 
 @pytest.mark.parametrize("shape", SHAPES)
