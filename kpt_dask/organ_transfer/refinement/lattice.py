@@ -21,7 +21,7 @@ Level = tuple[float, int]
 FULL: tuple[Level, ...] = ((12.0, 15), (8.0, 10), (6.0, 8), (4.0, 6), (3.0, 5))
 """Levels (mm, iterations), coarsest first."""
 FAST: tuple[Level, ...] = ((12.0, 12), (8.0, 8), (6.0, 8))
-"""Levels (mm, iterations) of ``--fast``: most of the gain of `FULL` in a third of its time."""
+"""Levels (mm, iterations) of ``--fast``: most of the gain of `FULL` in half of its time or less."""
 COARSE = 6.0
 """Spacing, mm, up to which a level is used whatever the size of the organs."""
 BOXES = 2
