@@ -15,7 +15,7 @@ STORE = "kpt-atlas-store"
 EVALUATION = "kpt-evaluation"
 """``encoding-type`` of folders of an evaluation, in their ``results.json``."""
 
-_ENTRIES = re.compile(r"zarr\.json|\d+|labels|probability|keypoints|matches|votes|own_axes")
+_ENTRIES = re.compile(r"zarr\.json|\d+|coarse|labels|probability|keypoints|matches|votes|own_axes")
 """Names in an output of this program."""
 _LABELS = frozenset({"zarr.json", "organs"})
 _EVALUATION_ENTRIES = re.compile(r"index\.html|measures\.csv|limited_view\.csv|results\.json")

@@ -30,6 +30,9 @@ from kpt_dask.volumes.scale_space import octave_shapes
 
 ENCODING_TYPE = "kpt-volume"
 ENCODING_VERSION = "1"
+COARSE = "coarse"
+"""Group of all levels but the first: the first group by name, which readers that know no OME-Zarr
+show. It would be a table otherwise, which they take for an image that is broken."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -83,7 +86,7 @@ def create_volume(
     if not isinstance(group, zarr.Group):
         group = zarr.create_group(str(group), zarr_format=3)
     shapes = octave_shapes(grid.shape)
-    levels = create_levels(group, shapes, np.float32)
+    levels = create_levels(group, shapes, np.float32, coarse=COARSE)
     group.update_attributes(
         {
             "encoding-type": ENCODING_TYPE,
@@ -99,7 +102,7 @@ def create_volume(
             },
             "ome": {
                 "version": "0.5",
-                "multiscales": [multiscale(name, grid, len(shapes), "gaussian")],
+                "multiscales": [multiscale(name, grid, len(shapes), "gaussian", COARSE)],
                 "omero": rendering(grid.shape[0]),
             },
         }
