@@ -45,6 +45,9 @@ LATER = {
 }
 """Commands in modules of their own, which are imported when they are run, and what they do."""
 
+COLLECTED_AFTER = 50_000
+"""Objects made until garbage is collected. Libraries make many as they are imported, and no
+garbage: with Python's 700, collections take a tenth of a start."""
 AGAIN_AFTER = 0.01
 """Seconds until a lost interruption is repeated."""
 
@@ -55,6 +58,7 @@ def main() -> None:
         _run_with_assertions()
     keep_streams_open()
     share_freed_memory()
+    gc.set_threshold(COLLECTED_AFTER)
     for signum in ENDING:
         # Signals ignored at the start, as by nohup, stay ignored.
         if signal.getsignal(signum) is not signal.SIG_IGN:

@@ -5,7 +5,6 @@ Measured on the organ strips when they are needed, so nothing more is stored.
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.spatial import cKDTree
 
 from atlas_store import Atlas, OrganTable
 from atlas_store.arrays.boxes import shape_of
@@ -41,6 +40,9 @@ def organ_distances(
     StoreFormatError
         If its organs are not there or damaged.
     """
+    # Imported here, because only mode across needs it: it takes a tenth of a start.
+    from scipy.spatial import cKDTree
+
     distances = np.full((len(points), len(organs)), np.inf, np.float32)
     spacing = np.array(atlas.info.spacing)
     voxel = (points.astype(np.float64) - atlas.info.origin) / spacing
