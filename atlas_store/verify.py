@@ -117,7 +117,7 @@ def verify_store(
     entries = [name.removesuffix(".json") for name in removed]
     named |= {f"{ATLASES}/{name}" for name in entries if parse_folder(name)}
     data = {f"{ATLASES}/{name}" for name in folders if parse_folder(name)}
-    listed = ((MARKERS, markers), (NOTES, notes), (REMOVED, removed))
+    listed = ((ATLASES, folders), (MARKERS, markers), (NOTES, notes), (REMOVED, removed))
     partial = {f"{of}/{name}" for of, names in listed for name in names if _is_partial(name)}
     alone = {
         f"{NOTES}/{name}"
