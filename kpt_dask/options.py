@@ -4,7 +4,7 @@ Light to import: the command line takes its defaults and its syntax from here.
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -176,12 +176,7 @@ class TransferOptions:
             )
         named = {*self.across, *(name for many in self.across.values() for name in many)}
         named |= {*self.nu} if isinstance(self.nu, Mapping) else set()
-        unknown = sorted(named - set(organs.names))
-        if unknown:
-            raise ParameterError(
-                f"The atlases know no organ {', '.join(unknown)}; they know"
-                f" {', '.join(organs.names)}."
-            )
+        check_organs(named, organs)
         if self.across and mode == "local":
             raise ParameterError(
                 "In mode local all matches move all organs; use another mode with --across."
@@ -190,6 +185,19 @@ class TransferOptions:
             raise ParameterError(
                 f"--fast is for mode local, whose fields are refined; mode {mode} has none."
             )
+
+
+def check_organs(names: Iterable[str], organs: "OrganTable") -> None:
+    """Refuse names of organs that the atlases do not know.
+
+    Raises
+    ------
+    ParameterError
+    """
+    if unknown := sorted(set(names) - set(organs.names)):
+        raise ParameterError(
+            f"The atlases know no organ {', '.join(unknown)}; they know {', '.join(organs.names)}."
+        )
 
 
 MEMORY = 1 << 30

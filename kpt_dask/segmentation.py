@@ -44,7 +44,7 @@ from kpt_dask.matching.selection import (
     select_atlases,
 )
 from kpt_dask.matching.voting import vote, votes_for
-from kpt_dask.options import DEFAULTS, SPACINGS, TransferOptions
+from kpt_dask.options import DEFAULTS, SPACINGS, TransferOptions, check_organs
 from kpt_dask.organ_transfer.delivery import Decision, decided
 from kpt_dask.organ_transfer.job import Evidence, TransferJob
 from kpt_dask.organ_transfer.measures import (
@@ -502,11 +502,7 @@ def choose_organs(store: AtlasStore, names: Sequence[str]) -> OrganTable:
         If a name is unknown.
     """
     names = (names,) if isinstance(names, str) else names
-    if unknown := sorted(set(names) - set(store.organs.names)):
-        raise ParameterError(
-            f"The atlases know no organ {', '.join(unknown)}; they know"
-            f" {', '.join(store.organs.names)}."
-        )
+    check_organs(names, store.organs)
     return store.organs.only(names) if names else store.organs
 
 

@@ -19,7 +19,6 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
-import zarr
 from distributed import Client
 from rich.progress import track
 
@@ -29,7 +28,7 @@ from kpt_dask.evaluation.overlap import dice
 from kpt_dask.matching.first_pass import match
 from kpt_dask.matching.selection import USUAL, propose_atlases, select_atlases
 from kpt_dask.runtime import cluster
-from kpt_dask.segmentation import segment_volume
+from kpt_dask.segmentation import segment_volume, temporary_image
 from kpt_dask.volumes.volume import open_volume
 
 EXACT, GRAPH = WAYS = "exact", "pynndescent"
@@ -102,8 +101,7 @@ def segmented(store: AtlasStore, name: str, way: str, client: Client) -> float:
     """Mean Dice of a scan that is segmented by the others."""
     atlas = store[name]
     volume = open_volume(atlas.image)
-    with tempfile.TemporaryDirectory() as folder:
-        group = zarr.create_group(folder, attributes={"ome": atlas.image.attrs["ome"]})
+    with temporary_image(store, client, atlas.image) as group:
         found = segment_volume(volume, group, store, others(store, name), index=way, client=client)
         parts = [atlas.labels[...]], [np.asarray(found.labels[...])]
         return float(np.mean(list(dice(*parts, atlas.annotated, store.organs).values())))

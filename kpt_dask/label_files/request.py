@@ -14,6 +14,7 @@ from kpt_dask.grid import Grid
 from kpt_dask.label_files.components import largest_components
 from kpt_dask.label_files.formats import FORMATS, LabelFile
 from kpt_dask.label_files.label_map import LabelMap
+from kpt_dask.options import check_organs
 
 SPLIT_ENDING = ".nii.gz"
 """Ending of the files of single organs."""
@@ -67,7 +68,7 @@ class LabelRequest:
 
     def wanted(self, table: OrganTable) -> tuple[Organ, ...]:
         """Organs that are wanted, in the order of the table."""
-        return tuple(o for o in table if not self.organs or o.name in self.organs)
+        return (table.only(self.organs) if self.organs else table).organs
 
     def check(self, table: OrganTable, grid: Grid) -> None:
         """Refuse organs that the table lacks, and formats that cannot hold the scan's grid.
@@ -83,12 +84,7 @@ class LabelRequest:
             raise ParameterError(
                 "--largest is about label files: add --labels FILE or --split DIR."
             )
-        unknown = sorted(set(self.organs) - set(table.names))
-        if unknown:
-            raise ParameterError(
-                f"The atlases know no organ {', '.join(unknown)}; they know"
-                f" {', '.join(table.names)}."
-            )
+        check_organs(self.organs, table)
         for file in self.files:
             file.check(grid)
 

@@ -342,6 +342,23 @@ def force(
             _push(strength, after, before, own[i + s : end + s], own[i - s : end - s], line)
 
 
+@inlined_kernel
+def _weigh(half: Any, v: Any, before: Any, after: Any, out: Any) -> None:
+    """Sum v and five arrays on each side of it, from the nearest on, weighted as by `taps`."""
+    a1, a2, a3, a4, a5 = before
+    b1, b2, b3, b4, b5 = after
+    h0, h1, h2, h3, h4, h5 = half[0], half[1], half[2], half[3], half[4], half[5]
+    for k in range(out.size):
+        out[k] = (
+            h0 * v[k]
+            + h1 * (a1[k] + b1[k])
+            + h2 * (a2[k] + b2[k])
+            + h3 * (a3[k] + b3[k])
+            + h4 * (a4[k] + b4[k])
+            + h5 * (a5[k] + b5[k])
+        )
+
+
 @kernel
 def smooth(values: Any, stride: Any, half: Any, runs: Any, out: Any) -> None:
     """Smooth vectors along x or y by a symmetric filter of eleven taps.
@@ -357,7 +374,6 @@ def smooth(values: Any, stride: Any, half: Any, runs: Any, out: Any) -> None:
     out : float32 array (3, point)
         Changed.
     """
-    h0, h1, h2, h3, h4, h5 = half[0], half[1], half[2], half[3], half[4], half[5]
     s = stride
     for channel in range(3):
         own = values[channel]
@@ -369,16 +385,8 @@ def smooth(values: Any, stride: Any, half: Any, runs: Any, out: Any) -> None:
             a3, b3 = own[i - 3 * s : end - 3 * s], own[i + 3 * s : end + 3 * s]
             a4, b4 = own[i - 4 * s : end - 4 * s], own[i + 4 * s : end + 4 * s]
             a5, b5 = own[i - 5 * s : end - 5 * s], own[i + 5 * s : end + 5 * s]
-            line = out[channel, i:end]
-            for k in range(end - i):
-                line[k] = (
-                    h0 * v[k]
-                    + h1 * (a1[k] + b1[k])
-                    + h2 * (a2[k] + b2[k])
-                    + h3 * (a3[k] + b3[k])
-                    + h4 * (a4[k] + b4[k])
-                    + h5 * (a5[k] + b5[k])
-                )
+            before, after = (a1, a2, a3, a4, a5), (b1, b2, b3, b4, b5)
+            _weigh(half, v, before, after, out[channel, i:end])
 
 
 @kernel
@@ -397,7 +405,6 @@ def smooth_along_z(values: Any, z: Any, half: Any, runs: Any, out: Any) -> None:
     out : float32 array (3, plane, point)
         Changed in plane z.
     """
-    h0, h1, h2, h3, h4, h5 = half[0], half[1], half[2], half[3], half[4], half[5]
     p0 = values[z % TAPS]
     p1, q1 = values[(z - 1) % TAPS], values[(z + 1) % TAPS]
     p2, q2 = values[(z - 2) % TAPS], values[(z + 2) % TAPS]
@@ -413,16 +420,8 @@ def smooth_along_z(values: Any, z: Any, half: Any, runs: Any, out: Any) -> None:
             a3, b3 = p3[channel, i:end], q3[channel, i:end]
             a4, b4 = p4[channel, i:end], q4[channel, i:end]
             a5, b5 = p5[channel, i:end], q5[channel, i:end]
-            line = out[channel, z, i:end]
-            for k in range(end - i):
-                line[k] = (
-                    h0 * v[k]
-                    + h1 * (a1[k] + b1[k])
-                    + h2 * (a2[k] + b2[k])
-                    + h3 * (a3[k] + b3[k])
-                    + h4 * (a4[k] + b4[k])
-                    + h5 * (a5[k] + b5[k])
-                )
+            before, after = (a1, a2, a3, a4, a5), (b1, b2, b3, b4, b5)
+            _weigh(half, v, before, after, out[channel, z, i:end])
 
 
 @kernel

@@ -102,6 +102,13 @@ def _sum_plane(f: Any, m: Any, nx: Any, z: Any, planes: Any, window: Any) -> Non
 
 
 @kernel
+def _step_plane(before: Any, d: Any, z: Any, factor: Any, nx: Any, planes: Any, v: Any) -> None:
+    """Add the step in plane z, and keep what was there in `before`, for the next plane."""
+    copy(v, z, _in(planes.fringe, z), before[z % 2])
+    add_step(before, d, z, factor, nx, _in(planes.moved, z), v)
+
+
+@kernel
 def take_moments(nx: Any, planes: Any, fixed: Any) -> None:
     """Mean and variance with ε of an image over boxes.
 
@@ -192,8 +199,7 @@ def step_and_take_forces(
     for z in range(count + BOX):
         if z < count:
             if factor > 0:
-                copy(where.v, z, _in(planes.fringe, z), before[z % 2])
-                add_step(before, d, z, factor, nx, _in(planes.moved, z), where.v)
+                _step_plane(before, d, z, factor, nx, planes, where.v)
             m = window.m[z % WIDTH]
             sample(image, where, z, _in(planes.moved, z), m)
             _sum_plane(fixed[0, z], m, nx, z, planes, window)
@@ -235,5 +241,4 @@ def step(d: Any, factor: Any, nx: Any, planes: Any, v: Any) -> None:
     _, count, points = v.shape
     before = np.empty((2, 3, points), np.float32)
     for z in range(count):
-        copy(v, z, _in(planes.fringe, z), before[z % 2])
-        add_step(before, d, z, factor, nx, _in(planes.moved, z), v)
+        _step_plane(before, d, z, factor, nx, planes, v)
