@@ -11,6 +11,7 @@ from pydicom.dataelem import RawDataElement
 from pydicom.dataset import Dataset
 
 from kpt_dask.errors import ScanFormatError
+from kpt_dask.scans.dicom_files import open_bounded
 from kpt_dask.scans.dicom_header import UNDEFINED, quiet
 
 SEGMENTATIONS = ("1.2.840.10008.5.1.4.1.1.66.4", "1.2.840.10008.5.1.4.1.1.66.7")
@@ -32,7 +33,8 @@ def kind_of(path: Path) -> str | None:
     """Read the UID of a DICOM file's kind; None if it is no DICOM that can be read."""
     quiet()
     try:
-        found = pydicom.dcmread(path, stop_before_pixels=True, specific_tags=["SOPClassUID"])
+        with open_bounded(path) as file:
+            found = pydicom.dcmread(file, stop_before_pixels=True, specific_tags=["SOPClassUID"])
         return str(found.get("SOPClassUID") or found.file_meta.MediaStorageSOPClassUID)
     except Exception:  # pydicom raises many kinds on what is no DICOM
         return None
@@ -50,10 +52,11 @@ def read_object(path: Path) -> Dataset:
     try:
         if path.stat().st_size > LARGEST:
             raise ScanFormatError(f"{path} is larger than {LARGEST >> 30} GiB; give a smaller one.")
-        with path.open("rb") as file:
+        with open_bounded(path) as file:
             if _DEFLATED in file.read(_START):
                 raise ScanFormatError(f"{path} is deflated; convert it with dcmconv +te.")
-        found = pydicom.dcmread(path)
+            file.seek(0)
+            found = pydicom.dcmread(file)
         _check_whole(found)
         return found
     except ScanFormatError:

@@ -10,7 +10,7 @@ import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from io import BytesIO
+from io import BufferedReader, BytesIO, FileIO
 from pathlib import Path, PurePosixPath
 from typing import BinaryIO, cast
 
@@ -29,6 +29,7 @@ MOST_COMPRESSED = 1032
 """Deflate cannot shrink data more than this."""
 
 _MARK, _MARK_AT = b"DICM", 128
+_SHORT = 1 << 16
 _BARE = b"\x02\x00", b"\x08\x00"
 """First bytes of a data set without a preamble: group 2 or 8."""
 
@@ -61,7 +62,7 @@ class DicomFiles:
     def reading(self) -> Iterator[Open]:
         """Yield a function that opens a file by its name, as a stream that can seek."""
         if not is_zip(self.path):
-            yield lambda name: (self.path / name if name else self.path).open("rb")
+            yield lambda name: open_bounded(self.path / name if name else self.path)
             return
         with zipfile.ZipFile(self.path) as archive:
             yield lambda name: cast(BinaryIO, archive.open(name))
@@ -73,6 +74,29 @@ class DicomFiles:
             return file
         with file:
             return BytesIO(file.read(LARGEST_MEMBER))
+
+
+class _Bounded(BufferedReader):
+    """A file whose reads ask for memory for no more than is left of it."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__(FileIO(path))
+        self._size = os.fstat(self.fileno()).st_size
+
+    def read(self, size: int | None = -1) -> bytes:
+        # A short read is common and its memory is nothing: it need not know its place.
+        if size is not None and size > _SHORT:
+            size = min(size, max(0, self._size - self.tell()))
+        return super().read(size)
+
+
+def open_bounded(path: Path) -> BinaryIO:
+    """Open a file for a reader that believes its lengths.
+
+    A read of a file in Python takes the memory that is asked for before it looks how much is left,
+    so that one damaged length of DICOM would take up to 4 GiB.
+    """
+    return cast(BinaryIO, _Bounded(path))
 
 
 def is_zip(path: Path) -> bool:

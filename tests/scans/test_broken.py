@@ -12,6 +12,7 @@ import warnings
 import zipfile
 import zlib
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -24,8 +25,11 @@ from hypothesis import strategies as st
 from pydicom import dcmread
 from pydicom.dataset import Dataset
 
+from kpt_dask.annotations.dicom_objects import kind_of, read_object
 from kpt_dask.cli.main import kpt
-from kpt_dask.errors import KptError
+from kpt_dask.errors import KptError, ScanFormatError
+from kpt_dask.scans.dicom_files import open_bounded
+from kpt_dask.scans.dicom_header import read_header
 from kpt_dask.scans.scan import open_scan
 from tests.scans.dicom_writer import enhanced, save, slices
 from tests.scans.formats import FORMATS, Array, Format
@@ -426,3 +430,22 @@ def test_the_command_line_says_it_in_one_sentence(form: Format, tmp_path: Path) 
         assert said[0].startswith("kpt: ")
         assert sorted(tmp_path.rglob("*")) == before
         file.write_bytes(whole)
+
+
+@pytest.mark.parametrize("name", ["DICOM folder", "DICOM enhanced"])
+def test_no_length_of_dicom_asks_for_memory(name: str, tmp_path: Path) -> None:
+    (form,) = (form for form in FORMATS if form.name == name)
+    path = parts_of(made(form, tmp_path / "scan", VALUES[:1]))[0]
+    whole = path.read_bytes()
+    tracemalloc.start()
+    # The highest byte of a length is 0, wherever it is.
+    for at in (at for at in range(128, len(whole)) if whole[at] == 0):
+        path.write_bytes(whole[:at] + b"\x7e" + whole[at + 1 :])
+        with suppress(ScanFormatError), open_bounded(path) as file:
+            read_header(file, "", str(path), must=True)
+        with suppress(ScanFormatError):
+            read_object(path)
+        kind_of(path)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 1 << 20
