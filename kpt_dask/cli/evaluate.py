@@ -124,7 +124,8 @@ def evaluate(
     Temporary files go to $TMPDIR, which all workers of a cluster must share.
 
     Of each scan and organ: Dice, the mean and the 95 % Hausdorff distance of the surfaces, and the
-    surface Dice at 3 mm, with 95 % bootstrap intervals over scans.
+    surface Dice at 3 mm, with 95 % bootstrap intervals over scans. Also how
+    far confidence follows Dice, and how many volumes are in their intervals.
 
     \b
     Examples:
@@ -224,6 +225,12 @@ def _print_results(results: dict[str, Any]) -> None:
             f"Mode {mode}, cropped: Dice {one['cropped']:.3f} of the organs inside, where the whole"
             f" scan gives {one['whole']:.3f}."
         )
+    told = results["trust"]
+    rho = told["rank_correlation"]
+    click.echo(
+        f"Volumes: {told['volume_in_interval']:.0%} of the references' are within their intervals."
+        + ("" if rho is None else f" Confidence: rank correlation with Dice {rho:.2f}.")
+    )
     ends = results["mean_dice_interval"]
     interval = "" if ends is None else f" (95 % interval {ends[0]:.3f} to {ends[1]:.3f})"
     click.echo(

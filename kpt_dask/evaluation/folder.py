@@ -83,10 +83,10 @@ def writing(out: str | Path | None, *, overwrite: bool) -> Iterator[ResultsFolde
 
 
 def measure_rows(results: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """List the measures: a row for each scan and organ; Dice of baselines in columns."""
+    """List measures and claims: a row for each scan and organ; Dice of baselines in columns."""
     baselines = results.get("baselines", {})
     return [
-        {"scan": scan, "organ": organ, **measures}
+        {"scan": scan, "organ": organ, **measures, **results["claims"][scan][organ]}
         | {f"dice_{name}": one["dice"].get(scan, {}).get(organ) for name, one in baselines.items()}
         for scan, organs in results["measures"].items()
         for organ, measures in organs.items()

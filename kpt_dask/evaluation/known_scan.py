@@ -44,6 +44,8 @@ class Reference(NamedTuple):
         Label values by name.
     labels : zarr.Array (z, y, x)
         The labels on the working grid.
+    volumes_ml : dict of str to float
+        Volumes of annotated organs, mL.
     compare : callable
         Agreement of a segmentation with them, by annotated organ.
     """
@@ -51,6 +53,7 @@ class Reference(NamedTuple):
     annotated: tuple[str, ...]
     organs: OrganTable
     labels: "zarr.Array[Any]"
+    volumes_ml: Mapping[str, float]
     compare: Callable[[StationResults], dict[str, Agreement]]
 
 
@@ -91,7 +94,7 @@ class KnownAtlas:
             self.atlas.ensure_present()
             return agreements
 
-        return Reference(tuple(annotated), organs, labels, compare)
+        return Reference(tuple(annotated), organs, labels, expected.volumes_ml(organs), compare)
 
 
 @dataclass(frozen=True, eq=False)
@@ -142,7 +145,7 @@ class KnownFiles:
             actual = _each_plane(labels_onto(shares, self.scan.grid))
             return expected.compare(actual, annotated, organs)
 
-        return Reference(annotated, organs, level, compare)
+        return Reference(annotated, organs, level, expected.volumes_ml(organs), compare)
 
 
 @dataclass(frozen=True, eq=False)
@@ -156,6 +159,12 @@ class _Known:
     def of(cls, slices: Planes, grid: Grid) -> "_Known":
         labels = _label_map(slices, grid)
         return cls(labels, labels.extents())
+
+    def volumes_ml(self, organs: OrganTable) -> dict[str, float]:
+        """Volume of each organ, mL."""
+        counts = self.labels.voxels.counts(max(organs.values) + 1)
+        ml = self.labels.grid.voxel_volume / 1000
+        return {organ.name: float(counts[organ.value] * ml) for organ in organs}
 
     def compare(
         self, slices: Planes, annotated: Iterable[str], organs: OrganTable

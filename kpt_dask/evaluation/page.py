@@ -9,6 +9,8 @@ import jinja2
 from atlas_store import OrganTable
 from kpt_dask.evaluation.folder import best_median_worst
 from kpt_dask.evaluation.plots import atlases_plot, dice_plot, limited_view_plot, seconds_plot
+from kpt_dask.evaluation.trust import FAILED
+from kpt_dask.organ_transfer.measures import UNSURE
 
 TEMPLATE = "page.html"
 
@@ -44,6 +46,8 @@ def render(results: Mapping[str, Any], organs: OrganTable, pictures: Mapping[str
     names = [organ.name for organ in judged]
     return template.render(
         results=results,
+        failed=FAILED,
+        unsure=UNSURE,
         organs=judged,
         anchors=anchors,
         baselines=baselines,

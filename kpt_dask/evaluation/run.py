@@ -37,6 +37,7 @@ from kpt_dask.evaluation.overlap import dice
 from kpt_dask.evaluation.pictures import draw_scan
 from kpt_dask.evaluation.summary import ScanResult, numbers_of_atlases, summarize
 from kpt_dask.evaluation.table1 import background_votes, keypoint_votes
+from kpt_dask.evaluation.trust import Claim
 from kpt_dask.matching.selection import check_selection, how_many
 from kpt_dask.options import DEFAULTS, TransferOptions
 from kpt_dask.output.places import check_outputs
@@ -123,6 +124,10 @@ def evaluate(
         ``dice``, by scan and organ;
         ``measures``, by scan and organ: ``dice``, ``mean_distance_mm``, ``distance_95_mm`` and
         ``surface_dice`` (at 3 mm) of `kpt_dask.measures.surfaces.Agreement`;
+        ``claims``, by scan and organ: ``confidence``, ``volume_ml``, ``low_ml``, ``high_ml`` and
+        ``reference_ml`` of `kpt_dask.evaluation.trust.Claim`;
+        ``trust``, how often what answers say of themselves is true: see
+        `kpt_dask.evaluation.trust.trust`;
         ``measures_by_organ``: ``scans``, how many annotate it; ``only_one_shows``, in how many of
         them only the reference or only the result shows it, and so has no distance; of each
         measure the ``mean`` and its ``interval``;
@@ -268,7 +273,8 @@ class _Judge:
             background = background_votes(
                 inside, found.matches, reference.annotated, reference.organs, first
             )
-            result = ScanResult(measures, counts, background, dict(seconds), total)
+            claims = {n: Claim.of(found.organs[n], reference.volumes_ml[n]) for n in measures}
+            result = ScanResult(measures, claims, counts, background, dict(seconds), total)
             picture = ""
             if draw:
                 shown = [o for o in self.store.organs if o.name in reference.annotated]

@@ -14,6 +14,7 @@ from atlas_store import AtlasStore, OrganTable
 from kpt_dask.evaluation.bootstrap import mean_interval
 from kpt_dask.evaluation.limited_view import Judged
 from kpt_dask.evaluation.table1 import Background, background_statistics, organ_statistics
+from kpt_dask.evaluation.trust import Claim, trust
 from kpt_dask.measures.surfaces import Agreement
 from kpt_dask.options import TransferOptions
 
@@ -32,6 +33,8 @@ class ScanResult:
     ----------
     measures : dict of str to Agreement
         Agreement by organ, of those that the reference annotates.
+    claims : dict of str to Claim
+        What the answer says of each of them.
     keypoints : dict of str to (int, int, int)
         Numbers by organ: keypoints in it, those that got a vote, those whose vote is right.
     background : Background
@@ -47,6 +50,7 @@ class ScanResult:
     """
 
     measures: Mapping[str, Agreement]
+    claims: Mapping[str, Claim]
     keypoints: Mapping[str, tuple[int, int, int]]
     background: Background
     seconds: Mapping[str, float]
@@ -81,7 +85,12 @@ def summarize(
             name: {organ: one._asdict() for organ, one in result.measures.items()}
             for name, result in results.items()
         },
+        "claims": {
+            name: {organ: one._asdict() for organ, one in result.claims.items()}
+            for name, result in results.items()
+        },
         "measures_by_organ": _by_organ(results, store.organs),
+        "trust": trust([(result.claims, result.measures) for result in results.values()]),
         "keypoints": organ_statistics([r.keypoints for r in results.values()], store.organs),
         "background": background_statistics([r.background for r in results.values()]),
         "seconds": {

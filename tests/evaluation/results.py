@@ -5,8 +5,10 @@ from typing import Any
 import numpy as np
 
 from atlas_store import load_organs
+from kpt_dask.evaluation.trust import Claim
 
 ORGANS = load_organs("visceral")
+CLAIM = Claim(0.5, 10.0, 8.0, 12.0, 11.0)._asdict()
 
 
 def made_up(scans: int = 5, *, full: bool = True) -> dict[str, Any]:
@@ -53,7 +55,16 @@ def made_up(scans: int = 5, *, full: bool = True) -> dict[str, Any]:
         "dice_by_organ": dict.fromkeys(organs, 0.5),
         "dice": {n: {o: one["dice"] for o, one in m.items()} for n, m in measures.items()},
         "measures": measures,
+        "claims": {n: dict.fromkeys(m, CLAIM) for n, m in measures.items()},
         "measures_by_organ": by_organ,
+        "trust": {
+            "answers": 3 * scans - 1,
+            "rank_correlation": 0.5 if scans > 1 else None,
+            "failed": 2,
+            "unsure": 1,
+            "failed_and_unsure": 1,
+            "volume_in_interval": 1.0,
+        },
         "keypoints": {o: {"mean": 3.5, "labelled": 50.0, "correct": None} for o in organs},
         "background": {"mean": 60.0, "labelled": 90.0, "correct": 80.0, "in_organ": 10.0},
         "seconds": seconds,

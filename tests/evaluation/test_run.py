@@ -56,6 +56,7 @@ def test_leaving_one_out_equals_segmenting_without_it(
         for organ in ORGANS
         if (truth == organ.value).any()
     }
+    voxel_ml = BODY_SPACING**3 / 1000
     for result in (results, of_files):
         assert result["dice"] == {"body_1": pytest.approx(expected)}
         assert result["dice_by_organ"] == pytest.approx(expected)
@@ -67,6 +68,12 @@ def test_leaving_one_out_equals_segmenting_without_it(
             assert measures == pytest.approx(judged, abs=1e-3)
             by_organ = result["measures_by_organ"][name]
             assert {measure: by_organ[measure]["mean"] for measure in measures} == measures
+            claim = result["claims"]["body_1"][name]
+            assert claim["reference_ml"] == pytest.approx((truth == value).sum() * voxel_ml)
+            assert claim["volume_ml"] == pytest.approx(found.organs[name].volume_ml)
+            assert claim["confidence"] == found.organs[name].confidence
+            assert (claim["low_ml"], claim["high_ml"]) == found.organs[name].interval_ml
+        assert result["trust"]["answers"] == len(expected)
         assert (result["scans"], result["atlases"], result["mode"]) == (1, 2, "local")
         inside = {name: counts["mean"] for name, counts in result["keypoints"].items()}
         stored = body_store["body_1"].organs

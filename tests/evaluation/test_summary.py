@@ -6,6 +6,7 @@ import pytest
 from atlas_store import AtlasStore
 from kpt_dask.evaluation.summary import ScanResult, numbers_of_atlases, summarize
 from kpt_dask.evaluation.table1 import Background
+from kpt_dask.evaluation.trust import Claim
 from kpt_dask.measures.surfaces import Agreement
 from kpt_dask.options import DEFAULTS
 
@@ -19,7 +20,8 @@ def result(
     fewer: dict[int, dict[str, float]] | None = None,
 ) -> ScanResult:
     counts = dict.fromkeys(measures, (2, 1, 1))
-    return ScanResult(measures, counts, Background(4, 2, 1, 1), seconds, 9.0, fewer or {})
+    claims = dict.fromkeys(measures, Claim(0.5, 10.0, 8.0, 12.0, 11.0))
+    return ScanResult(measures, claims, counts, Background(4, 2, 1, 1), seconds, 9.0, fewer or {})
 
 
 def test_means_are_over_the_scans_that_annotate(body_store: AtlasStore) -> None:
