@@ -14,6 +14,10 @@ import numba
 
 from atlas_store.arrays.kernel_cache import cached
 
+_config: Any = numba.config
+if _config.DISABLE_JIT:
+    raise ImportError("kpt-dask needs compiled kernels: unset NUMBA_DISABLE_JIT.")
+
 F = TypeVar("F", bound=Callable[..., Any])
 
 

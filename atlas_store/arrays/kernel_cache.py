@@ -122,9 +122,7 @@ class KernelCache(_caching._Cache):  # type: ignore[misc]
 
 def cached(kernel: Any) -> Any:
     """Keep what numba compiles of a kernel on disk; return the kernel."""
-    # With NUMBA_DISABLE_JIT it is the plain function.
-    if isinstance(kernel, _Dispatcher):
-        kernel._cache = KernelCache(kernel)
+    kernel._cache = KernelCache(kernel)
     return kernel
 
 

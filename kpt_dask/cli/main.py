@@ -56,6 +56,8 @@ def main() -> None:
     """Run the command line."""
     if sys.flags.optimize:
         _run_with_assertions()
+    # Set for a debugger of other programs: here kernels take pointers, which Python has not.
+    os.environ.pop("NUMBA_DISABLE_JIT", None)
     keep_streams_open()
     share_freed_memory()
     gc.set_threshold(COLLECTED_AFTER)

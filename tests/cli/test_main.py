@@ -293,6 +293,24 @@ def test_an_optimizing_python_changes_nothing(tmp_path: Path, optimized: dict[st
     assert "0 atlases" in run("atlas", "list", "store")
 
 
+def test_kernels_are_compiled_where_numba_is_told_not_to(bodies: Path, tmp_path: Path) -> None:
+    def run(*python: str) -> "subprocess.CompletedProcess[str]":
+        return subprocess.run(
+            [sys.executable, *python],
+            env=os.environ | {"NUMBA_DISABLE_JIT": "1"},
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+
+    scan, out = bodies / "body_1_ct.nii.gz", tmp_path / "out.zarr"
+    done = run("-m", "kpt_dask", "convert", str(scan), str(out), "--spacing", "4")
+    assert done.returncode == 0, done.stderr
+    # In a program of somebody else's it is theirs.
+    refused = run("-c", "import kpt_dask; kpt_dask.segment")
+    assert refused.stderr.endswith("kpt-dask needs compiled kernels: unset NUMBA_DISABLE_JIT.\n")
+
+
 @pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
 def test_interrupted_while_an_output_is_begun_it_leaves_nothing(
     bodies: Path, body_store: AtlasStore, tmp_path: Path, signum: int

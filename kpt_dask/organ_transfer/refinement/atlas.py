@@ -197,13 +197,17 @@ class _Moved:
         nothing = np.empty(0, bool)
         made = cls(scan, packed, coding, corner, image, nodes, start, nothing, nothing)
         landed = made.labels(np.zeros_like(start[:3])).reshape(finest.padded)
+        inside = near_small = made._near(landed > 0)
         small = np.array([False, *(is_small(atlas, name) for name in scan.organs.names)])
-        near = 3 * (min(round(NEAR / finest.spacing), PAD),)
-        inside, near_small = (
-            _without_gaps(grown(mask, near) & wanted.mask, wanted)
-            for mask in (landed > 0, small[landed])
-        )
+        if finest.spacing < COARSE and not small[1:].all():
+            near_small = made._near(small[landed])
         return replace(made, inside=inside, near_small=near_small)
+
+    def _near(self, mask: NDArray[np.bool_]) -> NDArray[np.bool_]:
+        """Mark the points of the finest level within `NEAR` of those marked, and narrow gaps."""
+        level = self.scan.levels[-1]
+        near = 3 * (min(round(NEAR / level.lattice.spacing), PAD),)
+        return _without_gaps(grown(mask, near) & level.wanted.mask, level.wanted)
 
     def labels(self, v: NDArray[np.float32]) -> NDArray[np.uint16]:
         """Organ of the atlas at each point of the finest level: index + 1, or 0; (point)."""
@@ -278,9 +282,9 @@ def _without_gaps(mask: NDArray[np.bool_], wanted: Region) -> NDArray[np.bool_]:
 
 
 def is_small(atlas: Atlas, name: str) -> bool:
-    """Whether an atlas shows an organ, of a volume of at most `SMALL`."""
+    """Whether an organ's volume in an atlas is at most `SMALL`, as it is where it is not shown."""
     voxel = math.prod(atlas.info.spacing) / 1000
-    return name in atlas.organs and atlas.organs[name].voxels * voxel <= SMALL
+    return name not in atlas.organs or atlas.organs[name].voxels * voxel <= SMALL
 
 
 def nodes_of(field: Field, scan: Comparison) -> NDArray[np.float32]:
