@@ -7,9 +7,9 @@ from typing import Any
 import jinja2
 
 from atlas_store import OrganTable
+from kpt_dask.evaluation.claims import FAILED
 from kpt_dask.evaluation.folder import best_median_worst
 from kpt_dask.evaluation.plots import atlases_plot, dice_plot, limited_view_plot, seconds_plot
-from kpt_dask.evaluation.trust import FAILED
 from kpt_dask.organ_transfer.measures import UNSURE
 
 TEMPLATE = "page.html"

@@ -6,7 +6,7 @@ The slices are pixels, the organs are outlines in SVG, which stay sharp at any s
 import io
 from collections.abc import Sequence
 from html import escape
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -14,27 +14,11 @@ from numpy.typing import NDArray
 from atlas_store import Organ
 from kpt_dask.atlases.profiles import Voxels, best_plane, organ_profiles
 from kpt_dask.report.encoding import data_uri
+from kpt_dask.report.slices import AXIAL, CORONAL, SAGITTAL, View
 from kpt_dask.volumes.omezarr import WINDOW
 
 AROUND_MM = 25.0
 """Distance from the organs to the edge of a picture."""
-
-
-class _View(NamedTuple):
-    """A direction of view; axes of the working grid are 0 z, 1 y, 2 x."""
-
-    name: str
-    fixed: int
-    upside_down: bool
-    letters: tuple[str, str, str, str]
-
-
-_VIEWS = (
-    _View("coronal", 1, True, ("R", "L", "H", "F")),
-    _View("sagittal", 2, True, ("A", "P", "H", "F")),
-    _View("axial", 0, False, ("R", "L", "A", "P")),
-)
-"""Letters stand left, right, above and below. On a screen rows run down, while z runs up."""
 
 
 def draw_scan(
@@ -67,11 +51,11 @@ def draw_scan(
     lengths = [part.stop - part.start for part in box]
     # The views stand beside each other: coronal and axial along x, sagittal along y.
     letters = (2 * lengths[2] + lengths[1]) / 60
-    for view in _VIEWS:
+    for view in (CORONAL, SAGITTAL, AXIAL):
         region: list[Any] = list(box)
         region[view.fixed] = index[view.fixed]
         planes = [np.asarray(array[tuple(region)]) for array in (image, reference, found)]
-        if view.upside_down:
+        if view.rows == 0:
             planes = [plane[::-1] for plane in planes]
         drawn.append(_svg(view, planes[0], planes[1], planes[2], organs, letters))
     return "\n".join(drawn)
@@ -86,7 +70,7 @@ def _around(profile: NDArray[np.int64], margin: float) -> slice:
 
 
 def _svg(
-    view: _View,
+    view: View,
     picture: NDArray[Any],
     reference: NDArray[Any],
     found: NDArray[Any],

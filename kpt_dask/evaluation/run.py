@@ -17,6 +17,7 @@ from kpt_dask.atlases.profiles import organ_profiles
 from kpt_dask.atlases.same_scan import KnownScans
 from kpt_dask.errors import LabelError, ParameterError
 from kpt_dask.evaluation.baseline import Baseline, check_baseline
+from kpt_dask.evaluation.claims import Claim
 from kpt_dask.evaluation.folder import writing
 from kpt_dask.evaluation.known_scan import (
     KnownAtlas,
@@ -37,7 +38,6 @@ from kpt_dask.evaluation.overlap import dice
 from kpt_dask.evaluation.pictures import draw_scan
 from kpt_dask.evaluation.summary import ScanResult, numbers_of_atlases, summarize
 from kpt_dask.evaluation.table1 import background_votes, keypoint_votes
-from kpt_dask.evaluation.trust import Claim
 from kpt_dask.matching.selection import check_selection, how_many
 from kpt_dask.options import DEFAULTS, TransferOptions
 from kpt_dask.output.places import check_outputs
@@ -125,9 +125,9 @@ def evaluate(
         ``measures``, by scan and organ: ``dice``, ``mean_distance_mm``, ``distance_95_mm`` and
         ``surface_dice`` (at 3 mm) of `kpt_dask.measures.surfaces.Agreement`;
         ``claims``, by scan and organ: ``confidence``, ``volume_ml``, ``low_ml``, ``high_ml`` and
-        ``reference_ml`` of `kpt_dask.evaluation.trust.Claim`;
+        ``reference_ml`` of `kpt_dask.evaluation.claims.Claim`;
         ``trust``, how often what answers say of themselves is true: see
-        `kpt_dask.evaluation.trust.trust`;
+        `kpt_dask.evaluation.claims.trust`;
         ``measures_by_organ``: ``scans``, how many annotate it; ``only_one_shows``, in how many of
         them only the reference or only the result shows it, and so has no distance; of each
         measure the ``mean`` and its ``interval``;

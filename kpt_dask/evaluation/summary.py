@@ -12,9 +12,9 @@ import numpy as np
 
 from atlas_store import AtlasStore, OrganTable
 from kpt_dask.evaluation.bootstrap import mean_interval
+from kpt_dask.evaluation.claims import Claim, trust
 from kpt_dask.evaluation.limited_view import Judged
 from kpt_dask.evaluation.table1 import Background, background_statistics, organ_statistics
-from kpt_dask.evaluation.trust import Claim, trust
 from kpt_dask.measures.surfaces import Agreement
 from kpt_dask.options import TransferOptions
 

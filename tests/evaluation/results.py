@@ -5,7 +5,7 @@ from typing import Any
 import numpy as np
 
 from atlas_store import load_organs
-from kpt_dask.evaluation.trust import Claim
+from kpt_dask.evaluation.claims import Claim
 
 ORGANS = load_organs("visceral")
 CLAIM = Claim(0.5, 10.0, 8.0, 12.0, 11.0)._asdict()

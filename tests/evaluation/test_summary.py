@@ -4,9 +4,9 @@ import numpy as np
 import pytest
 
 from atlas_store import AtlasStore
+from kpt_dask.evaluation.claims import Claim
 from kpt_dask.evaluation.summary import ScanResult, numbers_of_atlases, summarize
 from kpt_dask.evaluation.table1 import Background
-from kpt_dask.evaluation.trust import Claim
 from kpt_dask.measures.surfaces import Agreement
 from kpt_dask.options import DEFAULTS
 

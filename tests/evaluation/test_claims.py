@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy.stats import rankdata
 
-from kpt_dask.evaluation.trust import FAILED, Claim, trust
+from kpt_dask.evaluation.claims import FAILED, Claim, trust
 from kpt_dask.measures.surfaces import Agreement
 from kpt_dask.organ_transfer.measures import UNSURE
 
