@@ -5,6 +5,7 @@ A table is a TOML file with one ``[[organ]]`` block per organ. The paper's ten o
 store was created with is kept in the store, so it stays what it was.
 """
 
+import colorsys
 import re
 import tomllib
 from collections import Counter
@@ -28,7 +29,9 @@ _SNOMED_CODE = re.compile(r"[1-9][0-9]{5,17}")
 LEAST_NU, LARGEST_NU = 1e-3, 1e6
 """HU: beyond, single precision knows no difference."""
 
-_FIELDS = {"value", "name", "nu", "colour", "snomed"}
+_NEEDED, _OPTIONAL = {"value", "name", "nu"}, {"colour", "snomed"}
+
+_GOLDEN_RATIO = (5**0.5 - 1) / 2
 
 
 @dataclass(frozen=True)
@@ -114,23 +117,27 @@ class Organ:
         if not isinstance(entry, Mapping):
             raise OrganTableError(f"an organ is described by {entry!r}: use a block of fields.")
         label = f"organ {entry['name']!r}" if "name" in entry else "an organ without a name"
-        missing, unknown = sorted(_FIELDS - {"snomed"} - set(entry)), sorted(set(entry) - _FIELDS)
+        fields = _NEEDED | _OPTIONAL
+        missing, unknown = sorted(_NEEDED - set(entry)), sorted(set(entry) - fields)
         if missing:
             raise OrganTableError(f"{label} lacks {', '.join(missing)}: add it.")
         if unknown:
             raise OrganTableError(
                 f"{label} has the unknown field {', '.join(unknown)}: "
-                f"remove it or use one of {', '.join(sorted(_FIELDS))}."
+                f"remove it or use one of {', '.join(sorted(fields))}."
             )
-        if not isinstance(entry["colour"], list):
+        colour = entry.get("colour")
+        if colour is None:
+            colour = colour_of(entry["value"]) if _is_int(entry["value"]) else (0, 0, 0)
+        elif not isinstance(colour, list):
             raise OrganTableError(
-                f"{label} has the colour {entry['colour']!r}: use a list of red, green and blue."
+                f"{label} has the colour {colour!r}: use a list of red, green and blue."
             )
         return cls(
             value=entry["value"],
             name=entry["name"],
             nu=float(entry["nu"]) if _is_number(entry["nu"]) else entry["nu"],
-            colour=tuple(entry["colour"]),
+            colour=tuple(colour),
             snomed=_snomed(entry.get("snomed"), label),
         )
 
@@ -241,8 +248,8 @@ def load_organs(name_or_path: str | PathLike[str] = NAMED_TABLES[0]) -> OrganTab
     ----------
     name_or_path : str or path
         ``visceral``, ``openkbp``, or the path of a TOML file with one ``[[organ]]`` block per
-        organ: ``value``, ``name``, ``nu`` (HU), ``colour`` (``[red, green, blue]``) and,
-        where one exists, ``snomed = { code = "…", meaning = "…" }``.
+        organ: ``value``, ``name``, ``nu`` (HU) and, if wanted, ``colour`` (``[red, green, blue]``;
+        else that of `colour_of`) and ``snomed = { code = "…", meaning = "…" }``.
 
     Raises
     ------
@@ -274,6 +281,13 @@ def load_organs(name_or_path: str | PathLike[str] = NAMED_TABLES[0]) -> OrganTab
         raise OrganTableError(f"{path} is no UTF-8 text: save it as a TOML file.") from error
     except OrganTableError as error:
         raise OrganTableError(f"{path}: {error}") from error
+
+
+def colour_of(value: int) -> tuple[int, int, int]:
+    """Choose a colour for a label value, far from those of the values next to it."""
+    hue, pale = value * _GOLDEN_RATIO % 1, value % 3
+    red, green, blue = colorsys.hsv_to_rgb(hue, (0.75, 0.5, 0.9)[pale], (0.95, 0.85, 0.7)[pale])
+    return round(255 * red), round(255 * green), round(255 * blue)
 
 
 def _parse(text: str) -> OrganTable:

@@ -93,6 +93,19 @@ def test_shipped_tables_have_valid_codes_and_colours_that_can_be_told_apart(name
             assert max(abs(a - b) for a, b in zip(one.colour, other.colour, strict=True)) > 20
 
 
+def test_organs_without_colours_get_ones_that_can_be_told_apart(tmp_path: Path) -> None:
+    blocks = (f'[[organ]]\nvalue = {n}\nname = "organ_{n}"\nnu = 50\n' for n in range(1, 118))
+    (tmp_path / "organs.toml").write_text("\n".join(blocks))
+    table = load_organs(tmp_path / "organs.toml")
+    colours = [organ.colour for organ in table]
+    assert len({*colours}) == 117
+    for i, one in enumerate(colours):
+        for other in colours[max(i - 8, 0) : i]:
+            assert max(abs(a - b) for a, b in zip(one, other, strict=True)) > 40
+    # Stored, they stay what they were.
+    assert OrganTable.from_json(table.to_json()) == table
+
+
 @given(TABLES)
 @settings(max_examples=40, deadline=None)
 def test_a_table_survives_json_and_toml(tmp_path_factory: pytest.TempPathFactory, table) -> None:
