@@ -1,9 +1,7 @@
 import json
-import math
 import shutil
 from collections.abc import Callable
 from dataclasses import asdict
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -624,7 +622,7 @@ def test_a_store_of_which_nothing_is_left_is_refused(
         ("vote", "."),
         ("transfer", "probability/c.*"),
         ("transfer", "labels/organs/0/c"),
-        ("_keep", "coarse/1/c/*/0"),
+        ("_keep", "1/c/*/0"),
         ("_keep", "labels"),
         ("_keep", "0"),
     ],
@@ -656,9 +654,20 @@ def test_what_is_deleted_during_a_run_is_never_read_as_zeros(
     assert list(tmp_path.iterdir()) == []
 
 
+def test_levels_of_scan_and_labels_lie_at_the_same_paths(plain: Segmentation) -> None:
+    """So that a reader of one finds the other."""
+    scan: Any = zarr.open_group(str(plain.path), mode="r")
+    labels: Any = scan["labels/organs"]
+    [image], [of_labels] = (group.attrs["ome"]["multiscales"] for group in (scan, labels))
+    assert image["datasets"] == of_labels["datasets"]
+    assert len(image["datasets"]) > 1
+    for level in image["datasets"]:
+        assert scan[level["path"]].shape == labels[level["path"]].shape
+
+
 def test_every_chunk_that_may_be_read_is_there(plain: Segmentation) -> None:
     group = zarr.open_group(str(plain.path), mode="r")
-    for name in ("0", "coarse/1", "labels/organs/0", "labels/organs/1", "probability"):
+    for name in ("0", "1", "labels/organs/0", "labels/organs/1", "probability"):
         array: Any = group[name]
         units = zip(array.shape, array.shards or array.chunks, strict=True)
         expected = np.prod([-(-n // unit) for n, unit in units])
@@ -690,17 +699,3 @@ def test_some_organs_alone(
     assert "kidney" not in text
     export(out, tmp_path / "again.nii.gz")
     assert set(np.unique(load(tmp_path / "again.nii.gz"))) == {0, 1, 2}
-
-
-def test_the_first_group_by_name_is_an_image(
-    bodies: Path, store: AtlasStore, tmp_path: Path, one_process: Client
-) -> None:
-    """Readers that know no OME-Zarr, such as napari's own, show its arrays as levels."""
-    out = tmp_path / "out.zarr"
-    segment(bodies / f"body_{SEED}_ct.nii.gz", store, out, mode="organ", client=one_process)
-    root = zarr.open_group(str(out), mode="r")
-    first = root[min(root.group_keys())]
-    assert isinstance(first, zarr.Group)
-    shapes = [array.shape for _, array in sorted(first.arrays())]
-    assert shapes[0] == tuple(-(-n // 2) for n in root["0"].shape)
-    assert all(math.prod(a) > math.prod(b) for a, b in pairwise(shapes))

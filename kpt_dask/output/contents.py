@@ -16,7 +16,7 @@ EVALUATION = "kpt-evaluation"
 """``encoding-type`` of folders of an evaluation, in their ``results.json``."""
 
 _ENTRIES = re.compile(r"zarr\.json|\d+|coarse|labels|probability|keypoints|matches|votes|own_axes")
-"""Names in an output of this program."""
+"""Names in an output of this program; `coarse` held levels in some."""
 _LABELS = frozenset({"zarr.json", "organs"})
 _EVALUATION_ENTRIES = re.compile(r"index\.html|measures\.csv|limited_view\.csv|results\.json")
 """Names in the folder of an evaluation."""

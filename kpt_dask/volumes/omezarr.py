@@ -52,23 +52,19 @@ class Labelled(Protocol):
         """Red, green and blue, 0 to 255."""
 
 
-def level_paths(n: int, coarse: str = "") -> list[str]:
-    """Name the arrays of an image of n levels: "0", "1", …, all but the first in a group."""
-    return [f"{coarse}/{i}".lstrip("/") if i else "0" for i in range(n)]
-
-
 def create_levels(
     group: zarr.Group,
     shapes: Sequence[tuple[int, int, int]],
     dtype: Any,
     chunks: tuple[int, int, int] = CHUNKS,
-    coarse: str = "",
 ) -> tuple[zarr.Array[Any], ...]:
-    """Make the arrays of a multiscale image (z, y, x), named as by `level_paths`."""
-    paths = level_paths(len(shapes), coarse)
+    """Make the arrays "0", "1", … of a multiscale image (z, y, x).
+
+    Validators ask that levels lie beside each other, and people that a label map's levels have the
+    names of the scan's.
+    """
     return tuple(
-        create_array(group, path, shape, dtype, chunks)
-        for path, shape in zip(paths, shapes, strict=True)
+        create_array(group, str(level), shape, dtype, chunks) for level, shape in enumerate(shapes)
     )
 
 
@@ -96,9 +92,7 @@ def create_array(
     )
 
 
-def multiscale(
-    name: str, grid: Grid, n_levels: int, method: str, coarse: str = ""
-) -> dict[str, Any]:
+def multiscale(name: str, grid: Grid, n_levels: int, method: str) -> dict[str, Any]:
     """Metadata of a multiscale image.
 
     Parameters
@@ -111,8 +105,6 @@ def multiscale(
         Number of levels; the spacing doubles from one to the next.
     method : str
         How a level is made from the one before.
-    coarse : str
-        Group of all levels but the first, if they lie in one.
     """
     spacing, origin = grid.spacing, grid.origin.tolist()
     return {
@@ -129,13 +121,13 @@ def multiscale(
         ],
         "datasets": [
             {
-                "path": path,
+                "path": str(level),
                 "coordinateTransformations": [
                     {"type": "scale", "scale": (spacing * 2**level).tolist()},
                     {"type": "translation", "translation": origin},
                 ],
             }
-            for level, path in enumerate(level_paths(n_levels, coarse))
+            for level in range(n_levels)
         ],
     }
 

@@ -30,9 +30,6 @@ from kpt_dask.volumes.scale_space import octave_shapes
 
 ENCODING_TYPE = "kpt-volume"
 ENCODING_VERSION = "1"
-COARSE = "coarse"
-"""Group of all levels but the first: the first group by name, which readers that know no OME-Zarr
-show. It would be a table otherwise, which they take for an image that is broken."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -86,7 +83,7 @@ def create_volume(
     if not isinstance(group, zarr.Group):
         group = zarr.create_group(str(group), zarr_format=3)
     shapes = octave_shapes(grid.shape)
-    levels = create_levels(group, shapes, np.float32, coarse=COARSE)
+    levels = create_levels(group, shapes, np.float32)
     group.update_attributes(
         {
             "encoding-type": ENCODING_TYPE,
@@ -102,7 +99,7 @@ def create_volume(
             },
             "ome": {
                 "version": "0.5",
-                "multiscales": [multiscale(name, grid, len(shapes), "gaussian", COARSE)],
+                "multiscales": [multiscale(name, grid, len(shapes), "gaussian")],
                 "omero": rendering(grid.shape[0]),
             },
         }

@@ -127,7 +127,7 @@ def test_an_oblique_scan_shows_the_world_where_it_is(tmp_path: Path) -> None:
     inside = ((index > 4) & (index < np.array(scan.grid.shape) - 5)).all(axis=-1)
     assert inside.sum() > 1000
     assert np.abs(volume.levels[0][:] - expected)[inside].max() <= 0.7
-    assert [level.path for level in volume.levels] == ["0", "coarse/1"]
+    assert [level.path for level in volume.levels] == ["0", "1"]
 
 
 def test_a_real_scan_converts(openkbp: Path, tmp_path: Path) -> None:
@@ -156,6 +156,19 @@ def test_the_image_is_valid_ome_zarr(volume: Volume) -> None:
         scale, translation = dataset.coordinateTransformations
         assert scale.scale == [2.0 * 2**level] * 3
         np.testing.assert_allclose(translation.translation, (-50, -20, -30))
+
+
+def test_levels_may_lie_elsewhere(volume: Volume, tmp_path: Path) -> None:
+    """In some outputs and stores all levels but the first lie in a group."""
+    path = tmp_path / "ct.zarr"
+    volume.group.create_group("coarse")
+    (path / "1").rename(path / "coarse" / "1")
+    ome: Any = volume.group.attrs["ome"]
+    ome["multiscales"][0]["datasets"][1]["path"] = "coarse/1"
+    volume.group.update_attributes({"ome": ome})
+    again = open_volume(path)
+    assert again.levels[1].path == "coarse/1"
+    assert again.levels[1].shape == volume.levels[1].shape
 
 
 def test_xarray_opens_a_level(volume: Volume, tmp_path: Path) -> None:
