@@ -162,8 +162,16 @@ class TransferOptions:
             "fast": self.fast,
         }
 
-    def check(self, mode: str, organs: "OrganTable") -> None:
-        """Refuse a mode or organs that do not exist, and what the mode does not look at.
+    def check(self, mode: str, organs: "OrganTable", wanted: "OrganTable | None" = None) -> None:
+        """Refuse a mode or organs that do not exist, and what would not be looked at.
+
+        Parameters
+        ----------
+        mode : str
+        organs : OrganTable
+            Those of the store.
+        wanted : OrganTable, optional
+            Those of them that are segmented; all if not given.
 
         Raises
         ------
@@ -174,9 +182,13 @@ class TransferOptions:
             raise ParameterError(
                 f"The mode {mode!r} is unknown; use {', '.join(others)} or {last}."
             )
-        named = {*self.across, *(name for many in self.across.values() for name in many)}
-        named |= {*self.nu} if isinstance(self.nu, Mapping) else set()
-        check_organs(named, organs)
+        set_for = {*self.across} | ({*self.nu} if isinstance(self.nu, Mapping) else set())
+        check_organs({*set_for, *(n for many in self.across.values() for n in many)}, organs)
+        if idle := sorted(set_for - {*(wanted or organs).names}):
+            raise ParameterError(
+                f"--nu or --across is given for {', '.join(idle)}, which is not segmented; name it"
+                " in --organs too, or leave that out."
+            )
         if self.across and mode == "local":
             raise ParameterError(
                 "In mode local all matches move all organs; use another mode with --across."

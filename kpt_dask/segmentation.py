@@ -37,6 +37,8 @@ from kpt_dask.keypoints.parameters import CHOICES, PARAMETERS
 from kpt_dask.label_files.request import LabelRequest
 from kpt_dask.matching.first_pass import match
 from kpt_dask.matching.selection import (
+    BY_ORGANS,
+    annotating,
     check_selection,
     how_many,
     propose_atlases,
@@ -46,13 +48,15 @@ from kpt_dask.matching.selection import (
 from kpt_dask.matching.voting import vote, votes_for
 from kpt_dask.options import DEFAULTS, SPACINGS, TransferOptions, check_organs
 from kpt_dask.organ_transfer.delivery import Decision, decided
-from kpt_dask.organ_transfer.job import Evidence, TransferJob
-from kpt_dask.organ_transfer.measures import (
-    UNSURE,
-    OrganMeasures,
-    as_delivered,
-    organ_measures,
+from kpt_dask.organ_transfer.doubts import (
+    doubt_alone,
+    doubt_disagreement,
+    doubt_little,
+    doubt_unshown,
+    unshown,
 )
+from kpt_dask.organ_transfer.job import Evidence, TransferJob
+from kpt_dask.organ_transfer.measures import OrganMeasures, as_delivered, organ_measures
 from kpt_dask.organ_transfer.modes import transfer
 from kpt_dask.organ_transfer.probability import TILING, create_probability
 from kpt_dask.output.commit import replacing_together
@@ -70,11 +74,6 @@ from kpt_dask.volumes.volume import Volume, open_volume
 
 ENCODING_TYPE = "kpt-segmentation"
 ENCODING_VERSION = "1"
-
-FEW_KEYPOINTS = 20
-"""Fewer keypoints than this are doubtful, and warned of."""
-LITTLE = 0.01
-"""A smaller share of the organs' volume in the atlases is doubtful, and warned of."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -132,6 +131,8 @@ class Segmentation:
         Wall time of the whole way.
     warnings : tuple of str
         Doubts about the scan or the answer, one sentence each.
+    unshown : tuple of str
+        Organs that no atlas that was used shows, which could not be found.
     """
 
     path: Path | Remote
@@ -142,6 +143,7 @@ class Segmentation:
     n_matches: int
     seconds: float
     warnings: tuple[str, ...] = ()
+    unshown: tuple[str, ...] = ()
 
     def open_probability(self) -> xr.DataArray:
         """Open the probabilities lazily; see `open_probability`."""
@@ -250,9 +252,9 @@ def segment(
     store = Snapshot(store if isinstance(store, AtlasStore) else AtlasStore.open(store))
     with notices.recorded() as doubts:
         source = open_scan(scan, series=series)
-    options.check(mode, store.organs)
-    used = choose_atlases(store, exclude)
     table = choose_organs(store, organs)
+    options.check(mode, store.organs, table)
+    used = choose_atlases(store, exclude)
     check_selection(select, index)
     request = LabelRequest.parse(labels, split, largest=largest)
     request.check(table, source.grid)
@@ -299,6 +301,7 @@ def segment(
             request.write(partials[1 : 1 + len(label_files)], label_map)
             measures = as_delivered(measures, counts, source.grid)
             volume_grid = "scan"
+        voted = [atlas for atlas in atlases if atlas.id in found.atlases]
         finished = Segmentation(
             path=targets[0] if isinstance(targets[0], Remote) else Path(out).absolute(),
             organs=measures,
@@ -309,10 +312,14 @@ def segment(
             ).size,
             n_matches=found.matches.sizes["match"],
             seconds=time.perf_counter() - start,
+            unshown=unshown(measures, voted),
         )
-        _doubt_little(source, volume, finished, atlases)
+        where = str(source.path)
+        doubt_little(where, measures, finished.n_keypoints, finished.n_matches, atlases)
+        doubt_unshown(where, finished.unshown, atlases, asked=bool(organs))
         if mode == "local":
-            _doubt_organs(source, finished)
+            doubt_alone(where, measures, found.weights, voted)
+            doubt_disagreement(where, measures)
         finished = replace(finished, warnings=(*doubts, *later))
         _keep(group, found, {**said, "warnings": list(finished.warnings)})
         for array in (*volume.levels, *found.label_levels, found.probability):
@@ -392,15 +399,28 @@ def _label(
 ) -> StationResults:
     """Go from keypoints to the label map; done again, nothing of the first time is left."""
     mode, organs, client = settings.mode, settings.organs, settings.client
+    across = settings.options.across
     kept = how_many(settings.select, len(atlas_ids))
     if kept < len(atlas_ids):
         atlas_ids = propose_atlases(
-            keypoints, store, atlas_ids, kept, mode=mode, index=settings.index, organs=organs
+            keypoints,
+            store,
+            atlas_ids,
+            kept,
+            mode=mode,
+            index=settings.index,
+            organs=organs,
+            across=across,
         )
+    elif mode not in BY_ORGANS:
+        # There, those that annotate other organs only vote against these.
+        atlas_ids = annotating(store, atlas_ids, organs)
     atlases = AtlasKeypoints.load(store, atlas_ids)
     matches = match(keypoints, atlases, client=client)
     if kept < len(atlases):
-        chosen = select_atlases(matches, keypoints, atlases, store, kept, mode=mode, organs=organs)
+        chosen = select_atlases(
+            matches, keypoints, atlases, store, kept, mode=mode, organs=organs, across=across
+        )
         matches = restrict_to(matches, chosen, len(atlases))
         atlas_ids = [atlas_ids[i] for i in chosen]
         atlases = atlases.only(chosen)
@@ -564,36 +584,6 @@ def _doubt_itself(scan: Scan, volume: Volume, store: AtlasStore, atlases: Sequen
             f"{scan.path} is in {store.url} itself, as {', '.join(same)}, whose labels vote too;"
             f" to see what the others make of it, add {excluded}."
         )
-
-
-def _doubt_organs(scan: Scan, found: Segmentation) -> None:
-    """Warn of organs on which the atlases, warped to the scan, hardly agree."""
-    names = [n for n, o in found.organs.items() if o.volume_ml and o.confidence < UNSURE]
-    if names:
-        notices.warn(
-            f"{scan.path}: the atlases hardly agree on {', '.join(names)} (confidence below"
-            f" {UNSURE:g}); look at the label map there before anything depends on it."
-        )
-
-
-def _doubt_little(
-    scan: Scan, volume: Volume, found: Segmentation, atlases: Sequence[Atlas]
-) -> None:
-    """Warn if no organ, or hardly any, was found."""
-    volumes = [
-        sum(organ.voxels for name, organ in atlas.organs.items() if name in found.organs)
-        for atlas in atlases
-    ]
-    usual = float(np.mean(volumes)) * volume.grid.voxel_volume / 1000
-    total = sum(organ.volume_ml for organ in found.organs.values())
-    if total >= LITTLE * usual and found.n_keypoints >= FEW_KEYPOINTS:
-        return
-    what = f"{total:.1f} mL of organs" if total else "no organ"
-    notices.warn(
-        f"{scan.path}: {what} found, where an atlas shows {usual:.0f} mL, with"
-        f" {found.n_keypoints} keypoints and {found.n_matches} matches; check that it is a CT in"
-        " HU and shows the same part of the body as the atlases."
-    )
 
 
 def _provenance(

@@ -1,5 +1,6 @@
 import json
 import shutil
+import warnings
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
@@ -24,7 +25,7 @@ from atlas_store import (
     read_keypoints,
 )
 from kpt_dask import segmentation
-from kpt_dask.atlases.add import store_parameters
+from kpt_dask.atlases.add import add_atlas, store_parameters
 from kpt_dask.demo.phantom import make_phantom
 from kpt_dask.errors import (
     KptError,
@@ -36,7 +37,7 @@ from kpt_dask.errors import (
 )
 from kpt_dask.exports import export
 from kpt_dask.matching.first_pass import match
-from kpt_dask.options import MODES
+from kpt_dask.options import MODES, TransferOptions
 from kpt_dask.scans.scan import open_scan
 from kpt_dask.segmentation import Segmentation, open_probability, segment
 
@@ -699,3 +700,49 @@ def test_some_organs_alone(
     assert "kidney" not in text
     export(out, tmp_path / "again.nii.gz")
     assert set(np.unique(load(tmp_path / "again.nii.gz"))) == {0, 1, 2}
+
+
+def test_an_organ_that_no_atlas_shows_is_told(
+    bodies: Path, tmp_path: Path, one_process: Client
+) -> None:
+    """It is not "not found": that would say something of the scan."""
+    store = AtlasStore.create(tmp_path / "store", ORGANS, store_parameters(SPACING))
+    for seed, annotated in enumerate((["liver"], ["liver", "spleen"], ["liver"]), start=1):
+        scan, labels = (bodies / f"body_{seed}_{what}.nii.gz" for what in ("ct", "seg"))
+        named = f"body_{seed}"
+        add_atlas(store, scan, labels, atlas_id=named, annotated=annotated, client=one_process)
+    scan, out = bodies / "body_4_ct.nii.gz", tmp_path / "out.zarr"
+
+    def told(**options: Any) -> Segmentation:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", KptWarning)
+            return segment(scan, store, out, overwrite=True, client=one_process, **options)
+
+    everything = told()
+    assert {"aorta", "lung_left"} <= {*everything.unshown}
+    assert not {"liver", "spleen"} & {*everything.unshown}
+    assert everything.organs["spleen"].volume_ml > 0
+    [alone] = everything.warnings
+    assert "a single atlas decided" in alone
+    assert "(spleen by body_2)" in alone
+    [nowhere] = told(organs=["aorta"]).warnings
+    assert "no atlas shows aorta" in nowhere
+    # Whichever agrees best, this one knows what is asked for.
+    asked = told(select=1, organs=["spleen"])
+    assert asked.atlases == ("body_2",)
+    assert asked.organs["spleen"].volume_ml > 0
+    passed = told(mode="organ", exclude=["body_2"], organs=["spleen"])
+    assert "no atlas shows spleen" in passed.warnings[-1]
+
+
+def test_what_has_no_effect_on_the_organs_asked_for_is_refused(
+    bodies: Path, store: AtlasStore, tmp_path: Path
+) -> None:
+    scan = bodies / f"body_{SEED}_ct.nii.gz"
+    for mode, options in (
+        ("local", TransferOptions(nu={"spleen": 60.0})),
+        ("organ", TransferOptions(across={"spleen": ["liver"]})),
+    ):
+        with pytest.raises(ParameterError, match="spleen, which is not segmented"):
+            segment(scan, store, tmp_path / "o.zarr", mode=mode, options=options, organs=["liver"])
+    assert list(tmp_path.iterdir()) == []

@@ -258,19 +258,24 @@ layout_option = click.option(
 )
 
 
-def names(ctx: click.Context, param: click.Parameter, value: str | None) -> tuple[str, ...] | None:
+def names(
+    ctx: click.Context, param: click.Parameter, values: tuple[str, ...]
+) -> tuple[str, ...] | None:
     """Read names that are separated by commas; None if the option was not given."""
-    if value is None:
+    if not values:
         return None
-    found = tuple(name.strip() for name in value.split(","))
+    found = tuple(name.strip() for value in values for name in value.split(","))
     if not all(found):
-        raise click.BadParameter(f"{value!r}: write the names of organs, separated by commas.")
+        raise click.BadParameter(
+            f"{','.join(values)!r}: write the names of organs, separated by commas."
+        )
     return found
 
 
 annotated_option = click.option(
     "--annotated",
     callback=names,
+    multiple=True,
     metavar="NAME,…",
     help="The organs that whoever annotated the scan looked for. Labels of others are left "
     "out. Unless given, the organs whose labels occur.",
@@ -279,25 +284,33 @@ store_argument = click.argument("store", metavar="STORE")
 
 
 def numbers(
-    ctx: click.Context, param: click.Parameter, value: str | None
+    ctx: click.Context, param: click.Parameter, values: tuple[str, ...]
 ) -> tuple[int, ...] | None:
     """Read whole numbers that are separated by commas; None if the option was not given."""
-    if value is None:
+    if not values:
         return None
     try:
-        return tuple(int(number) for number in value.split(","))
+        return tuple(int(number) for value in values for number in value.split(","))
     except ValueError:
         raise click.BadParameter(
-            f"{value!r} is no whole number, nor several separated by commas."
+            f"{','.join(values)!r} is no whole number, nor several separated by commas."
         ) from None
 
 
-def label_options(command: F) -> F:
-    """Add the options of label files but for the files: ``split``, ``organs``, ``largest``."""
-    adapted: Any = command
-    for option in reversed(_LABEL_FILES):
-        adapted = option(adapted)
-    return cast(F, adapted)
+def label_options(which: str) -> Callable[[F], F]:
+    """Add the options of label files but for the files: ``split``, ``organs``, ``largest``.
+
+    `which` is the help on ``organs``.
+    """
+
+    def add(command: F) -> F:
+        adapted: Any = _LARGEST(command)
+        adapted = click.option(
+            "--organs", callback=names, multiple=True, metavar="NAME,…", help=which
+        )(adapted)
+        return cast(F, _SPLIT(adapted))
+
+    return add
 
 
 LABEL_FORMATS = (
@@ -315,25 +328,16 @@ labels_option = click.option(
     f"{LABEL_FORMATS}. May be repeated.",
 )
 
-_LABEL_FILES = (
-    click.option(
-        "--split",
-        type=click.Path(),
-        metavar="DIR",
-        help="Write a mask of each organ on the scan's own grid as DIR/NAME.nii.gz.",
-    ),
-    click.option(
-        "--organs",
-        callback=names,
-        metavar="NAME,…",
-        help="Only these organs. A few of many are segmented in less time; their labels differ a "
-        "little from those of all organs, which compete for voxels.",
-    ),
-    click.option(
-        "--largest",
-        is_flag=True,
-        help="In label files, keep only the largest connected part of each organ.",
-    ),
+_SPLIT = click.option(
+    "--split",
+    type=click.Path(),
+    metavar="DIR",
+    help="Write a mask of each organ on the scan's own grid as DIR/NAME.nii.gz.",
+)
+_LARGEST = click.option(
+    "--largest",
+    is_flag=True,
+    help="In label files, keep only the largest connected part of each organ.",
 )
 
 picture_option = click.option(

@@ -51,6 +51,7 @@ from kpt_dask.options import LABELS, SCANS, TransferOptions
 @click.option(
     "--atlases",
     callback=numbers,
+    multiple=True,
     metavar="N[,N…]",
     help="Use only the first N atlases other than the scan. Of several numbers the largest gives "
     "the answer, and the others show how Dice grows with the store.",
@@ -58,6 +59,7 @@ from kpt_dask.options import LABELS, SCANS, TransferOptions
 @click.option(
     "--cropped",
     callback=names,
+    multiple=True,
     metavar="ORGAN[,ORGAN…]",
     help="Also crop each scan along the body around each of these organs, to a third of its "
     "length, and compare with the whole scan, in --mode and in modes across and organ.",

@@ -228,7 +228,10 @@ def convert(
 @index_option
 @series_option
 @labels_option
-@label_options
+@label_options(
+    "Only these organs. A few of many are segmented in less time; their labels differ a little "
+    "from those of all organs, which compete for voxels."
+)
 @click.option(
     "--report",
     "page",
@@ -320,13 +323,15 @@ def segment(
                 "matches": found.n_matches,
                 "seconds": found.seconds,
                 "warnings": list(found.warnings),
+                "unshown": list(found.unshown),
             }
         )
         return
     rows = table("organ", "volume (mL)", "between", "mean HU", "votes", "confidence", "border")
     for name, organ in found.organs.items():
         if organ.volume_ml == 0:
-            rows.add_row(name, "not found", "", "", str(organ.votes), "", "")
+            why = "no atlas shows it" if name in found.unshown else "not found"
+            rows.add_row(name, why, "", "", str(organ.votes), "", "")
             continue
         low, high = organ.interval_ml
         rows.add_row(
@@ -351,7 +356,7 @@ def segment(
 @kpt.command()
 @click.argument("segmentation", metavar="OUT.zarr", type=click.Path())
 @click.argument("files", metavar="[FILE]…", nargs=-1, type=click.Path())
-@label_options
+@label_options("Only these organs of OUT.zarr.")
 @click.option(
     "--scan",
     type=click.Path(),

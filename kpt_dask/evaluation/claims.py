@@ -54,20 +54,23 @@ def trust(scans: Sequence[tuple[Mapping[str, Claim], Mapping[str, Agreement]]]) 
     dict
         ``answers``, how many pairs of scan and organ; ``rank_correlation``, Spearman's ρ of
         confidence and Dice, None where one of them does not vary; ``failed``, how many have a Dice
-        below `FAILED`; ``unsure``, how many a confidence below `UNSURE`; ``failed_and_unsure``,
-        how many both; ``volume_in_interval``, the fraction whose interval holds the reference's
-        volume.
+        below `FAILED`; ``not_found``, in how many nothing was found; ``unsure``, how many others
+        have a confidence below `UNSURE`; ``failed_and_unsure``, how many both failed and were
+        unsure or not found; ``volume_in_interval``, the fraction whose interval holds the volume
+        in the reference.
     """
     pairs = [(one, dice[name]) for claims, dice in scans for name, one in claims.items()]
     confidence = np.array([claim.confidence for claim, _ in pairs])
     dice = np.array([agreement.dice for _, agreement in pairs])
-    unsure, failed = confidence < UNSURE, dice < FAILED
+    nothing = np.array([claim.volume_ml == 0 for claim, _ in pairs])
+    unsure, failed = (confidence < UNSURE) & ~nothing, dice < FAILED
     return {
         "answers": len(pairs),
         "rank_correlation": _rank_correlation(confidence, dice),
         "failed": int(failed.sum()),
+        "not_found": int(nothing.sum()),
         "unsure": int(unsure.sum()),
-        "failed_and_unsure": int((failed & unsure).sum()),
+        "failed_and_unsure": int((failed & (unsure | nothing)).sum()),
         "volume_in_interval": float(
             np.mean([one.low_ml <= one.reference_ml <= one.high_ml for one, _ in pairs])
         ),

@@ -21,6 +21,7 @@ from kpt_dask.label_files.label_map import LabelMap
 from kpt_dask.label_files.packed import PackedLabels
 from kpt_dask.measures.comparison import compare_labels, doubt_shear
 from kpt_dask.measures.surfaces import Agreement
+from kpt_dask.organ_transfer.measures import OrganMeasures, as_delivered
 from kpt_dask.resampling.labels_on_scan import Shares, labels_onto
 from kpt_dask.runtime import notices
 from kpt_dask.scans.pairs import Pair, labelled_organs
@@ -31,6 +32,21 @@ from kpt_dask.volumes.omezarr import write_label_image
 from kpt_dask.volumes.volume import Volume, open_volume
 
 Planes = Iterator[NDArray[Any]]
+
+
+class Compared(NamedTuple):
+    """A segmentation beside a reference, on the reference's grid.
+
+    Attributes
+    ----------
+    agreements : dict of str to Agreement
+        By annotated organ.
+    organs : mapping of str to OrganMeasures
+        What the segmentation says of each organ, volumes on that grid.
+    """
+
+    agreements: dict[str, Agreement]
+    organs: Mapping[str, OrganMeasures]
 
 
 class Reference(NamedTuple):
@@ -47,14 +63,14 @@ class Reference(NamedTuple):
     volumes_ml : dict of str to float
         Volumes of annotated organs, mL.
     compare : callable
-        Agreement of a segmentation with them, by annotated organ.
+        Puts a segmentation beside them.
     """
 
     annotated: tuple[str, ...]
     organs: OrganTable
     labels: "zarr.Array[Any]"
     volumes_ml: Mapping[str, float]
-    compare: Callable[[StationResults], dict[str, Agreement]]
+    compare: Callable[[StationResults], Compared]
 
 
 class KnownScan(Protocol):
@@ -89,10 +105,10 @@ class KnownAtlas:
         )
         expected = _Known.of(planes(labels), volume.grid)
 
-        def compare(found: StationResults) -> dict[str, Agreement]:
-            agreements = expected.compare(planes(found.labels), annotated, organs)
+        def compare(found: StationResults) -> Compared:
+            agreements, _ = expected.compare(planes(found.labels), annotated, organs)
             self.atlas.ensure_present()
-            return agreements
+            return Compared(agreements, found.organs)
 
         return Reference(tuple(annotated), organs, labels, expected.volumes_ml(organs), compare)
 
@@ -140,10 +156,11 @@ class KnownFiles:
         doubt_shear(self.scan)
         expected = _Known.of(_each_plane(self.labels.label_slabs()), self.scan.grid)
 
-        def compare(found: StationResults) -> dict[str, Agreement]:
+        def compare(found: StationResults) -> Compared:
             shares = Shares(found.probability, organs.values, self.threshold, volume.grid)
             actual = _each_plane(labels_onto(shares, self.scan.grid))
-            return expected.compare(actual, annotated, organs)
+            agreements, counts = expected.compare(actual, annotated, organs)
+            return Compared(agreements, as_delivered(found.organs, counts, self.scan.grid))
 
         return Reference(annotated, organs, level, expected.volumes_ml(organs), compare)
 
@@ -162,19 +179,20 @@ class _Known:
 
     def volumes_ml(self, organs: OrganTable) -> dict[str, float]:
         """Volume of each organ, mL."""
-        counts = self.labels.voxels.counts(max(organs.values) + 1)
-        ml = self.labels.grid.voxel_volume / 1000
-        return {organ.name: float(counts[organ.value] * ml) for organ in organs}
+        volumes = _counts(self.labels, organs) * (self.labels.grid.voxel_volume / 1000)
+        return dict(zip(organs.names, volumes.tolist(), strict=True))
 
     def compare(
         self, slices: Planes, annotated: Iterable[str], organs: OrganTable
-    ) -> dict[str, Agreement]:
+    ) -> tuple[dict[str, Agreement], NDArray[np.int64]]:
+        """Compare with a segmentation; also count its voxels of each organ."""
         actual = _label_map(slices, self.labels.grid)
         wanted = set(annotated)
         values = [organ.value for organ in organs if organ.name in wanted]
         both = self.extents, actual.extents()
         agreements = compare_labels((self.labels, actual), both, values)
-        return {organ.name: agreements[organ.value] for organ in organs if organ.name in wanted}
+        named = {organ.name: agreements[organ.value] for organ in organs if organ.name in wanted}
+        return named, _counts(actual, organs)
 
 
 def open_files(pair: Pair, store: AtlasStore) -> tuple[Scan, Scan]:
@@ -192,6 +210,11 @@ def planes(array: "zarr.Array[Any]", first: int = 0, last: int | None = None) ->
 def _each_plane(slabs: Iterable[Any]) -> Planes:
     for slab in slabs:
         yield from np.asarray(slab)
+
+
+def _counts(labels: LabelMap, organs: OrganTable) -> NDArray[np.int64]:
+    """Count the voxels of each organ."""
+    return labels.voxels.counts(max(organs.values) + 1)[list(organs.values)]
 
 
 def _label_map(slices: Planes, grid: Grid) -> LabelMap:

@@ -40,6 +40,7 @@ from kpt_dask.evaluation.summary import ScanResult, numbers_of_atlases, summariz
 from kpt_dask.evaluation.table1 import background_votes, keypoint_votes
 from kpt_dask.matching.selection import check_selection, how_many
 from kpt_dask.options import DEFAULTS, TransferOptions
+from kpt_dask.organ_transfer.doubts import listed, unshown
 from kpt_dask.output.places import check_outputs
 from kpt_dask.runtime import cluster, notices, progress
 from kpt_dask.scans.pairs import Pair
@@ -223,6 +224,7 @@ def evaluate(
             advance(1)
         if not any(result.measures for result in results.values()):
             raise LabelError("No reference shows an organ, so there is nothing to compare with.")
+        judge.doubt_unshown()
         summary = judge.summary(results)
         judge.doubt_left_out()
         summary["warnings"] = list(doubts)
@@ -251,6 +253,7 @@ class _Judge:
         """Begin without results."""
         self._known = KnownScans(self.store.atlases())
         self._left_out: dict[str, list[str]] = {}
+        self._unshown: list[str] = []
         self._most: dict[int | None, int] = dict.fromkeys((*self.fewer, self.number), 0)
 
     def judge(self, name: str, known: KnownScan, *, draw: bool) -> tuple[ScanResult, str]:
@@ -263,7 +266,7 @@ class _Judge:
                 found = self._segment(volume, group, same, self.number)
             total = time.perf_counter() - start
             reference = known.reference(volume, group)
-            measures = reference.compare(found)
+            measures, said = reference.compare(found)
             first = first_frames(found.keypoints.position.values, found.keypoints.scale.values)
             inside = labels_at(found.keypoints.position.values, reference.labels, volume.grid)
             voted = found.votes.label.values
@@ -273,7 +276,8 @@ class _Judge:
             background = background_votes(
                 inside, found.matches, reference.annotated, reference.organs, first
             )
-            claims = {n: Claim.of(found.organs[n], reference.volumes_ml[n]) for n in measures}
+            claims = {n: Claim.of(said[n], reference.volumes_ml[n]) for n in measures}
+            self._doubt_unshown(name, reference.annotated, found.atlases)
             result = ScanResult(measures, claims, counts, background, dict(seconds), total)
             picture = ""
             if draw:
@@ -284,7 +288,8 @@ class _Judge:
             for number in self.fewer:
                 with temporary_image(self.store, self.client, volume.group) as other:
                     again = self._segment(volume, other, same, number)
-                    by_atlases[number] = {n: a.dice for n, a in reference.compare(again).items()}
+                    agreements = reference.compare(again).agreements
+                    by_atlases[number] = {n: a.dice for n, a in agreements.items()}
             limited = self._limited(name, volume, reference, found, same)
             if self.baseline is not None:
                 used = self.store.atlases(found.atlases)
@@ -318,6 +323,18 @@ class _Judge:
                 f"{self.store.url} holds evaluated scans under other names"
                 f" ({'; '.join(some[:NAMED])}{more}); none was segmented by its own atlas."
             )
+
+    def doubt_unshown(self) -> None:
+        """Warn of organs that could not be found, and count as such."""
+        if self._unshown:
+            notices.warn(
+                f"No atlas that was used shows {listed(self._unshown)}, so it cannot be found, and"
+                " counts with a Dice of 0; add atlases that show it, or use more of them."
+            )
+
+    def _doubt_unshown(self, name: str, annotated: Sequence[str], used: Sequence[str]) -> None:
+        missing = unshown(annotated, self.store.atlases(used))
+        self._unshown += [f"{organ} of {name}" for organ in missing]
 
     def _same_scan(self, name: str, volume: Volume) -> Set[str]:
         same = {*self._known.of(digest_of(volume.group), volume.grid.shape), name}

@@ -14,7 +14,6 @@ from kpt_dask.grid import Grid
 from kpt_dask.label_files.components import largest_components
 from kpt_dask.label_files.formats import FORMATS, LabelFile
 from kpt_dask.label_files.label_map import LabelMap
-from kpt_dask.options import check_organs
 
 SPLIT_ENDING = ".nii.gz"
 """Ending of the files of single organs."""
@@ -84,7 +83,11 @@ class LabelRequest:
             raise ParameterError(
                 "--largest is about label files: add --labels FILE or --split DIR."
             )
-        check_organs(self.organs, table)
+        if unknown := sorted({*self.organs} - {*table.names}):
+            raise ParameterError(
+                f"The segmentation holds no organ {', '.join(unknown)}, only"
+                f" {', '.join(table.names)}; segment the scan again for others."
+            )
         for file in self.files:
             file.check(grid)
 

@@ -5,12 +5,14 @@ many atlases as are wanted, these are matched, and those are kept that agree bes
 
 Agreement depends on the mode. Where all matches move an atlas, all keypoints count; atlases are
 chosen one by one, and an atlas counts less the more of those chosen annotate the same organs, so
-that an organ that few atlases annotate is covered. Where only matches in organs move an atlas,
-these alone count, as shares of all votes for their organ, so that an organ of few keypoints
-weighs as much as one of many.
+that an organ that few atlases annotate is rather covered. Where only matches in organs move an
+atlas, these alone count, as shares of all votes for their organ, so that an organ of few keypoints
+weighs as much as one of many. An atlas that annotates no organ of interest is never chosen, unless
+none does.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 
 import numpy as np
 import xarray as xr
@@ -31,6 +33,7 @@ USUAL = 20
 patients, and time would grow with the store."""
 PROPOSED = 3
 """Atlases that are matched for each one that is kept."""
+NOTHING: Mapping[str, Sequence[str]] = MappingProxyType({})
 PROPOSAL_BANDWIDTH = 15.0
 """σ of the density of translations when atlases are proposed, mm."""
 
@@ -63,6 +66,7 @@ def propose_atlases(
     mode: str = "local",
     index: str = "auto",
     organs: OrganTable | None = None,
+    across: Mapping[str, Sequence[str]] = NOTHING,
 ) -> tuple[str, ...]:
     """Choose the atlases that are worth matching, by means of the index.
 
@@ -86,6 +90,8 @@ def propose_atlases(
         One of `atlas_store.index.search.MODES`.
     organs : OrganTable, optional
         Organs of interest; by default all of the store.
+    across : mapping of str to sequence of str
+        Organs whose matches move an organ, as in `kpt_dask.options.TransferOptions`.
 
     Returns
     -------
@@ -109,12 +115,15 @@ def propose_atlases(
         weight *= _closeness(atlas, moved)
         n, most = len(atlas_ids), PROPOSED * select
         wanted = organs or store.organs
+        columns = [store.organs.names.index(name) for name in wanted.names]
+        annotated = opened.annotated(atlas_ids)[:, columns]
         if mode in BY_ORGANS:
-            best = _best(shares_of_votes(atlas, found.label[i, k], weight, n, wanted), most)
+            moving = _moving(wanted, across, store)
+            score = shares_of_votes(atlas, found.label[i, k], weight, n, moving)
+            best = _best(score, annotated, most)
         else:
             score = np.bincount(atlas, weight, n).astype(np.float64)
-            columns = [store.organs.names.index(name) for name in wanted.names]
-            best = choose_covering(score, opened.annotated(atlas_ids)[:, columns], most)
+            best = choose_covering(score, annotated, most)
     return tuple(atlas_ids[i] for i in best)
 
 
@@ -127,6 +136,7 @@ def select_atlases(
     *,
     mode: str = "local",
     organs: OrganTable | None = None,
+    across: Mapping[str, Sequence[str]] = NOTHING,
 ) -> list[int]:
     """Choose the atlases whose keypoints agree best with the scan's.
 
@@ -149,8 +159,8 @@ def select_atlases(
         Number of atlases to keep.
     mode : str
         Mode of the transfer that follows, one of `kpt_dask.options.MODES`.
-    organs : OrganTable, optional
-        Organs of interest; by default all of the store.
+    organs, across
+        As for `propose_atlases`.
 
     Returns
     -------
@@ -160,22 +170,33 @@ def select_atlases(
     weight = _likeness(matches.squared_distance.values, matches.attrs["largest_squared_distance"])
     weight *= matches.probability.values
     wanted = organs or store.organs
+    names = wanted.names
+    annotated = np.array(
+        [[n in atlas.annotated for n in names] for atlas in store.atlases(atlases.ids)]
+    )
     if mode in BY_ORGANS:
         atlas, label = matches.atlas.values, matches.label.values
-        return _best(shares_of_votes(atlas, label, weight, len(atlases), wanted), select)
+        moving = _moving(wanted, across, store)
+        score = shares_of_votes(atlas, label, weight, len(atlases), moving)
+        return _best(score, annotated, select)
     both = np.bincount(matches.atlas.values, weight, len(atlases)).astype(np.float64)
     here = first_frames(keypoints.position.values, keypoints.scale.values).size
     first = first_frames(atlases.position, atlases.scale)
     there = np.diff(np.searchsorted(first, atlases.offsets))
-    names = wanted.names
-    annotated = [[n in atlas.annotated for n in names] for atlas in store.atlases(atlases.ids)]
-    return choose_covering(both / np.maximum(here + there - both, 1.0), np.array(annotated), select)
+    return choose_covering(both / np.maximum(here + there - both, 1.0), annotated, select)
+
+
+def annotating(store: AtlasStore, atlas_ids: Sequence[str], organs: OrganTable) -> tuple[str, ...]:
+    """Keep the atlases that annotate one of the organs; all if none does."""
+    names = {*organs.names}
+    atlases = zip(atlas_ids, store.atlases(atlas_ids), strict=True)
+    return tuple(i for i, atlas in atlases if names & {*atlas.annotated}) or tuple(atlas_ids)
 
 
 def choose_covering(
     score: NDArray[np.float64], annotated: NDArray[np.bool_], select: int
 ) -> list[int]:
-    """Choose atlases of high score that together annotate all organs.
+    """Choose atlases of high score that together annotate many organs.
 
     The next is always the one with the largest score · Σ_l 1 / (1 + N_l), over the organs l
     that it annotates, N_l of those chosen so far annotate l. Ties go to the first.
@@ -189,13 +210,14 @@ def choose_covering(
     Returns
     -------
     list of int
-        Ascending; all if there are no more than `select`.
+        Ascending; all that annotate an organ, or all, if there are no more than `select`.
     """
+    useful = _useful(annotated)
     chosen = np.zeros(score.size, np.bool_)
     shown = annotated.astype(np.float64)
     count = np.zeros(annotated.shape[1])
-    for _ in range(min(select, score.size)):
-        gain = np.where(chosen, -1.0, score * (shown @ (1.0 / (1.0 + count))))
+    for _ in range(min(select, int(useful.sum()))):
+        gain = np.where(useful & ~chosen, score * (shown @ (1.0 / (1.0 + count))), -1.0)
         best = int(gain.argmax())
         chosen[best] = True
         count += shown[best]
@@ -244,9 +266,25 @@ def shares_of_votes(
     return score
 
 
-def _best(score: NDArray[np.float64], select: int) -> list[int]:
-    """Choose the largest, ascending; ties go to the first."""
-    found: list[int] = np.sort(np.argsort(-score, kind="stable")[:select]).tolist()
+def _useful(annotated: NDArray[np.bool_]) -> NDArray[np.bool_]:
+    """Mark the atlases that annotate an organ of interest; all if none does."""
+    some = np.asarray(annotated.any(axis=1))
+    return some if some.any() else np.ones_like(some)
+
+
+def _moving(
+    wanted: OrganTable, across: Mapping[str, Sequence[str]], store: AtlasStore
+) -> OrganTable:
+    """Organs whose matches move those of interest."""
+    movers = [mover for name in wanted.names for mover in across.get(name, ())]
+    return store.organs.only([*wanted.names, *movers])
+
+
+def _best(score: NDArray[np.float64], annotated: NDArray[np.bool_], select: int) -> list[int]:
+    """Choose the useful atlases of largest score, ascending; ties go to the first."""
+    useful = np.flatnonzero(_useful(annotated))
+    best = np.argsort(-score[useful], kind="stable")[:select]
+    found: list[int] = np.sort(useful[best]).tolist()
     return found
 
 

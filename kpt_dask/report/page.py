@@ -44,7 +44,8 @@ _MOVED = (
     " votes is that of the weights of these matches."
 )
 _CONFIDENCE = {
-    "local": "it is the mean overlap of two atlases, warped to the scan. Below 0.35, look twice."
+    "local": "it is the mean overlap of two atlases, warped to the scan. Look twice where it is"
+    " below 0.35, and where one atlas alone decided: then it is only how clear its votes are."
 }
 _SHARES = "it is the share of its voxels that are found by a clear majority of the votes."
 
@@ -259,7 +260,7 @@ def _row(
         "label": _spoken(organ.name),
         "colour": organ.colour,
         "confidence": f"{measures.confidence:.2f}",
-        "unsure": findings.mode == "local" and measures.confidence < UNSURE,
+        "unsure": findings.mode == "local" and (measures.confidence < UNSURE or len(parts) == 1),
         "volume": _millilitres(measures.volume_ml),
         "interval": f"{_millilitres(low)} – {_millilitres(high)}",
         "hu": "" if measures.mean_hu is None else f"{measures.mean_hu:.0f}".replace("-", "−"),

@@ -61,6 +61,7 @@ def made_up(scans: int = 5, *, full: bool = True) -> dict[str, Any]:
             "answers": 3 * scans - 1,
             "rank_correlation": 0.5 if scans > 1 else None,
             "failed": 2,
+            "not_found": 0,
             "unsure": 1,
             "failed_and_unsure": 1,
             "volume_in_interval": 1.0,

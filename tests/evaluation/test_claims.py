@@ -39,7 +39,9 @@ def test_counts_are_those_of_plain_loops(answers: list[tuple[float, float, float
 
 
 def test_only_annotated_organs_count() -> None:
-    claim = Claim(0.1, 0.0, 0.0, 0.0, 5.0)
+    claim = Claim(0.0, 0.0, 0.0, 0.0, 5.0)
     found = trust([({"liver": claim}, {"liver": Agreement(0.0, None, None, 0.0)}), ({}, {})])
     assert found["answers"] == 1
-    assert (found["failed_and_unsure"], found["volume_in_interval"]) == (1, 0.0)
+    # What was not found is no matter of confidence.
+    assert (found["not_found"], found["unsure"], found["failed_and_unsure"]) == (1, 0, 1)
+    assert found["volume_in_interval"] == 0.0

@@ -173,6 +173,8 @@ def test_what_the_reference_does_not_annotate_is_left_out(
     assert {name: list(scores) for name, scores in results["dice"].items()} == names
     assert "limited_view" not in results
     assert "No scan annotates spleen" in results["warnings"][-1]
+    assert "No atlas that was used shows lung_left of b" in results["warnings"][-2]
+    assert results["dice"]["b"]["lung_left"] == 0
     # Nobody else annotates the left lung of b, and so it is not found; not a word of a's.
     assert results["dice_by_organ"]["lung_left"] == 0
     assert list(results["keypoints"]) == ["liver", "lung_left"]

@@ -12,6 +12,7 @@ from kpt_dask.atlases.add import store_parameters
 from kpt_dask.errors import ParameterError
 from kpt_dask.matching.first_pass import match
 from kpt_dask.matching.selection import (
+    annotating,
     check_selection,
     choose_covering,
     propose_atlases,
@@ -38,6 +39,14 @@ def test_the_best_atlases_are_chosen_and_no_organ_is_lost() -> None:
     assert choose_covering(score, rare, 2) == [0, 1]
     assert choose_covering(score, rare, 3) == [0, 1, 4]
     assert choose_covering(score[:0], everything[:0], 2) == []
+
+
+def test_atlases_without_the_organs_are_not_chosen() -> None:
+    score = np.array([0.9, 0.8, 0.7, 0.6])
+    annotated = np.array([[False], [True], [False], [True]])
+    assert choose_covering(score, annotated, 3) == [1, 3]
+    # Where no atlas has them, the best show at least that.
+    assert choose_covering(score, ~annotated & annotated, 2) == [0, 1]
 
 
 def test_shares_are_counted_for_each_organ() -> None:
@@ -74,6 +83,30 @@ def test_agreement_is_the_soft_jaccard_index(patients: AtlasStore, one_process: 
     for k in (1, 2, 4):
         chosen = select_atlases(matches, keypoints, atlases, patients, k)
         assert chosen == choose_covering(np.array(score), annotated, k)
+
+
+@pytest.mark.parametrize("mode", ["local", "across", "affine", "organ"])
+def test_atlases_that_annotate_the_organs_are_selected(
+    patients: AtlasStore, one_process: Client, mode: str
+) -> None:
+    scan, *others = patients.ids()
+    having = {n: [i for i in others if n in patients[i].annotated] for n in patients.organs.names}
+    rare = min(having, key=lambda name: len(having[name]) or len(others))
+    with_it = having[rare]
+    assert 0 < len(with_it) < len(others)
+    organs = patients.organs.only([rare])
+    keypoints = patients[scan].keypoints()
+    atlases = AtlasKeypoints.load(patients, others)
+    matches = match(keypoints, atlases, client=one_process)
+    most = len(others) - 1
+    across = {rare: ["mandible"]}
+    chosen = select_atlases(
+        matches, keypoints, atlases, patients, most, mode=mode, organs=organs, across=across
+    )
+    assert [others[i] for i in chosen] == with_it
+    assert annotating(patients, others, organs) == tuple(with_it)
+    proposed = propose_atlases(keypoints, patients, others, 1, mode=mode, organs=organs)
+    assert {*proposed} <= {*with_it}
 
 
 def test_matches_of_some_atlases_are_those_of_matching_only_them(

@@ -1,0 +1,115 @@
+"""What is doubtful about an answer: each doubt is a warning, one sentence.
+
+`where` is the scan as a person knows it; `used` are the atlases that voted.
+"""
+
+from collections.abc import Iterable, Mapping, Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+from atlas_store import Atlas
+from kpt_dask.organ_transfer.measures import UNSURE, OrganMeasures
+from kpt_dask.runtime import notices
+
+FEW_KEYPOINTS = 20
+"""Fewer keypoints than this are doubtful."""
+LITTLE = 0.01
+"""A smaller share of the organs' volume in the atlases is doubtful."""
+NAMED = 5
+"""Organs named at most in a sentence."""
+
+Found = Mapping[str, OrganMeasures]
+
+
+def unshown(organs: Iterable[str], atlases: Sequence[Atlas]) -> tuple[str, ...]:
+    """Name the organs that no atlas shows, which cannot be found by them."""
+    shown = {name for atlas in atlases for name in atlas.organs}
+    return tuple(name for name in organs if name not in shown)
+
+
+def doubt_unshown(
+    where: str, organs: Sequence[str], candidates: Sequence[Atlas], *, asked: bool
+) -> None:
+    """Warn of organs that no atlas that voted shows.
+
+    Parameters
+    ----------
+    where : str
+    organs : sequence of str
+        From `unshown`.
+    candidates : sequence of Atlas
+        Atlases that could have voted.
+    asked : bool
+        Whether the organs were asked for by name. If not, those that no candidate shows are no
+        matter of this scan.
+    """
+    nowhere = unshown(organs, candidates)
+    if nowhere and asked:
+        notices.warn(
+            f"{where}: no atlas shows {listed(nowhere)}, so it cannot be found; add one that does."
+        )
+    if passed := [name for name in organs if name not in nowhere]:
+        notices.warn(
+            f"{where}: no atlas that was selected shows {listed(passed)}, so it cannot be found;"
+            " others do: use more of them (--select)."
+        )
+
+
+def doubt_alone(
+    where: str, found: Found, weights: NDArray[np.float64], used: Sequence[Atlas]
+) -> None:
+    """Warn of organs that one atlas alone decided; `weights` (organ, atlas) are parts of votes."""
+    alone: dict[str, list[str]] = {}
+    for name, parts in zip(found, weights, strict=True):
+        voting = np.flatnonzero(parts > 0).tolist()
+        if found[name].volume_ml and len(voting) == 1:
+            alone.setdefault(used[voting[0]].id, []).append(name)
+    if alone:
+        told = "; ".join(f"{listed(names)} by {atlas}" for atlas, names in alone.items())
+        notices.warn(
+            f"{where}: a single atlas decided what is labelled ({told}), so its confidence does not"
+            " tell whether atlases agree; look at the label map there."
+        )
+
+
+def doubt_disagreement(where: str, found: Found) -> None:
+    """Warn of organs on which the atlases, warped to the scan, hardly agree."""
+    names = [n for n, o in found.items() if o.volume_ml and o.confidence < UNSURE]
+    if names:
+        notices.warn(
+            f"{where}: the atlases hardly agree on {', '.join(names)} (confidence below"
+            f" {UNSURE:g}); look at the label map there before anything depends on it."
+        )
+
+
+def doubt_little(
+    where: str, found: Found, n_keypoints: int, n_matches: int, candidates: Sequence[Atlas]
+) -> None:
+    """Warn if no organ, or hardly any, was found."""
+    usual = sum(_usual_ml(name, candidates) for name in found)
+    total = sum(organ.volume_ml for organ in found.values())
+    if total >= LITTLE * usual and n_keypoints >= FEW_KEYPOINTS:
+        return
+    what = f"{total:.1f} mL of organs" if total else "no organ"
+    notices.warn(
+        f"{where}: {what} found, where an atlas shows {usual:.0f} mL, with {n_keypoints} keypoints"
+        f" and {n_matches} matches; check that it is a CT in HU and shows the same part of the body"
+        " as the atlases."
+    )
+
+
+def listed(names: Sequence[str]) -> str:
+    """List names, the first `NAMED` of many."""
+    more = len(names) - NAMED
+    return ", ".join(names[:NAMED]) + (f" and {more} more" if more > 0 else "")
+
+
+def _usual_ml(name: str, atlases: Sequence[Atlas]) -> float:
+    """Mean volume of an organ in the atlases that show it, mL; 0 if none does."""
+    volumes = [
+        atlas.organs[name].voxels * float(np.prod(atlas.info.spacing)) / 1000
+        for atlas in atlases
+        if name in atlas.organs
+    ]
+    return float(np.mean(volumes)) if volumes else 0.0

@@ -1,0 +1,68 @@
+"""Doubts about an answer: what is told, and of whom."""
+
+from typing import Any
+
+import numpy as np
+import pytest
+
+from atlas_store import AtlasStore
+from kpt_dask.errors import KptWarning
+from kpt_dask.organ_transfer.doubts import (
+    doubt_alone,
+    doubt_little,
+    doubt_unshown,
+    listed,
+    unshown,
+)
+from kpt_dask.organ_transfer.measures import OrganMeasures
+
+WHERE = "scan.nii.gz"
+
+
+def measures(volume: float) -> OrganMeasures:
+    return OrganMeasures(volume, (0.0, 2 * volume), None, None, None, 0, None, False, 0.5)
+
+
+def sentence(told: Any) -> str:
+    [one] = told.list
+    return str(one.message)
+
+
+def test_organs_that_other_atlases_show_are_told_apart(body_store: AtlasStore) -> None:
+    atlases = list(body_store.atlases())
+    assert unshown(["liver", "tail"], atlases) == ("tail",)
+    with pytest.warns(KptWarning) as told:
+        doubt_unshown(WHERE, ["liver"], atlases, asked=False)
+    assert "no atlas that was selected shows liver" in sentence(told)
+    with pytest.warns(KptWarning) as told:
+        doubt_unshown(WHERE, ["tail"], atlases, asked=True)
+    assert f"{WHERE}: no atlas shows tail" in sentence(told)
+    # Of all organs of a table, some may be shown nowhere: nothing is new in that.
+    doubt_unshown(WHERE, ["tail"], atlases, asked=False)
+
+
+def test_a_single_atlas_that_decides_is_named(body_store: AtlasStore) -> None:
+    one, two, *_ = atlases = list(body_store.atlases())
+    found = {"liver": measures(9.0), "spleen": measures(9.0), "aorta": measures(0.0)}
+    weights = np.zeros((3, len(atlases)))
+    weights[0, :2], weights[1, 1], weights[2, 0] = 0.5, 1, 1
+    with pytest.warns(KptWarning) as told:
+        doubt_alone(WHERE, found, weights, atlases)
+    assert f"(spleen by {two.id})" in sentence(told)
+    assert one.id not in sentence(told)
+
+
+def test_little_is_measured_by_the_atlases_that_show_an_organ(body_store: AtlasStore) -> None:
+    atlases = list(body_store.atlases())
+    usual = np.mean([a.organs["liver"].voxels * np.prod(a.info.spacing) / 1000 for a in atlases])
+    with pytest.warns(KptWarning) as told:
+        doubt_little(WHERE, {"liver": measures(0.009 * usual)}, 99, 9, atlases)
+    assert f"where an atlas shows {usual:.0f} mL" in sentence(told)
+    doubt_little(WHERE, {"liver": measures(0.011 * usual)}, 99, 9, atlases)
+    with pytest.warns(KptWarning, match="with 3 keypoints"):
+        doubt_little(WHERE, {"liver": measures(usual)}, 3, 9, atlases)
+
+
+def test_many_names_are_counted() -> None:
+    assert listed(["a", "b"]) == "a, b"
+    assert listed([*"abcdefgh"]) == "a, b, c, d, e and 3 more"
