@@ -99,6 +99,13 @@ def reaching(place: str | PathLike[str]) -> Iterator[None]:
             f"{url} is refused by its server ({_said(error)}); check your credentials and what they"
             " allow."
         ) from error
+    except ValueError as error:
+        if "endpoint" not in str(error):
+            raise
+        raise UnreachableError(
+            f"{url} cannot be reached ({_said(error)}); the address in AWS_ENDPOINT_URL must begin"
+            " with http:// or https://."
+        ) from error
     except Exception as error:
         library = type(error).__module__.partition(".")[0]
         if library not in _CLIENTS and not isinstance(error, OSError):

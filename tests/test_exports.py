@@ -3,6 +3,7 @@
 import shutil
 from pathlib import Path
 
+import nibabel
 import numpy as np
 import pydicom
 import pytest
@@ -13,6 +14,7 @@ import kpt_dask
 from atlas_store import AtlasStore, load_organs
 from kpt_dask.cli.main import kpt
 from kpt_dask.errors import GridMismatchError, KptError, ParameterError
+from kpt_dask.scans.label_header import RUN
 from kpt_dask.scans.scan import open_scan
 from kpt_dask.volumes.volume import open_volume
 from tests.scans.dicom_writer import SERIES, write_folder
@@ -104,3 +106,19 @@ def test_an_atlas_comes_back_and_is_the_same_when_added_again(
     assert one.organs == other.organs
     np.testing.assert_array_equal(one.labels[...], other.labels[...])
     assert open_volume(one.image).grid.same_as(open_volume(other.image).grid, 1e-6)
+
+
+def test_masks_of_another_run_are_told(segmented: Path, tmp_path: Path) -> None:
+    out, folder = segmented / "out.zarr", tmp_path / "masks"
+    assert run("export", out, "--split", folder, "--organs", "liver,spleen").stderr == ""
+    # Of the same run, masks may be made one after the other.
+    assert run("export", out, "--split", folder, "--organs", "aorta").stderr == ""
+    older = nibabel.load(folder / "spleen.nii.gz")
+    older.header["descrip"] = f"{RUN}of another day"
+    nibabel.save(
+        nibabel.Nifti1Image(older.get_fdata(), None, older.header), folder / "spleen.nii.gz"
+    )
+    nibabel.save(nibabel.Nifti1Image(older.get_fdata(), older.affine), folder / "mine.nii.gz")
+    told = run("export", out, "--split", folder, "--organs", "liver", "--overwrite").stderr
+    assert "masks of another run (spleen.nii.gz)" in told
+    assert (folder / "spleen.nii.gz").exists()

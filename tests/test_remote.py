@@ -1,5 +1,8 @@
 """OME-Zarr images at URLs: of a web server, and of an object store."""
 
+import os
+import subprocess
+import sys
 from collections.abc import Iterator
 from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
@@ -103,3 +106,20 @@ def test_an_image_in_an_object_store_is_read(
     np.testing.assert_array_equal(np.concatenate(list(scan.slabs())), VALUES)
     with pytest.raises(ScanNotFoundError, match="nowhere"):
         open_scan(f"{bucket}/nowhere.zarr")
+
+
+def test_an_address_without_a_scheme_is_told(tmp_path: Path) -> None:
+    # A process of its own: clients of object stores outlive what they were made from.
+    address = {"AWS_ENDPOINT_URL": "localhost:9000"}
+    secrets = {"AWS_ACCESS_KEY_ID": "nobody", "AWS_SECRET_ACCESS_KEY": "nothing"}
+    done = subprocess.run(
+        [sys.executable, "-m", "kpt_dask", "convert", "s3://bucket/scan.zarr", "out.zarr"],
+        cwd=tmp_path,
+        env=os.environ | address | secrets,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 1
+    [sentence] = done.stderr.splitlines()
+    assert "AWS_ENDPOINT_URL must begin with http://" in sentence

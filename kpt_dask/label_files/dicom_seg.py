@@ -73,6 +73,8 @@ def write_segmentation(path: Path, label_map: LabelMap) -> None:
             manufacturer_model_name=ALGORITHM,
             software_versions=software,
             device_serial_number=software,
+            # Where all are empty, one stays.
+            omit_empty_frames=bool(organs),
             content_label="ORGANS",
             content_description="Organs by keypoint transfer",
             series_description="Organs by keypoint transfer",

@@ -14,6 +14,8 @@ from kpt_dask.grid import Grid
 from kpt_dask.label_files.components import largest_components
 from kpt_dask.label_files.formats import FORMATS, LabelFile
 from kpt_dask.label_files.label_map import LabelMap
+from kpt_dask.runtime import notices
+from kpt_dask.scans.label_header import RUN, run_of
 
 SPLIT_ENDING = ".nii.gz"
 """Ending of the files of single organs."""
@@ -123,3 +125,18 @@ class LabelRequest:
             with naming(path):
                 mask = label_map.only(organ, extents.get(organ.value))
                 FORMATS[SPLIT_ENDING].write(path, mask)
+        self._doubt_others(Path(self.split), label_map)
+
+    def _doubt_others(self, folder: Path, label_map: LabelMap) -> None:
+        """Warn of masks beside those written that are of another run: readers take all as one."""
+        own = {organ.name + SPLIT_ENDING for organ in label_map.organs}
+        runs = {
+            path.name: run_of(path)
+            for path in sorted(folder.glob("*" + SPLIT_ENDING))
+            if path.name not in own
+        }
+        if others := [n for n, run in runs.items() if run and RUN + run != label_map.description]:
+            notices.warn(
+                f"{folder} also holds masks of another run ({', '.join(others)}), which are no part"
+                " of this answer; move them away before anything reads the folder."
+            )

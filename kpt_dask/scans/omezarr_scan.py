@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import zarr
 from numpy.typing import NDArray
+from zarr.errors import ContainsArrayError
 
 from atlas_store.arrays import chunk_io
 from atlas_store.errors import DamagedChunkError
@@ -167,6 +168,11 @@ def open_omezarr(path: Path | Remote) -> OmeZarrFile:
         ) from error
     except UnreachableError:
         raise
+    except ContainsArrayError as error:
+        raise ScanFormatError(
+            f"{path} is a single array, which has no place in space; give the folder of the"
+            " OME-Zarr image around it."
+        ) from error
     except Exception as error:
         raise _damaged(path, "metadata", error) from error
     if not images:

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import zarr
 
+from atlas_store import AtlasStoreError
 from atlas_store.arrays.regions import open_array
 from kpt_dask.errors import (
     ScanFormatError,
@@ -160,6 +161,9 @@ def open_volume(group: zarr.Group | str | Path | Remote) -> Volume:
         k, j, i = source["shape"]
         source_grid = Grid((k, j, i), np.array(source["affine"], np.float64))
         return Volume(group, multiscale_grid(image, (z, y, x)), source_grid, levels)
+    except AtlasStoreError:
+        # What became of an atlas's arrays, and what to do, is said by the store.
+        raise
     except (KeyError, IndexError, TypeError, ValueError) as error:
         raise ScanFormatError(
             f"{where} has damaged metadata ({error}); convert it anew."

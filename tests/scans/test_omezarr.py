@@ -106,6 +106,11 @@ def test_metadata_that_lie_are_refused(image: Path, lie: Any) -> None:
     assert "\n" not in str(caught.value)
 
 
+def test_a_single_level_is_refused(image: Path) -> None:
+    with pytest.raises(ScanFormatError, match=r"0 is a single array.*give the folder of the"):
+        open_scan(image / "0")
+
+
 def test_a_group_without_an_image_is_refused(image: Path) -> None:
     file = image / "zarr.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | {"attributes": {}}))
