@@ -24,6 +24,7 @@ from dask_jobqueue.slurm import SLURMCluster, slurm_format_bytes_ceil
 from distributed import Client
 
 from kpt_dask.cli.batch import outputs, segment_batch
+from kpt_dask.cli.common import names
 from kpt_dask.errors import ClusterError, KptError, ParameterError
 from kpt_dask.runtime.patience import wait_seconds
 
@@ -337,6 +338,9 @@ def _span(context: click.Context, option: click.Parameter, value: str) -> str:
 @click.option(
     "--series", help="DICOM series of scans that hold several: UID, or words of its description."
 )
+@click.option(
+    "--organs", callback=names, multiple=True, metavar="NAME,…", help="As of kpt segment."
+)
 @click.option("--dry-run", is_flag=True, help="Print the job script and submit nothing.")
 @click.option("--inside", is_flag=True, hidden=True)
 def main(
@@ -354,6 +358,7 @@ def main(
     account: str | None,
     mode: str,
     series: str | None,
+    organs: tuple[str, ...] | None,
     dry_run: bool,
     inside: bool,
 ) -> None:
@@ -378,7 +383,8 @@ def main(
         outputs(scans, out)
         if inside:
             with dask.config.set({"kpt.wait": wait}):
-                _work(scans, store, out, resources, mode=mode, series=series)
+                options = {"mode": mode, "series": series, "organs": organs or ()}
+                _work(scans, store, out, resources, **options)
             return
         command = [sys.executable, "-P", "-m", "kpt_dask.cli.slurm", "--inside"]
         command += [f"--workers={n_workers}", f"--cores={cores}", f"--memory={memory}"]
@@ -386,6 +392,7 @@ def main(
         command += [f"--partition={partition}"] if partition is not None else []
         command += [f"--account={account}"] if account is not None else []
         command += [f"--series={series}"] if series is not None else []
+        command += [f"--organs={','.join(organs)}"] if organs is not None else []
         command += ["--", *map(str, scans), store, str(out)]
         script = job_script(command, logs, resources)
         if dry_run:

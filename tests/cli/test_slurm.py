@@ -10,7 +10,7 @@ import signal
 import stat
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -86,6 +86,7 @@ def segmentation(monkeypatch: pytest.MonkeyPatch) -> list[Path]:
         *,
         mode: str = "local",
         series: str | None = None,
+        organs: Sequence[str] = (),
         labels: Path,
         overwrite: bool,
         client: Client,
@@ -319,6 +320,7 @@ def test_command_submits_one_job(
     scan.touch()
     store.mkdir()
     arguments = [scan.name, store.name, "my results", "--workers", "2", "--account", "me"]
+    arguments += ["--organs", "liver", "--organs", "spleen,aorta"]
     dry = CliRunner().invoke(main, [*arguments, "--dry-run"], catch_exceptions=False)
     assert dry.exit_code == 0
     assert_is_shell(dry.output)
@@ -327,6 +329,7 @@ def test_command_submits_one_job(
     command = shlex.split(dry.output.splitlines()[-1])
     assert command[:5] == ["exec", sys.executable, "-P", "-m", "kpt_dask.cli.slurm"]
     assert {"--inside", "--workers=2", "--cores=8", "--memory=16GB", "--account=me"} < {*command}
+    assert "--organs=liver,spleen,aorta" in command
     assert command[-4:] == ["--", str(scan), str(store), str(tmp_path / "my results")]
 
 
