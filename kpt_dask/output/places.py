@@ -10,7 +10,7 @@ from typing import Literal
 
 from kpt_dask.errors import OutputExistsError, ParameterError
 from kpt_dask.output import object_store
-from kpt_dask.output.contents import STORE, encoding_of, foreign
+from kpt_dask.output.contents import OWN, STORE, encoding_of, foreign
 from kpt_dask.remote import Remote
 
 _URL = re.compile(r"([A-Za-z][A-Za-z0-9+.-]+):/")
@@ -165,7 +165,7 @@ def check_place(shown: str, target: Path) -> None:
     ------
     ParameterError
         If a name in the path is too long, a parent is no folder or not writable, or the target
-        lies in an atlas store.
+        lies in an atlas store or in another output.
     """
     nearest = target.parent
     try:
@@ -185,6 +185,12 @@ def check_place(shown: str, target: Path) -> None:
             raise ParameterError(
                 f"{shown} lies in {printable(folder)}, which is an atlas store; give another"
                 " output."
+            )
+    for folder in target.parents:
+        if encoding_of(folder) in OWN:
+            raise ParameterError(
+                f"{shown} lies in {printable(folder)}, an output of kpt, and would go with it; give"
+                " a place outside."
             )
 
 

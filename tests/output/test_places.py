@@ -119,6 +119,14 @@ def test_nothing_is_written_in_a_store_that_is_not_read(data: Path) -> None:
         check_outputs(folders=[image], overwrite=True)
 
 
+@pytest.mark.parametrize("kind", ["files", "images"])
+def test_nothing_is_written_into_an_output(data: Path, kind: str) -> None:
+    """It would go with it, when that is replaced."""
+    folder(data / "first.zarr", "kpt-volume")
+    with pytest.raises(ParameterError, match=r"lies in .*first\.zarr, an output of kpt"):
+        check_outputs(**{kind: [data / "first.zarr" / "labels" / "mine"]})  # type: ignore[arg-type]
+
+
 def test_a_file_on_the_way_is_no_folder(data: Path) -> None:
     with pytest.raises(ParameterError, match=r"thesis\.txt is no folder"):
         check_outputs(files=[data / "thesis.txt" / "deep" / "l.nii.gz"])
