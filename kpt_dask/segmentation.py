@@ -301,7 +301,8 @@ def segment(
             request.write(partials[1 : 1 + len(label_files)], label_map)
             measures = as_delivered(measures, counts, source.grid)
             volume_grid = "scan"
-        voted = [atlas for atlas in atlases if atlas.id in found.atlases]
+        by_id = {atlas.id: atlas for atlas in atlases}
+        voted = [by_id[atlas_id] for atlas_id in found.atlases]
         finished = Segmentation(
             path=targets[0] if isinstance(targets[0], Remote) else Path(out).absolute(),
             organs=measures,

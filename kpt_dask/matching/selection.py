@@ -5,7 +5,7 @@ many atlases as are wanted, these are matched, and those are kept that agree bes
 
 Agreement depends on the mode. Where all matches move an atlas, all keypoints count; atlases are
 chosen one by one, and an atlas counts less the more of those chosen annotate the same organs, so
-that an organ that few atlases annotate is rather covered. Where only matches in organs move an
+that an organ that few atlases annotate is likely covered. Where only matches in organs move an
 atlas, these alone count, as shares of all votes for their organ, so that an organ of few keypoints
 weighs as much as one of many. An atlas that annotates no organ of interest is never chosen, unless
 none does.
