@@ -96,7 +96,7 @@ def test_only_a_few_slabs_are_in_memory(
     form: Format, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(voxel_stream, "SLAB_BYTES", 64 << 10)
-    values = np.random.default_rng(1).integers(0, 9, (64, 128, 128)).astype(np.int16)
+    values = np.random.default_rng(1).integers(0, 9, (128, 128, 128)).astype(np.int16)
     scan = open_scan(made(form, tmp_path / "scan", values))
     largest = 0
     tracemalloc.start()
