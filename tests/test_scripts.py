@@ -12,13 +12,15 @@ ROOT = Path(__file__).parents[1]
 
 
 def run(script: str, *arguments: str) -> str:
-    return subprocess.run(
+    done = subprocess.run(
         [sys.executable, ROOT / "scripts" / script, *arguments],
         env=os.environ | {"PYTHONPATH": str(ROOT)},
         capture_output=True,
         text=True,
-        check=True,
-    ).stdout
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
 
 
 def test_benchmark_of_the_store(tmp_path: Path) -> None:
