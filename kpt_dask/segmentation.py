@@ -301,8 +301,7 @@ def segment(
             request.write(partials[1 : 1 + len(label_files)], label_map)
             measures = as_delivered(measures, counts, source.grid)
             volume_grid = "scan"
-        by_id = {atlas.id: atlas for atlas in atlases}
-        voted = [by_id[atlas_id] for atlas_id in found.atlases]
+        voted = [atlas for atlas in atlases if atlas.id in found.atlases]
         finished = Segmentation(
             path=targets[0] if isinstance(targets[0], Remote) else Path(out).absolute(),
             organs=measures,
@@ -319,7 +318,7 @@ def segment(
         doubt_little(where, measures, finished.n_keypoints, finished.n_matches, atlases)
         doubt_unshown(where, finished.unshown, atlases, asked=bool(organs))
         if mode == "local":
-            doubt_alone(where, measures, found.weights, voted)
+            doubt_alone(where, measures, found.weights, found.atlases)
             doubt_disagreement(where, measures)
         finished = replace(finished, warnings=(*doubts, *later))
         _keep(group, found, {**said, "warnings": list(finished.warnings)})

@@ -1,6 +1,6 @@
 """What is doubtful about an answer: each doubt is a warning, one sentence.
 
-`where` is the scan as a person knows it; `used` are the atlases that voted.
+`where` is the scan as a person knows it; `used` are the ids of the atlases that voted.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -57,14 +57,14 @@ def doubt_unshown(
 
 
 def doubt_alone(
-    where: str, found: Found, weights: NDArray[np.float64], used: Sequence[Atlas]
+    where: str, found: Found, weights: NDArray[np.float64], used: Sequence[str]
 ) -> None:
     """Warn of organs that one atlas alone decided; `weights` (organ, atlas) are parts of votes."""
     alone: dict[str, list[str]] = {}
     for name, parts in zip(found, weights, strict=True):
         voting = np.flatnonzero(parts > 0).tolist()
         if found[name].volume_ml and len(voting) == 1:
-            alone.setdefault(used[voting[0]].id, []).append(name)
+            alone.setdefault(used[voting[0]], []).append(name)
     if alone:
         told = "; ".join(f"{listed(names)} by {atlas}" for atlas, names in alone.items())
         notices.warn(

@@ -47,7 +47,7 @@ def test_a_single_atlas_that_decides_is_named(body_store: AtlasStore) -> None:
     weights = np.zeros((3, len(atlases)))
     weights[0, :2], weights[1, 1], weights[2, 0] = 0.5, 1, 1
     with pytest.warns(KptWarning) as told:
-        doubt_alone(WHERE, found, weights, atlases)
+        doubt_alone(WHERE, found, weights, [atlas.id for atlas in atlases])
     assert f"(spleen by {two.id})" in sentence(told)
     assert one.id not in sentence(told)
 
