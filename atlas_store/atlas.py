@@ -1,5 +1,6 @@
 """One atlas of a store: what its marker says at once, its data when asked for."""
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -58,6 +59,11 @@ class Atlas:
     def organs(self) -> Mapping[str, OrganInfo]:
         """The organs its label map shows, with voxels, bounding box, centroid, keypoints."""
         return self.info.organs
+
+    def volume_ml(self, organ: str) -> float:
+        """Volume of an organ in its label map, mL; 0 if it is not shown."""
+        found = self.organs.get(organ)
+        return found.voxels * math.prod(self.info.spacing) / 1000 if found else 0.0
 
     @property
     def path(self) -> str:

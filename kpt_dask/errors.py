@@ -19,7 +19,7 @@ file, says what is wrong and what to do. `USER_ERRORS` catches all of them.
 """
 
 import errno
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -84,6 +84,18 @@ def __getattr__(name: str) -> Any:
 
 class KptWarning(UserWarning):
     """An input or an answer is doubtful, though it can be used; the output keeps the sentence."""
+
+
+def some_of(names: Sequence[str], most: int = 5, between: str = ", ") -> str:
+    """List names for a sentence: the first `most` of them, and how many more there are.
+
+    Examples
+    --------
+    >>> some_of(["liver", "spleen", "aorta"], 2)
+    'liver, spleen and 1 more'
+    """
+    more = len(names) - most
+    return between.join(names[:most]) + (f" and {more} more" if more > 0 else "")
 
 
 @contextmanager

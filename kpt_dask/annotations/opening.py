@@ -11,13 +11,16 @@ from kpt_dask.annotations.drawn import UNNAMED, Canvas, DrawnLabels, RenamedLabe
 from kpt_dask.annotations.masks import MaskFolder, mask_files
 from kpt_dask.annotations.names import match_names
 from kpt_dask.annotations.nifti_names import label_names
-from kpt_dask.errors import GridMismatchError, LabelError, ScanNotFoundError
+from kpt_dask.errors import GridMismatchError, LabelError, ScanNotFoundError, some_of
 from kpt_dask.grid import Grid
 from kpt_dask.remote import Remote, scheme_of
 from kpt_dask.runtime import notices
 from kpt_dask.scans.dicom_files import is_dicom, is_zarr
 from kpt_dask.scans.nifti import NiftiFile
 from kpt_dask.scans.scan import Scan, open_labels, open_scan
+
+NAMED = 12
+"""Names at most in a sentence."""
 
 
 class NamedParts(Protocol):
@@ -125,11 +128,13 @@ def _known(path: Path | Remote, names: Mapping[int, str], organs: OrganTable) ->
     found, unknown = match_names(names.values(), organs)
     if not found:
         raise LabelError(
-            f"{path} shows {_few(unknown)}, of which the store knows none; it knows"
+            f"{path} shows {some_of(unknown, NAMED)}, of which the store knows none; it knows"
             f" {', '.join(organs.names)}."
         )
     if unknown:
-        notices.warn(f"{path}: no organ of the store is called {_few(unknown)}, left out.")
+        notices.warn(
+            f"{path}: no organ of the store is called {some_of(unknown, NAMED)}, left out."
+        )
     return {n: found[name] for n, name in names.items() if name in found}
 
 
@@ -152,8 +157,3 @@ def _renamed(labelled: Scan, values: Mapping[int, str], organs: OrganTable) -> S
 def _stored_shape(scan: Scan) -> str:
     """Shape as the file's own header gives it, fastest axis first."""
     return " × ".join(map(str, scan.grid.shape[::-1]))
-
-
-def _few(names: tuple[str, ...], most: int = 12) -> str:
-    rest = len(names) - most
-    return ", ".join(names[:most]) + (f" and {rest} more" if rest > 0 else "")

@@ -15,7 +15,7 @@ from atlas_store.keypoints import first_frames
 from kpt_dask.atlases.add import labels_at
 from kpt_dask.atlases.profiles import organ_profiles
 from kpt_dask.atlases.same_scan import KnownScans
-from kpt_dask.errors import LabelError, ParameterError
+from kpt_dask.errors import LabelError, ParameterError, some_of
 from kpt_dask.evaluation.baseline import Baseline, check_baseline
 from kpt_dask.evaluation.claims import Claim
 from kpt_dask.evaluation.folder import writing
@@ -40,7 +40,7 @@ from kpt_dask.evaluation.summary import ScanResult, numbers_of_atlases, summariz
 from kpt_dask.evaluation.table1 import background_votes, keypoint_votes
 from kpt_dask.matching.selection import check_selection, how_many
 from kpt_dask.options import DEFAULTS, TransferOptions
-from kpt_dask.organ_transfer.doubts import listed, unshown
+from kpt_dask.organ_transfer.doubts import unshown
 from kpt_dask.output.places import check_outputs
 from kpt_dask.runtime import cluster, notices, progress
 from kpt_dask.scans.pairs import Pair
@@ -318,17 +318,16 @@ class _Judge:
         """Warn of scans that the store holds under other names."""
         if self._left_out:
             some = [f"{name} as {', '.join(ids)}" for name, ids in self._left_out.items()]
-            more = f" and {len(some) - NAMED} more" if len(some) > NAMED else ""
             notices.warn(
                 f"{self.store.url} holds evaluated scans under other names"
-                f" ({'; '.join(some[:NAMED])}{more}); none was segmented by its own atlas."
+                f" ({some_of(some, NAMED, '; ')}); none was segmented by its own atlas."
             )
 
     def doubt_unshown(self) -> None:
         """Warn of organs that could not be found, and count as such."""
         if self._unshown:
             notices.warn(
-                f"No atlas that was used shows {listed(self._unshown)}, so it cannot be found, and"
+                f"No atlas that was used shows {some_of(self._unshown)}, so it cannot be found, and"
                 " counts with a Dice of 0; add atlases that show it, or use more of them."
             )
 

@@ -9,6 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from atlas_store import Atlas
+from kpt_dask.errors import some_of
 from kpt_dask.organ_transfer.measures import UNSURE, OrganMeasures
 from kpt_dask.runtime import notices
 
@@ -16,8 +17,6 @@ FEW_KEYPOINTS = 20
 """Fewer keypoints than this are doubtful."""
 LITTLE = 0.01
 """A smaller share of the organs' volume in the atlases is doubtful."""
-NAMED = 5
-"""Organs named at most in a sentence."""
 
 Found = Mapping[str, OrganMeasures]
 
@@ -47,11 +46,11 @@ def doubt_unshown(
     nowhere = unshown(organs, candidates)
     if nowhere and asked:
         notices.warn(
-            f"{where}: no atlas shows {listed(nowhere)}, so it cannot be found; add one that does."
+            f"{where}: no atlas shows {some_of(nowhere)}, so it cannot be found; add one that does."
         )
     if passed := [name for name in organs if name not in nowhere]:
         notices.warn(
-            f"{where}: no atlas that was selected shows {listed(passed)}, so it cannot be found;"
+            f"{where}: no atlas that was selected shows {some_of(passed)}, so it cannot be found;"
             " others do: use more of them (--select)."
         )
 
@@ -66,7 +65,7 @@ def doubt_alone(
         if found[name].volume_ml and len(voting) == 1:
             alone.setdefault(used[voting[0]], []).append(name)
     if alone:
-        told = "; ".join(f"{listed(names)} by {atlas}" for atlas, names in alone.items())
+        told = "; ".join(f"{some_of(names)} by {atlas}" for atlas, names in alone.items())
         notices.warn(
             f"{where}: a single atlas decided what is labelled ({told}), so its confidence does not"
             " tell whether atlases agree; look at the label map there."
@@ -87,7 +86,8 @@ def doubt_little(
     where: str, found: Found, n_keypoints: int, n_matches: int, candidates: Sequence[Atlas]
 ) -> None:
     """Warn if no organ, or hardly any, was found."""
-    usual = sum(_usual_ml(name, candidates) for name in found)
+    shown = ([a.volume_ml(name) for a in candidates if name in a.organs] for name in found)
+    usual = sum(float(np.mean(volumes)) for volumes in shown if volumes)
     total = sum(organ.volume_ml for organ in found.values())
     if total >= LITTLE * usual and n_keypoints >= FEW_KEYPOINTS:
         return
@@ -97,19 +97,3 @@ def doubt_little(
         f" and {n_matches} matches; check that it is a CT in HU and shows the same part of the body"
         " as the atlases."
     )
-
-
-def listed(names: Sequence[str]) -> str:
-    """List names, the first `NAMED` of many."""
-    more = len(names) - NAMED
-    return ", ".join(names[:NAMED]) + (f" and {more} more" if more > 0 else "")
-
-
-def _usual_ml(name: str, atlases: Sequence[Atlas]) -> float:
-    """Mean volume of an organ in the atlases that show it, mL; 0 if none does."""
-    volumes = [
-        atlas.organs[name].voxels * float(np.prod(atlas.info.spacing)) / 1000
-        for atlas in atlases
-        if name in atlas.organs
-    ]
-    return float(np.mean(volumes)) if volumes else 0.0

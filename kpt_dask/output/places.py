@@ -181,13 +181,13 @@ def check_place(shown: str, target: Path) -> None:
     if not os.access(nearest, os.W_OK | os.X_OK):
         raise ParameterError(f"{shown} cannot be written: {printable(nearest)} does not allow it.")
     for folder in (target, *target.parents):
-        if encoding_of(folder) == STORE:
+        encoding = encoding_of(folder)
+        if encoding == STORE:
             raise ParameterError(
                 f"{shown} lies in {printable(folder)}, which is an atlas store; give another"
                 " output."
             )
-    for folder in target.parents:
-        if encoding_of(folder) in OWN:
+        if encoding in OWN and folder != target:
             raise ParameterError(
                 f"{shown} lies in {printable(folder)}, an output of kpt, and would go with it; give"
                 " a place outside."

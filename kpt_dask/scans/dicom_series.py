@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from kpt_dask.errors import ScanFormatError
+from kpt_dask.errors import ScanFormatError, some_of
 from kpt_dask.grid import Grid
 from kpt_dask.scans.dicom_frames import Frame, frames_of
 from kpt_dask.scans.dicom_header import COMPRESSED, MOST_PIXELS, NATIVE, Header
@@ -107,8 +107,7 @@ def _listed(groups: Iterable[Sequence[Header]]) -> str:
         images = f"{n} image{'s' * (n != 1)}"
         about = ", ".join(filter(None, [*said, kind, images]))
         told.append(f"{first.series or 'no UID'} ({about})")
-    rest = len(told) - MOST_LISTED
-    return ", ".join(told[:MOST_LISTED]) + (f" and {rest} more" if rest > 0 else "")
+    return some_of(told, MOST_LISTED)
 
 
 def in_order(path: Path, headers: Sequence[Header]) -> tuple[list[Frame], Grid, list[str]]:

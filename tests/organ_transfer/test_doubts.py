@@ -11,7 +11,6 @@ from kpt_dask.organ_transfer.doubts import (
     doubt_alone,
     doubt_little,
     doubt_unshown,
-    listed,
     unshown,
 )
 from kpt_dask.organ_transfer.measures import OrganMeasures
@@ -61,8 +60,3 @@ def test_little_is_measured_by_the_atlases_that_show_an_organ(body_store: AtlasS
     doubt_little(WHERE, {"liver": measures(0.011 * usual)}, 99, 9, atlases)
     with pytest.warns(KptWarning, match="with 3 keypoints"):
         doubt_little(WHERE, {"liver": measures(usual)}, 3, 9, atlases)
-
-
-def test_many_names_are_counted() -> None:
-    assert listed(["a", "b"]) == "a, b"
-    assert listed([*"abcdefgh"]) == "a, b, c, d, e and 3 more"

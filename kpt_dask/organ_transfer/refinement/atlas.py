@@ -198,7 +198,7 @@ class _Moved:
         made = cls(scan, packed, coding, corner, image, nodes, start, nothing, nothing)
         landed = made.labels(np.zeros_like(start[:3])).reshape(finest.padded)
         inside = near_small = made._near(landed > 0)
-        small = np.array([False, *(is_small(atlas, name) for name in scan.organs.names)])
+        small = np.array([False, *(atlas.volume_ml(name) <= SMALL for name in scan.organs.names)])
         if finest.spacing < COARSE and not small[1:].all():
             near_small = made._near(small[landed])
         return replace(made, inside=inside, near_small=near_small)
@@ -279,12 +279,6 @@ def _without_gaps(mask: NDArray[np.bool_], wanted: Region) -> NDArray[np.bool_]:
     kernels.fill_gaps(runs_of(mask), mask.shape[2], GAP, out.reshape(-1))
     out &= wanted.mask
     return out
-
-
-def is_small(atlas: Atlas, name: str) -> bool:
-    """Whether an organ's volume in an atlas is at most `SMALL`, as it is where it is not shown."""
-    voxel = math.prod(atlas.info.spacing) / 1000
-    return name not in atlas.organs or atlas.organs[name].voxels * voxel <= SMALL
 
 
 def nodes_of(field: Field, scan: Comparison) -> NDArray[np.float32]:
