@@ -16,6 +16,7 @@ from atlas_store.arrays.flat import Flat, as_flat_view
 from atlas_store.arrays.regions import Region, write_region
 from kpt_dask.kernels.jit import kernel
 from kpt_dask.kernels.views import flat_row
+from kpt_dask.organ_transfer.field_of_view import FieldOfView
 from kpt_dask.organ_transfer.job import TransferJob
 from kpt_dask.organ_transfer.measures import OrganCounts, count_labels, count_row, levels_of
 from kpt_dask.runtime import cluster
@@ -71,12 +72,20 @@ def finish_slab(
     inside = overlap(box_of_scan, slab)
     assert inside is not None
     decided = BoxLabels(inside, job.threshold, labels.dtype)
+    view = FieldOfView.of(job.volume)
+    depth = None if view is None else view.depth(inside)
     # No other slab touches these shards.
     with chunk_io.writing(job.probability) as writer:
         for organ, box, share in shares:
+            if view is not None and depth is not None:
+                share[depth[within(box, inside)] < -view.reach] = 0
             rows = decided.update(organs.values[organ], box, share, counts.above[organ])
             if rows.any():
                 writer.add((slice(organ, organ + 1), *slices(box)), share[None], rows[None])
+    if view is not None and depth is not None:
+        decided.labels[depth < 0] = 0
+        shown = np.unique(decided.labels[depth < view.spacing])
+        counts.cut[:] = np.isin(organs.values, shown)
     hu = hu[within(inside, box_of_scan)]
     count_labels(decided.labels, hu, organs.values, begin_of(inside), counts)
     whole = np.zeros(shape_of(slab), labels.dtype)

@@ -95,6 +95,9 @@ class OrganCounts:
         Sum of their indices z, y, x.
     low, high : int64 arrays (organ, 3)
         Their lowest and highest indices.
+    cut : bool array (organ)
+        Whether one of them is an outermost voxel of an oblique scan's field of view. In other scans
+        the indices tell.
     overlap : float64 array (organ)
         Mean overlap of two warped atlases' labels, of the whole scan; NaN where there is none.
     weights : float64 array (organ, atlas)
@@ -108,6 +111,7 @@ class OrganCounts:
     indices: NDArray[np.int64]
     low: NDArray[np.int64]
     high: NDArray[np.int64]
+    cut: NDArray[np.bool_]
     overlap: NDArray[np.float64]
     weights: NDArray[np.float64]
 
@@ -121,6 +125,7 @@ class OrganCounts:
             np.zeros((organs, 3), np.int64),
             np.full((organs, 3), np.iinfo(np.int64).max),
             np.full((organs, 3), -1),
+            np.zeros(organs, np.bool_),
             np.full(organs, np.nan),
             np.zeros((organs, 0)),
         )
@@ -134,6 +139,7 @@ class OrganCounts:
             self.indices + other.indices,
             np.minimum(self.low, other.low),
             np.maximum(self.high, other.high),
+            self.cut | other.cut,
             self.overlap,
             self.weights,
         )
@@ -327,6 +333,7 @@ def _one(counts: OrganCounts, o: int, grid: Grid, voting: NDArray[np.float64]) -
         confidence = 2 * firm / (whole + firm) * max(1 - BORDER / _radius(count * ml), 0)
     corners = [_point(grid, counts.low[o]), _point(grid, counts.high[o])]
     last = np.array(grid.shape) - 1
+    at_border = counts.cut[o] or (counts.low[o] <= 0).any() or (counts.high[o] >= last).any()
     return OrganMeasures(
         volume_ml=count * ml,
         interval_ml=(min(sure * ml, low), max(possible * ml, high)),
@@ -335,7 +342,7 @@ def _one(counts: OrganCounts, o: int, grid: Grid, voting: NDArray[np.float64]) -
         extent=(corners[0], corners[1]),
         votes=len(voting),
         spread_mm=spread,
-        at_border=bool((counts.low[o] <= 0).any() or (counts.high[o] >= last).any()),
+        at_border=bool(at_border),
         confidence=confidence,
     )
 

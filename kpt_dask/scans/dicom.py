@@ -164,7 +164,7 @@ def _open_questions(path: Path, frames: list[Frame]) -> list[str]:
     kinds = {frame.header.text("RescaleType") for frame in frames} - {"", "HU"}
     if kinds:
         doubts.append(f"{path} says that its values are {', '.join(sorted(kinds))}, not HU.")
-    if "RescaleIntercept" not in first.dataset and first.n_frames == 1:
+    if not frames[0].calibrated:
         doubts.append(
             f"{path} has no RescaleIntercept, so its values are taken for HU as they stand."
         )

@@ -33,6 +33,8 @@ class Frame:
         Thickness of the slice, or its distance to the next one, mm; 0 if unknown.
     slope, intercept : float
         HU = stored × slope + intercept.
+    calibrated : bool
+        Whether the file states the intercept.
     """
 
     header: Header
@@ -42,6 +44,7 @@ class Frame:
     thickness: float
     slope: float
     intercept: float
+    calibrated: bool
 
     @property
     def shown(self) -> str:
@@ -146,4 +149,5 @@ def _frame(header: Header, index: int, sources: list[Dataset]) -> Frame:
         thickness=0.0 if thickness is None else abs(float(thickness[0])),
         slope=1.0 if slope is None else float(slope[0]),
         intercept=0.0 if intercept is None else float(intercept[0]),
+        calibrated=intercept is not None,
     )

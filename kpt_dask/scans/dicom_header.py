@@ -46,6 +46,8 @@ TAGS = [
     "SOPClassUID",
     "SOPInstanceUID",
     "Modality",
+    "PatientID",
+    "FrameOfReferenceUID",
     "SeriesDescription",
     "SeriesInstanceUID",
     "SliceThickness",

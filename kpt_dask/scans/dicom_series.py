@@ -129,9 +129,21 @@ def in_order(path: Path, headers: Sequence[Header]) -> tuple[list[Frame], Grid, 
     """
     for header in headers:
         _check_pixels(header, headers[0])
+        _check_patient(header, headers[0])
     frames = [frame for header in headers for frame in frames_of(header)]
     first, doubts = frames[0], []
+    if len({header.text("FrameOfReferenceUID") for header in headers}) > 1:
+        doubts.append(
+            f"{path} has slices of several frames of reference (FrameOfReferenceUID), in which"
+            " positions need not mean the same place; look at the scan before it is used."
+        )
     for frame in frames:
+        if frame.calibrated != first.calibrated:
+            without, other = (frame, first) if first.calibrated else (first, frame)
+            raise ScanFormatError(
+                f"{without.shown} has no RescaleIntercept, which {other.shown} has, so their values"
+                " cannot both be HU; get a new copy of the series."
+            )
         lengths = np.sqrt((first.axes**2).sum(axis=1))
         if np.abs((frame.axes - first.axes) / lengths[:, None]).max() > SAME_DIRECTION:
             same = np.allclose(np.sqrt((frame.axes**2).sum(axis=1)), lengths, rtol=SAME_DIRECTION)
@@ -210,6 +222,15 @@ def _step(
             " spaced slices; complete the series, or resample it to even spacing."
         )
     return step
+
+
+def _check_patient(header: Header, first: Header) -> None:
+    """Refuse slices of another patient."""
+    if header.text("PatientID") != first.text("PatientID"):
+        raise ScanFormatError(
+            f"{header.shown} has another PatientID than {first.shown}, in one series; keep slices"
+            " of one patient only."
+        )
 
 
 def _check_pixels(header: Header, first: Header) -> None:

@@ -80,6 +80,34 @@ def test_each_slice_has_its_own_slope_and_intercept(tmp_path: Path) -> None:
     )
 
 
+@pytest.mark.parametrize("empty", [False, True])
+def test_slices_with_and_without_an_intercept_are_not_mixed(tmp_path: Path, empty: bool) -> None:
+    datasets = slices(VALUES, AFFINE)
+    for dataset in datasets[2:]:
+        if empty:
+            dataset.RescaleIntercept = None
+        else:
+            del dataset.RescaleIntercept
+    with pytest.raises(ScanFormatError, match=r"has no RescaleIntercept, which .* has"):
+        open_scan(folder_of(tmp_path / "ct", datasets))
+    for dataset in datasets:
+        dataset.RescaleIntercept = None
+    with pytest.warns(KptWarning, match="has no RescaleIntercept"):
+        open_scan(folder_of(tmp_path / "none", datasets))
+
+
+def test_slices_of_two_patients_are_not_one_scan(tmp_path: Path) -> None:
+    datasets = slices(VALUES, AFFINE)
+    for dataset in datasets[2:]:
+        dataset.FrameOfReferenceUID = OTHER
+    with pytest.warns(KptWarning, match="several frames of reference"):
+        open_scan(folder_of(tmp_path / "frames", datasets))
+    for dataset in datasets[2:]:
+        dataset.PatientID = "other"
+    with pytest.raises(ScanFormatError, match="another PatientID than"):
+        open_scan(folder_of(tmp_path / "patients", datasets))
+
+
 def test_a_tilted_gantry_shears_the_grid(tmp_path: Path) -> None:
     tilted = AFFINE.copy()
     tilted[1, 2] = 0.7
