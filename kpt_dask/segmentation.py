@@ -53,6 +53,7 @@ from kpt_dask.organ_transfer.doubts import (
     doubt_disagreement,
     doubt_little,
     doubt_unshown,
+    doubt_volumes,
     unshown,
 )
 from kpt_dask.organ_transfer.job import Evidence, TransferJob
@@ -319,7 +320,8 @@ def segment(
         doubt_unshown(where, finished.unshown, atlases, asked=bool(organs))
         if mode == "local":
             doubt_alone(where, measures, found.weights, found.atlases)
-            doubt_disagreement(where, measures)
+        doubt_disagreement(where, measures)
+        doubt_volumes(where, measures, voted)
         finished = replace(finished, warnings=(*doubts, *later))
         _keep(group, found, {**said, "warnings": list(finished.warnings)})
         for array in (*volume.levels, *found.label_levels, found.probability):

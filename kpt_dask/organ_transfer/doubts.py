@@ -17,6 +17,12 @@ FEW_KEYPOINTS = 20
 """Fewer keypoints than this are doubtful."""
 LITTLE = 0.01
 """A smaller share of the organs' volume in the atlases is doubtful."""
+FEWEST = 5
+"""Atlases that must show an organ before its volume can be unusual."""
+UNUSUAL = 1.5
+"""Times that a volume may be beyond the atlases' largest, or below their smallest. With six random
+atlases 14 of 596 organs of OpenKBP were found with such volumes, mean Dice 0.63; with twenty none.
+"""
 
 Found = Mapping[str, OrganMeasures]
 
@@ -73,12 +79,32 @@ def doubt_alone(
 
 
 def doubt_disagreement(where: str, found: Found) -> None:
-    """Warn of organs on which the atlases, warped to the scan, hardly agree."""
+    """Warn of organs on which the atlases, moved to the scan, hardly agree."""
     names = [n for n, o in found.items() if o.volume_ml and o.confidence < UNSURE]
     if names:
         notices.warn(
             f"{where}: the atlases hardly agree on {', '.join(names)} (confidence below"
             f" {UNSURE:g}); look at the label map there before anything depends on it."
+        )
+
+
+def doubt_volumes(where: str, found: Found, voted: Sequence[Atlas]) -> None:
+    """Warn of organs far larger or smaller than in the atlases that voted.
+
+    Organs at the border of the scan may be cut off, and are left out.
+    """
+    unusual = []
+    for name, organ in found.items():
+        usual = [ml for atlas in voted if (ml := atlas.volume_ml(name))]
+        if not organ.volume_ml or organ.at_border or len(usual) < FEWEST:
+            continue
+        low, high = min(usual), max(usual)
+        if not low / UNUSUAL <= organ.volume_ml <= high * UNUSUAL:
+            unusual.append(f"{name} {organ.volume_ml:.1f} mL (atlases: {low:.1f} to {high:.1f})")
+    if unusual:
+        notices.warn(
+            f"{where}: unusual volume of {some_of(unusual)}; look at the label map there, and check"
+            " the scan's voxel spacing, its orientation and the part of the body that it shows."
         )
 
 

@@ -30,7 +30,7 @@ FIRM = 1.25
 BORDER = 3.0
 """mm; error of a border that seems sure. It costs a small organ more of its confidence."""
 UNSURE = 0.35
-"""Confidence in mode `local` below which an organ is doubtful, and warned of."""
+"""Confidence below which an organ is doubtful, and warned of."""
 _BORDER_ERRORS = -BORDER_ERROR, BORDER_ERROR
 LEVELS = POSSIBLE, 1.0, FIRM, SURE
 """Multiples of the threshold at which shares are counted."""

@@ -260,7 +260,7 @@ def _row(
         "label": _spoken(organ.name),
         "colour": organ.colour,
         "confidence": f"{measures.confidence:.2f}",
-        "unsure": findings.mode == "local" and (measures.confidence < UNSURE or len(parts) == 1),
+        "unsure": measures.confidence < UNSURE or (findings.mode == "local" and len(parts) == 1),
         "volume": _millilitres(measures.volume_ml),
         "interval": f"{_millilitres(low)} – {_millilitres(high)}",
         "hu": "" if measures.mean_hu is None else f"{measures.mean_hu:.0f}".replace("-", "−"),

@@ -1,5 +1,6 @@
 """Doubts about an answer: what is told, and of whom."""
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -11,6 +12,7 @@ from kpt_dask.organ_transfer.doubts import (
     doubt_alone,
     doubt_little,
     doubt_unshown,
+    doubt_volumes,
     unshown,
 )
 from kpt_dask.organ_transfer.measures import OrganMeasures
@@ -49,6 +51,23 @@ def test_a_single_atlas_that_decides_is_named(body_store: AtlasStore) -> None:
         doubt_alone(WHERE, found, weights, [atlas.id for atlas in atlases])
     assert f"(spleen by {two.id})" in sentence(told)
     assert one.id not in sentence(told)
+
+
+def test_a_volume_beyond_those_of_the_atlases_is_doubtful(body_store: AtlasStore) -> None:
+    atlases = list(body_store.atlases())
+    atlases += atlases
+    volumes = [atlas.volume_ml("liver") for atlas in atlases]
+    low, high = min(volumes), max(volumes)
+    for ml in (low / 1.49, high * 1.49, 0.0):
+        doubt_volumes(WHERE, {"liver": measures(ml)}, atlases)
+    for ml in (low / 1.51, high * 1.51):
+        found = {"liver": measures(ml), "spleen": measures(0.0)}
+        with pytest.warns(KptWarning) as told:
+            doubt_volumes(WHERE, found, atlases)
+        assert f"unusual volume of liver {ml:.1f} mL (atlases: {low:.1f} to" in sentence(told)
+        # What is cut off is smaller, and a few atlases do not tell what is usual.
+        doubt_volumes(WHERE, {"liver": replace(found["liver"], at_border=True)}, atlases)
+        doubt_volumes(WHERE, found, atlases[:4])
 
 
 def test_little_is_measured_by_the_atlases_that_show_an_organ(body_store: AtlasStore) -> None:
