@@ -7,7 +7,7 @@ import nibabel as nib
 import numpy as np
 import pytest
 import zarr
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.ndimage import map_coordinates
 from scipy.spatial.transform import Rotation
@@ -20,6 +20,7 @@ from kpt_dask.segmentation import segment
 
 
 @given(st.integers(0, 2**32 - 1))
+@settings(max_examples=30, deadline=None)
 def test_depth_is_the_distance_from_the_nearest_face(seed: int) -> None:
     rng = np.random.default_rng(seed)
     affine = np.eye(4)

@@ -13,6 +13,8 @@ from kpt_dask.organ_transfer.refinement.atlas import Refined
 
 FEWEST = 8
 """Atlases that must label an organ, before they say at which share of votes it is found best."""
+LEAST = 0.05
+"""Least conformity of an atlas, relative to the largest: it is never left out."""
 
 
 def correlations(refined: Sequence[Refined], organs: int) -> NDArray[np.float64]:
@@ -63,6 +65,40 @@ def overlap(counts: NDArray[np.int64]) -> NDArray[np.float64]:
     pairs = points @ np.arange(counts.shape[2])
     found[several] = pairs / ((atlases[several] - 1) * points.sum(axis=1))
     return found
+
+
+def conformity(counts: NDArray[np.int64]) -> NDArray[np.float64]:
+    """How far each atlas's labels agree with those of the others, relative to the best atlas.
+
+    With s(x) the share of the other A − 1 atlases that label the organ at x, it is the soft Dice
+    coefficient 2 Σ s [L_a = l] / (Σ [L_a = l] + Σ s), divided by the largest of all atlases, and at
+    least `LEAST`. An atlas whose labels were drawn otherwise, or that was warped badly, has less:
+    the idea of SIMPLE (T. R. Langerak et al., IEEE Transactions on Medical Imaging 29(12),
+    2000–2008, 2010, https://doi.org/10.1109/TMI.2010.2057442), in one round.
+
+    Parameters
+    ----------
+    counts : int64 array (organ, atlas, others)
+        From `count_others`.
+
+    Returns
+    -------
+    float64 array (organ, atlas)
+        From `LEAST` to 1. Of atlases that do not label the organ the mean of those that do, so that
+        whether there is an organ at all is decided as if all counted alike; 1 if none overlap.
+    """
+    volume = counts.sum(axis=2).astype(np.float64)
+    labelling = volume > 0
+    others = np.maximum(labelling.sum(axis=1, keepdims=True) - 1, 1)
+    agreed = counts @ np.arange(counts.shape[2]) / others
+    usual = (volume.sum(axis=1, keepdims=True) - volume) / others
+    dice = 2 * agreed / np.maximum(volume + usual, 1)
+    largest = dice.max(axis=1, keepdims=True, initial=0.0)
+    alike = np.divide(dice, largest, out=np.ones_like(dice), where=largest > 0)
+    alike = np.maximum(alike, LEAST)
+    number = np.maximum(labelling.sum(axis=1, keepdims=True), 1)
+    mean = np.where(labelling, alike, 0).sum(axis=1, keepdims=True) / number
+    return np.where(labelling, alike, np.where(labelling.any(axis=1, keepdims=True), mean, 1.0))
 
 
 def best_shares(counts: NDArray[np.int64]) -> NDArray[np.float64]:

@@ -14,9 +14,11 @@ In: matches and crops of atlases. Out: probabilities and labels. `landing` predi
 
    over the atlases a that annotate the organ and hold y in their crop (`atlas_store.crop`). I is
    the scan, HU; I_a, HU, is interpolated trilinearly; L_a is the label of the nearest voxel; ρ_al
-   is the fourth power of the mean of cc_a over the points where any atlas labels l. Shares are
-   averaged over neighbours with weights 1, 4, 6, 4 and 1 (over 16) along each axis, a Gaussian of
-   2 mm on the usual grid; edges of the scan repeat.
+   is the fourth power of the mean of cc_a over the points where any atlas labels l, times the
+   square of how far the atlas's labels agree with those of the other atlases
+   (`kpt_dask.organ_transfer.refinement.agreement.conformity`). Shares are averaged over neighbours
+   with weights 1, 4, 6, 4 and 1 (over 16) along each axis, a Gaussian of 2 mm on the usual grid;
+   edges of the scan repeat.
 3. HU of the scan. logit P_l grows by 0.3 γ ln(h₁/h₀), where h₁ (Σ P_l over P_l > ½) and h₀
    (Σ (1 − P_l)) are normalized histograms of the HU of all voxels with P_l > 0.02, in bins of
    20 HU, smoothed by a Gaussian of one bin, with 0.2 voxels added to each bin. γ is ½ where the

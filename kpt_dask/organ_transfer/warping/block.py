@@ -59,6 +59,8 @@ NOWHERE = np.float32(1e9)
 """HU of voxels beside the scan: unlike any voxel of an atlas."""
 AGREEMENT = 4
 """Exponent of an atlas's mean correlation in ρ, no unit."""
+CONFORMITY = 2
+"""Exponent of an atlas's agreement with the other atlases in ρ, no unit."""
 FIRST_HU, BIN = np.float32(-1000), np.float32(20)
 """Lower edge of a histogram's first bin, and width of a bin, HU."""
 BINS = 200
@@ -78,18 +80,21 @@ class WarpedAtlas:
         Offset to add to its stored displacement, mm.
     correlation : float64 array (organ)
         Mean cc where any atlas labels the organ.
+    conformity : float64 array (organ)
+        From `kpt_dask.organ_transfer.refinement.agreement.conformity`.
     """
 
     atlas: Atlas
     number: int
     base: tuple[float, float, float]
     correlation: NDArray[np.float64]
+    conformity: NDArray[np.float64]
 
     def reliability(self, organs: OrganTable) -> NDArray[np.float64]:
         """ρ of each organ, float64 array (organ); 0 where the atlas does not annotate it."""
         annotated = np.array([name in self.atlas.annotated for name in organs.names])
-        rho: NDArray[np.float64] = np.where(annotated, self.correlation, 0.0) ** AGREEMENT
-        return rho
+        rho: NDArray[np.float64] = self.correlation**AGREEMENT * self.conformity**CONFORMITY
+        return np.where(annotated, rho, 0.0)
 
 
 @dataclass(frozen=True)

@@ -125,9 +125,10 @@ def warp_atlases(
         found = [one for one in refined if one is not None]
         means = agreement.correlations(found, len(organs))
         others = agreement.count_others(found, len(organs))
+        alike = agreement.conformity(others).T
         warped = [
-            WarpedAtlas(atlases[i], i, one.base, mean)
-            for i, one, mean in zip(reached, found, means, strict=True)
+            WarpedAtlas(atlases[i], i, one.base, *measured)
+            for i, one, *measured in zip(reached, found, means, alike, strict=True)
         ]
         del refined, found
         at_once, threads = cluster.teams(max(cluster.threads(session)))

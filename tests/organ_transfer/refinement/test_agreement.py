@@ -10,7 +10,9 @@ from numpy.typing import NDArray
 
 from kpt_dask.organ_transfer.refinement.agreement import (
     FEWEST,
+    LEAST,
     best_shares,
+    conformity,
     count_others,
     overlap,
 )
@@ -83,3 +85,25 @@ def test_atlases_that_lie_on_each_other_are_found_at_any_share() -> None:
     [share] = best_shares(count_others(refined(labels), 1))
     assert 0 < share < 1
     assert np.isnan(best_shares(count_others(refined(labels[1:]), 1))).all()
+
+
+@given(st.integers(0, 2**32 - 1), st.integers(1, 6))
+@settings(max_examples=30, deadline=None)
+def test_conformity_is_the_soft_dice_with_the_other_atlases(seed: int, atlases: int) -> None:
+    rng = np.random.default_rng(seed)
+    labels = rng.integers(0, 3, (atlases, 3, 4, 5))
+    labels[0][labels[0] == 1] = 0
+    found = conformity(count_others(refined(labels), 4))
+    assert found.shape == (4, atlases)
+    for o, alike in enumerate(found):
+        masks = {i: one == o + 1 for i, one in enumerate(labels) if (one == o + 1).any()}
+        dice = {}
+        for i, own in masks.items():
+            others = [mask for j, mask in masks.items() if j != i]
+            share = np.mean(others, axis=0) if others else np.zeros(own.shape)
+            dice[i] = 2 * share[own].sum() / (own.sum() + share.sum())
+        largest = max(dice.values(), default=0)
+        relative = {i: max(d / largest, LEAST) if largest else 1.0 for i, d in dice.items()}
+        mean = np.mean(list(relative.values())) if relative else 1.0
+        assert alike == pytest.approx([relative.get(i, mean) for i in range(atlases)])
+    assert conformity(count_others([], 4)).shape == (4, 0)
