@@ -29,6 +29,8 @@ from kpt_dask.scans.label_header import RUN
 from kpt_dask.scans.nifti_writer import NiftiWriter, pack, planes_at_once
 from kpt_dask.scans.placement import header_of
 from kpt_dask.scans.scan import open_scan
+from kpt_dask.volumes.conversion import digest_scan
+from kpt_dask.volumes.identity import digest_of
 from kpt_dask.volumes.volume import Volume, open_volume
 
 StrPath = str | PathLike[str]
@@ -74,6 +76,8 @@ def export(
         If there is nothing to write, or an organ is unknown.
     GridMismatchError
         If `scan` lies on another grid than the scan of the segmentation.
+    ScanFormatError
+        If it has other voxels.
     KptError
         If a file cannot be read or written; nothing is left half-written.
 
@@ -202,6 +206,13 @@ def _scan_of(
         raise GridMismatchError(
             f"{scan} does not lie on the grid of the scan that {path} was made from; give that"
             " scan, or leave --scan out."
+        )
+    # Another patient's scan may lie on the same grid, and DICOM files would bear that name.
+    volume = found.volume
+    if digest_scan(opened, float(volume.grid.spacing[0])) != digest_of(volume.group):
+        raise ScanFormatError(
+            f"{scan} has other voxels than the scan that {path} was made from, though they lie on"
+            " the same grid; give that scan, or segment this one."
         )
     return opened.file
 

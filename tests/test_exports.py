@@ -13,7 +13,7 @@ from distributed import Client
 import kpt_dask
 from atlas_store import AtlasStore, load_organs
 from kpt_dask.cli.main import kpt
-from kpt_dask.errors import GridMismatchError, KptError, ParameterError
+from kpt_dask.errors import GridMismatchError, KptError, ParameterError, ScanFormatError
 from kpt_dask.scans.label_header import RUN
 from kpt_dask.scans.scan import open_scan
 from kpt_dask.volumes.volume import open_volume
@@ -69,7 +69,8 @@ def test_files_made_later_are_those_of_the_run(segmented: Path, tmp_path: Path) 
 
 def test_dicom_made_later_refers_to_the_scan_that_is_given(segmented: Path, tmp_path: Path) -> None:
     scan = open_scan(segmented / "ct.nii.gz")
-    write_folder(tmp_path / "ct", np.zeros(scan.grid.shape, np.int16), lps(scan.grid))
+    values = np.concatenate(list(scan.slabs())).astype(np.int16)
+    write_folder(tmp_path / "ct", values, lps(scan.grid))
     out = segmented / "out.zarr"
     kpt_dask.export(out, tmp_path / "l.dcm", scan=tmp_path / "ct", organs=["liver"])
     [series] = pydicom.dcmread(tmp_path / "l.dcm").ReferencedSeriesSequence
@@ -77,6 +78,10 @@ def test_dicom_made_later_refers_to_the_scan_that_is_given(segmented: Path, tmp_
     write_folder(tmp_path / "other", np.zeros((9, 9, 9), np.int16), lps(scan.grid))
     with pytest.raises(GridMismatchError, match="does not lie on the grid of the scan"):
         kpt_dask.export(out, tmp_path / "m.dcm", scan=tmp_path / "other")
+    # Another patient on the same grid.
+    write_folder(tmp_path / "patient", np.roll(values, 1, axis=0), lps(scan.grid))
+    with pytest.raises(ScanFormatError, match="patient has other voxels than the scan that"):
+        kpt_dask.export(out, tmp_path / "m.dcm", scan=tmp_path / "patient")
     assert not (tmp_path / "m.dcm").exists()
 
 

@@ -41,6 +41,12 @@ class Output(NamedTuple):
         run = contents.run_of(self.segmentation)
         return run is not None and run == label_header.run_of(self.labels)
 
+    def older_than(self, scan: Path) -> bool:
+        """Whether a file of the scan was written after the segmentation."""
+        root = (self.segmentation / contents.ROOT).stat().st_mtime
+        files = scan.rglob("*") if scan.is_dir() else [scan]
+        return any(file.stat().st_mtime > root for file in files if file.is_file())
+
     @property
     def foreign(self) -> bool:
         """Whether the label map is there, and not by this program."""
@@ -104,6 +110,12 @@ def segment_batch(
     for scan, output in outputs(scans, out_dir).items():
         if output.complete:
             log.info("%s: is there already", output.segmentation)
+            if output.older_than(scan):
+                log.warning(
+                    "%s was changed after it was segmented: delete %s to segment it again.",
+                    scan,
+                    output.segmentation,
+                )
             continue
         log.info("%s: begins", scan)
         try:

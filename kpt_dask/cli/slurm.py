@@ -369,7 +369,8 @@ def main(
     NAME.nii.gz (the label map on the scan's own grid); logs go to OUT/logs. A scan that
     cannot be segmented does not stop the others; the end of the log lists it. To go on after
     an interruption, or after mending a scan, submit the same again: what is complete is
-    skipped. All paths must be visible from the compute nodes.
+    skipped, whatever options it was made with; delete it to make it anew. All paths must be
+    visible from the compute nodes.
     """
     if "://" not in store:
         if not Path(store).is_dir():

@@ -16,6 +16,7 @@ from kpt_dask.label_files.label_map import LabelMap
 from kpt_dask.label_files.metaimage import write_metaimage
 from kpt_dask.label_files.nifti import write_nifti
 from kpt_dask.label_files.nrrd import write_nrrd, write_slicer
+from kpt_dask.runtime import notices
 
 Writer = Callable[[Path, LabelMap], None]
 Check = Callable[[Path, Grid], None]
@@ -48,7 +49,16 @@ def _check_orthogonal(path: Path, grid: Grid) -> None:
     if not grid.is_orthogonal:
         raise ScanFormatError(
             f"{path} cannot be written: the axes of the scan are not at right angles (its gantry"
-            " was tilted), which MetaImage cannot say; write NIfTI or NRRD instead."
+            " was tilted), which MetaImage cannot say; write .seg.nrrd or .dcm instead."
+        )
+
+
+def _doubt_shear(path: Path, grid: Grid) -> None:
+    """Warn of a sheared grid, which NIfTI can say, but many programs do not read."""
+    if not grid.is_orthogonal:
+        notices.warn(
+            f"{path}: the axes of the scan are not at right angles (its gantry was tilted), and"
+            " ITK-SNAP and others read no such NIfTI; write .seg.nrrd or .dcm for them."
         )
 
 
@@ -58,7 +68,7 @@ def _check_right_angles(path: Path, grid: Grid) -> None:
     if abs(float(cosines[:, 0] @ cosines[:, 1])) > RIGHT_ANGLE:
         raise ScanFormatError(
             f"{path} cannot be written: rows and columns of the scan are not at right angles, which"
-            " DICOM cannot say; write NIfTI or NRRD instead."
+            " DICOM cannot say; write .seg.nrrd instead."
         )
 
 
@@ -71,7 +81,7 @@ class Format:
     write : callable
         Fills a new file with a label map.
     checks : tuple of callable
-        Each refuses a grid that the format cannot say, before any work.
+        Each refuses a grid that the format cannot say, or doubts it, before any work.
     """
 
     write: Writer
@@ -79,8 +89,8 @@ class Format:
 
 
 FORMATS: dict[str, Format] = {
-    ".nii.gz": Format(write_nifti),
-    ".nii": Format(write_nifti),
+    ".nii.gz": Format(write_nifti, (_doubt_shear,)),
+    ".nii": Format(write_nifti, (_doubt_shear,)),
     ".seg.nrrd": Format(write_slicer),
     ".nrrd": Format(write_nrrd),
     ".mha": Format(write_metaimage, (_check_orthogonal,)),

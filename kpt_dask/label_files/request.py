@@ -92,6 +92,8 @@ class LabelRequest:
             )
         for file in self.files:
             file.check(grid)
+        if self.split is not None:
+            LabelFile(self.split, FORMATS[SPLIT_ENDING]).check(grid)
 
     def targets(self, table: OrganTable) -> list[str]:
         """Paths of all files that will be written: `files`, then one for each organ."""

@@ -49,8 +49,8 @@ def check_planes(path: Path, grid: Grid) -> None:
     normal = np.cross(grid.affine[:3, 1], grid.affine[:3, 2])
     if abs(abs(normal[0]) / np.sqrt(normal @ normal) - 1) > AXIAL:
         raise ScanFormatError(
-            f"{path} cannot be written: an RTSTRUCT has contours in axial planes, and the scan is"
-            " stored in others; write a DICOM SEG (.dcm) instead, or give the DICOM series."
+            f"{path} cannot be written: an RTSTRUCT has contours in axial planes, and those of the"
+            " scan are others; write a DICOM SEG (.dcm) instead."
         )
 
 

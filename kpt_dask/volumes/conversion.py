@@ -5,6 +5,7 @@ resampled along its own axes, to a temporary array, and from there to the workin
 """
 
 import math
+import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -164,6 +165,13 @@ def write_level0(volume: Volume, scan: Scan) -> str:
             total.add(region, values)
             write_region(level, region, values)
         return total.hexdigest()
+
+
+def digest_scan(scan: Scan, spacing: float) -> str:
+    """Digest of the volume that a scan would make (`kpt_dask.volumes.identity`)."""
+    with tempfile.TemporaryDirectory(prefix="kpt-") as folder:
+        path, grid = Path(folder).absolute() / "scan.zarr", scan.grid.working(spacing)
+        return write_level0(create_volume(path, grid, scan.grid, name=scan.path.name), scan)
 
 
 def _working_blocks(

@@ -1,5 +1,8 @@
 """The batch that a cluster job runs, for real: two processes, a store, good and bad scans."""
 
+import os
+import shutil
+import time
 from pathlib import Path
 
 import nibabel as nib
@@ -23,7 +26,7 @@ def test_a_batch_segments_as_a_laptop_does(
 ) -> None:
     bad = tmp_path / "bad.nii.gz"
     bad.write_bytes(b"not a scan")
-    scans = [bad, bodies / "body_4_ct.nii.gz"]
+    scans = [bad, Path(shutil.copy(bodies / "body_4_ct.nii.gz", tmp_path))]
     scans.append(bodies / "body_1_ct.nii.gz")  # an atlas itself
     failed = segment_batch(scans, body_store.url, tmp_path / "out", two_processes)
     assert any("itself, as body_1" in line for line in caplog.messages)
@@ -31,6 +34,13 @@ def test_a_batch_segments_as_a_laptop_does(
     assert "bad.nii.gz" in failed[bad]
     done = outputs(scans, tmp_path / "out")
     assert [output.complete for output in done.values()] == [False, True, True]
+
+    # A scan that was changed since is named, and its answer is kept.
+    os.utime(scans[1], (time.time() + 60,) * 2)
+    caplog.clear()
+    segment_batch(scans[1:], body_store.url, tmp_path / "out", two_processes)
+    [told] = [line for line in caplog.messages if "was changed after" in line]
+    assert told.startswith(str(scans[1]))
 
     alone = segment(
         scans[1],
