@@ -78,6 +78,27 @@ class Grid:
         corners = self._corners()
         return bool(np.abs(self.to_index(other.to_mm(corners)) - corners).max() < tolerance)
 
+    def stored_as(self, other: "Grid") -> "Grid | None":
+        """Order the axes of this grid as another one does that has the same voxels.
+
+        Returns
+        -------
+        Grid or None
+            The same voxels, axes in the order and direction of `other`; None if it has others.
+        """
+        to_own = np.linalg.inv(self.affine) @ other.affine
+        order = np.rint(to_own[:3, :3])
+        if not (np.abs(order).sum(axis=0) == 1).all() or not (np.abs(order).sum(axis=1) == 1).all():
+            return None
+        n = np.array(self.shape)
+        same = np.eye(4)
+        same[:3, :3] = order
+        # An axis that runs the other way begins at the last voxel.
+        same[:3, 3] = np.where(order.sum(axis=1) < 0, n - 1, 0)
+        shape = (np.abs(order).T @ n).astype(int).tolist()
+        ordered = Grid((shape[0], shape[1], shape[2]), self.affine @ same)
+        return ordered if ordered.same_as(other) else None
+
     def axis_permutation(self) -> tuple[tuple[int, int, int], tuple[bool, bool, bool]] | None:
         """Array axes by world axis, and their directions; None for an oblique grid.
 

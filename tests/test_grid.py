@@ -51,6 +51,36 @@ def test_reorientation_keeps_every_voxel_in_its_place(
     assert reordered.axis_permutation() == ((0, 1, 2), (False, False, False))
 
 
+@given(orientations, st.integers(0, 2**32 - 1))
+@settings(deadline=None)
+def test_the_same_voxels_in_another_order_are_known(
+    orientation: tuple[list[int], tuple[bool, ...]], seed: int
+) -> None:
+    rng = np.random.default_rng(seed)
+    affine = np.eye(4)
+    affine[:3, :3] = Rotation.random(rng=rng).as_matrix() @ np.diag(rng.uniform(0.5, 4, 3))
+    affine[:3, 3] = rng.uniform(-99, 99, 3)
+    grid, (axes, flipped) = Grid(SHAPE, affine), orientation
+    # Which voxel of the grid is each one of the other: by numpy's own flips and permutations.
+    number = np.arange(np.prod(SHAPE)).reshape(SHAPE)
+    stored = np.flip(number.transpose(axes), np.flatnonzero(flipped))
+    at = np.stack(np.unravel_index(stored, SHAPE), axis=-1)
+    places = grid.to_mm(at)
+    other = np.eye(4)
+    other[:3, 3] = places[0, 0, 0] + rng.uniform(-1e-3, 1e-3, 3)
+    for a, step in enumerate(np.eye(3, dtype=int)):
+        other[:3, a] = places[tuple(step)] - places[0, 0, 0]
+    found = grid.stored_as(Grid(stored.shape, other))
+    assert found is not None
+    assert found.shape == stored.shape
+    index = np.stack(np.meshgrid(*map(np.arange, stored.shape), indexing="ij"), axis=-1)
+    np.testing.assert_allclose(found.to_mm(index), places, atol=1e-9)
+    # A voxel aside, or of another size, they are others.
+    other[:3, 3] += other[:3, 0]
+    assert grid.stored_as(Grid(stored.shape, other)) is None
+    assert grid.stored_as(Grid(stored.shape, np.diag([3.0, 3, 3, 1]))) is None
+
+
 def test_oblique_grids_have_no_axis_permutation() -> None:
     affine = np.eye(4)
     affine[:3, :3] = Rotation.from_euler("x", 5, degrees=True).as_matrix()

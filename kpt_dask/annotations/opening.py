@@ -63,12 +63,13 @@ def open_pair(
     Returns
     -------
     scan, labels : Scan
-        The labels lie on the grid of the scan, and have the values of `organs`.
+        The labels lie on the voxels of the scan, though their axes may be stored in another order,
+        and have the values of `organs`.
 
     Raises
     ------
     GridMismatchError
-        If they do not lie on the same grid.
+        If they do not lie on the same voxels.
     LabelError
         If no name is that of an organ.
     ScanNotFoundError, ScanFormatError
@@ -80,7 +81,7 @@ def open_pair(
     if parts is not None:
         return source, _drawn(path, parts, source.grid, organs)
     labelled = open_labels(labels)
-    if not source.grid.same_as(labelled.grid):
+    if source.grid.stored_as(labelled.grid) is None:
         if source.grid.shape != labelled.grid.shape:
             how = f"shape {_stored_shape(labelled)} against {_stored_shape(source)}"
         else:

@@ -154,13 +154,15 @@ class KnownFiles:
             )
         annotated = tuple(name for name in self.annotated if name in remaining)
         doubt_shear(self.scan)
-        expected = _Known.of(_each_plane(self.labels.label_slabs()), self.scan.grid)
+        # The scan's voxels, in the order in which the labels are stored.
+        grid = self.scan.grid.stored_as(self.labels.grid) or self.scan.grid
+        expected = _Known.of(_each_plane(self.labels.label_slabs()), grid)
 
         def compare(found: StationResults) -> Compared:
             shares = Shares(found.probability, organs.values, self.threshold, volume.grid)
-            actual = _each_plane(labels_onto(shares, self.scan.grid))
+            actual = _each_plane(labels_onto(shares, grid))
             agreements, counts = expected.compare(actual, annotated, organs)
-            return Compared(agreements, as_delivered(found.organs, counts, self.scan.grid))
+            return Compared(agreements, as_delivered(found.organs, counts, grid))
 
         return Reference(annotated, organs, level, expected.volumes_ml(organs), compare)
 

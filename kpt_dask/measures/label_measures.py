@@ -128,8 +128,9 @@ def _opened(
     scan: str | Path, labels: str | Path, organs: OrganTable | None, series: str | None
 ) -> tuple[Scan, Scan]:
     if organs is not None:
-        return open_pair(scan, labels, organs, series=series)
-    source, labelled = open_scan(scan, series=series), open_labels(labels)
+        source, labelled = open_pair(scan, labels, organs, series=series)
+    else:
+        source, labelled = open_scan(scan, series=series), open_labels(labels)
     if not source.grid.same_as(labelled.grid):
         raise GridMismatchError(
             f"{labels} does not lie on the grid of {scan}; resample it to the scan first."

@@ -50,6 +50,8 @@ class OrganMeasures:
         `POSSIBLE` times, overlaps with other organs not resolved; and at least as wide as
         V (1 ∓ `BORDER_ERROR` / r)³, with r the radius of a ball of the volume V.
     mean_hu : float or None
+        On the working grid, as are the position and the extent: voxels at borders mix HU there, so
+        that thin bone has less than in the scan's own voxels, which `kpt measure` takes.
     centroid : (float, float, float) or None
         Mean position (z, y, x) of its voxels, mm, LPS.
     extent : ((float, float, float), (float, float, float)) or None

@@ -282,11 +282,13 @@ def _summary(measures: OrganMeasures, parts: Sequence[tuple[str, float]]) -> str
 
 
 def _parts(parts: Sequence[tuple[str, float]]) -> list[dict[str, str]]:
-    named = [(name, part, part / parts[0][1]) for name, part in parts[:PARTS]]
-    if len(parts) > PARTS:
+    # A single other atlas takes no more room by its name.
+    n = PARTS if len(parts) > PARTS + 1 else len(parts)
+    named = [(name, part, part / parts[0][1]) for name, part in parts[:n]]
+    if len(parts) > n:
         # Without a bar: it is no atlas that outweighs all others.
-        rest = sum(part for _, part in parts[PARTS:])
-        named.append((f"{len(parts) - PARTS} others together", rest, 0.0))
+        rest = sum(part for _, part in parts[n:])
+        named.append((f"{len(parts) - n} others together", rest, 0.0))
     return [
         {"atlas": name, "percent": f"{100 * part:.0f}", "width": f"{width:.3f}"}
         for name, part, width in named

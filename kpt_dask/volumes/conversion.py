@@ -204,7 +204,8 @@ def label_blocks(
     Parameters
     ----------
     scan : Scan
-        A label map on the grid of the scan that the volume was made from.
+        A label map on the voxels of the scan that the volume was made from; its axes may be stored
+        in another order.
     volume : Volume
         From `convert`, opened for writing.
 
@@ -222,15 +223,15 @@ def label_blocks(
     ScanFormatError
         If it is truncated or damaged, or holds anything but labels.
     """
-    if not scan.grid.same_as(volume.source_grid):
+    # Not the label map's own, which may differ by rounding.
+    grid = volume.source_grid.stored_as(scan.grid)
+    if grid is None:
         raise GridMismatchError(
             f"{scan.path} does not lie on the grid of its scan (shape {scan.grid.shape} against"
             f" {volume.source_grid.shape}, or another affine); resample it to the scan first."
         )
     with progress.stage("Reading labels", total=scan.grid.shape[0]) as advance:
         slabs = _with_progress(scan.label_slabs(), advance)
-        # Not the label map's own, which may differ by rounding.
-        grid = volume.source_grid
         if grid.axis_permutation() is not None:
             yield from resample_labels(slabs, grid, volume.grid, CHUNKS)
             return

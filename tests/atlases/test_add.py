@@ -1,6 +1,8 @@
 """Annotated scans become atlases: what is stored is what the files say, or nothing is."""
 
+import warnings
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import nibabel
 import numpy as np
@@ -11,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import ndimage
 from scipy.spatial.distance import cdist
+from scipy.spatial.transform import Rotation
 
 from atlas_store import (
     AtlasExistsError,
@@ -33,7 +36,13 @@ from kpt_dask.atlases.add import (
     survey,
 )
 from kpt_dask.demo.phantom import make_phantom, write_phantom
-from kpt_dask.errors import GridMismatchError, LabelError, ParameterError, ScanFormatError
+from kpt_dask.errors import (
+    GridMismatchError,
+    KptWarning,
+    LabelError,
+    ParameterError,
+    ScanFormatError,
+)
 from kpt_dask.grid import Grid
 from kpt_dask.runtime import notices
 from kpt_dask.scans.scan import scan_name
@@ -287,6 +296,35 @@ def test_a_folder_is_added_as_far_as_possible(
     assert store.verify() == []
     again = add_folder(store, small, client=one_process)
     assert [outcome.info for outcome in again] == [None] * 6
+
+
+@given(st.permutations(range(3)), st.tuples(*[st.booleans()] * 3), st.booleans())
+@settings(max_examples=4, deadline=None)
+def test_labels_may_be_stored_in_another_order_of_axes(
+    axes: list[int], flipped: tuple[bool, ...], oblique: bool
+) -> None:
+    """As a converter of DICOM stores them, which reorders the planes of a series."""
+    image, labels, _ = make_phantom(1, SMALL, 8.0)
+    ct, seg = image.astype(np.int16).T, labels.astype(np.uint8).T
+    affine = np.diag([-8.0, -8, 8, 1])
+    if oblique:
+        affine[:3, :3] = Rotation.from_euler("xz", [15, 5], degrees=True).as_matrix() * 8
+    other = nibabel.Nifti1Image(seg, affine).as_reoriented(
+        [(axis, -1 if flip else 1) for axis, flip in zip(axes, flipped, strict=True)]
+    )
+    with TemporaryDirectory() as folder:
+        store = AtlasStore.create(Path(folder, "store"), ORGANS, store_parameters(8.0))
+        found = []
+        for name, drawn in (("same", nibabel.Nifti1Image(seg, affine)), ("other", other)):
+            files = [Path(folder, f"{name}_{what}.nii") for what in ("ct", "seg")]
+            nibabel.save(nibabel.Nifti1Image(ct, affine), files[0])
+            nibabel.save(drawn, files[1])
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore", KptWarning)
+                add_atlas(store, *files, atlas_id=name)
+            found.append(store[name].labels[...])
+        np.testing.assert_array_equal(*found)
+        assert found[0].any()
 
 
 def test_the_grid_error_names_both_files(store: AtlasStore, small: Path) -> None:
