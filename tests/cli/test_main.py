@@ -208,6 +208,19 @@ def test_evaluate(bodies: Path, body_store: AtlasStore, tmp_path: Path) -> None:
     assert printed["dice"] == results["dice"]
 
 
+def test_a_scan_that_cannot_be_evaluated_is_named_at_the_end(
+    bodies: Path, body_store: AtlasStore, tmp_path: Path
+) -> None:
+    for part in ("ct", "seg"):
+        shutil.copy(bodies / f"body_4_{part}.nii.gz", tmp_path)
+        (tmp_path / f"bad_{part}.nii.gz").write_bytes(b"nothing")
+    arguments = ("evaluate", body_store.url, "--scans", tmp_path, "--mode", "affine")
+    result = run(*arguments, "--json", "-", code=1)
+    assert list(json.loads(result.stdout)["dice"]) == ["body_4"]
+    assert "The scan bad is left out" in result.stderr
+    assert result.stderr.splitlines()[-1] == "kpt: 1 of 2 scans were not evaluated: bad."
+
+
 def test_demo(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     smaller = partial(demonstration.demo, shape=BODY, spacing=BODY_SPACING)
     monkeypatch.setattr(demonstration, "demo", smaller)
