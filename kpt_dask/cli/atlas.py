@@ -265,11 +265,11 @@ def list_atlases(
       kpt atlas list atlases --where organ=liver --where 'keypoints<500' --sort -added
     """
     from atlas_store import AtlasStore
-    from kpt_dask.cli.atlas_filter import filtered
+    from kpt_dask.cli.atlas_filter import COLUMNS, filtered
 
     opened = AtlasStore.open(store)
     found = opened.removed() if removed else opened.atlases()
-    infos = filtered([one.info for one in found], where, sort)
+    infos = filtered([one.info for one in found], where, sort, opened.organs)
     if as_json:
         print_json([_describe(info) for info in infos])
         return
@@ -284,8 +284,8 @@ def list_atlases(
             str(info.keypoints),
             str(sum(organ.keypoints for organ in info.organs.values())),
             " × ".join(map(str, info.shape)),
-            _moment(info),
-            ", ".join(info.source[:1]),
+            COLUMNS["added"](info),
+            COLUMNS["from"](info),
         )
         for info in infos
     ]
@@ -592,6 +592,8 @@ def _note(store: "AtlasStore", atlas_id: str) -> str:
 
 
 def _show_atlas(info: "AtlasInfo", note: str, as_json: bool) -> None:
+    from kpt_dask.cli.atlas_filter import moment
+
     if as_json:
         print_json(_describe(info) | {"note": note})
         return
@@ -606,13 +608,9 @@ def _show_atlas(info: "AtlasInfo", note: str, as_json: bool) -> None:
     say(f"{info.id}: {_in_short(info)}.")
     console().print(organs)
     made_from = " and ".join(info.source)
-    say(f"Added {_moment(info)} UTC from {made_from} with {info.software}.")
+    say(f"Added {moment(info)} UTC from {made_from} with {info.software}.")
     if note:
         say(f"Note: {note}")
-
-
-def _moment(info: "AtlasInfo") -> str:
-    return info.added.replace("T", " ")[:16]
 
 
 def _count(number: int, one: str, many: str) -> str:
