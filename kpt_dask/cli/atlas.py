@@ -4,7 +4,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from kpt_dask.cli.atlas_check import ENOUGH, check, doubt_added
+from kpt_dask.cli.atlas_check import check, check_option, doubt_added
 from kpt_dask.cli.atlas_edit import note, relabel
 from kpt_dask.cli.common import (
     Failure,
@@ -95,14 +95,7 @@ def create(store: str, organs: str, spacing: float, descriptor: str, finer: bool
 @click.argument("labels", type=click.Path())
 @click.option("--id", "atlas_id", metavar="ID", help="Its name; the scan's name unless given.")
 @annotated_option
-@click.option(
-    "--check/--no-check",
-    "checked",
-    default=True,
-    help=f"Whether to check its labels against what the others say, as kpt atlas check does, where"
-    f" the store has {ENOUGH} others, and to warn; it takes some twenty seconds of a core."
-    "  [default: check]",
-)
+@check_option
 @series_option
 @overwrite_option
 @memory_option
