@@ -29,7 +29,7 @@ from kpt_dask.cli.plain_text import printable
 from kpt_dask.options import LABELS, SCANS
 
 if TYPE_CHECKING:
-    from atlas_store import AtlasInfo, AtlasStore
+    from atlas_store import Atlas, AtlasInfo, AtlasStore
     from kpt_dask.atlases.add import AddOutcome
 
 
@@ -422,26 +422,40 @@ def copy(source: str, target: str, atlas_ids: tuple[str, ...], new_id: str | Non
       kpt atlas copy atlases others anna --as anna_2
     """
     from atlas_store import AtlasStore
-    from kpt_dask.runtime import progress
+    from kpt_dask.runtime import notices, progress
 
     opened, into = AtlasStore.open(source), AtlasStore.open(target)
     ids = atlas_ids or tuple(opened.ids())
     if new_id is not None and len(ids) != 1:
         fail(f"--as names one atlas, and {len(ids)} are copied: give the id of one.")
     wanted = opened.atlases(ids)
-    scans = {one.id: one.info.scan_digest for one in into.atlases()}
-    copied, other = 0, []
+    there = {one.id: one for one in into.atlases()}
+    copied, other, labels, notes = 0, [], [], []
     with progress.shown(), progress.stage("Copying atlases", total=len(wanted)) as advance:
         for one in wanted:
             name = one.id if new_id is None else new_id
-            if name not in scans:
+            if name not in there:
                 into.copy_from(one, name)
                 copied += 1
-            elif scans[name] != one.info.scan_digest:
+            elif there[name].info.scan_digest != one.info.scan_digest:
                 other.append(name)
+            elif _labels_of(there[name]) != _labels_of(one):
+                labels.append(name)
+            elif _note(into, name) != _note(opened, one.id):
+                notes.append(name)
             advance(1)
     present = len(wanted) - copied - len(other)
     say(f"{into.url}: {copied} copied, {present} there already.")
+    if labels:
+        notices.warn(
+            f"{into.url} has other labels by the ids {', '.join(labels)} than {opened.url}: to"
+            " replace them, remove these with kpt atlas remove and copy again."
+        )
+    if notes:
+        notices.warn(
+            f"{into.url} has other notes by the ids {', '.join(notes)} than {opened.url}: write"
+            " them with kpt atlas note."
+        )
     if other:
         fail(
             f"{into.url} has other scans by the ids {', '.join(other)}: copy them one by one, each"
@@ -548,6 +562,14 @@ def _organs(annotated: tuple[str, ...], known: tuple[str, ...]) -> str:
     if len(missing) < len(annotated):
         return f"{count}: all but {', '.join(missing)}"
     return f"{count}: {', '.join(annotated)}"
+
+
+def _labels_of(atlas: "Atlas") -> tuple[tuple[str, ...], dict[str, str]]:
+    """Give what is annotated, and the SHA-256 of the parts of the label map."""
+    from atlas_store.layout import LABELS
+
+    parts = atlas.sealed.digests().items()
+    return atlas.annotated, {key: sha256 for key, sha256 in parts if key.startswith(LABELS)}
 
 
 def _show_store(store: "AtlasStore", as_json: bool) -> None:

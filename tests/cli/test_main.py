@@ -118,6 +118,16 @@ def test_a_store_is_made_filled_listed_and_emptied(bodies: Path, tmp_path: Path)
     copied = run("atlas", "copy", store, copies, "anna", ids[2])
     assert "2 copied, 0 there already." in copied.stdout
     assert "2 copied, 2 there already." in run("atlas", "copy", store, copies).stdout
+    run("atlas", "note", copies, ids[3], "cyst")
+    given: Any = nibabel.load(bodies / "body_2_seg.nii.gz")
+    fewer = np.where(np.asarray(given.dataobj) == 1, 0, np.asarray(given.dataobj))
+    nibabel.save(nibabel.Nifti1Image(fewer, given.affine), tmp_path / "fewer.nii.gz")
+    scan = bodies / "body_2_ct.nii.gz"
+    run("atlas", "add", copies, scan, tmp_path / "fewer.nii.gz", "--id", ids[2], "--overwrite")
+    told = run("atlas", "copy", store, copies)
+    assert f"has other labels by the ids {ids[2]} than" in told.stderr
+    assert f"has other notes by the ids {ids[3]} than" in told.stderr
+    assert "0 copied, 4 there already." in told.stdout
     found = run("atlas", "copy", store, copies, ids[2], "--as", "anna", code=1)
     assert "has other scans by the ids anna" in found.stderr
     run("atlas", "remove", store, "anna")
