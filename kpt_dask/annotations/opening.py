@@ -93,6 +93,21 @@ def open_pair(
     return source, _renamed(labelled, values, organs) if values else labelled
 
 
+def has_names_only(labels: str | Path) -> bool:
+    """Whether labels are told by names alone: DICOM SEG, RTSTRUCT or a folder of masks.
+
+    Raises
+    ------
+    ScanNotFoundError, ScanFormatError
+        If there is nothing, or it is damaged.
+    """
+    path = Path(labels)
+    # 3D Slicer's segmentations have values as well.
+    if scheme_of(str(labels)) is not None or path.name.lower().endswith(".seg.nrrd"):
+        return False
+    return _named_parts(path) is not None
+
+
 def _named_parts(path: Path) -> NamedParts | None:
     """Open labels that have names; None for a label map of values, or for nothing."""
     if path.is_dir():
