@@ -68,6 +68,10 @@ class Sealed(Objects):
         """Keys of the objects that were added, below the folder, sorted; without its own."""
         return sorted(self._digests())
 
+    def digests(self) -> dict[str, str]:
+        """SHA-256 of the objects that were added, by their keys below the folder."""
+        return dict(self._digests())
+
     def read(self, key: str, limit: int = MAX_DOCUMENT) -> bytes | None:
         """Read one object; None if none was added."""
         return self.checked(key, super().read(key, limit))

@@ -28,7 +28,7 @@ VOLUME_FLOOR = 0.1
 HU_FLOOR, ORDER_FLOOR_MM = 10.0, 5.0
 
 FITS = 0.3
-"""Dice from which a prediction fits, where a small store tells no spread."""
+"""Dice from which a prediction fits."""
 FITS_BETTER = 0.1
 """By how much the mean Dice must gain for a label map to be called mirrored."""
 
@@ -118,8 +118,11 @@ class Rules:
         names = self.organs.names
         wrong = {}
         for i in np.flatnonzero(better > 0):
+            # What hardly fits is no better name, however little the own one does.
+            if found.other_dice[i] < FITS:
+                continue
             known = not np.isnan(beyond[i])
-            clear = found.other_dice[i] >= FITS and found.own_dice[i] < found.other_dice[i] / 2
+            clear = found.own_dice[i] < found.other_dice[i] / 2
             if beyond[i] > self.limit / 2 if known else clear:
                 wrong[names[i]] = names[found.other[i]]
         return wrong

@@ -107,3 +107,33 @@ def match_names(
     given = list(names)
     found = {name: organ for name in given if (organ := organ_named(name, organs)) is not None}
     return found, tuple(name for name in given if name not in found)
+
+
+def same_organ(names: Iterable[str], known: Mapping[str, Organ]) -> tuple[str, str] | None:
+    """Find two names that mean one organ and are not different parts of it; None if none do.
+
+    Parameters
+    ----------
+    names : iterable of str
+        Names of masks, segments or regions; one that is given twice means one organ twice.
+    known : mapping of str to Organ
+        From `match_names`.
+
+    Examples
+    --------
+    >>> from atlas_store import load_organs
+    >>> names = ["Kidney L", "left kidney", "lung_upper_lobe_left", "lung_lower_lobe_left"]
+    >>> same_organ(names, match_names(names, load_organs("visceral"))[0])
+    ('Kidney L', 'left kidney')
+    """
+    seen: dict[str, list[str]] = {}
+    for name in names:
+        if name not in known:
+            continue
+        others = seen.setdefault(known[name].name, [])
+        part = name.lower()
+        for other in others:
+            if not (part in _PARTS and other.lower() in _PARTS and part != other.lower()):
+                return other, name
+        others.append(name)
+    return None

@@ -9,7 +9,7 @@ import numpy as np
 from atlas_store import Organ, OrganTable
 from kpt_dask.annotations.drawn import UNNAMED, Canvas, DrawnLabels, RenamedLabels
 from kpt_dask.annotations.masks import MaskFolder, mask_files
-from kpt_dask.annotations.names import match_names
+from kpt_dask.annotations.names import match_names, same_organ
 from kpt_dask.annotations.nifti_names import label_names
 from kpt_dask.errors import GridMismatchError, LabelError, ScanNotFoundError, some_of
 from kpt_dask.grid import Grid
@@ -71,7 +71,7 @@ def open_pair(
     GridMismatchError
         If they do not lie on the same voxels.
     LabelError
-        If no name is that of an organ.
+        If no name is that of an organ, or two are that of one, and not of different parts of it.
     ScanNotFoundError, ScanFormatError
         If one of them cannot be opened.
     """
@@ -92,6 +92,21 @@ def open_pair(
     if values is None and isinstance(labelled.file, NiftiFile):
         values = label_names(labelled.file)
     return source, _renamed(labelled, values, organs) if values else labelled
+
+
+def has_names_only(labels: str | Path) -> bool:
+    """Whether labels are told by names alone: DICOM SEG, RTSTRUCT or a folder of masks.
+
+    Raises
+    ------
+    ScanNotFoundError, ScanFormatError
+        If there is nothing, or it is damaged.
+    """
+    path = Path(labels)
+    # 3D Slicer's segmentations have values as well.
+    if scheme_of(str(labels)) is not None or path.name.lower().endswith(".seg.nrrd"):
+        return False
+    return _named_parts(path) is not None
 
 
 def _named_parts(path: Path) -> NamedParts | None:
@@ -125,12 +140,20 @@ def _named_parts(path: Path) -> NamedParts | None:
 
 
 def _known(path: Path | Remote, names: Mapping[int, str], organs: OrganTable) -> dict[int, Organ]:
-    """Find the organs that numbers mean, and warn of names that mean none."""
+    """Find the organs that numbers mean, and warn of names that mean none.
+
+    Organs of the two sides are named alike by mistake, so only parts of an organ are united.
+    """
     found, unknown = match_names(names.values(), organs)
     if not found:
         raise LabelError(
             f"{path} shows {some_of(unknown, NAMED)}, of which the store knows none; it knows"
             f" {', '.join(organs.names)}."
+        )
+    if (both := same_organ(names.values(), found)) is not None:
+        raise LabelError(
+            f"{path}: {both[0]} and {both[1]} both mean {found[both[1]].name}, of which there is"
+            " one; rename or remove one of them."
         )
     if unknown:
         notices.warn(

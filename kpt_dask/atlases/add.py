@@ -17,6 +17,7 @@ from atlas_store import (
     AtlasExistsError,
     AtlasInfo,
     AtlasStore,
+    AtlasStoreError,
     OrganInfo,
     OrganTable,
     ParameterMismatchError,
@@ -24,6 +25,7 @@ from atlas_store import (
 from atlas_store.arrays.regions import Region, open_array
 from atlas_store.crop import write_crop
 from atlas_store.organ_strips import write_strips
+from atlas_store.storage.digests import digest_of_file
 from kpt_dask.annotations.layouts import pairs_of
 from kpt_dask.annotations.opening import open_pair
 from kpt_dask.atlases.profiles import organ_profiles
@@ -250,7 +252,8 @@ def add_folder(
     series : str, optional
         UID of the DICOM series, or words of its description, in every scan that holds several.
     replace : bool
-        Whether to replace existing atlases; otherwise they are skipped.
+        Whether to replace existing atlases; otherwise they are skipped, with a warning where one
+        was made from another file than that of its id.
     told : callable, optional
         Callback for each outcome, as soon as it is known.
 
@@ -283,7 +286,9 @@ def add_folder(
     ):
         for pair in pairs:
             outcome = AddOutcome(pair.id)
-            if replace or pair.id not in store:
+            if not replace and pair.id in store:
+                _doubt_there(store, pair.id, pair.scan)
+            else:
                 try:
                     info = add_atlas(
                         store,
@@ -418,6 +423,24 @@ def _doubt_twice(
         notices.warn(
             f"{scan.path} is in {store.url} already, as {', '.join(same)}: its labels vote twice;"
             f" remove one with kpt atlas remove."
+        )
+
+
+def _doubt_there(store: AtlasStore, atlas_id: str, scan: str | Path) -> None:
+    """Warn if the atlas of this id was made from another file.
+
+    Its voxels would tell whether it is another scan, but reading them takes long.
+    """
+    try:
+        digests = store[atlas_id].info.source_digests
+    except AtlasStoreError:
+        # Removed meanwhile, or damaged, which kpt atlas verify tells.
+        return
+    before, now = digests[0] if digests else None, digest_of_file(scan)
+    if None not in (before, now) and before != now:
+        notices.warn(
+            f"{scan} is not the file that {atlas_id} in {store.url} was made from, so it was not"
+            " added: add it under another id with kpt atlas add --id, or all anew with --overwrite."
         )
 
 

@@ -4,7 +4,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from kpt_dask.cli.atlas_check import ENOUGH, check, doubt_added
+from kpt_dask.cli.atlas_check import check, check_option, doubt_added
 from kpt_dask.cli.atlas_edit import note, relabel
 from kpt_dask.cli.common import (
     Failure,
@@ -29,7 +29,7 @@ from kpt_dask.cli.plain_text import printable
 from kpt_dask.options import LABELS, SCANS
 
 if TYPE_CHECKING:
-    from atlas_store import AtlasInfo, AtlasStore
+    from atlas_store import Atlas, AtlasInfo, AtlasStore
     from kpt_dask.atlases.add import AddOutcome
 
 
@@ -95,14 +95,7 @@ def create(store: str, organs: str, spacing: float, descriptor: str, finer: bool
 @click.argument("labels", type=click.Path())
 @click.option("--id", "atlas_id", metavar="ID", help="Its name; the scan's name unless given.")
 @annotated_option
-@click.option(
-    "--check/--no-check",
-    "checked",
-    default=True,
-    help=f"Whether to check its labels against what the others say, as kpt atlas check does, where"
-    f" the store has {ENOUGH} others, and to warn; it takes some twenty seconds of a core."
-    "  [default: check]",
-)
+@check_option
 @series_option
 @overwrite_option
 @memory_option
@@ -265,11 +258,11 @@ def list_atlases(
       kpt atlas list atlases --where organ=liver --where 'keypoints<500' --sort -added
     """
     from atlas_store import AtlasStore
-    from kpt_dask.cli.atlas_filter import filtered
+    from kpt_dask.cli.atlas_filter import COLUMNS, filtered
 
     opened = AtlasStore.open(store)
     found = opened.removed() if removed else opened.atlases()
-    infos = filtered([one.info for one in found], where, sort)
+    infos = filtered([one.info for one in found], where, sort, opened.organs)
     if as_json:
         print_json([_describe(info) for info in infos])
         return
@@ -284,8 +277,8 @@ def list_atlases(
             str(info.keypoints),
             str(sum(organ.keypoints for organ in info.organs.values())),
             " × ".join(map(str, info.shape)),
-            _moment(info),
-            ", ".join(info.source[:1]),
+            COLUMNS["added"](info),
+            COLUMNS["from"](info),
         )
         for info in infos
     ]
@@ -429,26 +422,40 @@ def copy(source: str, target: str, atlas_ids: tuple[str, ...], new_id: str | Non
       kpt atlas copy atlases others anna --as anna_2
     """
     from atlas_store import AtlasStore
-    from kpt_dask.runtime import progress
+    from kpt_dask.runtime import notices, progress
 
     opened, into = AtlasStore.open(source), AtlasStore.open(target)
     ids = atlas_ids or tuple(opened.ids())
     if new_id is not None and len(ids) != 1:
         fail(f"--as names one atlas, and {len(ids)} are copied: give the id of one.")
     wanted = opened.atlases(ids)
-    scans = {one.id: one.info.scan_digest for one in into.atlases()}
-    copied, other = 0, []
+    there = {one.id: one for one in into.atlases()}
+    copied, other, labels, notes = 0, [], [], []
     with progress.shown(), progress.stage("Copying atlases", total=len(wanted)) as advance:
         for one in wanted:
             name = one.id if new_id is None else new_id
-            if name not in scans:
+            if name not in there:
                 into.copy_from(one, name)
                 copied += 1
-            elif scans[name] != one.info.scan_digest:
+            elif there[name].info.scan_digest != one.info.scan_digest:
                 other.append(name)
+            elif _labels_of(there[name]) != _labels_of(one):
+                labels.append(name)
+            elif _note(into, name) != _note(opened, one.id):
+                notes.append(name)
             advance(1)
     present = len(wanted) - copied - len(other)
     say(f"{into.url}: {copied} copied, {present} there already.")
+    if labels:
+        notices.warn(
+            f"{into.url} has other labels by the ids {', '.join(labels)} than {opened.url}: to"
+            " replace them, remove these with kpt atlas remove and copy again."
+        )
+    if notes:
+        notices.warn(
+            f"{into.url} has other notes by the ids {', '.join(notes)} than {opened.url}: write"
+            " them with kpt atlas note."
+        )
     if other:
         fail(
             f"{into.url} has other scans by the ids {', '.join(other)}: copy them one by one, each"
@@ -557,6 +564,14 @@ def _organs(annotated: tuple[str, ...], known: tuple[str, ...]) -> str:
     return f"{count}: {', '.join(annotated)}"
 
 
+def _labels_of(atlas: "Atlas") -> tuple[tuple[str, ...], dict[str, str]]:
+    """Give what is annotated, and the SHA-256 of the parts of the label map."""
+    from atlas_store.layout import LABELS
+
+    parts = atlas.sealed.digests().items()
+    return atlas.annotated, {key: sha256 for key, sha256 in parts if key.startswith(LABELS)}
+
+
 def _show_store(store: "AtlasStore", as_json: bool) -> None:
     infos = [found.info for found in store.atlases()]
     annotated = {n: sum(n in info.annotated for info in infos) for n in store.organs.names}
@@ -592,6 +607,8 @@ def _note(store: "AtlasStore", atlas_id: str) -> str:
 
 
 def _show_atlas(info: "AtlasInfo", note: str, as_json: bool) -> None:
+    from kpt_dask.cli.atlas_filter import moment
+
     if as_json:
         print_json(_describe(info) | {"note": note})
         return
@@ -606,13 +623,9 @@ def _show_atlas(info: "AtlasInfo", note: str, as_json: bool) -> None:
     say(f"{info.id}: {_in_short(info)}.")
     console().print(organs)
     made_from = " and ".join(info.source)
-    say(f"Added {_moment(info)} UTC from {made_from} with {info.software}.")
+    say(f"Added {moment(info)} UTC from {made_from} with {info.software}.")
     if note:
         say(f"Note: {note}")
-
-
-def _moment(info: "AtlasInfo") -> str:
-    return info.added.replace("T", " ")[:16]
 
 
 def _count(number: int, one: str, many: str) -> str:

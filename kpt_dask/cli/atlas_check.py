@@ -21,7 +21,17 @@ if TYPE_CHECKING:
     from atlas_store import AtlasStore
 
 ENOUGH = 10
-"""Other atlases from which kpt atlas add checks a new one: fewer do not say what is usual."""
+"""Other atlases from which new labels are checked: fewer do not say what is usual."""
+
+
+check_option = click.option(
+    "--check/--no-check",
+    "checked",
+    default=True,
+    help=f"Whether to check its labels against what the others say, as kpt atlas check does, where"
+    f" the store has {ENOUGH} others, and to warn; it takes some twenty seconds of a core."
+    "  [default: check]",
+)
 
 
 @click.command()
@@ -104,7 +114,7 @@ def check(
 def doubt_added(
     store: "AtlasStore", atlas_id: str, memory: int | None, client: "Client | None"
 ) -> None:
-    """Check an atlas that was just added, and warn of what is found; it stays."""
+    """Check an atlas that was just added or relabelled, and warn of what is found; it stays."""
     from kpt_dask.annotation_check.schedule import check_atlases
     from kpt_dask.errors import USER_ERRORS
     from kpt_dask.runtime import notices
@@ -115,7 +125,7 @@ def doubt_added(
     try:
         found = check_atlases(store, [atlas_id], memory=memory, client=client).findings
     except failures as error:
-        notices.warn(f"{atlas_id} was added, but could not be checked: {error}")
+        notices.warn(f"{atlas_id} is in the store, but could not be checked: {error}")
         return
     for finding in found:
         # A scan that is there twice is warned of when it is added.

@@ -2,6 +2,7 @@
 
 import click
 
+from kpt_dask.cli.atlas_check import check_option, doubt_added
 from kpt_dask.cli.common import (
     annotated_option,
     memory_option,
@@ -17,6 +18,7 @@ from kpt_dask.cli.common import (
 @click.argument("atlas_id", metavar="ID")
 @click.argument("labels", type=click.Path())
 @annotated_option
+@check_option
 @memory_option
 @scheduler_option
 def relabel(
@@ -24,6 +26,7 @@ def relabel(
     atlas_id: str,
     labels: str,
     annotated: tuple[str, ...] | None,
+    checked: bool,
     memory: int | None,
     scheduler: str | None,
 ) -> None:
@@ -45,6 +48,8 @@ def relabel(
         info = replace_labels(
             opened, atlas_id, labels, annotated=annotated, memory=memory, client=client
         )
+        if checked:
+            doubt_added(opened, info.id, memory, client)
     say(f"{info.id}: {len(info.annotated)} organs annotated, {', '.join(info.annotated)}.")
 
 

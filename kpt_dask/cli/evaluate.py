@@ -7,6 +7,7 @@ import click
 
 from kpt_dask.cli.common import (
     console,
+    fail,
     index_option,
     layout_option,
     memory_option,
@@ -123,6 +124,7 @@ def evaluate(
 
     Each atlas of STORE is segmented by the others (leave one out), or each scan of DIR by
     all of STORE. A scan is never segmented by its own atlas, whatever that is called.
+    A scan that cannot be read does not stop the others; at the end the program names it and fails.
     Temporary files go to $TMPDIR, which all workers of a cluster must share.
 
     Of each scan and organ: Dice, the mean and the 95 % Hausdorff distance of the surfaces, and the
@@ -137,12 +139,9 @@ def evaluate(
       kpt evaluate atlases --atlases 5,10,20,40 --cropped liver,trachea --out evaluation
       kpt evaluate atlases --limit 8 --atlases 10 --baseline syn --out evaluation
     """
-    import json
-
     from atlas_store import AtlasStore
     from kpt_dask.annotations.layouts import pairs_of
     from kpt_dask.evaluation.run import evaluate as evaluate_store
-    from kpt_dask.output.commit import replacing
     from kpt_dask.output.places import check_outputs
 
     opened = AtlasStore.open(store)
@@ -172,6 +171,18 @@ def evaluate(
             memory=memory,
             client=client,
         )
+    _write(results, out, json_file)
+    if failed := results["failed"]:
+        number = len(failed) + results["scans"]
+        fail(f"{len(failed)} of {number} scans were not evaluated: {', '.join(failed)}.")
+
+
+def _write(results: dict[str, Any], out: str | None, json_file: str | None) -> None:
+    """Print results, and write them to the file that was asked for."""
+    import json
+
+    from kpt_dask.output.commit import replacing
+
     if json_file == "-":
         print_json(results)
         return

@@ -1,8 +1,8 @@
 """Segment scans whose labels are known, and compare: leave-one-out, or the scans of a folder."""
 
 import time
-from collections.abc import Mapping, Sequence, Set
-from contextlib import ExitStack
+from collections.abc import Container, Iterator, Mapping, Sequence, Set
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -10,12 +10,19 @@ from typing import Any
 import zarr
 from distributed import Client
 
-from atlas_store import AtlasStore, Snapshot
+from atlas_store import Atlas, AtlasStore, AtlasStoreError, Snapshot
 from atlas_store.keypoints import first_frames
 from kpt_dask.atlases.add import labels_at
 from kpt_dask.atlases.profiles import organ_profiles
 from kpt_dask.atlases.same_scan import KnownScans
-from kpt_dask.errors import LabelError, ParameterError, some_of
+from kpt_dask.errors import (
+    GridMismatchError,
+    LabelError,
+    ParameterError,
+    ScanFormatError,
+    ScanNotFoundError,
+    some_of,
+)
 from kpt_dask.evaluation.baseline import Baseline, check_baseline
 from kpt_dask.evaluation.claims import Claim
 from kpt_dask.evaluation.folder import writing
@@ -53,6 +60,9 @@ from kpt_dask.segmentation import (
 from kpt_dask.volumes.identity import digest_of
 from kpt_dask.volumes.volume import Volume
 
+_FAULTS = (ScanNotFoundError, ScanFormatError, GridMismatchError, LabelError)
+"""Errors of the files of one scan, which others may not have."""
+
 NAMED = 3
 """Scans named at most in the warning that a store holds them under other ids."""
 
@@ -83,7 +93,8 @@ def evaluate(
     the scan, whatever it is called, or that has its id is never used for it. An organ of which
     nothing is left on the working grid does not count as annotated. Nothing is written to the
     store; temporary files go to the system's temporary folder (``TMPDIR``), which the workers of
-    `client` must see.
+    `client` must see. A scan whose files cannot be used, and an atlas that is removed or replaced
+    meanwhile, is left out with a warning, unless none is left.
 
     Parameters
     ----------
@@ -146,6 +157,7 @@ def evaluate(
         ``limited_view``, if a scan was cropped: see
         `kpt_dask.evaluation.limited_view.limited_view_summary`;
         ``left_out``, by scan, which atlases were made from it, if they have other names;
+        ``failed``, by scan, why its files could not be used;
         ``warnings``, what was doubtful, one sentence each;
         ``mode``, ``transfer`` (its options), ``store``, ``versions``, ``date``, ``machine``.
 
@@ -159,7 +171,7 @@ def evaluate(
     OutputExistsError
         If `out` exists and `overwrite` is false, or it holds anything else.
     KptError, AtlasStoreError
-        If a scan, a reference or the store cannot be used.
+        If no scan or reference, or not the store, can be used.
 
     References
     ----------
@@ -197,10 +209,13 @@ def evaluate(
     for name in names:
         _others(store, {name}, number)
     choose_atlases(store, ())
-    for pair in pairs.values():
-        open_files(pair, store)
     with ExitStack() as stack:
         doubts = stack.enter_context(notices.recorded())
+        left_out = _LeftOut(store, pairs, len(names))
+        # All files are opened before the first scan is segmented, which takes long.
+        for name, pair in pairs.items():
+            with left_out.unless_judged(name):
+                open_files(pair, store)
         session = stack.enter_context(cluster.session(client))
         folder = stack.enter_context(writing(out, overwrite=overwrite))
         advance = stack.enter_context(progress.stage("Evaluating scans", total=len(names)))
@@ -212,20 +227,18 @@ def evaluate(
             judge.baseline = Baseline(store.organs, kept)
         results = {}
         for name in names:
-            share = options.smallest_share(mode)
-            known: KnownScan = (
-                KnownAtlas(store[name])
-                if name not in pairs
-                else KnownFiles.of(pairs[name], store, share, memory, session)
-            )
-            results[name], picture = judge.judge(name, known, draw=folder is not None)
-            if folder is not None:
-                folder.keep(name, picture)
+            if name not in left_out.failed:
+                with left_out.unless_judged(name):
+                    known = judge.known(name, pairs.get(name))
+                    results[name], picture = judge.judge(name, known, draw=folder is not None)
+                    if folder is not None:
+                        folder.keep(name, picture)
             advance(1)
         if not any(result.measures for result in results.values()):
             raise LabelError("No reference shows an organ, so there is nothing to compare with.")
+        judge.keep_only(results)
         judge.doubt_unshown()
-        summary = judge.summary(results)
+        summary = judge.summary(results) | {"failed": left_out.failed}
         judge.doubt_left_out()
         summary["warnings"] = list(doubts)
         if folder is not None:
@@ -251,10 +264,25 @@ class _Judge:
 
     def __post_init__(self) -> None:
         """Begin without results."""
-        self._known = KnownScans(self.store.atlases())
+        # Read once: an atlas may go after it voted.
+        self._atlases = {atlas.id: atlas for atlas in self.store.atlases()}
+        self._known = KnownScans(self._atlases.values())
         self._left_out: dict[str, list[str]] = {}
-        self._unshown: list[str] = []
+        self._unshown: dict[str, list[str]] = {}
         self._most: dict[int | None, int] = dict.fromkeys((*self.fewer, self.number), 0)
+
+    def known(self, name: str, pair: Pair | None) -> KnownScan:
+        """Open a scan whose labels are known: files, or the atlas of this id."""
+        if pair is None:
+            return KnownAtlas(self.store[name])
+        share = self.options.smallest_share(self.mode)
+        return KnownFiles.of(pair, self.store, share, self.memory, self.client)
+
+    def keep_only(self, judged: Container[str]) -> None:
+        """Forget what was doubtful in scans that were then left out."""
+        for of_scan in (self._left_out, self._unshown):
+            for name in [name for name in of_scan if name not in judged]:
+                del of_scan[name]
 
     def judge(self, name: str, known: KnownScan, *, draw: bool) -> tuple[ScanResult, str]:
         """Segment a scan and compare it with its labels; draw it, or return an empty picture."""
@@ -292,8 +320,7 @@ class _Judge:
                     by_atlases[number] = {n: a.dice for n, a in agreements.items()}
             limited = self._limited(name, volume, reference, found, same)
             if self.baseline is not None:
-                used = self.store.atlases(found.atlases)
-                self.baseline.judge(name, volume, reference, used)
+                self.baseline.judge(name, volume, reference, self._used(found.atlases))
         return replace(result, by_atlases=by_atlases, limited=limited), picture
 
     def summary(self, results: Mapping[str, ScanResult]) -> dict[str, Any]:
@@ -325,15 +352,18 @@ class _Judge:
 
     def doubt_unshown(self) -> None:
         """Warn of organs that could not be found, and count as such."""
-        if self._unshown:
+        if unshown_of := [one for several in self._unshown.values() for one in several]:
             notices.warn(
-                f"No atlas that was used shows {some_of(self._unshown)}, so it cannot be found, and"
+                f"No atlas that was used shows {some_of(unshown_of)}, so it cannot be found, and"
                 " counts with a Dice of 0; add atlases that show it, or use more of them."
             )
 
     def _doubt_unshown(self, name: str, annotated: Sequence[str], used: Sequence[str]) -> None:
-        missing = unshown(annotated, self.store.atlases(used))
-        self._unshown += [f"{organ} of {name}" for organ in missing]
+        missing = unshown(annotated, self._used(used))
+        self._unshown[name] = [f"{organ} of {name}" for organ in missing]
+
+    def _used(self, ids: Sequence[str]) -> list[Atlas]:
+        return [self._atlases[atlas_id] for atlas_id in ids if atlas_id in self._atlases]
 
     def _same_scan(self, name: str, volume: Volume) -> Set[str]:
         same = {*self._known.of(digest_of(volume.group), volume.grid.shape), name}
@@ -415,6 +445,47 @@ class _Judge:
                         for organ, score in scores.items()
                     ]
         return judged
+
+
+class _LeftOut:
+    """Scans that cannot be judged, which do not stop the others; see `evaluate`.
+
+    Attributes
+    ----------
+    failed : dict of str to str
+        By scan, what is wrong with its files.
+    """
+
+    def __init__(self, store: Snapshot, pairs: Container[str], scans: int) -> None:
+        self.failed: dict[str, str] = {}
+        self._store = store
+        self._pairs = pairs
+        self._scans = scans
+
+    @contextmanager
+    def unless_judged(self, name: str) -> Iterator[None]:
+        """Leave a scan out, with a warning, if it cannot be judged; the last one is an error."""
+        try:
+            yield
+        except _FAULTS as error:
+            if name not in self._pairs:
+                raise
+            self._leave_out(error, f"The scan {name} is left out: {error}")
+            self.failed[name] = str(error)
+        except AtlasStoreError as error:
+            if name in self._pairs or not self._store.gone([name]):
+                raise
+            self._leave_out(
+                error,
+                f"{self._store.url}: the atlas {name} was removed or replaced while scans were"
+                " evaluated, so it is left out; run this again to evaluate the store as it is now.",
+            )
+
+    def _leave_out(self, error: Exception, sentence: str) -> None:
+        self._scans -= 1
+        if not self._scans:
+            raise error
+        notices.warn(sentence)
 
 
 def _others(store: AtlasStore, same_scan: Set[str], atlases: int | None) -> tuple[str, ...]:

@@ -10,14 +10,16 @@ import numpy as np
 from numpy.typing import NDArray
 
 from atlas_store import OrganTable
-from kpt_dask.annotations.opening import open_pair
-from kpt_dask.errors import GridMismatchError
+from kpt_dask.annotations.opening import has_names_only, open_pair
+from kpt_dask.errors import GridMismatchError, LabelError
 from kpt_dask.grid import Grid
 from kpt_dask.label_files.label_map import LabelMap
 from kpt_dask.label_files.packed import PackedLabels
 from kpt_dask.measures.comparison import compare_labels, doubt_shear
 from kpt_dask.measures.surfaces import Agreement
+from kpt_dask.remote import scheme_of
 from kpt_dask.runtime import progress
+from kpt_dask.scans.dicom_files import is_zarr
 from kpt_dask.scans.scan import Scan, open_labels, open_scan
 
 
@@ -127,14 +129,29 @@ def measure(
 def _opened(
     scan: str | Path, labels: str | Path, organs: OrganTable | None, series: str | None
 ) -> tuple[Scan, Scan]:
-    if organs is not None:
-        source, labelled = open_pair(scan, labels, organs, series=series)
-    else:
-        source, labelled = open_scan(scan, series=series), open_labels(labels)
-    if not source.grid.same_as(labelled.grid):
-        raise GridMismatchError(
-            f"{labels} does not lie on the grid of {scan}; resample it to the scan first."
+    if organs is None and has_names_only(labels):
+        raise LabelError(
+            f"{labels} has names for its labels instead of values, so a table is needed that"
+            " knows them: give --organs visceral, openkbp or a TOML file."
         )
+    try:
+        if organs is not None:
+            source, labelled = open_pair(scan, labels, organs, series=series)
+        else:
+            source, labelled = open_scan(scan, series=series), open_labels(labels)
+        if not source.grid.same_as(labelled.grid):
+            order = source.grid.stored_as(labelled.grid) is not None
+            what = (
+                "stores its axes in another order than" if order else "does not lie on the grid of"
+            )
+            raise GridMismatchError(f"{labels} {what} {scan}; resample it to the scan first.")
+    except GridMismatchError as error:
+        if scheme_of(str(labels)) is None and not is_zarr(Path(labels)):
+            raise
+        raise GridMismatchError(
+            f"{labels} has its labels on a grid of its own and not on that of {scan}: write them on"
+            " the scan's with kpt export, and measure what that writes."
+        ) from error
     return source, labelled
 
 

@@ -16,6 +16,7 @@ from kpt_dask.scans.plain_header import (
     beside,
     placed,
     read_start,
+    unit_of,
 )
 
 TYPES = {
@@ -70,7 +71,7 @@ def open_metaimage(path: Path) -> PlainFile:
         raise ScanFormatError(f"{path} has several channels; give one volume of real numbers.")
     if flag("BinaryData") is False and "BinaryData" in fields:
         raise ScanFormatError(f"{path} holds voxels as text; save it as binary data.")
-    spacing = as_floats(path, "ElementSpacing", get("ElementSpacing") or "", n)
+    spacing = as_floats(path, "ElementSpacing", need("ElementSpacing"), n)
     turned = get("TransformMatrix", "Rotation", "Orientation")
     doubts: tuple[str, ...] = ()
     if turned is None:
@@ -97,13 +98,15 @@ def open_metaimage(path: Path) -> PlainFile:
     name = need("ElementDataFile")
     local = name.upper() == "LOCAL"
     skip = as_ints(path, "HeaderSize", get("HeaderSize") or "0")[0]
+    unit = unit_of(path, [get("DistanceUnits") or ""])
+    grid = placed(path, sizes, affine, unit)
     return PlainFile.of(
         path,
-        placed(path, sizes, affine),
+        grid,
         dtype,
         data=path if local else beside(path, name),
         packing="zlib" if flag("CompressedData") else "none",
         start=end if local else 0,
         skip=skip,
-        doubts=doubts,
+        doubts=doubts + unit.doubts(path, grid),
     )

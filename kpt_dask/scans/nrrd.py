@@ -16,11 +16,13 @@ from kpt_dask.errors import ScanFormatError
 from kpt_dask.grid import Grid
 from kpt_dask.scans.plain_header import (
     PlainFile,
+    Unit,
     as_floats,
     as_ints,
     beside,
     placed,
     read_start,
+    unit_of,
 )
 from kpt_dask.scans.voxel_stream import Packing, VoxelStream
 
@@ -68,6 +70,8 @@ MOST_LAYERS = 256
 """Limit of the layers of a segmentation."""
 
 _VECTOR = re.compile(r"\(([^()]*)\)|none", re.IGNORECASE)
+
+_QUOTED = re.compile(r'"([^"]*)"')
 
 
 @dataclass(frozen=True)
@@ -201,7 +205,8 @@ def _open(path: Path, layers: int) -> tuple[PlainFile, np.dtype[Any]]:
         raise ScanFormatError(f"{path} has a “line skip”, which is not read; save it without.")
     name_of_data = fields.get("data file", "datafile")
     data = path if name_of_data is None else beside(path, name_of_data)
-    where = placed(path, sizes, affine)
+    unit = _unit(fields)
+    where = placed(path, sizes, affine, unit)
     stored = np.dtype((np.void, layers * dtype.itemsize)) if layers > 1 else dtype
     file = PlainFile.of(
         path,
@@ -211,7 +216,7 @@ def _open(path: Path, layers: int) -> tuple[PlainFile, np.dtype[Any]]:
         packing=ENCODINGS[encoding],
         start=end if name_of_data is None else 0,
         skip=skip[0],
-        doubts=tuple(doubts),
+        doubts=(*doubts, *unit.doubts(path, where)),
     )
     return file, dtype
 
@@ -257,6 +262,13 @@ def _space(
     if match is None or match[1] is None:
         raise ScanFormatError(f"{path} has a damaged “space origin” ({at[:80]!r}).")
     return columns, signs * _vector(path, "space origin", match[1]), doubts
+
+
+def _unit(fields: _Fields) -> Unit:
+    """Read the unit of lengths: those of the space, or of the axes where only spacings are."""
+    of_space = fields.get("space directions") is not None
+    given = fields.get("space units" if of_space else "units") or ""
+    return unit_of(fields.path, _QUOTED.findall(given) or given.split())
 
 
 def _vector(path: Path, name: str, text: str) -> NDArray[np.float64]:

@@ -159,11 +159,16 @@ def header_of(grid: Grid, dtype: Any = np.int16) -> Any:
 def unusual_unit(path: Path, header: Any, grid: Grid) -> tuple[str, ...]:
     """Doubt a unit other than mm by which the scan has the size of no patient."""
     unit = UNITS.get(int(header["xyzt_units"]) & 7)
+    return doubt_size(path, unit[0], grid) if unit else ()
+
+
+def doubt_size(path: Path, unit: str, grid: Grid) -> tuple[str, ...]:
+    """Doubt the unit that lengths are given in if by it a scan has the size of no patient."""
     extent = (grid.spacing * grid.shape).max()
-    if unit is None or USUAL_EXTENT[0] <= extent <= USUAL_EXTENT[1]:
+    if USUAL_EXTENT[0] <= extent <= USUAL_EXTENT[1]:
         return ()
     return (
-        f"{path} gives its lengths in {unit[0]}, which makes it {extent:g} mm large; if they are"
+        f"{path} gives its lengths in {unit}, which makes it {extent:g} mm large; if they are"
         " in mm, set the unit in its header.",
     )
 

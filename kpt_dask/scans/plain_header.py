@@ -2,17 +2,17 @@
 
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 from kpt_dask.errors import ScanFormatError
 from kpt_dask.grid import Grid
-from kpt_dask.scans.placement import check_grid, header_of, listed
+from kpt_dask.scans.placement import check_grid, doubt_size, header_of, listed
 from kpt_dask.scans.voxel_stream import Packing, VoxelStream, guarded, open_stream
 
 LONGEST_HEADER = 1 << 20
@@ -20,6 +20,16 @@ LONGEST_HEADER = 1 << 20
 
 MOST_DIGITS = 15
 """Limit of the digits of a whole number; no file has more voxels."""
+
+_UNITS = {
+    "millimetres": (1.0, ("mm", "millimeter", "millimetre")),
+    "centimetres": (10.0, ("cm", "centimeter", "centimetre")),
+    "metres": (1e3, ("m", "meter", "metre")),
+    "microns": (1e-3, ("um", "µm", "μm", "micron", "micrometer", "micrometre")),
+}
+"""Units of length: mm in each, and how they are spelled, also with an s."""
+
+_NO_UNIT = ("", "?", "???", "unknown")
 
 
 @dataclass(frozen=True, eq=False)
@@ -148,7 +158,52 @@ def beside(path: Path, name: str) -> Path:
     return data
 
 
-def placed(path: Path, sizes: Sequence[int], affine: NDArray[np.float64]) -> Grid:
+class Unit(NamedTuple):
+    """Unit of the lengths of a header.
+
+    Attributes
+    ----------
+    name : str or None
+        None for mm.
+    mm : float
+        Its length.
+    """
+
+    name: str | None = None
+    mm: float = 1.0
+
+    def doubts(self, path: Path, grid: Grid) -> tuple[str, ...]:
+        """Doubt the unit if by it a scan has the size of no patient."""
+        return () if self.name is None else doubt_size(path, self.name, grid)
+
+
+def unit_of(path: Path, names: Iterable[str]) -> Unit:
+    """Find the unit that a header gives lengths in, of all axes; mm if it gives none."""
+    found = set()
+    for name in names:
+        spelled = name.strip().lower()
+        if spelled in _NO_UNIT:
+            continue
+        if len(spelled) > 3:
+            spelled = spelled.removesuffix("s")
+        known = [n for n, (_, spellings) in _UNITS.items() if spelled in spellings]
+        if not known:
+            raise ScanFormatError(
+                f"{path} gives its lengths in {name[:40]!r}, which is no unit that is known; save"
+                " it in mm."
+            )
+        found.add(known[0])
+    if len(found) > 1:
+        raise ScanFormatError(
+            f"{path} gives its lengths in {' and '.join(sorted(found))}; save it in mm."
+        )
+    name = next(iter(found), "millimetres")
+    return Unit() if name == "millimetres" else Unit(name, _UNITS[name][0])
+
+
+def placed(
+    path: Path, sizes: Sequence[int], affine: NDArray[np.float64], unit: Unit | None = None
+) -> Grid:
     """Make the grid of a volume.
 
     Parameters
@@ -158,8 +213,11 @@ def placed(path: Path, sizes: Sequence[int], affine: NDArray[np.float64]) -> Gri
     sizes : sequence of int
         Number of voxels, fastest axis first.
     affine : ndarray (4, 4)
-        From (i, j, k) to (x, y, z) LPS, mm.
+        From (i, j, k) to (x, y, z) LPS.
+    unit : Unit, optional
+        Unit of its lengths, mm unless given.
     """
+    unit = Unit() if unit is None else unit
     if not sizes or min(sizes) < 1:
         raise ScanFormatError(f"{path} has shape {listed(sizes)}: there are no voxels in it.")
     if len(sizes) != 3:
@@ -167,6 +225,7 @@ def placed(path: Path, sizes: Sequence[int], affine: NDArray[np.float64]) -> Gri
             f"{path} is {len(sizes)}-dimensional ({listed(sizes)}); give one 3-D volume."
         )
     reverse = [2, 1, 0, 3]
-    grid = Grid((sizes[2], sizes[1], sizes[0]), affine[reverse][:, reverse])
-    check_grid(path, grid)
+    in_mm = np.diag([unit.mm, unit.mm, unit.mm, 1.0]) @ affine
+    grid = Grid((sizes[2], sizes[1], sizes[0]), in_mm[reverse][:, reverse])
+    check_grid(path, grid, f" (its unit of length is given as {unit.name})" if unit.name else "")
     return grid

@@ -1,6 +1,7 @@
 """A store of shapes: every fault is named for what it is, and nothing else is doubted."""
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -144,3 +145,15 @@ def test_organs_that_few_atlases_show_are_named() -> None:
 )
 def test_sides_are_told_by_words(organ: str, other: str | None) -> None:
     assert partner(organ) == other
+
+
+@pytest.mark.parametrize(("dice", "named"), [(0.06, False), (0.6, True)])
+def test_what_hardly_fits_is_no_better_name(dice: float, named: bool) -> None:
+    """Where a store holds copies of a scan, the least noise is unusual."""
+    found = {str(n): compared(body(0, 0.6), 0) for n in range(12)}
+    own, other = found["0"].own_dice.copy(), found["0"].other_dice.copy()
+    own[0], other[0] = 0.0, dice
+    found["0"] = replace(found["0"], own_dice=own, other_dice=other)
+    rules = Rules(ORGANS, SPACING, {name: one.layout for name, one in found.items()}, found)
+    kinds = {finding.kind for finding in rules.findings("0")}
+    assert bool(kinds & {"relabelled", "swapped"}) == named

@@ -6,7 +6,7 @@ import pytest
 
 from atlas_store import Organ, OrganTable, load_organs
 from kpt_dask.annotations.layouts import LAYOUTS, layout_of, pairs_of
-from kpt_dask.annotations.names import match_names, organ_named
+from kpt_dask.annotations.names import match_names, organ_named, same_organ
 from kpt_dask.errors import ParameterError
 
 VISCERAL, OPENKBP = load_organs("visceral"), load_organs("openkbp")
@@ -54,6 +54,26 @@ def test_what_means_nothing_is_told() -> None:
     known, unknown = match_names(["Liver", "moon", "Spleen"], VISCERAL)
     assert [organ.name for organ in known.values()] == ["liver", "spleen"]
     assert unknown == ("moon",)
+
+
+@pytest.mark.parametrize(
+    ("names", "both"),
+    [
+        (["kidney_left", "Kidney_Left"], ("kidney_left", "Kidney_Left")),
+        (["moon", "Liver", "spleen", "liver"], ("Liver", "liver")),
+        (["liver", "liver"], ("liver", "liver")),
+        (["lung_upper_lobe_left", "lung_lower_lobe_left", "lung_right"], None),
+        (
+            ["lung_upper_lobe_left", "Lung_Upper_Lobe_Left"],
+            ("lung_upper_lobe_left", "Lung_Upper_Lobe_Left"),
+        ),
+        (["lung_left", "lung_lower_lobe_left"], ("lung_left", "lung_lower_lobe_left")),
+        (["moon", "moon"], None),
+    ],
+)
+def test_only_parts_of_an_organ_are_united(names: list[str], both: tuple[str, str] | None) -> None:
+    known, _ = match_names(names, VISCERAL)
+    assert same_organ(names, known) == both
 
 
 def test_names_of_public_collections_mean_their_own_organs() -> None:

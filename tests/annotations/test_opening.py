@@ -139,6 +139,16 @@ def test_lobes_are_one_lung_and_no_overlap(tmp_path: Path) -> None:
     np.testing.assert_array_equal(values == 6, np.isin(labels(), (1, 5)))
 
 
+@pytest.mark.parametrize("name", WRITERS)
+def test_two_names_of_one_organ_are_refused(name: str, tmp_path: Path) -> None:
+    organs = (Organ(1, "kidney_left", 5.0, (1, 2, 3)), Organ(5, "Kidney_L", 5.0, (1, 2, 3)))
+    path = WRITERS[name](tmp_path, label_map(organs=organs))
+    with pytest.raises(LabelError, match="both mean kidney_left") as caught:
+        read(scan_at(tmp_path / "ct.nii.gz"), path)
+    for part in (str(path), "kidney_left", "Kidney_L"):
+        assert part in str(caught.value)
+
+
 def test_3d_slicers_layers_and_crops_are_put_in_their_place(tmp_path: Path) -> None:
     """As 3D Slicer writes segments that overlap, cropped to their box."""
     whole = labels()

@@ -327,6 +327,18 @@ def test_labels_may_be_stored_in_another_order_of_axes(
         assert found[0].any()
 
 
+def test_another_file_of_an_id_that_is_there_is_doubted(
+    store: AtlasStore, small: Path, one_process: Client
+) -> None:
+    add_folder(store, small, client=one_process)
+    (small / "s1_ct.nii.gz").write_bytes((small / "s2_ct.nii.gz").read_bytes())
+    with notices.shown(lambda _: None), notices.recorded() as told:
+        outcomes = add_folder(store, small, client=one_process)
+    assert outcomes == [AddOutcome("s1"), AddOutcome("s2")]
+    [doubt] = told
+    assert doubt.startswith(f"{small / 's1_ct.nii.gz'} is not the file that s1 in {store.url} was")
+
+
 def test_the_grid_error_names_both_files(store: AtlasStore, small: Path) -> None:
     labels = nibabel.load(small / "s1_seg.nii.gz")
     moved = labels.affine.copy()

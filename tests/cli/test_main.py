@@ -118,6 +118,16 @@ def test_a_store_is_made_filled_listed_and_emptied(bodies: Path, tmp_path: Path)
     copied = run("atlas", "copy", store, copies, "anna", ids[2])
     assert "2 copied, 0 there already." in copied.stdout
     assert "2 copied, 2 there already." in run("atlas", "copy", store, copies).stdout
+    run("atlas", "note", copies, ids[3], "cyst")
+    given: Any = nibabel.load(bodies / "body_2_seg.nii.gz")
+    fewer = np.where(np.asarray(given.dataobj) == 1, 0, np.asarray(given.dataobj))
+    nibabel.save(nibabel.Nifti1Image(fewer, given.affine), tmp_path / "fewer.nii.gz")
+    scan = bodies / "body_2_ct.nii.gz"
+    run("atlas", "add", copies, scan, tmp_path / "fewer.nii.gz", "--id", ids[2], "--overwrite")
+    told = run("atlas", "copy", store, copies)
+    assert f"has other labels by the ids {ids[2]} than" in told.stderr
+    assert f"has other notes by the ids {ids[3]} than" in told.stderr
+    assert "0 copied, 4 there already." in told.stdout
     found = run("atlas", "copy", store, copies, ids[2], "--as", "anna", code=1)
     assert "has other scans by the ids anna" in found.stderr
     run("atlas", "remove", store, "anna")
@@ -206,6 +216,19 @@ def test_evaluate(bodies: Path, body_store: AtlasStore, tmp_path: Path) -> None:
     assert result.stdout.splitlines()[-1].endswith("over 1 scans, 1 atlases for each.")
     printed = json.loads(run(*arguments, "--scans", bodies, "--json", "-").stdout)
     assert printed["dice"] == results["dice"]
+
+
+def test_a_scan_that_cannot_be_evaluated_is_named_at_the_end(
+    bodies: Path, body_store: AtlasStore, tmp_path: Path
+) -> None:
+    for part in ("ct", "seg"):
+        shutil.copy(bodies / f"body_4_{part}.nii.gz", tmp_path)
+        (tmp_path / f"bad_{part}.nii.gz").write_bytes(b"nothing")
+    arguments = ("evaluate", body_store.url, "--scans", tmp_path, "--mode", "affine")
+    result = run(*arguments, "--json", "-", code=1)
+    assert list(json.loads(result.stdout)["dice"]) == ["body_4"]
+    assert "The scan bad is left out" in result.stderr
+    assert result.stderr.splitlines()[-1] == "kpt: 1 of 2 scans were not evaluated: bad."
 
 
 def test_demo(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

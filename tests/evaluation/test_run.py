@@ -16,6 +16,7 @@ from atlas_store.draft import Draft
 from kpt_dask.atlases.add import add_atlas, store_parameters
 from kpt_dask.demo.phantom import write_phantom
 from kpt_dask.errors import LabelError, ParameterError, ScanNotFoundError
+from kpt_dask.evaluation import run
 from kpt_dask.evaluation.run import evaluate
 from kpt_dask.runtime import notices
 from kpt_dask.scans.pairs import Pair, find_pairs
@@ -213,12 +214,19 @@ def test_options_must_make_sense(
 
 
 def test_scans_are_checked_before_the_first_is_segmented(
-    bodies: Path, body_store: AtlasStore, tmp_path: Path
+    bodies: Path, body_store: AtlasStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(run, "segment_volume", lambda *_, **__: pytest.fail("too early"))
     pairs = find_pairs(bodies)
-    gone = [pairs[0], Pair("gone", pairs[1].scan, tmp_path / "gone_seg.nii.gz")]
-    with pytest.raises(ScanNotFoundError, match="gone_seg"):
+    gone = [Pair(f"gone_{n}", pairs[n].scan, tmp_path / f"gone_{n}.nii.gz") for n in (0, 1)]
+    with (
+        notices.shown(lambda _: None),
+        notices.recorded() as told,
+        pytest.raises(ScanNotFoundError, match="gone_1"),
+    ):
         evaluate(body_store, gone)
+    [sentence] = told
+    assert sentence.startswith("The scan gone_0 is left out: ")
 
 
 def test_a_reference_must_have_the_organs_of_the_store(bodies: Path, tmp_path: Path) -> None:
@@ -313,3 +321,68 @@ def test_an_organ_that_is_lost_on_the_working_grid_is_not_judged(
     assert "liver" in found["dice"]["s3"]
     assert "spleen" not in found["dice"]["s3"]
     assert any("shows spleen in so few voxels" in sentence for sentence in found["warnings"])
+
+
+def test_what_cannot_be_read_does_not_stop_the_others(
+    small: Path, tmp_path: Path, one_process: Client
+) -> None:
+    store = AtlasStore.create(tmp_path / "store", ORGANS, store_parameters(8.0))
+    pairs = find_pairs(small)
+    for pair in pairs[1:]:
+        add_atlas(store, pair.scan, pair.labels, atlas_id=pair.id, client=one_process)
+    expected = evaluate(store, pairs[:1], client=one_process)
+    broken = []
+    for name, scan, labels in (
+        ("half_scan", _truncated(pairs[1].scan, tmp_path), pairs[1].labels),
+        ("half_labels", pairs[1].scan, _truncated(pairs[1].labels, tmp_path)),
+        ("no_labels", pairs[1].scan, tmp_path / "nothing.nii.gz"),
+    ):
+        broken.append(Pair(name, scan, labels))
+    with notices.shown(lambda _: None):
+        found = evaluate(store, [*broken, pairs[0]], out=tmp_path / "out", client=one_process)
+    assert found["dice"] == expected["dice"]
+    assert (found["scans"], set(found["failed"])) == (1, {"half_scan", "half_labels", "no_labels"})
+    for name, file in (
+        ("half_scan", broken[0].scan),
+        ("half_labels", broken[1].labels),
+        ("no_labels", broken[2].labels),
+    ):
+        assert str(file) in found["failed"][name]
+        assert f"The scan {name} is left out: {found['failed'][name]}" in found["warnings"]
+    assert expected["failed"] == {}
+    assert json.loads((tmp_path / "out" / "results.json").read_text())["failed"] == found["failed"]
+
+
+def _truncated(file: Path, folder: Path) -> Path:
+    half = folder / f"half_{file.name}"
+    half.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
+    return half
+
+
+@pytest.mark.parametrize("how", ["removed", "replaced"])
+def test_an_atlas_that_goes_meanwhile_is_left_out(
+    small: Path, tmp_path: Path, one_process: Client, monkeypatch: pytest.MonkeyPatch, how: str
+) -> None:
+    store = AtlasStore.create(tmp_path / "store", ORGANS, store_parameters(8.0))
+    pairs = find_pairs(small)
+    for pair in pairs:
+        add_atlas(store, pair.scan, pair.labels, atlas_id=pair.id, client=one_process)
+    segment_volume = run.segment_volume
+
+    def meanwhile(*args: Any, **options: Any) -> Any:
+        found = segment_volume(*args, **options)
+        if how == "removed" and "s2" in store:
+            store.remove("s2")
+        elif how == "replaced":
+            [_, _, third] = pairs
+            add_atlas(
+                store, third.scan, third.labels, atlas_id="s2", replace=True, client=one_process
+            )
+        return found
+
+    monkeypatch.setattr(run, "segment_volume", meanwhile)
+    with notices.shown(lambda _: None):
+        found = evaluate(store, client=one_process)
+    assert list(found["dice"]) == ["s1", "s3"]
+    assert found["failed"] == {}
+    assert any("the atlas s2 was removed or replaced" in told for told in found["warnings"])

@@ -12,9 +12,13 @@ from click.testing import CliRunner
 
 from atlas_store import Organ, OrganTable
 from kpt_dask.cli.main import kpt
-from kpt_dask.errors import GridMismatchError
+from kpt_dask.errors import GridMismatchError, LabelError
+from kpt_dask.label_files.formats import LabelFile
 from kpt_dask.measures.label_measures import measure
 from kpt_dask.measures.surfaces import agreement
+from kpt_dask.scans.scan import open_scan
+from kpt_dask.volumes.conversion import convert
+from tests.label_files.maps import label_map
 
 nib: Any = nibabel
 AFFINE = np.array([[0, -1.5, 0, 30], [0.8, 0, 0, -20], [0, 0, -4.0, 5], [0, 0, 0, 1]])
@@ -99,3 +103,29 @@ def test_the_command_prints_and_writes_tables(files: dict[str, Any], tmp_path: P
     refused = CliRunner().invoke(kpt, [*command, "--csv", paths["one"], "--overwrite"])
     assert refused.exit_code == 1
     assert nib.load(paths["one"]).shape == (20, 30, 12)
+
+
+@pytest.mark.parametrize("kind", ["masks", "seg", "rtstruct"])
+def test_labels_that_have_names_only_need_a_table(
+    files: dict[str, Any], tmp_path: Path, kind: str
+) -> None:
+    if kind == "masks":
+        labels = tmp_path / "masks"
+        labels.mkdir()
+        nib.save(nib.load(files["path"]["one"]), labels / "liver.nii.gz")
+    else:
+        labels = tmp_path / "l.dcm"
+        asked = LabelFile.parse(f"rtstruct:{labels}" if kind == "rtstruct" else str(labels))
+        asked.format.write(labels, label_map())
+    with pytest.raises(LabelError, match=r"has names for its labels .* give --organs") as caught:
+        measure(files["path"]["scan"], labels)
+    assert str(labels) in str(caught.value)
+
+
+@pytest.mark.parametrize("organs", [None, OrganTable((Organ(3, "liver", 50.0, (1, 2, 3)),))])
+def test_labels_of_the_working_grid_are_to_be_exported_first(
+    files: dict[str, Any], tmp_path: Path, organs: OrganTable | None
+) -> None:
+    convert(open_scan(files["path"]["scan"]), tmp_path / "out.zarr", spacing=4.0)
+    with pytest.raises(GridMismatchError, match=r"out\.zarr has its labels .* kpt export"):
+        measure(files["path"]["scan"], tmp_path / "out.zarr", organs=organs)

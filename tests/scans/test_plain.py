@@ -2,6 +2,7 @@
 
 import bz2
 import gzip
+import warnings
 import zlib
 from pathlib import Path
 
@@ -137,6 +138,51 @@ def test_one_volume_of_four_axes_is_a_volume(tmp_path: Path) -> None:
     )
     np.testing.assert_array_equal(read(path), agrees_with)
     np.testing.assert_allclose(open_scan(path).grid.spacing, (2, 0.6, 0.5))
+
+
+@pytest.mark.parametrize(
+    ("unit", "factor"),
+    [("mm", 1), ("cm", 10), ("um", 1e-3), ("centimeters", 10), ("???", 1), ("m", 1e3)],
+)
+def test_lengths_are_in_the_unit_that_the_header_states(
+    tmp_path: Path, unit: str, factor: float
+) -> None:
+    """As in NIfTI, and with a warning where it makes a scan that is no patient's."""
+    space = " ".join(3 * [f'"{unit}"'])
+    spacings = "0.5 0.6 2"
+    paths = [
+        nrrd(tmp_path / "a.nrrd", space_units=space),
+        meta(tmp_path / "a.mha", DistanceUnits=unit),
+        nrrd(
+            tmp_path / "b.nrrd",
+            space_directions=None,
+            space_origin=None,
+            spacings=spacings,
+            units=space,
+        ),
+    ]
+    for path in paths:
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always", KptWarning)
+            scan = open_scan(path)
+        np.testing.assert_allclose(scan.grid.spacing, np.array([2, 0.6, 0.5]) * factor)
+        if path.name.startswith("a"):
+            np.testing.assert_allclose(scan.grid.origin, np.array([-30, 20, -10]) * factor)
+        size = 6 * factor
+        doubts = [one for one in caught if "gives its lengths in" in str(one.message)]
+        assert len(doubts) == (factor != 1 and not 10 <= size <= 3000)
+        assert all(str(path) in str(one.message) for one in doubts)
+
+
+@pytest.mark.parametrize("units", ['"cm" "cm" "mm"', '"furlong" "furlong" "furlong"'])
+def test_units_that_contradict_or_are_unknown_are_refused(tmp_path: Path, units: str) -> None:
+    with pytest.raises(ScanFormatError, match=r"a\.nrrd gives its lengths in .*; save it in mm"):
+        open_scan(nrrd(tmp_path / "a.nrrd", space_units=units))
+
+
+def test_an_absent_spacing_is_called_absent(tmp_path: Path) -> None:
+    with pytest.raises(ScanFormatError, match=r"a\.mha has no ElementSpacing"):
+        open_scan(meta(tmp_path / "a.mha", ElementSpacing=None, ElementSize="1 1 1"))
 
 
 def test_a_header_that_leaves_the_orientation_open_is_warned_of(tmp_path: Path) -> None:
