@@ -20,7 +20,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import atlas_store
-from atlas_store import AtlasKeypoints, AtlasStore, AtlasStoreError, StoreFormatError
+from atlas_store import AtlasKeypoints, AtlasStore, AtlasStoreError, StoreFormatError, verify
 from atlas_store.storage.objects import Objects
 from atlas_store.verify import verify_store
 
@@ -83,6 +83,20 @@ def test_a_running_add_is_no_problem_and_is_never_repaired_away(
     with store.draft("pt_1", synthetic.PARAMETERS) as draft:
         synthetic.fill(draft)
         assert store.verify(repair=True) == []
+        synthetic.commit(draft)
+    assert store.verify() == []
+
+
+@pytest.mark.parametrize("age", [timedelta(hours=25), timedelta(days=-400)])
+def test_a_running_add_of_this_machine_is_kept_whatever_the_clock_says(
+    store: AtlasStore, synthetic: SimpleNamespace, monkeypatch: pytest.MonkeyPatch, age: timedelta
+) -> None:
+    with store.draft("pt_1", synthetic.PARAMETERS) as draft:
+        synthetic.fill(draft)
+        with monkeypatch.context() as patch:
+            now = datetime.now(UTC) + age
+            patch.setattr(verify, "datetime", SimpleNamespace(now=lambda _: now))
+            assert store.verify(repair=True) == []
         synthetic.commit(draft)
     assert store.verify() == []
 
