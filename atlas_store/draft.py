@@ -19,7 +19,7 @@ import zarr
 from atlas_store.atlas import Atlas, check_labels
 from atlas_store.errors import AtlasExistsError, KeypointsFormatError, StoreFormatError
 from atlas_store.keypoints import check_keypoints, first_labels, write_keypoints
-from atlas_store.layout import KEYPOINTS, LABELS, data_folder, marker_key
+from atlas_store.layout import KEYPOINTS, LABELS, ROOT, data_folder, marker_key
 from atlas_store.marker import ENCODING_TYPE, ENCODING_VERSION, AtlasInfo, OrganInfo, table_digest
 from atlas_store.notes import delete_content, write_note
 from atlas_store.organs import OrganTable
@@ -235,6 +235,8 @@ class Draft:
 
     def _seal(self) -> str:
         """Store the digest of every object in the group; return the digest of the group."""
+        # Before the digests, which tell that data is complete; syncing them alone takes no time.
+        self._objects.settle(self._folder)
         digests = digests_of(self._objects, self._folder)
         self.group.attrs.update({"digests": digests})
         sealed = self._objects.read(f"{self._folder}/zarr.json")
@@ -250,7 +252,7 @@ class Draft:
         AtlasInfo.load(data, self.id, f"{self._objects.url}/{key}")
         old = self._objects.read(key) if self._replace else None
         # Data is synced before the marker: after a loss of power no marker may lack its data.
-        self._objects.settle(self._folder)
+        self._objects.settle(f"{self._folder}/{ROOT}")
         if self.note:
             write_note(self._objects, info, self.note)
         self._state = _State.PUBLISHING
@@ -308,15 +310,27 @@ def is_abandoned(attributes: Mapping[str, Json], now: datetime) -> bool:
     True if its process ran on this machine and has ended, or if it ran on another one and started
     longer than `ABANDONED_AFTER` ago.
     """
-    process = attributes.get("process")
-    same_machine = attributes.get("machine") == _machine() is not None
-    if same_machine and type(process) is int and process > 0:
+    process = _process_here(attributes)
+    if process is not None:
         # Whatever the clock says: an add may take days, or the clock may have been set.
         return not _is_running(process)
     try:
         return now - datetime.fromisoformat(attributes["started"]) > ABANDONED_AFTER
     except (KeyError, TypeError, ValueError):
         return True
+
+
+def is_running_here(attributes: Mapping[str, Json]) -> bool:
+    """Whether the process of an add runs on this machine, by the attributes of its group."""
+    process = _process_here(attributes)
+    return process is not None and _is_running(process)
+
+
+def _process_here(attributes: Mapping[str, Json]) -> int | None:
+    """Process of an add, running or ended; None if it is one of another machine."""
+    process = attributes.get("process")
+    same_machine = attributes.get("machine") == _machine() is not None
+    return process if same_machine and type(process) is int and process > 0 else None
 
 
 def _machine() -> str | None:

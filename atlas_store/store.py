@@ -39,7 +39,7 @@ from atlas_store.organs import OrganTable
 from atlas_store.storage.digests import Json, canonical
 from atlas_store.storage.objects import MAX_DOCUMENT, Objects
 from atlas_store.trash import RemovedAtlas, prune, restore, throw_away, thrown_away
-from atlas_store.verify import Problem, verify_index, verify_store
+from atlas_store.verify import Problem, unmarked, verify_index, verify_store
 
 ENCODING_TYPE = "kpt-atlas-store"
 ENCODING_VERSION = "1"
@@ -398,6 +398,14 @@ class AtlasStore:
         """Read everything again and report what is wrong; see `atlas_store.verify`."""
         problems = verify_store(self.objects, self.organs, self.parameters, repair=repair)
         return problems + verify_index(self.uuid, repair=repair)
+
+    def without_marker(self) -> list[str]:
+        """List ids that have complete data and no marker, in natural order; none if all is well.
+
+        The marker was lost, as by a copy that stopped half-way, or an add was interrupted just
+        before it wrote one.
+        """
+        return unmarked(self.objects)
 
     def _marker(self, atlas_id: str) -> bytes:
         data = self.objects.read(marker_key(atlas_id), MAX_DOCUMENT) if is_id(atlas_id) else None

@@ -46,7 +46,7 @@ def throw_away(objects: Objects, atlas_id: str, marker: bytes) -> bool:
     try:
         info = AtlasInfo.load(marker, atlas_id, f"{objects.url}/{marker_key(atlas_id)}")
     except StoreFormatError:
-        # Nothing tells what it was; `verify` finds its data, as that of no atlas.
+        # Nothing tells what it was; `verify` finds its data, and keeps it.
         objects.delete(marker_key(atlas_id))
         return False
     now = datetime.now(UTC).isoformat(timespec="seconds")

@@ -269,6 +269,7 @@ def list_atlases(
 
     opened = AtlasStore.open(store)
     found = opened.removed() if removed else opened.atlases()
+    _warn_of_lost(opened)
     infos = filtered([one.info for one in found], where, sort)
     if as_json:
         print_json([_describe(info) for info in infos])
@@ -578,6 +579,18 @@ def _show_store(store: "AtlasStore", as_json: bool) -> None:
     say("Atlases that annotate an organ, and keypoints in it on average where it shows.")
     made_with = ", ".join(f"{name} {value}" for name, value in store.parameters.items())
     say(f"Made with {made_with}.")
+
+
+def _warn_of_lost(store: "AtlasStore") -> None:
+    """Warn of atlases that a list cannot show, as they have data and no marker."""
+    from kpt_dask.errors import some_of
+    from kpt_dask.runtime import notices
+
+    if lost := store.without_marker():
+        notices.warn(
+            f"{store.url} holds complete data of {some_of(lost)} without a marker, so that they are"
+            " not listed: see kpt atlas verify."
+        )
 
 
 def _note(store: "AtlasStore", atlas_id: str) -> str:

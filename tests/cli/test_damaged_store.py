@@ -30,7 +30,9 @@ def test_an_atlas_that_cannot_be_read_can_be_removed(tmp_path: Path) -> None:
     assert marker.exists()
     removed = CliRunner().invoke(kpt, ["atlas", "remove", str(tmp_path), "pt_1"])
     assert (removed.exit_code, removed.stdout) == (0, "pt_1: removed.\n")
-    assert CliRunner().invoke(kpt, ["atlas", "list", str(tmp_path)]).exit_code == 0
+    listed = CliRunner().invoke(kpt, ["atlas", "list", str(tmp_path)])
+    assert listed.exit_code == 0
+    assert "complete data of pt_1 without a marker" in listed.stderr
 
 
 def test_what_a_worker_finds_damaged_is_one_line(
