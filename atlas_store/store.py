@@ -279,7 +279,7 @@ class AtlasStore:
         Raises
         ------
         AtlasNotFoundError
-            If there is no atlas of this id.
+            If there is no atlas of this id, or it was replaced meanwhile.
         """
         return throw_away(self.objects, atlas_id, self._marker(atlas_id))
 

@@ -42,7 +42,13 @@ class RemovedAtlas:
 
 
 def throw_away(objects: Objects, atlas_id: str, marker: bytes) -> bool:
-    """Remove an atlas, given its marker; its data stays. Return whether it can be restored."""
+    """Remove an atlas, given its marker; its data stays. Return whether it can be restored.
+
+    Raises
+    ------
+    AtlasNotFoundError
+        If it was replaced meanwhile.
+    """
     try:
         info = AtlasInfo.load(marker, atlas_id, f"{objects.url}/{marker_key(atlas_id)}")
     except StoreFormatError:
@@ -52,8 +58,18 @@ def throw_away(objects: Objects, atlas_id: str, marker: bytes) -> bool:
     now = datetime.now(UTC).isoformat(timespec="seconds")
     content = ENCODING | {"removed": now, "marker": marker.decode()}
     key = removed_key(atlas_id, info.uuid)
+    # Whoever removes it at the same time says the same.
+    alone = not objects.exists(key)
     objects.write(key, json.dumps(content).encode())
     objects.settle(key)
+    # Syncing takes a while; what replaced it meanwhile has another marker, which stays.
+    if objects.read(marker_key(atlas_id), MAX_DOCUMENT) not in (marker, None):
+        if alone:
+            objects.delete(key)
+        raise AtlasNotFoundError(
+            f"{objects.url}: the atlas {atlas_id!r} was replaced while it was removed: look at what"
+            " is there now, and remove it again if it is not wanted either."
+        )
     objects.delete(marker_key(atlas_id))
     return True
 

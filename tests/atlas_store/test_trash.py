@@ -160,3 +160,21 @@ def test_a_damaged_description_is_refused(
     (problem,) = store.verify(repair=True)
     assert path.name in problem.what
     assert not problem.repaired
+
+
+def test_what_replaces_an_atlas_while_it_is_removed_stays(
+    store: AtlasStore, synthetic: SimpleNamespace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    synthetic.add(store, "pt_1", seed=1)
+    settle = Objects.settle
+
+    def replaced_before(objects: Objects, path: str) -> None:
+        settle(objects, path)
+        if path.startswith("removed/"):
+            synthetic.add(store, "pt_1", seed=2, replace=True)
+
+    monkeypatch.setattr(Objects, "settle", replaced_before)
+    with pytest.raises(AtlasNotFoundError, match="'pt_1' was replaced while it was removed"):
+        store.remove("pt_1")
+    xr.testing.assert_equal(store["pt_1"].keypoints(), synthetic.keypoints(seed=2))
+    assert (store.removed(), folders(store), store.verify()) == ([], 1, [])
