@@ -17,11 +17,16 @@ import xarray as xr
 import zarr
 
 from atlas_store.atlas import Atlas, check_labels
-from atlas_store.errors import AtlasExistsError, KeypointsFormatError, StoreFormatError
+from atlas_store.errors import (
+    AtlasExistsError,
+    AtlasNotFoundError,
+    KeypointsFormatError,
+    StoreFormatError,
+)
 from atlas_store.keypoints import check_keypoints, first_labels, write_keypoints
 from atlas_store.layout import KEYPOINTS, LABELS, ROOT, data_folder, marker_key
 from atlas_store.marker import ENCODING_TYPE, ENCODING_VERSION, AtlasInfo, OrganInfo, table_digest
-from atlas_store.notes import delete_content, write_note
+from atlas_store.notes import delete_content, read_note, write_note
 from atlas_store.organs import OrganTable
 from atlas_store.storage.digests import Json, digest, digest_of_file
 from atlas_store.storage.objects import MAX_OBJECT, Objects, finish_writes
@@ -76,7 +81,7 @@ class Draft:
         parameters: Mapping[str, Json],
         atlas_id: str,
         *,
-        replace: bool,
+        replace: bool | AtlasInfo,
     ) -> None:
         self.id = atlas_id
         self.note = ""
@@ -84,14 +89,23 @@ class Draft:
         self._organs = organs
         self._parameters = parameters
         self._replace = replace
+        self._old: bytes | None = None
+        self._keeps_note = False
         self._uuid = uuid4().hex
         self._folder = data_folder(atlas_id, self._uuid)
         self._state = _State.OPEN
 
     def __enter__(self) -> Self:
-        """Make the folder; `AtlasExistsError` if the id is taken."""
-        if not self._replace and self._objects.exists(marker_key(self.id)):
+        """Make the folder; refuse an id that is taken, or whose atlas is not the one to replace."""
+        key = marker_key(self.id)
+        if not self._replace and self._objects.exists(key):
             raise self._taken()
+        if self._replace:
+            self._old = self._objects.read(key)
+        if isinstance(self._replace, AtlasInfo):
+            old = self._old_info()
+            if old is None or old.uuid != self._replace.uuid:
+                raise self._changed()
         self.group = zarr.create_group(
             self._objects.store,
             path=self._folder,
@@ -117,6 +131,17 @@ class Draft:
         if self._state in (_State.OPEN, _State.LOST):
             finish_writes()
             delete_content(self._objects, self.id, self._uuid)
+
+    def keep_note(self) -> None:
+        """Keep the note on the atlas that is replaced, as it is at the commit.
+
+        Raises
+        ------
+        StoreFormatError
+            If it is damaged; so does the commit.
+        """
+        self._keeps_note = True
+        self.note = self._old_note()
 
     def commit(
         self,
@@ -157,6 +182,8 @@ class Draft:
         ------
         AtlasExistsError
             If another process added this id meanwhile.
+        AtlasNotFoundError
+            If another process added, replaced or removed the atlas that is replaced.
         StoreFormatError
             If the group has no label map of this shape, or a number makes no sense.
         OrganTableError
@@ -250,36 +277,51 @@ class Draft:
     def _publish(self, info: AtlasInfo) -> None:
         key, data = marker_key(self.id), info.dump()
         AtlasInfo.load(data, self.id, f"{self._objects.url}/{key}")
-        old = self._objects.read(key) if self._replace else None
         # Data is synced before the marker: after a loss of power no marker may lack its data.
         self._objects.settle(f"{self._folder}/{ROOT}")
+        if self._keeps_note:
+            self.note = self._old_note()
         if self.note:
             write_note(self._objects, info, self.note)
+        # Whoever changed the atlas meanwhile was told so: nothing undoes that in silence.
+        if self._replace and self._objects.read(key) != self._old:
+            raise self._changed()
         self._state = _State.PUBLISHING
-        if self._replace:
+        if self._old is not None:
             self._objects.write(key, data)
         elif not self._objects.write_new(key, data):
             self._state = _State.LOST
-            raise self._taken()
+            raise self._changed() if self._replace else self._taken()
         self._objects.settle(key)
         self._state = _State.COMMITTED
-        if old is not None:
-            remove_data(self._objects, self.id, old)
+        if old := self._old_info():
+            delete_content(self._objects, self.id, old.uuid)
+
+    def _old_info(self) -> AtlasInfo | None:
+        """Marker of the atlas that is replaced; None if there is none, or it is damaged."""
+        if self._old is None:
+            return None
+        try:
+            return AtlasInfo.load(self._old, self.id, f"{self._objects.url}/{marker_key(self.id)}")
+        except StoreFormatError:
+            # `verify` removes the data of a damaged marker, once another marker is in its place.
+            return None
+
+    def _old_note(self) -> str:
+        old = self._old_info()
+        return "" if old is None else read_note(self._objects, old)
+
+    def _changed(self) -> AtlasNotFoundError:
+        return AtlasNotFoundError(
+            f"{self._objects.url}: the atlas {self.id!r} was added, replaced or removed while"
+            " another was made in its place: look at what is there now, and run this again if it"
+            " is still wanted."
+        )
 
     def _taken(self) -> AtlasExistsError:
         return AtlasExistsError(
             f"{self._objects.url} has an atlas {self.id!r} already: use another id, or replace it."
         )
-
-
-def remove_data(objects: Objects, atlas_id: str, marker: bytes) -> None:
-    """Delete the data that a marker names; nothing happens if the marker is damaged."""
-    try:
-        info = AtlasInfo.load(marker, atlas_id, f"{objects.url}/{marker_key(atlas_id)}")
-    except StoreFormatError:
-        # `verify` removes the data of a damaged marker, with all other data without a marker.
-        return
-    delete_content(objects, atlas_id, info.uuid)
 
 
 def _known(source: str | os.PathLike[str] | KnownSource) -> KnownSource:

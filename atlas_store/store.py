@@ -237,7 +237,7 @@ class AtlasStore:
             ]
 
     def draft(
-        self, atlas_id: str, parameters: Mapping[str, Json], *, replace: bool = False
+        self, atlas_id: str, parameters: Mapping[str, Json], *, replace: bool | AtlasInfo = False
     ) -> Draft:
         """Begin to add an atlas; use it as a context manager, fill its group and commit.
 
@@ -247,8 +247,9 @@ class AtlasStore:
             Up to 128 letters, digits, dots, underscores and hyphens.
         parameters : mapping
             Parameters it will be made with; must be those of the store.
-        replace : bool
-            Whether to replace an existing atlas of this id; it stays until the commit.
+        replace : bool or AtlasInfo
+            Whether to replace an existing atlas of this id, or the marker of the very one to
+            replace; it stays until the commit.
 
         Raises
         ------
@@ -258,6 +259,8 @@ class AtlasStore:
             If the parameters differ from those of the store.
         AtlasExistsError
             On entering or committing, if there is an atlas of this id.
+        AtlasNotFoundError
+            On entering or committing, if the atlas to replace is another one by then, or gone.
         """
         check_id(atlas_id)
         differing = differences(self.parameters, json.loads(canonical(parameters)))

@@ -262,6 +262,51 @@ def test_a_replaced_atlas_stays_until_the_new_one_is_whole(
         _ = old.labels
 
 
+@pytest.mark.parametrize("change", ["replace", "remove", "add"])
+def test_what_changed_meanwhile_is_not_replaced(
+    store: AtlasStore, synthetic: SimpleNamespace, change: str
+) -> None:
+    if change != "add":
+        synthetic.add(store, "pt_1", seed=1)
+
+    def replaced() -> None:
+        with store.draft("pt_1", synthetic.PARAMETERS, replace=True) as draft:
+            synthetic.fill(draft, seed=2)
+            if change == "remove":
+                store.remove("pt_1")
+            else:
+                synthetic.add(store, "pt_1", seed=3, replace=change == "replace")
+            synthetic.commit(draft, seed=2)
+
+    with pytest.raises(AtlasNotFoundError, match="'pt_1' was added, replaced or removed while"):
+        replaced()
+    if change == "remove":
+        store.restore("pt_1")
+    xr.testing.assert_equal(
+        store["pt_1"].keypoints(), synthetic.keypoints(seed=1 if change == "remove" else 3)
+    )
+    assert len(os.listdir(Path(store.url, "atlases"))) == 2
+    assert store.verify() == []
+
+
+def test_only_the_very_atlas_is_replaced_and_its_last_note_stays(
+    store: AtlasStore, synthetic: SimpleNamespace
+) -> None:
+    seen = synthetic.add(store, "pt_1", seed=1)
+    with store.draft("pt_1", synthetic.PARAMETERS, replace=seen) as draft:
+        draft.keep_note()
+        synthetic.fill(draft, seed=2)
+        store.set_note("pt_1", "noted meanwhile")
+        synthetic.commit(draft, seed=2)
+    assert store.note("pt_1") == "noted meanwhile"
+    with (
+        pytest.raises(AtlasNotFoundError, match="run this again"),
+        store.draft("pt_1", synthetic.PARAMETERS, replace=seen),
+    ):
+        pass
+    assert store.verify() == []
+
+
 def test_a_snapshot_keeps_to_the_atlases_it_began_with(
     anywhere: str | Path, synthetic: SimpleNamespace
 ) -> None:
