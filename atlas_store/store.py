@@ -307,7 +307,7 @@ class AtlasStore:
         AtlasExistsError
             If there is an atlas of this id.
         StoreFormatError
-            If what describes it is damaged.
+            If what describes it, or its data, is damaged or missing.
         """
         restore(self.objects, atlas_id)
         return self[atlas_id]

@@ -178,3 +178,38 @@ def test_what_replaces_an_atlas_while_it_is_removed_stays(
         store.remove("pt_1")
     xr.testing.assert_equal(store["pt_1"].keypoints(), synthetic.keypoints(seed=2))
     assert (store.removed(), folders(store), store.verify()) == ([], 1, [])
+
+
+def test_an_atlas_whose_data_is_gone_is_not_restored(
+    store: AtlasStore, synthetic: SimpleNamespace
+) -> None:
+    synthetic.add(store, "pt_1", seed=1)
+    data = Path(store.url, store["pt_1"].path)
+    chunk = data / "image" / "0" / "c" / "1" / "0" / "0"
+    store.remove("pt_1")
+    for path in (chunk, data / "zarr.json", data):
+        path.rename(path.with_name("away"))
+        with pytest.raises(StoreFormatError, match=r"lacks \d+ of \d+ objects|is missing"):
+            store.restore("pt_1")
+        assert (store.ids(), len(store.removed())) == ([], 1)
+        path.with_name("away").rename(path)
+    assert store.restore("pt_1").id == "pt_1"
+    assert store.verify() == []
+
+
+def test_an_atlas_that_was_never_quite_removed_is_not_listed_as_removed(
+    store: AtlasStore, synthetic: SimpleNamespace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    synthetic.add(store, "pt_1", seed=1)
+
+    def interrupted(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Objects, "delete", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            store.remove("pt_1")
+    assert (store.ids(), store.removed()) == (["pt_1"], [])
+    assert store.prune() == []
+    assert list(Path(store.url, "removed").iterdir()) == []
+    assert store.verify() == []
