@@ -16,20 +16,29 @@ import numpy as np
 import xarray as xr
 import zarr
 
+from atlas_store.arrays.chunk_io import check_complete
 from atlas_store.atlas import Atlas, check_labels
 from atlas_store.errors import (
     AtlasExistsError,
     AtlasNotFoundError,
     KeypointsFormatError,
+    MissingChunkError,
     StoreFormatError,
 )
 from atlas_store.keypoints import check_keypoints, first_labels, write_keypoints
 from atlas_store.layout import KEYPOINTS, LABELS, ROOT, data_folder, marker_key
-from atlas_store.marker import ENCODING_TYPE, ENCODING_VERSION, AtlasInfo, OrganInfo, table_digest
+from atlas_store.marker import (
+    ENCODING_TYPE,
+    ENCODING_VERSION,
+    AtlasInfo,
+    OrganInfo,
+    parse_json,
+    table_digest,
+)
 from atlas_store.notes import delete_content, read_note, write_note
 from atlas_store.organs import OrganTable
 from atlas_store.storage.digests import Json, digest, digest_of_file
-from atlas_store.storage.objects import MAX_OBJECT, Objects, finish_writes
+from atlas_store.storage.objects import MAX_DOCUMENT, MAX_OBJECT, Objects, finish_writes
 
 ABANDONED_AFTER = timedelta(hours=24)
 """Age after which an unfinished add of another machine counts as interrupted."""
@@ -90,6 +99,7 @@ class Draft:
         self._parameters = parameters
         self._replace = replace
         self._old: bytes | None = None
+        self._described: dict[str, Json] = {}
         self._keeps_note = False
         self._uuid = uuid4().hex
         self._folder = data_folder(atlas_id, self._uuid)
@@ -106,17 +116,22 @@ class Draft:
             old = self._old_info()
             if old is None or old.uuid != self._replace.uuid:
                 raise self._changed()
-        self.group = zarr.create_group(
-            self._objects.store,
-            path=self._folder,
-            attributes={
-                "encoding-type": ENCODING_TYPE,
-                "encoding-version": ENCODING_VERSION,
-                "started": datetime.now(UTC).isoformat(timespec="seconds"),
-                "machine": _machine(),
-                "process": os.getpid(),
-            },
-        )
+        self._described = {
+            "encoding-type": ENCODING_TYPE,
+            "encoding-version": ENCODING_VERSION,
+            "started": datetime.now(UTC).isoformat(timespec="seconds"),
+            "machine": _machine(),
+            "process": os.getpid(),
+        }
+        try:
+            self.group = zarr.create_group(
+                self._objects.store, path=self._folder, attributes=self._described
+            )
+        except BaseException:
+            # Such as of a full disk: the folder may be there, and nobody leaves this context.
+            finish_writes()
+            delete_content(self._objects, self.id, self._uuid)
+            raise
         return self
 
     def __exit__(
@@ -237,7 +252,8 @@ class Draft:
 
         with ThreadPoolExecutor(_HASHING_THREADS) as threads:
             list(threads.map(copy, source.contents()))
-        info = replace(atlas.info, id=self.id, uuid=self._uuid, digest=self._seal())
+        seal = self._seal(source.contents())
+        info = replace(atlas.info, id=self.id, uuid=self._uuid, digest=seal)
         self._publish(info)
         return info
 
@@ -260,19 +276,42 @@ class Draft:
             )
         return len(labels), counted
 
-    def _seal(self) -> str:
-        """Store the digest of every object in the group; return the digest of the group."""
+    def _seal(self, expected: Iterable[str] = ()) -> str:
+        """Store the digest of every object in the group; return the digest of the group.
+
+        `StoreFormatError` if it was deleted, in whole or in part, or lacks an `expected` object.
+        """
+        self._check_whole()
         # Before the digests, which tell that data is complete; syncing them alone takes no time.
         self._objects.settle(self._folder)
         digests = digests_of(self._objects, self._folder)
+        if not digests.keys() >= set(expected):
+            raise self._deleted()
         self.group.attrs.update({"digests": digests})
         sealed = self._objects.read(f"{self._folder}/zarr.json")
         if sealed is None:
-            raise StoreFormatError(
-                f"{self._objects.url}: the data of the atlas {self.id!r} was deleted while it "
-                "was added: add it again."
-            )
+            raise self._deleted()
         return digest(sealed)
+
+    def _check_whole(self) -> None:
+        """Refuse a group that was deleted, and perhaps made again by what was written later."""
+        root = f"{self._folder}/{ROOT}"
+        data = self._objects.read(root, MAX_DOCUMENT)
+        found = {} if data is None else parse_json(data, f"{self._objects.url}/{root}")
+        if not self._described.items() <= found.get("attributes", {}).items():
+            raise self._deleted()
+        for _, member in self.group.members(max_depth=None):
+            if isinstance(member, zarr.Array):
+                try:
+                    check_complete(member)
+                except MissingChunkError as error:
+                    raise self._deleted() from error
+
+    def _deleted(self) -> StoreFormatError:
+        return StoreFormatError(
+            f"{self._objects.url}: the data of the atlas {self.id!r} was deleted while it was"
+            " added: add it again."
+        )
 
     def _publish(self, info: AtlasInfo) -> None:
         key, data = marker_key(self.id), info.dump()

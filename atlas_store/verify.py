@@ -11,6 +11,7 @@ from datetime import UTC, datetime
 
 import numpy as np
 
+from atlas_store.arrays import chunk_io
 from atlas_store.atlas import Atlas
 from atlas_store.draft import digests_of, is_abandoned, is_running_here
 from atlas_store.errors import AtlasStoreError, StoreFormatError
@@ -221,8 +222,8 @@ def _faults(atlas: Atlas, parameters: Mapping[str, Json]) -> Iterator[str]:
         if damaged:
             # Reading damaged arrays would only fail again.
             return
-        _ = atlas.labels
         labels = first_labels(atlas.keypoint_arrays())
+        voxels = _voxels(atlas)
     except AtlasStoreError as error:
         yield str(error).rstrip(".")
         return
@@ -232,6 +233,21 @@ def _faults(atlas: Atlas, parameters: Mapping[str, Json]) -> Iterator[str]:
         if organ.name in info.organs
     ):
         yield "its marker counts other keypoints than it has"
+    if voxels != {name: organ.voxels for name, organ in info.organs.items()}:
+        yield "its marker counts other voxels of organs than its label map has"
+
+
+def _voxels(atlas: Atlas) -> dict[str, int]:
+    """Count the voxels of each organ that the label map shows, a layer of chunks at a time."""
+    labels = atlas.labels
+    (depth, height, width), step = labels.shape, labels.chunks[0]
+    counts = np.zeros(1 << 16, np.int64)
+    for z in range(0, depth, step):
+        region = slice(z, min(z + step, depth)), slice(0, height), slice(0, width)
+        part = chunk_io.read(labels, region)
+        known = part[part < len(counts)] if part.dtype.itemsize > 2 else part.ravel()
+        counts += np.bincount(known.astype(np.uint16), minlength=len(counts))
+    return {organ.name: n for organ in atlas.organ_table if (n := int(counts[organ.value]))}
 
 
 def _damaged_arrays(atlas: Atlas) -> Iterator[str]:

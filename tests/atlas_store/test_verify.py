@@ -465,3 +465,13 @@ def test_data_is_kept_if_a_marker_of_an_older_copy_names_what_is_not_there(
     assert missing.what == "its data is missing"
     assert "is complete and has no marker" in kept.what
     assert not kept.repaired
+
+
+def test_a_marker_that_counts_other_voxels_than_its_label_map_has_is_named(
+    store: AtlasStore, synthetic: SimpleNamespace
+) -> None:
+    info = synthetic.add(store, "pt_1")
+    organs = {name: replace(one, voxels=one.voxels - 1) for name, one in info.organs.items()}
+    Path(store.url, "markers", "pt_1.json").write_bytes(replace(info, organs=organs).dump())
+    (problem,) = store.verify()
+    assert problem.what == "its marker counts other voxels of organs than its label map has"
