@@ -318,7 +318,7 @@ class AtlasStore:
         Parameters
         ----------
         older_than : timedelta
-            Time that has passed since, at least.
+            Time that has passed since, at least; 0 for all, whatever the clock said.
 
         Returns
         -------

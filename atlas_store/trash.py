@@ -155,7 +155,8 @@ def prune(objects: Objects, older_than: timedelta) -> list[str]:
     pruned = []
     for one, _ in list(_entries(objects)):
         info = one.info
-        if now - one.removed < older_than:
+        # By a clock that was ahead, it may have been removed in the future: 0 means all.
+        if older_than and now - one.removed < older_than:
             continue
         objects.delete(removed_key(info.id, info.uuid))
         # It may have been restored meanwhile, or never quite removed; a damaged marker may name it.

@@ -387,7 +387,7 @@ def restore(store: str, atlas_ids: tuple[str, ...]) -> None:
 @store_argument
 @click.option(
     "--older-than",
-    type=click.FloatRange(min=0.0),
+    type=float,
     default=30.0,
     show_default=True,
     metavar="DAYS",
@@ -404,8 +404,11 @@ def prune(store: str, older_than: float) -> None:
 
     from atlas_store import AtlasStore
 
+    if not 0 <= older_than < float("inf"):
+        fail(f"--older-than must be a number of days, 0 or more, not {older_than:g}.")
     opened = AtlasStore.open(store)
-    pruned = opened.prune(timedelta(days=older_than))
+    # More days than any date has would not fit; nothing is that old.
+    pruned = opened.prune(timedelta(days=min(older_than, timedelta.max.days)))
     left = len(opened.removed())
     say(
         f"{opened.url}: {_count(len(pruned), 'removed atlas', 'removed atlases')} deleted, {left}"

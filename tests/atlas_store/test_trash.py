@@ -213,3 +213,17 @@ def test_an_atlas_that_was_never_quite_removed_is_not_listed_as_removed(
     assert store.prune() == []
     assert list(Path(store.url, "removed").iterdir()) == []
     assert store.verify() == []
+
+
+def test_all_is_pruned_even_what_a_clock_ahead_removed(
+    store: AtlasStore, synthetic: SimpleNamespace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    synthetic.add(store, "pt_1", seed=1)
+    with monkeypatch.context() as patch:
+        now = datetime.now(UTC) + timedelta(days=9)
+        patch.setattr(trash, "datetime", SimpleNamespace(now=lambda _: now))
+        store.remove("pt_1")
+    assert store.prune(timedelta(days=1)) == []
+    assert store.prune(timedelta.max) == []
+    assert store.prune() == ["pt_1"]
+    assert store.verify() == []

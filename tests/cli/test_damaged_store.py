@@ -55,3 +55,19 @@ def test_what_a_worker_finds_damaged_is_one_line(
     assert re.fullmatch(r"kpt: .*strips/c/0/0 of the atlas 'body_\d' is damaged: remove .*", line)
     assert ended.stdout == ""
     assert [path.name for path in tmp_path.iterdir()] == ["store"]
+
+
+def test_how_long_ago_is_a_number_of_days(tmp_path: Path) -> None:
+    with zipfile.ZipFile(ARCHIVED) as archive:
+        archive.extractall(tmp_path)
+    ids = AtlasStore.open(tmp_path).ids()
+    AtlasStore.open(tmp_path).remove(ids[0])
+    command = ["atlas", "prune", str(tmp_path), "--older-than"]
+    for days in ("nan", "inf", "-inf", "-1"):
+        answer = CliRunner().invoke(kpt, [*command, days])
+        assert answer.exit_code == 1, days
+        assert f"must be a number of days, 0 or more, not {days}." in answer.stderr
+    for days in ("1e9", "1e300"):
+        answer = CliRunner().invoke(kpt, [*command, days])
+        assert (answer.exit_code, answer.stderr) == (0, "")
+        assert "0 removed atlases deleted, 1 can be restored still" in answer.stdout
