@@ -289,10 +289,7 @@ class AtlasStore:
     def removed(self) -> list[RemovedAtlas]:
         """List removed atlases that can be restored: in natural order, the last removed first.
 
-        Raises
-        ------
-        StoreFormatError
-            If what describes one is damaged.
+        Those whose description is damaged are left out, each with a warning.
         """
         found = sorted(thrown_away(self.objects), key=lambda one: one.removed, reverse=True)
         return sorted(found, key=lambda one: natural_order(one.info.id))
@@ -314,6 +311,8 @@ class AtlasStore:
 
     def prune(self, older_than: timedelta = timedelta(0)) -> list[str]:
         """Delete the data of atlases that were removed some time ago.
+
+        That of atlases whose description is damaged stays, each with a warning.
 
         Parameters
         ----------

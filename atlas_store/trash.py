@@ -6,11 +6,12 @@ leaves the atlas in the store, restorable, or data that `AtlasStore.verify` find
 """
 
 import json
+import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 
-from atlas_store.errors import AtlasExistsError, AtlasNotFoundError, StoreFormatError
+from atlas_store.errors import AtlasExistsError, AtlasNotFoundError, StoreFormatError, StoreWarning
 from atlas_store.layout import REMOVED, ROOT, data_folder, marker_key, parse_folder, removed_key
 from atlas_store.marker import AtlasInfo, check_encoding, parse_json
 from atlas_store.notes import delete_content
@@ -78,22 +79,30 @@ def throw_away(objects: Objects, atlas_id: str, marker: bytes) -> bool:
 def thrown_away(objects: Objects) -> Iterator[RemovedAtlas]:
     """Read the atlases that were removed and are not in the store, in no order.
 
-    Raises
-    ------
-    StoreFormatError
-        If what describes one is damaged.
+    Those whose description is damaged are left out, each with a `StoreWarning`.
     """
     # Whoever was interrupted while removing left the marker too.
-    return (one for one, _ in _entries(objects) if not _is_marked(objects, one.info, False))
+    return (one for one in _readable(objects) if not _is_marked(objects, one.info, False))
 
 
-def _entries(objects: Objects) -> Iterator[tuple[RemovedAtlas, bytes]]:
-    """Read the atlases that were removed, with their markers."""
-    for name in objects.names(REMOVED):
-        if not name.endswith(".json") or parse_folder(name.removesuffix(".json")) is None:
+def _readable(objects: Objects) -> Iterator[RemovedAtlas]:
+    """Read what describes removed atlases, and warn of what is damaged."""
+    for name, _ in _entries(objects):
+        try:
+            found = read_removed(objects, f"{REMOVED}/{name}")
+        except StoreFormatError as error:
+            warnings.warn(str(error), StoreWarning, stacklevel=2)
             continue
-        if (found := read_removed(objects, f"{REMOVED}/{name}")) is not None:
-            yield found
+        if found is not None:
+            yield found[0]
+
+
+def _entries(objects: Objects) -> Iterator[tuple[str, str]]:
+    """Names of what describes removed atlases, each with the id of its atlas."""
+    for name in objects.names(REMOVED):
+        folder = parse_folder(name.removesuffix(".json"))
+        if folder is not None and name.endswith(".json"):
+            yield name, folder[0]
 
 
 def restore(objects: Objects, atlas_id: str) -> AtlasInfo:
@@ -108,7 +117,11 @@ def restore(objects: Objects, atlas_id: str) -> AtlasInfo:
     StoreFormatError
         If what describes it, or its data, is damaged or missing.
     """
-    removed = [entry for entry in _entries(objects) if entry[0].info.id == atlas_id]
+    removed = [
+        found
+        for name, whose in _entries(objects)
+        if whose == atlas_id and (found := read_removed(objects, f"{REMOVED}/{name}"))
+    ]
     missing = AtlasNotFoundError(
         f"{objects.url} has no removed atlas {atlas_id!r}: use an id that list --removed shows."
     )
@@ -153,7 +166,7 @@ def prune(objects: Objects, older_than: timedelta) -> list[str]:
     """Delete the data of atlases that were removed some time ago; return their ids, sorted."""
     now = datetime.now(UTC)
     pruned = []
-    for one, _ in list(_entries(objects)):
+    for one in list(_readable(objects)):
         info = one.info
         # By a clock that was ahead, it may have been removed in the future: 0 means all.
         if older_than and now - one.removed < older_than:

@@ -19,6 +19,7 @@ from atlas_store import (
     draft,
     trash,
 )
+from atlas_store.errors import StoreWarning
 from atlas_store.storage.objects import Objects
 
 
@@ -146,16 +147,22 @@ def test_an_atlas_pruned_while_it_is_restored_is_not_there(
     "change",
     [{"encoding-version": "9"}, {"removed": "once"}, {"marker": "{}"}, {"removed": None}],
 )
-def test_a_damaged_description_is_refused(
+def test_a_damaged_description_is_named_and_the_others_are_used(
     store: AtlasStore, synthetic: SimpleNamespace, change: dict[str, object]
 ) -> None:
-    synthetic.add(store, "pt_1", seed=1)
-    store.remove("pt_1")
-    [path] = Path(store.url, "removed").iterdir()
+    for name in ("pt_1", "pt_2"):
+        synthetic.add(store, name, seed=1)
+        store.remove(name)
+    [path] = Path(store.url, "removed").glob("pt_1.*")
     path.write_text(json.dumps(json.loads(path.read_text()) | change))
-    for action in (store.removed, store.prune, lambda: store.restore("pt_1")):
-        with pytest.raises(StoreFormatError, match=path.name):
-            action()
+    with pytest.warns(StoreWarning, match=path.name):
+        assert [one.info.id for one in store.removed()] == ["pt_2"]
+    with pytest.raises(StoreFormatError, match=path.name):
+        store.restore("pt_1")
+    assert store.restore("pt_2").id == "pt_2"
+    store.remove("pt_2")
+    with pytest.warns(StoreWarning, match=path.name):
+        assert store.prune() == ["pt_2"]
     assert folders(store) == 1
     (problem,) = store.verify(repair=True)
     assert path.name in problem.what

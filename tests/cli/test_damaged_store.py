@@ -71,3 +71,22 @@ def test_how_long_ago_is_a_number_of_days(tmp_path: Path) -> None:
         answer = CliRunner().invoke(kpt, [*command, days])
         assert (answer.exit_code, answer.stderr) == (0, "")
         assert "0 removed atlases deleted, 1 can be restored still" in answer.stdout
+
+
+def test_a_damaged_description_of_a_removed_atlas_hides_no_other(tmp_path: Path) -> None:
+    with zipfile.ZipFile(ARCHIVED) as archive:
+        archive.extractall(tmp_path)
+    store = AtlasStore.open(tmp_path)
+    store.copy_from(store["pt_1"], "pt_9")
+    for name in ("pt_1", "pt_9"):
+        store.remove(name)
+    [path] = tmp_path.glob("removed/pt_1.*")
+    path.write_text("{")
+    listed = subprocess.run(
+        [sys.executable, "-m", "kpt_dask", "atlas", "list", tmp_path, "--removed"],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert "pt_9" in listed.stdout
+    assert path.name in listed.stderr
