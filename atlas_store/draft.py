@@ -16,15 +16,29 @@ import numpy as np
 import xarray as xr
 import zarr
 
+from atlas_store.arrays.chunk_io import check_complete
 from atlas_store.atlas import Atlas, check_labels
-from atlas_store.errors import AtlasExistsError, KeypointsFormatError, StoreFormatError
+from atlas_store.errors import (
+    AtlasExistsError,
+    AtlasNotFoundError,
+    KeypointsFormatError,
+    MissingChunkError,
+    StoreFormatError,
+)
 from atlas_store.keypoints import check_keypoints, first_labels, write_keypoints
-from atlas_store.layout import KEYPOINTS, LABELS, data_folder, marker_key
-from atlas_store.marker import ENCODING_TYPE, ENCODING_VERSION, AtlasInfo, OrganInfo, table_digest
-from atlas_store.notes import delete_content, write_note
+from atlas_store.layout import KEYPOINTS, LABELS, ROOT, data_folder, marker_key
+from atlas_store.marker import (
+    ENCODING_TYPE,
+    ENCODING_VERSION,
+    AtlasInfo,
+    OrganInfo,
+    parse_json,
+    table_digest,
+)
+from atlas_store.notes import delete_content, read_note, write_note
 from atlas_store.organs import OrganTable
 from atlas_store.storage.digests import Json, digest, digest_of_file
-from atlas_store.storage.objects import MAX_OBJECT, Objects, finish_writes
+from atlas_store.storage.objects import MAX_DOCUMENT, MAX_OBJECT, Objects, finish_writes
 
 ABANDONED_AFTER = timedelta(hours=24)
 """Age after which an unfinished add of another machine counts as interrupted."""
@@ -76,7 +90,7 @@ class Draft:
         parameters: Mapping[str, Json],
         atlas_id: str,
         *,
-        replace: bool,
+        replace: bool | AtlasInfo,
     ) -> None:
         self.id = atlas_id
         self.note = ""
@@ -84,25 +98,40 @@ class Draft:
         self._organs = organs
         self._parameters = parameters
         self._replace = replace
+        self._old: bytes | None = None
+        self._described: dict[str, Json] = {}
+        self._keeps_note = False
         self._uuid = uuid4().hex
         self._folder = data_folder(atlas_id, self._uuid)
         self._state = _State.OPEN
 
     def __enter__(self) -> Self:
-        """Make the folder; `AtlasExistsError` if the id is taken."""
-        if not self._replace and self._objects.exists(marker_key(self.id)):
+        """Make the folder; refuse an id that is taken, or whose atlas is not the one to replace."""
+        key = marker_key(self.id)
+        if not self._replace and self._objects.exists(key):
             raise self._taken()
-        self.group = zarr.create_group(
-            self._objects.store,
-            path=self._folder,
-            attributes={
-                "encoding-type": ENCODING_TYPE,
-                "encoding-version": ENCODING_VERSION,
-                "started": datetime.now(UTC).isoformat(timespec="seconds"),
-                "machine": _machine(),
-                "process": os.getpid(),
-            },
-        )
+        if self._replace:
+            self._old = self._objects.read(key)
+        if isinstance(self._replace, AtlasInfo):
+            old = self._old_info()
+            if old is None or old.uuid != self._replace.uuid:
+                raise self._changed()
+        self._described = {
+            "encoding-type": ENCODING_TYPE,
+            "encoding-version": ENCODING_VERSION,
+            "started": datetime.now(UTC).isoformat(timespec="seconds"),
+            "machine": _machine(),
+            "process": os.getpid(),
+        }
+        try:
+            self.group = zarr.create_group(
+                self._objects.store, path=self._folder, attributes=self._described
+            )
+        except BaseException:
+            # Such as of a full disk: the folder may be there, and nobody leaves this context.
+            finish_writes()
+            delete_content(self._objects, self.id, self._uuid)
+            raise
         return self
 
     def __exit__(
@@ -117,6 +146,17 @@ class Draft:
         if self._state in (_State.OPEN, _State.LOST):
             finish_writes()
             delete_content(self._objects, self.id, self._uuid)
+
+    def keep_note(self) -> None:
+        """Keep the note on the atlas that is replaced, as it is at the commit.
+
+        Raises
+        ------
+        StoreFormatError
+            If it is damaged; so does the commit.
+        """
+        self._keeps_note = True
+        self.note = self._old_note()
 
     def commit(
         self,
@@ -157,6 +197,8 @@ class Draft:
         ------
         AtlasExistsError
             If another process added this id meanwhile.
+        AtlasNotFoundError
+            If another process added, replaced or removed the atlas that is replaced.
         StoreFormatError
             If the group has no label map of this shape, or a number makes no sense.
         OrganTableError
@@ -210,7 +252,8 @@ class Draft:
 
         with ThreadPoolExecutor(_HASHING_THREADS) as threads:
             list(threads.map(copy, source.contents()))
-        info = replace(atlas.info, id=self.id, uuid=self._uuid, digest=self._seal())
+        seal = self._seal(source.contents())
+        info = replace(atlas.info, id=self.id, uuid=self._uuid, digest=seal)
         self._publish(info)
         return info
 
@@ -233,51 +276,91 @@ class Draft:
             )
         return len(labels), counted
 
-    def _seal(self) -> str:
-        """Store the digest of every object in the group; return the digest of the group."""
+    def _seal(self, expected: Iterable[str] = ()) -> str:
+        """Store the digest of every object in the group; return the digest of the group.
+
+        `StoreFormatError` if it was deleted, in whole or in part, or lacks an `expected` object.
+        """
+        self._check_whole()
+        # Before the digests, which tell that data is complete; syncing them alone takes no time.
+        self._objects.settle(self._folder)
         digests = digests_of(self._objects, self._folder)
+        if not digests.keys() >= set(expected):
+            raise self._deleted()
         self.group.attrs.update({"digests": digests})
         sealed = self._objects.read(f"{self._folder}/zarr.json")
         if sealed is None:
-            raise StoreFormatError(
-                f"{self._objects.url}: the data of the atlas {self.id!r} was deleted while it "
-                "was added: add it again."
-            )
+            raise self._deleted()
         return digest(sealed)
+
+    def _check_whole(self) -> None:
+        """Refuse a group that was deleted, and perhaps made again by what was written later."""
+        root = f"{self._folder}/{ROOT}"
+        data = self._objects.read(root, MAX_DOCUMENT)
+        found = {} if data is None else parse_json(data, f"{self._objects.url}/{root}")
+        if not self._described.items() <= found.get("attributes", {}).items():
+            raise self._deleted()
+        for _, member in self.group.members(max_depth=None):
+            if isinstance(member, zarr.Array):
+                try:
+                    check_complete(member)
+                except MissingChunkError as error:
+                    raise self._deleted() from error
+
+    def _deleted(self) -> StoreFormatError:
+        return StoreFormatError(
+            f"{self._objects.url}: the data of the atlas {self.id!r} was deleted while it was"
+            " added: add it again."
+        )
 
     def _publish(self, info: AtlasInfo) -> None:
         key, data = marker_key(self.id), info.dump()
         AtlasInfo.load(data, self.id, f"{self._objects.url}/{key}")
-        old = self._objects.read(key) if self._replace else None
         # Data is synced before the marker: after a loss of power no marker may lack its data.
-        self._objects.settle(self._folder)
+        self._objects.settle(f"{self._folder}/{ROOT}")
+        if self._keeps_note:
+            self.note = self._old_note()
         if self.note:
             write_note(self._objects, info, self.note)
+        # Whoever changed the atlas meanwhile was told so: nothing undoes that in silence.
+        if self._replace and self._objects.read(key) != self._old:
+            raise self._changed()
         self._state = _State.PUBLISHING
-        if self._replace:
+        if self._old is not None:
             self._objects.write(key, data)
         elif not self._objects.write_new(key, data):
             self._state = _State.LOST
-            raise self._taken()
+            raise self._changed() if self._replace else self._taken()
         self._objects.settle(key)
         self._state = _State.COMMITTED
-        if old is not None:
-            remove_data(self._objects, self.id, old)
+        if old := self._old_info():
+            delete_content(self._objects, self.id, old.uuid)
+
+    def _old_info(self) -> AtlasInfo | None:
+        """Marker of the atlas that is replaced; None if there is none, or it is damaged."""
+        if self._old is None:
+            return None
+        try:
+            return AtlasInfo.load(self._old, self.id, f"{self._objects.url}/{marker_key(self.id)}")
+        except StoreFormatError:
+            # `verify` removes the data of a damaged marker, once another marker is in its place.
+            return None
+
+    def _old_note(self) -> str:
+        old = self._old_info()
+        return "" if old is None else read_note(self._objects, old)
+
+    def _changed(self) -> AtlasNotFoundError:
+        return AtlasNotFoundError(
+            f"{self._objects.url}: the atlas {self.id!r} was added, replaced or removed while"
+            " another was made in its place: look at what is there now, and run this again if it"
+            " is still wanted."
+        )
 
     def _taken(self) -> AtlasExistsError:
         return AtlasExistsError(
             f"{self._objects.url} has an atlas {self.id!r} already: use another id, or replace it."
         )
-
-
-def remove_data(objects: Objects, atlas_id: str, marker: bytes) -> None:
-    """Delete the data that a marker names; nothing happens if the marker is damaged."""
-    try:
-        info = AtlasInfo.load(marker, atlas_id, f"{objects.url}/{marker_key(atlas_id)}")
-    except StoreFormatError:
-        # `verify` removes the data of a damaged marker, with all other data without a marker.
-        return
-    delete_content(objects, atlas_id, info.uuid)
 
 
 def _known(source: str | os.PathLike[str] | KnownSource) -> KnownSource:
@@ -305,17 +388,30 @@ def digests_of(objects: Objects, folder: str) -> dict[str, str]:
 def is_abandoned(attributes: Mapping[str, Json], now: datetime) -> bool:
     """Whether an add was interrupted, by the attributes of its group.
 
-    True if its process ran on this machine and has ended, or if it started longer than
-    `ABANDONED_AFTER` ago.
+    True if its process ran on this machine and has ended, or if it ran on another one and started
+    longer than `ABANDONED_AFTER` ago.
     """
-    process = attributes.get("process")
-    same_machine = attributes.get("machine") == _machine() is not None
-    if same_machine and type(process) is int and process > 0 and not _is_running(process):
-        return True
+    process = _process_here(attributes)
+    if process is not None:
+        # Whatever the clock says: an add may take days, or the clock may have been set.
+        return not _is_running(process)
     try:
         return now - datetime.fromisoformat(attributes["started"]) > ABANDONED_AFTER
     except (KeyError, TypeError, ValueError):
         return True
+
+
+def is_running_here(attributes: Mapping[str, Json]) -> bool:
+    """Whether the process of an add runs on this machine, by the attributes of its group."""
+    process = _process_here(attributes)
+    return process is not None and _is_running(process)
+
+
+def _process_here(attributes: Mapping[str, Json]) -> int | None:
+    """Process of an add, running or ended; None if it is one of another machine."""
+    process = attributes.get("process")
+    same_machine = attributes.get("machine") == _machine() is not None
+    return process if same_machine and type(process) is int and process > 0 else None
 
 
 def _machine() -> str | None:

@@ -35,6 +35,10 @@ class AtlasStoreError(Exception):
     """
 
 
+class StoreWarning(UserWarning):
+    """Something in a store is damaged, and the rest can be used."""
+
+
 class StoreNotFoundError(AtlasStoreError, FileNotFoundError):
     """There is no store at this place.
 

@@ -17,8 +17,9 @@ Every object read from an atlas is compared with its SHA-256 (`atlas_store.stora
 its marker with the organ table and the parameters of the store.
 
 An atlas exists if, and only if, its marker does. Data that neither a marker nor a removed atlas
-names belongs to a running or an interrupted add. Every add makes a new folder, so that replacing an
-atlas never mixes two, and no lock is needed.
+names belongs to a running or an interrupted add. If it has digests, which are written when it is
+complete and deleted first, its marker may be lost: it is kept, unless a marker names other data.
+Every add makes a new folder, so that replacing an atlas never mixes two, and no lock is needed.
 """
 
 import re

@@ -8,7 +8,7 @@ import json
 from datetime import UTC, datetime
 
 from atlas_store.errors import StoreFormatError
-from atlas_store.layout import data_folder, note_key
+from atlas_store.layout import ROOT, data_folder, note_key
 from atlas_store.marker import AtlasInfo, check_encoding, parse_json
 from atlas_store.storage.objects import MAX_DOCUMENT, Objects
 
@@ -40,7 +40,10 @@ def read_note(objects: Objects, info: AtlasInfo) -> str:
 
 def delete_content(objects: Objects, atlas_id: str, uuid: str) -> None:
     """Delete what belongs to the content of an atlas: its data, and then the note on it."""
-    objects.delete_folder(data_folder(atlas_id, uuid))
+    folder = data_folder(atlas_id, uuid)
+    # First the digests: data of which a part was deleted must not look complete.
+    objects.delete(f"{folder}/{ROOT}")
+    objects.delete_folder(folder)
     objects.delete(note_key(atlas_id, uuid))
 
 

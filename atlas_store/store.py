@@ -39,7 +39,7 @@ from atlas_store.organs import OrganTable
 from atlas_store.storage.digests import Json, canonical
 from atlas_store.storage.objects import MAX_DOCUMENT, Objects
 from atlas_store.trash import RemovedAtlas, prune, restore, throw_away, thrown_away
-from atlas_store.verify import Problem, verify_index, verify_store
+from atlas_store.verify import Problem, unmarked, verify_index, verify_store
 
 ENCODING_TYPE = "kpt-atlas-store"
 ENCODING_VERSION = "1"
@@ -237,7 +237,7 @@ class AtlasStore:
             ]
 
     def draft(
-        self, atlas_id: str, parameters: Mapping[str, Json], *, replace: bool = False
+        self, atlas_id: str, parameters: Mapping[str, Json], *, replace: bool | AtlasInfo = False
     ) -> Draft:
         """Begin to add an atlas; use it as a context manager, fill its group and commit.
 
@@ -247,8 +247,9 @@ class AtlasStore:
             Up to 128 letters, digits, dots, underscores and hyphens.
         parameters : mapping
             Parameters it will be made with; must be those of the store.
-        replace : bool
-            Whether to replace an existing atlas of this id; it stays until the commit.
+        replace : bool or AtlasInfo
+            Whether to replace an existing atlas of this id, or the marker of the very one to
+            replace; it stays until the commit.
 
         Raises
         ------
@@ -258,6 +259,8 @@ class AtlasStore:
             If the parameters differ from those of the store.
         AtlasExistsError
             On entering or committing, if there is an atlas of this id.
+        AtlasNotFoundError
+            On entering or committing, if the atlas to replace is another one by then, or gone.
         """
         check_id(atlas_id)
         differing = differences(self.parameters, json.loads(canonical(parameters)))
@@ -279,17 +282,14 @@ class AtlasStore:
         Raises
         ------
         AtlasNotFoundError
-            If there is no atlas of this id.
+            If there is no atlas of this id, or it was replaced meanwhile.
         """
         return throw_away(self.objects, atlas_id, self._marker(atlas_id))
 
     def removed(self) -> list[RemovedAtlas]:
         """List removed atlases that can be restored: in natural order, the last removed first.
 
-        Raises
-        ------
-        StoreFormatError
-            If what describes one is damaged.
+        Those whose description is damaged are left out, each with a warning.
         """
         found = sorted(thrown_away(self.objects), key=lambda one: one.removed, reverse=True)
         return sorted(found, key=lambda one: natural_order(one.info.id))
@@ -304,7 +304,7 @@ class AtlasStore:
         AtlasExistsError
             If there is an atlas of this id.
         StoreFormatError
-            If what describes it is damaged.
+            If what describes it, or its data, is damaged or missing.
         """
         restore(self.objects, atlas_id)
         return self[atlas_id]
@@ -312,10 +312,12 @@ class AtlasStore:
     def prune(self, older_than: timedelta = timedelta(0)) -> list[str]:
         """Delete the data of atlases that were removed some time ago.
 
+        That of atlases whose description is damaged stays, each with a warning.
+
         Parameters
         ----------
         older_than : timedelta
-            Time that has passed since, at least.
+            Time that has passed since, at least; 0 for all, whatever the clock said.
 
         Returns
         -------
@@ -398,6 +400,14 @@ class AtlasStore:
         """Read everything again and report what is wrong; see `atlas_store.verify`."""
         problems = verify_store(self.objects, self.organs, self.parameters, repair=repair)
         return problems + verify_index(self.uuid, repair=repair)
+
+    def without_marker(self) -> list[str]:
+        """List ids that have complete data and no marker, in natural order; none if all is well.
+
+        The marker was lost, as by a copy that stopped half-way, or an add was interrupted just
+        before it wrote one.
+        """
+        return unmarked(self.objects)
 
     def _marker(self, atlas_id: str) -> bytes:
         data = self.objects.read(marker_key(atlas_id), MAX_DOCUMENT) if is_id(atlas_id) else None

@@ -6,15 +6,17 @@ leaves the atlas in the store, restorable, or data that `AtlasStore.verify` find
 """
 
 import json
+import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 
-from atlas_store.errors import AtlasExistsError, AtlasNotFoundError, StoreFormatError
-from atlas_store.layout import REMOVED, marker_key, parse_folder, removed_key
+from atlas_store.errors import AtlasExistsError, AtlasNotFoundError, StoreFormatError, StoreWarning
+from atlas_store.layout import REMOVED, ROOT, data_folder, marker_key, parse_folder, removed_key
 from atlas_store.marker import AtlasInfo, check_encoding, parse_json
 from atlas_store.notes import delete_content
 from atlas_store.storage.objects import MAX_DOCUMENT, Objects
+from atlas_store.storage.sealed import Sealed
 
 ENCODING = {"encoding-type": "kpt-removed-atlas", "encoding-version": "1"}
 
@@ -42,40 +44,65 @@ class RemovedAtlas:
 
 
 def throw_away(objects: Objects, atlas_id: str, marker: bytes) -> bool:
-    """Remove an atlas, given its marker; its data stays. Return whether it can be restored."""
+    """Remove an atlas, given its marker; its data stays. Return whether it can be restored.
+
+    Raises
+    ------
+    AtlasNotFoundError
+        If it was replaced meanwhile.
+    """
     try:
         info = AtlasInfo.load(marker, atlas_id, f"{objects.url}/{marker_key(atlas_id)}")
     except StoreFormatError:
-        # Nothing tells what it was; `verify` finds its data, as that of no atlas.
+        # Nothing tells what it was; `verify` finds its data, and keeps it.
         objects.delete(marker_key(atlas_id))
         return False
     now = datetime.now(UTC).isoformat(timespec="seconds")
     content = ENCODING | {"removed": now, "marker": marker.decode()}
     key = removed_key(atlas_id, info.uuid)
+    # Whoever removes it at the same time says the same.
+    alone = not objects.exists(key)
     objects.write(key, json.dumps(content).encode())
     objects.settle(key)
+    # Syncing takes a while; what replaced it meanwhile has another marker, which stays.
+    if objects.read(marker_key(atlas_id), MAX_DOCUMENT) not in (marker, None):
+        if alone:
+            objects.delete(key)
+        raise AtlasNotFoundError(
+            f"{objects.url}: the atlas {atlas_id!r} was replaced while it was removed: look at what"
+            " is there now, and remove it again if it is not wanted either."
+        )
     objects.delete(marker_key(atlas_id))
     return True
 
 
 def thrown_away(objects: Objects) -> Iterator[RemovedAtlas]:
-    """Read the atlases that were removed, in no order.
+    """Read the atlases that were removed and are not in the store, in no order.
 
-    Raises
-    ------
-    StoreFormatError
-        If what describes one is damaged.
+    Those whose description is damaged are left out, each with a `StoreWarning`.
     """
-    return (one for one, _ in _entries(objects))
+    # Whoever was interrupted while removing left the marker too.
+    return (one for one in _readable(objects) if not _is_marked(objects, one.info, False))
 
 
-def _entries(objects: Objects) -> Iterator[tuple[RemovedAtlas, bytes]]:
-    """Read the atlases that were removed, with their markers."""
-    for name in objects.names(REMOVED):
-        if not name.endswith(".json") or parse_folder(name.removesuffix(".json")) is None:
+def _readable(objects: Objects) -> Iterator[RemovedAtlas]:
+    """Read what describes removed atlases, and warn of what is damaged."""
+    for name, _ in _entries(objects):
+        try:
+            found = read_removed(objects, f"{REMOVED}/{name}")
+        except StoreFormatError as error:
+            warnings.warn(str(error), StoreWarning, stacklevel=2)
             continue
-        if (found := read_removed(objects, f"{REMOVED}/{name}")) is not None:
-            yield found
+        if found is not None:
+            yield found[0]
+
+
+def _entries(objects: Objects) -> Iterator[tuple[str, str]]:
+    """Names of what describes removed atlases, each with the id of its atlas."""
+    for name in objects.names(REMOVED):
+        folder = parse_folder(name.removesuffix(".json"))
+        if folder is not None and name.endswith(".json"):
+            yield name, folder[0]
 
 
 def restore(objects: Objects, atlas_id: str) -> AtlasInfo:
@@ -88,9 +115,13 @@ def restore(objects: Objects, atlas_id: str) -> AtlasInfo:
     AtlasExistsError
         If there is an atlas of this id.
     StoreFormatError
-        If what describes it is damaged.
+        If what describes it, or its data, is damaged or missing.
     """
-    removed = [entry for entry in _entries(objects) if entry[0].info.id == atlas_id]
+    removed = [
+        found
+        for name, whose in _entries(objects)
+        if whose == atlas_id and (found := read_removed(objects, f"{REMOVED}/{name}"))
+    ]
     missing = AtlasNotFoundError(
         f"{objects.url} has no removed atlas {atlas_id!r}: use an id that list --removed shows."
     )
@@ -99,6 +130,13 @@ def restore(objects: Objects, atlas_id: str) -> AtlasInfo:
     last, marker = max(removed, key=lambda entry: (entry[0].removed, entry[0].info.added))
     info = last.info
     entry, key = removed_key(atlas_id, info.uuid), marker_key(atlas_id)
+    try:
+        _check_data(objects, info)
+    except StoreFormatError:
+        # Perhaps another process prunes it.
+        if objects.exists(entry):
+            raise
+        raise missing from None
     if not objects.write_new(key, marker):
         raise AtlasExistsError(
             f"{objects.url} has an atlas {atlas_id!r}: remove it before another is restored."
@@ -112,16 +150,30 @@ def restore(objects: Objects, atlas_id: str) -> AtlasInfo:
     return info
 
 
+def _check_data(objects: Objects, info: AtlasInfo) -> None:
+    """Refuse data of which an object is missing; what is damaged is found when it is read."""
+    folder = data_folder(info.id, info.uuid)
+    sealed = Sealed(objects, folder, info.digest, f"the removed atlas {info.id!r}")
+    wanted = [ROOT, *sealed.contents()]
+    if lost := set(wanted).difference(objects.keys(folder)):
+        raise StoreFormatError(
+            f"{objects.url}/{folder} lacks {len(lost)} of {len(wanted)} objects of the removed"
+            f" atlas {info.id!r}: restore this folder from a copy, or add the atlas again."
+        )
+
+
 def prune(objects: Objects, older_than: timedelta) -> list[str]:
     """Delete the data of atlases that were removed some time ago; return their ids, sorted."""
     now = datetime.now(UTC)
     pruned = []
-    for one in list(thrown_away(objects)):
+    for one in list(_readable(objects)):
         info = one.info
-        if now - one.removed < older_than:
+        # By a clock that was ahead, it may have been removed in the future: 0 means all.
+        if older_than and now - one.removed < older_than:
             continue
         objects.delete(removed_key(info.id, info.uuid))
-        if _uuid(objects, info.id) != info.uuid:  # restored meanwhile
+        # It may have been restored meanwhile, or never quite removed; a damaged marker may name it.
+        if not _is_marked(objects, info, True):
             delete_content(objects, info.id, info.uuid)
             pruned.append(info.id)
     return sorted(pruned)
@@ -151,9 +203,14 @@ def read_removed(objects: Objects, key: str) -> tuple[RemovedAtlas, bytes] | Non
     return RemovedAtlas(info, removed), marker
 
 
-def _uuid(objects: Objects, atlas_id: str) -> str | None:
-    """Uuid of the data of an atlas of the store; None if there is none."""
-    data = objects.read(marker_key(atlas_id), MAX_DOCUMENT)
-    if data is None:
-        return None
-    return AtlasInfo.load(data, atlas_id, f"{objects.url}/{marker_key(atlas_id)}").uuid
+def _is_marked(objects: Objects, info: AtlasInfo, damaged: bool) -> bool:
+    """Whether a marker names this data; `damaged` if it cannot be read."""
+    key = marker_key(info.id)
+    try:
+        data = objects.read(key, MAX_DOCUMENT)
+        return (
+            data is not None
+            and AtlasInfo.load(data, info.id, f"{objects.url}/{key}").uuid == info.uuid
+        )
+    except StoreFormatError:
+        return damaged

@@ -11,8 +11,9 @@ from datetime import UTC, datetime
 
 import numpy as np
 
+from atlas_store.arrays import chunk_io
 from atlas_store.atlas import Atlas
-from atlas_store.draft import digests_of, is_abandoned
+from atlas_store.draft import digests_of, is_abandoned, is_running_here
 from atlas_store.errors import AtlasStoreError, StoreFormatError
 from atlas_store.keypoints import first_labels
 from atlas_store.layout import (
@@ -21,6 +22,7 @@ from atlas_store.layout import (
     NOTES,
     REMOVED,
     ROOT,
+    data_folder,
     marker_key,
     parse_folder,
     removed_key,
@@ -92,8 +94,9 @@ def verify_store(
         The store.
     repair : bool
         Remove what interrupted adds and removals left. The data of an atlas is never removed,
-        nor that of an add that may still run: its process runs on this machine, or it
-        started on another one less than `atlas_store.draft.ABANDONED_AFTER` ago.
+        nor complete data without a marker, nor that of an add that may still run: its process
+        runs on this machine, or it started on another one less than
+        `atlas_store.draft.ABANDONED_AFTER` ago.
 
     Returns
     -------
@@ -219,8 +222,8 @@ def _faults(atlas: Atlas, parameters: Mapping[str, Json]) -> Iterator[str]:
         if damaged:
             # Reading damaged arrays would only fail again.
             return
-        _ = atlas.labels
         labels = first_labels(atlas.keypoint_arrays())
+        voxels = _voxels(atlas)
     except AtlasStoreError as error:
         yield str(error).rstrip(".")
         return
@@ -230,6 +233,21 @@ def _faults(atlas: Atlas, parameters: Mapping[str, Json]) -> Iterator[str]:
         if organ.name in info.organs
     ):
         yield "its marker counts other keypoints than it has"
+    if voxels != {name: organ.voxels for name, organ in info.organs.items()}:
+        yield "its marker counts other voxels of organs than its label map has"
+
+
+def _voxels(atlas: Atlas) -> dict[str, int]:
+    """Count the voxels of each organ that the label map shows, a layer of chunks at a time."""
+    labels = atlas.labels
+    (depth, height, width), step = labels.shape, labels.chunks[0]
+    counts = np.zeros(1 << 16, np.int64)
+    for z in range(0, depth, step):
+        region = slice(z, min(z + step, depth)), slice(0, height), slice(0, width)
+        part = chunk_io.read(labels, region)
+        known = part[part < len(counts)] if part.dtype.itemsize > 2 else part.ravel()
+        counts += np.bincount(known.astype(np.uint16), minlength=len(counts))
+    return {organ.name: n for organ in atlas.organ_table if (n := int(counts[organ.value]))}
 
 
 def _damaged_arrays(atlas: Atlas) -> Iterator[str]:
@@ -264,18 +282,21 @@ def _damaged_arrays(atlas: Atlas) -> Iterator[str]:
 
 
 def _abandoned(objects: Objects, paths: Iterable[str]) -> list[str]:
-    """Paths of interrupted adds and removals among these, sorted."""
+    """Paths of interrupted adds and removals among these, and complete data, sorted."""
     now = datetime.now(UTC)
     abandoned: list[str] = []
     unknown: list[str] = []
+    complete: list[str] = []
     for path in sorted(paths):
         started = _started(objects, path)
         if started is None:
             unknown.append(path)
         elif is_abandoned(started, now):
             abandoned.append(path)
-    if unknown:
-        # A running add describes its folder, or renames its marker, within this time.
+        elif _is_sealed(objects, path) and not is_running_here(started):
+            complete.append(path)
+    if unknown or complete:
+        # A running add describes its folder, or writes its marker, within this time.
         time.sleep(INSTANT)
         present = {
             f"{folder}/{name}"
@@ -283,6 +304,7 @@ def _abandoned(objects: Objects, paths: Iterable[str]) -> list[str]:
             for name in objects.names(folder)
         }
         abandoned += [p for p in unknown if p in present and _started(objects, p) is None]
+        abandoned += [p for p in complete if _is_sealed(objects, p)]
     # Markers are read last: an add may have committed and ended since they were listed, and an
     # add that has ended cannot commit any more.
     return sorted(path for path in abandoned if not _is_named(objects, path))
@@ -316,8 +338,58 @@ def _started(objects: Objects, path: str) -> Mapping[str, Json] | None:
     return attributes if isinstance(attributes, dict) else {}
 
 
+def unmarked(objects: Objects) -> list[str]:
+    """Ids without a marker of which there is complete data, in natural order."""
+    # Folders first: an add that ends meanwhile is then named by its marker.
+    folders = [folder for name in objects.names(ATLASES) if (folder := parse_folder(name))]
+    marked = set(objects.names(MARKERS))
+    suspect = {folder for folder in folders if f"{folder[0]}.json" not in marked}
+    if not suspect:
+        return []
+    removed = set(objects.names(REMOVED))
+    lost = {
+        atlas_id
+        for atlas_id, uuid in suspect
+        if f"{atlas_id}.{uuid}.json" not in removed
+        and _is_sealed(objects, path := data_folder(atlas_id, uuid))
+        and not is_running_here(_started(objects, path) or {})
+        and not objects.exists(marker_key(atlas_id))  # restored meanwhile
+    }
+    return sorted(lost, key=natural_order)
+
+
+def _is_sealed(objects: Objects, path: str) -> bool:
+    """Whether the data of an atlas is complete: it holds its digests, perhaps damaged."""
+    try:
+        return b'"digests"' in (objects.read(f"{path}/{ROOT}", MAX_DOCUMENT) or b"")
+    except StoreFormatError:
+        return False
+
+
+def _is_superseded(objects: Objects, atlas_id: str) -> bool:
+    """Whether a marker names other data, which is there."""
+    key = marker_key(atlas_id)
+    try:
+        data = objects.read(key, MAX_DOCUMENT)
+        if data is None:
+            return False
+        uuid = AtlasInfo.load(data, atlas_id, f"{objects.url}/{key}").uuid
+    except StoreFormatError:
+        return False
+    return objects.exists(f"{data_folder(atlas_id, uuid)}/{ROOT}")
+
+
 def _leftover(objects: Objects, path: str, repair: bool) -> Problem:
+    """Describe what was left, and remove it; but no complete data of which there is no other."""
     folder = parse_folder(path.removeprefix(f"{ATLASES}/"))
+    if folder and _is_sealed(objects, path) and not _is_superseded(objects, folder[0]):
+        # Perhaps its marker is lost, or an add was interrupted just before it wrote one.
+        return Problem(
+            folder[0],
+            f"{objects.url}/{path} is complete and has no marker",
+            f"restore {marker_key(folder[0])} from a copy of the store, or add the atlas again, or"
+            " delete this folder if nobody needs it",
+        )
     problem = Problem(
         folder[0] if folder else None,
         f"{objects.url}/{path} was left by an add or another change that was interrupted",

@@ -44,7 +44,7 @@ def relabel(
     Raises
     ------
     AtlasNotFoundError
-        If there is no atlas of this id.
+        If there is no atlas of this id, or it was replaced or removed meanwhile.
     GridMismatchError
         If the labels lie on another grid.
     KptError, AtlasStoreError

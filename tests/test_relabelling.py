@@ -11,7 +11,7 @@ import pytest
 from click.testing import CliRunner
 from distributed import Client
 
-from atlas_store import AtlasExistsError, AtlasStore, load_organs
+from atlas_store import AtlasExistsError, AtlasNotFoundError, AtlasStore, load_organs
 from kpt_dask.atlases.add import add_atlas, store_parameters
 from kpt_dask.cli.main import kpt
 from kpt_dask.errors import GridMismatchError, KptWarning, LabelError
@@ -135,3 +135,22 @@ def test_the_commands(tmp_path: Path, store: AtlasStore) -> None:
     )
     assert answer.exit_code == 0, answer.output
     assert store["body_1"].annotated == ("liver", "spleen")
+
+
+def test_of_two_who_relabel_at_once_the_second_is_told(
+    tmp_path: Path, store: AtlasStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _, labels = export_atlas(store["body_1"], tmp_path / "drawn")
+    copied = store["body_2"].info
+
+    def replaced_meanwhile(*arguments: object) -> tuple[Path, Path]:
+        exported = export_atlas(*arguments)  # type: ignore[arg-type]
+        with store.draft("body_1", store.parameters, replace=True) as draft:
+            draft.commit_copy(store["body_2"])
+        return exported
+
+    monkeypatch.setattr("kpt_dask.relabelling.export_atlas", replaced_meanwhile)
+    with pytest.raises(AtlasNotFoundError, match="'body_1' was added, replaced or removed"):
+        relabel(store, "body_1", labels)
+    assert store["body_1"].info.scan_digest == copied.scan_digest
+    assert store.verify() == []

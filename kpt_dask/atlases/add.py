@@ -155,6 +155,8 @@ def add_atlas(
         If the labels lie on another grid than the scan.
     LabelError
         If there is no label, or one that the organ table does not know.
+    AtlasNotFoundError
+        If the atlas to replace was replaced or removed meanwhile.
     KptError, AtlasStoreError
         If a file, an option or the store cannot be used. The store is left as it was.
 
@@ -174,9 +176,9 @@ def add_atlas(
         finer=store.parameters.get("finer", False),
     )
     name = scan_name(source.path) if atlas_id is None else atlas_id
-    with store.draft(name, made_with, replace=replace) as draft:
+    with store.draft(name, made_with, replace=relabelled or replace) as draft:
         if relabelled is not None:
-            draft.note = store.note(relabelled.id)
+            draft.keep_note()
         wanted = _annotated(labelled, store.organs, annotated)
         image = draft.group.create_group("image")
         with cluster.session(client) as session, witness.shared(session, image):

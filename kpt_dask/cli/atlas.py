@@ -262,6 +262,7 @@ def list_atlases(
 
     opened = AtlasStore.open(store)
     found = opened.removed() if removed else opened.atlases()
+    _warn_of_lost(opened)
     infos = filtered([one.info for one in found], where, sort, opened.organs)
     if as_json:
         print_json([_describe(info) for info in infos])
@@ -379,7 +380,7 @@ def restore(store: str, atlas_ids: tuple[str, ...]) -> None:
 @store_argument
 @click.option(
     "--older-than",
-    type=click.FloatRange(min=0.0),
+    type=float,
     default=30.0,
     show_default=True,
     metavar="DAYS",
@@ -396,8 +397,11 @@ def prune(store: str, older_than: float) -> None:
 
     from atlas_store import AtlasStore
 
+    if not 0 <= older_than < float("inf"):
+        fail(f"--older-than must be a number of days, 0 or more, not {older_than:g}.")
     opened = AtlasStore.open(store)
-    pruned = opened.prune(timedelta(days=older_than))
+    # More days than any date has would not fit; nothing is that old.
+    pruned = opened.prune(timedelta(days=min(older_than, timedelta.max.days)))
     left = len(opened.removed())
     say(
         f"{opened.url}: {_count(len(pruned), 'removed atlas', 'removed atlases')} deleted, {left}"
@@ -593,6 +597,18 @@ def _show_store(store: "AtlasStore", as_json: bool) -> None:
     say("Atlases that annotate an organ, and keypoints in it on average where it shows.")
     made_with = ", ".join(f"{name} {value}" for name, value in store.parameters.items())
     say(f"Made with {made_with}.")
+
+
+def _warn_of_lost(store: "AtlasStore") -> None:
+    """Warn of atlases that a list cannot show, as they have data and no marker."""
+    from kpt_dask.errors import some_of
+    from kpt_dask.runtime import notices
+
+    if lost := store.without_marker():
+        notices.warn(
+            f"{store.url} holds complete data of {some_of(lost)} without a marker, so that they are"
+            " not listed: see kpt atlas verify."
+        )
 
 
 def _note(store: "AtlasStore", atlas_id: str) -> str:

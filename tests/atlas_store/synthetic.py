@@ -96,8 +96,8 @@ def add(
 
 def relabel(store: AtlasStore, atlas_id: str) -> None:
     """Replace an atlas, and keep its note."""
-    with store.draft(atlas_id, PARAMETERS, replace=True) as draft:
-        draft.note = store.note(atlas_id)
+    with store.draft(atlas_id, PARAMETERS, replace=store[atlas_id].info) as draft:
+        draft.keep_note()
         fill(draft, 1)
         commit(draft, 1)
 

@@ -1,6 +1,7 @@
 import json
 import os
 import pickle
+import shutil
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
@@ -29,6 +30,7 @@ from atlas_store import (
     StoreNotFoundError,
     load_organs,
 )
+from atlas_store.arrays import chunk_io
 from atlas_store.marker import is_id, natural_order
 from atlas_store.storage.digests import canonical, digest
 from atlas_store.storage.objects import Objects, finish_writes
@@ -260,6 +262,86 @@ def test_a_replaced_atlas_stays_until_the_new_one_is_whole(
         old.keypoints()
     with pytest.raises(AtlasNotFoundError):
         _ = old.labels
+
+
+@pytest.mark.parametrize("lost", ["", "image/0/c/1", "zarr.json"])
+def test_data_deleted_while_it_is_added_is_not_committed(
+    store: AtlasStore, synthetic: SimpleNamespace, lost: str
+) -> None:
+    with store.draft("pt_1", synthetic.PARAMETERS) as draft:
+        synthetic.fill(draft)
+        image = draft.group["image/0"]
+        assert isinstance(image, zarr.Array)
+        image.attrs[chunk_io.COMPLETE] = True
+        path = Path(store.url, draft.group.path, lost)
+        if path.is_dir():
+            shutil.rmtree(path)
+        else:
+            path.unlink()
+        if not lost:
+            synthetic.fill(draft)  # as what is written later makes it again
+        with pytest.raises(StoreFormatError, match="'pt_1' was deleted while it was added"):
+            synthetic.commit(draft)
+    assert os.listdir(Path(store.url, "atlases")) == ["zarr.json"]
+    assert (store.ids(), store.verify()) == ([], [])
+
+
+def test_a_draft_that_cannot_begin_leaves_nothing(
+    store: AtlasStore, synthetic: SimpleNamespace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object, path: str, **__: object) -> None:
+        Path(store.url, path).mkdir()
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(zarr, "create_group", full)
+    with pytest.raises(OSError, match="No space"), store.draft("pt_1", synthetic.PARAMETERS):
+        pass
+    assert os.listdir(Path(store.url, "atlases")) == ["zarr.json"]
+
+
+@pytest.mark.parametrize("change", ["replace", "remove", "add"])
+def test_what_changed_meanwhile_is_not_replaced(
+    store: AtlasStore, synthetic: SimpleNamespace, change: str
+) -> None:
+    if change != "add":
+        synthetic.add(store, "pt_1", seed=1)
+
+    def replaced() -> None:
+        with store.draft("pt_1", synthetic.PARAMETERS, replace=True) as draft:
+            synthetic.fill(draft, seed=2)
+            if change == "remove":
+                store.remove("pt_1")
+            else:
+                synthetic.add(store, "pt_1", seed=3, replace=change == "replace")
+            synthetic.commit(draft, seed=2)
+
+    with pytest.raises(AtlasNotFoundError, match="'pt_1' was added, replaced or removed while"):
+        replaced()
+    if change == "remove":
+        store.restore("pt_1")
+    xr.testing.assert_equal(
+        store["pt_1"].keypoints(), synthetic.keypoints(seed=1 if change == "remove" else 3)
+    )
+    assert len(os.listdir(Path(store.url, "atlases"))) == 2
+    assert store.verify() == []
+
+
+def test_only_the_very_atlas_is_replaced_and_its_last_note_stays(
+    store: AtlasStore, synthetic: SimpleNamespace
+) -> None:
+    seen = synthetic.add(store, "pt_1", seed=1)
+    with store.draft("pt_1", synthetic.PARAMETERS, replace=seen) as draft:
+        draft.keep_note()
+        synthetic.fill(draft, seed=2)
+        store.set_note("pt_1", "noted meanwhile")
+        synthetic.commit(draft, seed=2)
+    assert store.note("pt_1") == "noted meanwhile"
+    with (
+        pytest.raises(AtlasNotFoundError, match="run this again"),
+        store.draft("pt_1", synthetic.PARAMETERS, replace=seen),
+    ):
+        pass
+    assert store.verify() == []
 
 
 def test_a_snapshot_keeps_to_the_atlases_it_began_with(

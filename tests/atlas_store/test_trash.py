@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 from contextlib import suppress
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -10,7 +11,15 @@ from types import SimpleNamespace
 import pytest
 import xarray as xr
 
-from atlas_store import AtlasExistsError, AtlasNotFoundError, AtlasStore, StoreFormatError, trash
+from atlas_store import (
+    AtlasExistsError,
+    AtlasNotFoundError,
+    AtlasStore,
+    StoreFormatError,
+    draft,
+    trash,
+)
+from atlas_store.errors import StoreWarning
 from atlas_store.storage.objects import Objects
 
 
@@ -100,6 +109,7 @@ def test_interrupted_anywhere_an_atlas_is_there_removed_or_a_leftover(
         with suppress(KeyboardInterrupt):
             store.prune() if action == "prune" else getattr(store, action)("pt_1")
     monkeypatch.undo()
+    monkeypatch.setattr(draft, "_is_running", lambda _: False)
     if "pt_1" not in store and store.removed():
         store.restore("pt_1")
     if "pt_1" in store:
@@ -107,7 +117,11 @@ def test_interrupted_anywhere_an_atlas_is_there_removed_or_a_leftover(
         assert action != "prune" or call == 0
     else:
         assert action == "prune"
-    store.verify(repair=True)
+    kept = [one for one in store.verify(repair=True) if not one.repaired]
+    # Nothing tells then that its marker is not lost.
+    assert len(kept) == (action == "prune" and call == 1)
+    for problem in kept:
+        shutil.rmtree(problem.what.partition(" is complete")[0])
     assert store.verify() == []
 
 
@@ -133,17 +147,90 @@ def test_an_atlas_pruned_while_it_is_restored_is_not_there(
     "change",
     [{"encoding-version": "9"}, {"removed": "once"}, {"marker": "{}"}, {"removed": None}],
 )
-def test_a_damaged_description_is_refused(
+def test_a_damaged_description_is_named_and_the_others_are_used(
     store: AtlasStore, synthetic: SimpleNamespace, change: dict[str, object]
 ) -> None:
-    synthetic.add(store, "pt_1", seed=1)
-    store.remove("pt_1")
-    [path] = Path(store.url, "removed").iterdir()
+    for name in ("pt_1", "pt_2"):
+        synthetic.add(store, name, seed=1)
+        store.remove(name)
+    [path] = Path(store.url, "removed").glob("pt_1.*")
     path.write_text(json.dumps(json.loads(path.read_text()) | change))
-    for action in (store.removed, store.prune, lambda: store.restore("pt_1")):
-        with pytest.raises(StoreFormatError, match=path.name):
-            action()
+    with pytest.warns(StoreWarning, match=path.name):
+        assert [one.info.id for one in store.removed()] == ["pt_2"]
+    with pytest.raises(StoreFormatError, match=path.name):
+        store.restore("pt_1")
+    assert store.restore("pt_2").id == "pt_2"
+    store.remove("pt_2")
+    with pytest.warns(StoreWarning, match=path.name):
+        assert store.prune() == ["pt_2"]
     assert folders(store) == 1
     (problem,) = store.verify(repair=True)
     assert path.name in problem.what
     assert not problem.repaired
+
+
+def test_what_replaces_an_atlas_while_it_is_removed_stays(
+    store: AtlasStore, synthetic: SimpleNamespace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    synthetic.add(store, "pt_1", seed=1)
+    settle = Objects.settle
+
+    def replaced_before(objects: Objects, path: str) -> None:
+        settle(objects, path)
+        if path.startswith("removed/"):
+            synthetic.add(store, "pt_1", seed=2, replace=True)
+
+    monkeypatch.setattr(Objects, "settle", replaced_before)
+    with pytest.raises(AtlasNotFoundError, match="'pt_1' was replaced while it was removed"):
+        store.remove("pt_1")
+    xr.testing.assert_equal(store["pt_1"].keypoints(), synthetic.keypoints(seed=2))
+    assert (store.removed(), folders(store), store.verify()) == ([], 1, [])
+
+
+def test_an_atlas_whose_data_is_gone_is_not_restored(
+    store: AtlasStore, synthetic: SimpleNamespace
+) -> None:
+    synthetic.add(store, "pt_1", seed=1)
+    data = Path(store.url, store["pt_1"].path)
+    chunk = data / "image" / "0" / "c" / "1" / "0" / "0"
+    store.remove("pt_1")
+    for path in (chunk, data / "zarr.json", data):
+        path.rename(path.with_name("away"))
+        with pytest.raises(StoreFormatError, match=r"lacks \d+ of \d+ objects|is missing"):
+            store.restore("pt_1")
+        assert (store.ids(), len(store.removed())) == ([], 1)
+        path.with_name("away").rename(path)
+    assert store.restore("pt_1").id == "pt_1"
+    assert store.verify() == []
+
+
+def test_an_atlas_that_was_never_quite_removed_is_not_listed_as_removed(
+    store: AtlasStore, synthetic: SimpleNamespace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    synthetic.add(store, "pt_1", seed=1)
+
+    def interrupted(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Objects, "delete", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            store.remove("pt_1")
+    assert (store.ids(), store.removed()) == (["pt_1"], [])
+    assert store.prune() == []
+    assert list(Path(store.url, "removed").iterdir()) == []
+    assert store.verify() == []
+
+
+def test_all_is_pruned_even_what_a_clock_ahead_removed(
+    store: AtlasStore, synthetic: SimpleNamespace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    synthetic.add(store, "pt_1", seed=1)
+    with monkeypatch.context() as patch:
+        now = datetime.now(UTC) + timedelta(days=9)
+        patch.setattr(trash, "datetime", SimpleNamespace(now=lambda _: now))
+        store.remove("pt_1")
+    assert store.prune(timedelta(days=1)) == []
+    assert store.prune(timedelta.max) == []
+    assert store.prune() == ["pt_1"]
+    assert store.verify() == []

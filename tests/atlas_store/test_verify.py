@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from threading import Thread
@@ -20,7 +21,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import atlas_store
-from atlas_store import AtlasKeypoints, AtlasStore, AtlasStoreError, StoreFormatError
+from atlas_store import AtlasKeypoints, AtlasStore, AtlasStoreError, StoreFormatError, draft, verify
 from atlas_store.storage.objects import Objects
 from atlas_store.verify import verify_store
 
@@ -83,6 +84,20 @@ def test_a_running_add_is_no_problem_and_is_never_repaired_away(
     with store.draft("pt_1", synthetic.PARAMETERS) as draft:
         synthetic.fill(draft)
         assert store.verify(repair=True) == []
+        synthetic.commit(draft)
+    assert store.verify() == []
+
+
+@pytest.mark.parametrize("age", [timedelta(hours=25), timedelta(days=-400)])
+def test_a_running_add_of_this_machine_is_kept_whatever_the_clock_says(
+    store: AtlasStore, synthetic: SimpleNamespace, monkeypatch: pytest.MonkeyPatch, age: timedelta
+) -> None:
+    with store.draft("pt_1", synthetic.PARAMETERS) as draft:
+        synthetic.fill(draft)
+        with monkeypatch.context() as patch:
+            now = datetime.now(UTC) + age
+            patch.setattr(verify, "datetime", SimpleNamespace(now=lambda _: now))
+            assert store.verify(repair=True) == []
         synthetic.commit(draft)
     assert store.verify() == []
 
@@ -409,3 +424,54 @@ def test_what_was_removed_is_verified_while_it_can_be_restored(
     assert missing.what.endswith("image/0 has 1 object(s) that are missing")
     assert str(entry) in damaged.what
     assert [missing.repaired, damaged.repaired] == [False, False]
+
+
+def test_complete_data_whose_marker_is_lost_is_named_and_never_deleted(
+    store: AtlasStore, synthetic: SimpleNamespace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("pt_1", "pt_2", "pt_3"):
+        synthetic.add(store, name)
+    store.remove("pt_3")
+    assert store.without_marker() == []
+    monkeypatch.setattr(draft, "_is_running", lambda _: False)
+    markers = Path(store.url, "markers")
+    markers.rename(markers.with_name("away"))
+    assert store.without_marker() == ["pt_1", "pt_2"]
+    problems = store.verify(repair=True)
+    assert [(problem.atlas, problem.repaired) for problem in problems] == [
+        ("pt_1", False),
+        ("pt_2", False),
+    ]
+    assert " is complete and has no marker: restore markers/pt_1.json" in str(problems[0])
+    synthetic.add(store, "pt_1")
+    # The old data is needed no more.
+    (left, lost) = store.verify(repair=True)
+    assert (left.atlas, left.repaired) == ("pt_1", True)
+    assert (lost.atlas, lost.repaired) == ("pt_2", False)
+    markers.with_name("away").joinpath("pt_2.json").rename(markers / "pt_2.json")
+    assert store.without_marker() == []
+    assert store.verify() == []
+
+
+def test_data_is_kept_if_a_marker_of_an_older_copy_names_what_is_not_there(
+    store: AtlasStore, synthetic: SimpleNamespace, adders: Adders
+) -> None:
+    adders.start("pt_1")
+    process = int(adders.read().removeprefix("started "))
+    wait_for_end(process)
+    marker = Path(store.url, "markers", "pt_1.json")
+    marker.write_bytes(replace(store["pt_1"].info, uuid="0" * 32).dump())
+    missing, kept = store.verify(repair=True)
+    assert missing.what == "its data is missing"
+    assert "is complete and has no marker" in kept.what
+    assert not kept.repaired
+
+
+def test_a_marker_that_counts_other_voxels_than_its_label_map_has_is_named(
+    store: AtlasStore, synthetic: SimpleNamespace
+) -> None:
+    info = synthetic.add(store, "pt_1")
+    organs = {name: replace(one, voxels=one.voxels - 1) for name, one in info.organs.items()}
+    Path(store.url, "markers", "pt_1.json").write_bytes(replace(info, organs=organs).dump())
+    (problem,) = store.verify()
+    assert problem.what == "its marker counts other voxels of organs than its label map has"
