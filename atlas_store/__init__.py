@@ -15,6 +15,7 @@ from atlas_store.errors import (
     StoreExistsError,
     StoreFormatError,
     StoreNotFoundError,
+    StoreUnreachableError,
 )
 from atlas_store.keypoints import read_keypoints, write_keypoints
 from atlas_store.marker import AtlasInfo, OrganInfo
@@ -47,6 +48,7 @@ __all__ = [
     "StoreExistsError",
     "StoreFormatError",
     "StoreNotFoundError",
+    "StoreUnreachableError",
     "load_organs",
     "read_keypoints",
     "write_keypoints",

@@ -4,6 +4,7 @@
 
     AtlasStoreError                    base of all
     ├── StoreNotFoundError             FileNotFoundError
+    ├── StoreUnreachableError          ConnectionError
     ├── StoreExistsError               FileExistsError
     ├── StoreFormatError               ValueError
     │   └── KeypointsFormatError
@@ -37,6 +38,10 @@ class AtlasStoreError(Exception):
 
 class StoreWarning(UserWarning):
     """Something in a store is damaged, and the rest can be used."""
+
+
+class StoreUnreachableError(AtlasStoreError, ConnectionError):
+    """The URL of a store cannot be read or written: no network, bucket, right or library."""
 
 
 class StoreNotFoundError(AtlasStoreError, FileNotFoundError):

@@ -9,16 +9,15 @@ from typing import Any
 
 import zarr
 
-from atlas_store.errors import AtlasStoreError
+from atlas_store.errors import StoreUnreachableError
 from atlas_store.storage.objects import Objects
-from kpt_dask.errors import KptError, UnreachableError
+from atlas_store.storage.unreachable import reaching as reaching_store
+from kpt_dask.errors import UnreachableError
 
 SCHEMES = "s3", "gs", "az", "abfs", "http", "https"
 """Schemes of URLs under which an OME-Zarr image may lie."""
 
 _URL = re.compile(r"([A-Za-z][A-Za-z0-9+.-]+)://")
-_CLIENTS = frozenset({"botocore", "aiobotocore", "aiohttp"})
-"""Libraries whose own errors are about the network, credentials or a server."""
 
 
 @dataclass(frozen=True)
@@ -81,47 +80,7 @@ def reaching(place: str | PathLike[str]) -> Iterator[None]:
         yield
         return
     try:
-        yield
-    except (KptError, AtlasStoreError):
-        raise
-    except ImportError as error:
-        raise UnreachableError(
-            f"{url} cannot be reached without a library ({error}); for s3:// install kpt-dask[s3]."
-        ) from error
-    except FileNotFoundError as error:
-        if _code(error) != "NoSuchBucket":
-            raise
-        raise UnreachableError(
-            f"{url} cannot be reached, as there is no such bucket; create it, or correct the name."
-        ) from error
-    except PermissionError as error:
-        raise UnreachableError(
-            f"{url} is refused by its server ({_said(error)}); check your credentials and what they"
-            " allow."
-        ) from error
-    except ValueError as error:
-        if "endpoint" not in str(error):
-            raise
-        raise UnreachableError(
-            f"{url} cannot be reached ({_said(error)}); the address in AWS_ENDPOINT_URL must begin"
-            " with http:// or https://."
-        ) from error
-    except Exception as error:
-        library = type(error).__module__.partition(".")[0]
-        if library not in _CLIENTS and not isinstance(error, OSError):
-            raise
-        raise UnreachableError(
-            f"{url} cannot be reached ({_said(error)}); check the network, the name, and your"
-            " credentials."
-        ) from error
-
-
-def _code(error: BaseException) -> str | None:
-    """Code of an object store's answer, which s3fs keeps in the cause of its error."""
-    answer: Any = getattr(error.__cause__, "response", None) or {}
-    code = answer.get("Error", {}).get("Code")
-    return code if isinstance(code, str) else None
-
-
-def _said(error: BaseException) -> str:
-    return " ".join(str(error).split()).rstrip(".")[:200] or type(error).__name__
+        with reaching_store(url, UnreachableError):
+            yield
+    except StoreUnreachableError as error:
+        raise UnreachableError(str(error)) from error

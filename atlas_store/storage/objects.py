@@ -8,11 +8,11 @@ import asyncio
 import errno
 import os
 import stat
-from collections.abc import AsyncIterator, Iterable, Sequence
+from collections.abc import AsyncIterator, Coroutine, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from numpy.typing import NDArray
 from zarr.abc.store import RangeByteRequest, Store
@@ -22,6 +22,9 @@ from zarr.storage import FsspecStore, LocalStore
 
 from atlas_store.arrays import chunk_rows
 from atlas_store.errors import StoreFormatError
+from atlas_store.storage.unreachable import reaching
+
+T = TypeVar("T")
 
 PARTIAL_SUFFIX = ".partial"
 """Ending of a local file's name while it is written; the file is renamed when complete."""
@@ -53,11 +56,19 @@ class Objects:
 
     @classmethod
     def at(cls, url: str | os.PathLike[str]) -> "Objects":
-        """Objects below a local path or an fsspec URL; neither reads nor writes."""
+        """Objects below a local path or an fsspec URL; neither reads nor writes.
+
+        Raises
+        ------
+        StoreUnreachableError
+            If the URL's scheme is unknown, or its library is missing; so do all that read and
+            write, if there is no network, no bucket, or no right to it.
+        """
         text = os.fspath(url).removeprefix("file://")
         if "://" in text:
             # Other processes write too: a cached listing would hide their objects.
-            return cls(FsspecStore.from_url(text, {"use_listings_cache": False}), text)
+            with reaching(text):
+                return cls(FsspecStore.from_url(text, {"use_listings_cache": False}), text)
         return cls(LocalStore(Path(text).absolute()), text)
 
     def is_vacant(self) -> bool:
@@ -83,7 +94,7 @@ class Objects:
         if path is not None:
             # 20 times faster for small objects than through zarr's event loop.
             return read_file(path, f"{self.url}/{key}", limit)
-        return sync(self._get(key, limit))
+        return self._sync(self._get(key, limit))
 
     @property
     def is_local(self) -> bool:
@@ -98,7 +109,7 @@ class Objects:
         async def gather() -> list[bytes | None]:
             return await asyncio.gather(*(self._get(key, limit) for key in keys))
 
-        return sync(gather())
+        return self._sync(gather())
 
     async def _get(self, key: str, limit: int) -> bytes | None:
         """Read an object of an object store; no more than tells that it is too large."""
@@ -126,7 +137,7 @@ class Objects:
 
     def write(self, key: str, data: bytes) -> None:
         """Write an object atomically, replacing an existing one."""
-        sync(self.store.set(key, _buffer(data)))
+        self._sync(self.store.set(key, _buffer(data)))
 
     def write_new(self, key: str, data: bytes) -> bool:
         """Write an object only if there is none; of several writers at once, one succeeds.
@@ -142,12 +153,12 @@ class Objects:
             # FsspecStore.set_if_not_exists is not atomic: two writers may both succeed.
             path = f"{self.store.path}/{key}"
             try:
-                sync(self.store.fs._pipe_file(path, data, mode="create"))
+                self._sync(self.store.fs._pipe_file(path, data, mode="create"))
             except FileExistsError:
                 return False
             return True
         # set_if_not_exists does not report whether it wrote; the content now there shows it.
-        sync(self.store.set_if_not_exists(key, _buffer(data)))
+        self._sync(self.store.set_if_not_exists(key, _buffer(data)))
         return self.read(key) == data
 
     def settle(self, path: str) -> None:
@@ -166,17 +177,17 @@ class Objects:
 
     def exists(self, key: str) -> bool:
         """Whether there is an object with this key."""
-        return sync(self.store.exists(key))
+        return self._sync(self.store.exists(key))
 
     def delete(self, key: str) -> None:
         """Delete an object; nothing happens if there is none."""
-        sync(self.store.delete(key))
+        self._sync(self.store.delete(key))
 
     def delete_folder(self, folder: str) -> None:
         """Delete every object below a folder; nothing happens if there is none."""
         for _ in range(_DELETE_ATTEMPTS):
             try:
-                return sync(self.store.delete_dir(folder))
+                return self._sync(self.store.delete_dir(folder))
             except FileNotFoundError:
                 # Another process deletes the same folder: delete what is left.
                 continue
@@ -188,7 +199,7 @@ class Objects:
                 return os.listdir(self.store.root / folder)
             except (FileNotFoundError, NotADirectoryError):
                 return []
-        return sync(_collect(self.store.list_dir(folder)))
+        return self._sync(_collect(self.store.list_dir(folder)))
 
     def keys(self, folder: str) -> list[str]:
         """Keys of all objects below a folder, relative to it, sorted."""
@@ -198,8 +209,13 @@ class Objects:
             root = self.store.root / folder
             paths = (Path(parent) / name for parent, _, names in os.walk(root) for name in names)
             return sorted(path.relative_to(root).as_posix() for path in paths)
-        keys = sync(_collect(self.store.list_prefix(f"{folder}/")))
+        keys = self._sync(_collect(self.store.list_prefix(f"{folder}/")))
         return sorted(key.removeprefix(f"{folder}/") for key in keys)
+
+    def _sync(self, wanted: Coroutine[Any, Any, T]) -> T:
+        """Wait for an object store."""
+        with reaching(self.url):
+            return sync(wanted)
 
 
 def read_file(path: str, key: str, limit: int) -> bytes | None:

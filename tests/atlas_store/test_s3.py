@@ -15,6 +15,7 @@ from atlas_store import (
     AtlasStore,
     StoreExistsError,
     StoreFormatError,
+    StoreUnreachableError,
     load_organs,
 )
 from atlas_store.storage.objects import Objects
@@ -101,3 +102,26 @@ def test_of_an_object_that_is_too_large_only_the_beginning_is_read(bucket: str) 
             with pytest.raises(StoreFormatError, match=r"large/eleven .* more than 5 bytes"):
                 read()
     assert sorted(asked) == [0, 0, 6, 6, 10]
+
+
+@pytest.mark.parametrize(
+    ("url", "said", "create"),
+    [
+        ("s3://no-such-bucket/store", "there is no such bucket", True),
+        ("foo://bucket/store", "a scheme that is not known", True),
+        ("foo://bucket/store", "a scheme that is not known", False),
+        ("gs://bucket/store", "without a library", False),
+        ("http://localhost:9/store", "cannot be reached", False),
+    ],
+)
+def test_a_url_that_cannot_be_reached_is_told_in_a_sentence(
+    bucket: str, synthetic: SimpleNamespace, url: str, said: str, create: bool
+) -> None:
+    def use() -> AtlasStore:
+        if create:
+            return AtlasStore.create(url, load_organs("openkbp"), synthetic.PARAMETERS)
+        return AtlasStore.open(url)
+
+    with pytest.raises(StoreUnreachableError, match=said) as caught:
+        use()
+    assert str(caught.value).startswith(url)
