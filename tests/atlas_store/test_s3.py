@@ -110,7 +110,6 @@ def test_of_an_object_that_is_too_large_only_the_beginning_is_read(bucket: str) 
         ("s3://no-such-bucket/store", "there is no such bucket", True),
         ("foo://bucket/store", "a scheme that is not known", True),
         ("foo://bucket/store", "a scheme that is not known", False),
-        ("gs://bucket/store", "without a library", False),
         ("http://localhost:9/store", "cannot be reached", False),
     ],
 )
