@@ -127,10 +127,9 @@ class Draft:
             self.group = zarr.create_group(
                 self._objects.store, path=self._folder, attributes=self._described
             )
-        except BaseException:
-            # Such as of a full disk: the folder may be there, and nobody leaves this context.
-            finish_writes()
-            delete_content(self._objects, self.id, self._uuid)
+        except BaseException as error:
+            # The folder may be there, and nobody leaves this context.
+            self.__exit__(type(error), error, None)
             raise
         return self
 
@@ -146,6 +145,8 @@ class Draft:
         if self._state in (_State.OPEN, _State.LOST):
             finish_writes()
             delete_content(self._objects, self.id, self._uuid)
+        if isinstance(error, OSError) and (named := self._objects.named(error)) is not error:
+            raise named from error
 
     def keep_note(self) -> None:
         """Keep the note on the atlas that is replaced, as it is at the commit.

@@ -7,6 +7,7 @@ Keys are relative to the root of the store, with ``/``.
 import asyncio
 import errno
 import os
+import shutil
 import stat
 from collections.abc import AsyncIterator, Coroutine, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -34,6 +35,9 @@ MAX_OBJECT = 1 << 29
 
 MAX_DOCUMENT = 1 << 24
 """Limit of a marker or a ``zarr.json``, bytes; that of a whole body at 0.5 mm has 2 MB."""
+
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+"""Error numbers of a full disk, an exhausted quota and a file size limit of the shell."""
 
 _DELETE_ATTEMPTS = 10
 _SYNCING_THREADS = 8
@@ -184,7 +188,15 @@ class Objects:
         self._sync(self.store.delete(key))
 
     def delete_folder(self, folder: str) -> None:
-        """Delete every object below a folder; nothing happens if there is none."""
+        """Delete every object below a folder; nothing happens if there is none.
+
+        Of a folder that is a link, as to another disk, both go.
+        """
+        path = self.path_of(folder)
+        if path is not None and os.path.islink(path):
+            shutil.rmtree(os.path.realpath(path), ignore_errors=True)
+            os.unlink(path)
+            return
         for _ in range(_DELETE_ATTEMPTS):
             try:
                 return self._sync(self.store.delete_dir(folder))
@@ -207,15 +219,30 @@ class Objects:
             # LocalStore.list_prefix cuts the root out of the middle of a key as well, so that
             # the keys of a store in /c or /image come out wrong.
             root = self.store.root / folder
-            paths = (Path(parent) / name for parent, _, names in os.walk(root) for name in names)
+            paths = (
+                Path(parent) / name
+                for parent, _, names in os.walk(root, followlinks=True)
+                for name in names
+            )
             return sorted(path.relative_to(root).as_posix() for path in paths)
         keys = self._sync(_collect(self.store.list_prefix(f"{folder}/")))
         return sorted(key.removeprefix(f"{folder}/") for key in keys)
 
     def _sync(self, wanted: Coroutine[Any, Any, T]) -> T:
-        """Wait for an object store."""
+        """Wait for the store."""
         with reaching(self.url):
-            return sync(wanted)
+            try:
+                return sync(wanted)
+            except OSError as error:
+                if (named := self.named(error)) is error:
+                    raise
+                raise named from error
+
+    def named(self, error: OSError) -> OSError:
+        """Add the store to the error of a full disk, which zarr leaves out."""
+        if error.errno in FULL and error.filename is None:
+            return OSError(error.errno, error.strerror, self.url)
+        return error
 
 
 def read_file(path: str, key: str, limit: int) -> bytes | None:

@@ -1,3 +1,4 @@
+import errno
 import json
 import os
 import pickle
@@ -15,6 +16,7 @@ import xarray as xr
 import zarr
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from zarr.storage import LocalStore
 
 from atlas_store import (
     AtlasExistsError,
@@ -598,3 +600,26 @@ def test_a_store_of_the_first_version_opens(tmp_path: Path) -> None:
         assert store[atlas_id].annotated == ("brainstem", "larynx", "mandible")
         assert store[atlas_id].info.scan_digest is None
         assert (store[atlas_id].labels[...] == 7).sum() == 60
+
+
+def test_a_full_disk_is_named(
+    store: AtlasStore, synthetic: SimpleNamespace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Zarr's own error says which disk is full as little as the system does."""
+
+    async def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    synthetic.add(store, "pt_1", seed=1)
+    monkeypatch.setattr(LocalStore, "set", full)
+    for write in (
+        lambda: store.set_note("pt_1", "cyst"),
+        lambda: store.remove("pt_1"),
+        lambda: synthetic.add(store, "pt_2", seed=2),
+    ):
+        with pytest.raises(OSError, match="No space left") as caught:
+            write()
+        assert caught.value.filename == store.url
+    monkeypatch.undo()
+    assert store.ids() == ["pt_1"]
+    assert store.verify() == []

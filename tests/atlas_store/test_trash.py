@@ -234,3 +234,21 @@ def test_all_is_pruned_even_what_a_clock_ahead_removed(
     assert store.prune(timedelta.max) == []
     assert store.prune() == ["pt_1"]
     assert store.verify() == []
+
+
+@pytest.mark.parametrize("part", ["", "image"])
+def test_data_that_is_a_link_to_another_disk_is_read_verified_and_pruned(
+    store: AtlasStore, synthetic: SimpleNamespace, tmp_path: Path, part: str
+) -> None:
+    synthetic.add(store, "pt_1", seed=1)
+    folder = Path(store.url, store["pt_1"].path, part)
+    shutil.move(folder, tmp_path / "elsewhere")
+    folder.symlink_to(tmp_path / "elsewhere")
+    assert store.verify() == []
+    xr.testing.assert_equal(store["pt_1"].keypoints(), synthetic.keypoints(seed=1))
+    store.remove("pt_1")
+    assert store.restore("pt_1").id == "pt_1"
+    store.remove("pt_1")
+    assert len(store.prune(timedelta(0))) == 1
+    assert folders(store) == 0
+    assert store.verify() == []
