@@ -72,7 +72,7 @@ def finish_slab(
     inside = overlap(box_of_scan, slab)
     assert inside is not None
     decided = BoxLabels(inside, job.threshold, labels.dtype)
-    view = FieldOfView.of(job.volume)
+    view = FieldOfView.on(job.volume.grid, job.volume.source_grid)
     depth = None if view is None else view.depth(inside)
     # No other slab touches these shards.
     with chunk_io.writing(job.probability) as writer:

@@ -12,7 +12,6 @@ from numpy.typing import NDArray
 
 from atlas_store.arrays.boxes import Box
 from kpt_dask.grid import Grid
-from kpt_dask.volumes.volume import Volume
 
 
 @dataclass(frozen=True)
@@ -31,11 +30,9 @@ class FieldOfView:
     source_grid: Grid
 
     @classmethod
-    def of(cls, volume: Volume) -> "FieldOfView | None":
-        """Take that of a volume; None if its working grid shows nothing else."""
-        if volume.source_grid.axis_permutation() is not None:
-            return None
-        return cls(volume.grid, volume.source_grid)
+    def on(cls, grid: Grid, source_grid: Grid) -> "FieldOfView | None":
+        """Take that of a scan on an axis-aligned grid around it; None if it is all of it."""
+        return cls(grid, source_grid) if source_grid.axis_permutation() is None else None
 
     @property
     def spacing(self) -> float:

@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from atlas_store.arrays import chunk_io
 from atlas_store.arrays.boxes import Box, begin_of, shape_of, slices, volume_of
 from kpt_dask.grid import Grid
+from kpt_dask.organ_transfer.field_of_view import FieldOfView
 
 MOST_VOXELS = 40_000_000
 """Most voxels that are shown: a whole body at 2 mm has about as many."""
@@ -73,6 +74,7 @@ def display_of(
     grid: Grid,
     values: Sequence[int],
     most_voxels: int = MOST_VOXELS,
+    source_grid: Grid | None = None,
 ) -> Display:
     """Read a scan and its labels around the body.
 
@@ -86,6 +88,8 @@ def display_of(
         Labels that are shown, by their numbers from 1 on.
     most_voxels : int
         Coarser levels are read where the body has more.
+    source_grid : Grid, optional
+        The scan's own grid; where it is oblique, what lies outside of it is shown as air.
 
     Returns
     -------
@@ -103,12 +107,18 @@ def display_of(
     image, map_ = levels[level], labels[level]
     tones, organs = np.empty(shape, np.uint8), np.empty(shape, np.uint16)
     (low, high), *sides = at_level
+    spacing = float(grid.spacing[0]) * 2**level
+    depth, height, width = image.shape
+    at_grid = Grid.isotropic((depth, height, width), spacing, grid.origin)
+    view = FieldOfView.on(at_grid, source_grid or grid)
     for z in range(low, high, PLANES):
-        part = slices(((z, min(z + PLANES, high)), sides[0], sides[1]))
+        planes = (z, min(z + PLANES, high)), sides[0], sides[1]
+        part = slices(planes)
         here = slice(z - low, min(z + PLANES, high) - low)
         tones[here] = tones_of(chunk_io.read(image, part))
         organs[here] = numbers[chunk_io.read(map_, part)]
-    spacing = float(grid.spacing[0]) * 2**level
+        if view is not None:
+            tones[here][view.depth(planes) < 0] = 0
     origin = grid.origin + spacing * begin_of(at_level)
     return Display(Grid.isotropic(shape, spacing, origin), tones, organs)
 

@@ -118,7 +118,9 @@ def _json(data: Any) -> Any:
 def _display(findings: Findings, organs: Sequence[Organ], most_voxels: int) -> Display:
     values = [organ.value for organ in organs]
     volume = findings.volume
-    return display_of(volume.levels, findings.labels, volume.grid, values, most_voxels)
+    return display_of(
+        volume.levels, findings.labels, volume.grid, values, most_voxels, volume.source_grid
+    )
 
 
 _VOLUMES = "scan_nifti", "organs_nifti", "solid_nifti", "viewer_spacing"

@@ -179,7 +179,9 @@ def _draw(findings: Findings, path: Path) -> None:
     organs = [organ for organ in findings.table if organ.name in findings.organs]
     volume = findings.volume
     values = [organ.value for organ in organs]
-    display = display_of(volume.levels, findings.labels, volume.grid, values)
+    display = display_of(
+        volume.levels, findings.labels, volume.grid, values, source_grid=volume.source_grid
+    )
     numbered = [replace(organ, value=number) for number, organ in enumerate(organs, 1)]
     volumes = [findings.organs[organ.name].volume_ml for organ in organs]
     draw_overlay(

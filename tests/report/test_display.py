@@ -8,6 +8,7 @@ import nibabel
 import numpy as np
 import pytest
 import zarr
+from scipy.spatial.transform import Rotation
 
 from kpt_dask.grid import Grid
 from kpt_dask.report import display as shown
@@ -89,6 +90,21 @@ def test_a_large_body_is_read_at_a_coarser_level(scan: tuple[Array, Array, Grid]
     mm = found.grid.to_mm(np.argwhere(found.organs == 1).mean(axis=0))
     expected = grid.to_mm(np.argwhere(labels == 7).mean(axis=0))
     assert np.abs(mm - expected).max() <= 2
+
+
+def test_what_an_oblique_scan_does_not_show_is_air(scan: tuple[Array, Array, Grid]) -> None:
+    hu, labels, grid = scan
+    levels = levels_of(np.full_like(hu, 40)), levels_of(labels)
+    turned = grid.affine.copy()
+    turned[:3, :3] = Rotation.from_euler("x", 20, degrees=True).as_matrix() @ turned[:3, :3]
+    source = Grid(grid.shape, turned)
+    for most_voxels in (10_000_000, 200_000):
+        found = shown.display_of(*levels, grid, [7, 300], most_voxels, source)
+        index = source.to_index(found.grid.to_mm(np.moveaxis(np.indices(found.tones.shape), 0, -1)))
+        inside = ((index >= -0.5) & (index <= np.array(source.shape) - 0.5)).all(axis=-1)
+        assert inside.any()
+        assert not inside.all()
+        np.testing.assert_array_equal(found.tones > 0, inside)
 
 
 def test_slices_lie_as_radiologists_look_at_them() -> None:
