@@ -10,6 +10,8 @@ import zarr
 from numpy.typing import NDArray
 
 from atlas_store import AtlasStore, Organ, OrganInfo, OrganTable
+from atlas_store.arrays import chunk_io
+from atlas_store.arrays.regions import write_region
 from atlas_store.crop import write_crop
 from atlas_store.organ_strips import write_strips
 from kpt_dask.grid import Grid
@@ -121,7 +123,9 @@ def volume_of(group: zarr.Group | Path, image: AnnotatedImage) -> Volume:
     z, y, x = image.image.shape
     grid = Grid.isotropic((z, y, x), SPACING, image.origin)
     volume = create_volume(group, grid, grid, name="ct.nii.gz")
-    volume.levels[0][...] = image.image.astype(np.float32)
+    for level in volume.levels:
+        chunk_io.write_empty(level)
+    write_region(volume.levels[0], (slice(0, z), slice(0, y), slice(0, x)), image.image)
     return volume
 
 
