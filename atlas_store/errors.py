@@ -41,7 +41,16 @@ class StoreWarning(UserWarning):
 
 
 class StoreUnreachableError(AtlasStoreError, ConnectionError):
-    """The URL of a store cannot be read or written: no network, bucket, right or library."""
+    """The URL of a store cannot be read or written: no network, bucket, right or library.
+
+    Examples
+    --------
+    >>> from atlas_store import AtlasStore
+    >>> AtlasStore.open("attic://bucket/store")
+    Traceback (most recent call last):
+        ...
+    atlas_store.errors.StoreUnreachableError: attic://bucket/store has a scheme that is not ...
+    """
 
 
 class StoreNotFoundError(AtlasStoreError, FileNotFoundError):
