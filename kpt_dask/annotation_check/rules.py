@@ -7,7 +7,8 @@ two organs.
 
 An organ is taken for another one where the other's prediction fits it better than its own. That
 needs no spread; where there is one, it must also be half of `LIMIT` beyond what is usual, so that
-an organ that is never predicted well is not taken for its neighbour.
+an organ that is never predicted well is not taken for its neighbour. Where more atlases make one
+mistake than the spread leaves out, the median still tells: a gain of `FITS` above it will do.
 """
 
 from collections.abc import Container, Mapping, Sequence
@@ -115,15 +116,19 @@ class Rules:
         """Name the organs that another one's prediction fits better, and the other one."""
         better = found.other_dice - found.own_dice
         beyond = self.spreads["better"].deviation(better)
+        gain = better - self.spreads["better"].centre
         names = self.organs.names
         wrong = {}
         for i in np.flatnonzero(better > 0):
             # What hardly fits is no better name, however little the own one does.
             if found.other_dice[i] < FITS:
                 continue
-            known = not np.isnan(beyond[i])
             clear = found.own_dice[i] < found.other_dice[i] / 2
-            if beyond[i] > self.limit / 2 if known else clear:
+            if np.isnan(beyond[i]):
+                taken = clear
+            else:
+                taken = beyond[i] > self.limit / 2 or (clear and gain[i] > FITS)
+            if taken:
                 wrong[names[i]] = names[found.other[i]]
         return wrong
 

@@ -185,7 +185,7 @@ def add_atlas(
             spacing: float = made_with["spacing"]
             volume = convert_into(source, image, spacing=spacing, memory=memory, client=session)
             digest = digest_of(image)
-            _doubt_twice(store, name, source, digest, volume.grid.shape)
+            _doubt_twice(store, name, digest, volume.grid.shape)
             blocks = _mask_labels(label_blocks(labelled, volume), store.organs, wanted)
             write_label_image(image, "organs", blocks, volume.grid, store.organs)
             keypoints = extract(
@@ -417,14 +417,14 @@ def _surviving(
 
 
 def _doubt_twice(
-    store: AtlasStore, name: str, scan: Scan, digest: str, shape: tuple[int, int, int]
+    store: AtlasStore, name: str, digest: str, shape: tuple[int, int, int]
 ) -> None:
     """Warn if the store holds the scan under another id."""
     others = (atlas for atlas in store.atlases() if atlas.id != name)
     if same := KnownScans(others).of(digest, shape):
         notices.warn(
-            f"{scan.path} is in {store.url} already, as {', '.join(same)}: its labels vote twice;"
-            f" remove one with kpt atlas remove."
+            f"The scan of {name} is in {store.url} already, as {', '.join(same)}: its labels vote"
+            f" twice; remove one with kpt atlas remove."
         )
 
 

@@ -157,3 +157,13 @@ def test_what_hardly_fits_is_no_better_name(dice: float, named: bool) -> None:
     rules = Rules(ORGANS, SPACING, {name: one.layout for name, one in found.items()}, found)
     kinds = {finding.kind for finding in rules.findings("0")}
     assert bool(kinds & {"relabelled", "swapped"}) == named
+
+
+def test_a_mistake_of_a_third_of_the_atlases_does_not_hide_itself() -> None:
+    found = {
+        str(seed): compared(SIDES(body(seed, 0.6)) if seed < 4 else body(seed, 0.6), seed)
+        for seed in range(12)
+    }
+    rules = Rules(ORGANS, SPACING, {name: one.layout for name, one in found.items()}, found)
+    named = {name for name in found for one in rules.findings(name) if one.kind == "swapped"}
+    assert named == {"0", "1", "2", "3"}

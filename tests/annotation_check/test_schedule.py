@@ -22,6 +22,7 @@ from kpt_dask.annotation_check.schedule import check_atlases, population
 from kpt_dask.atlases.add import add_atlas
 from kpt_dask.cli.main import kpt
 from kpt_dask.errors import OutputExistsError
+from kpt_dask.exports import export_atlas
 from kpt_dask.scans.pairs import Pair, find_pairs
 from tests.helpers import Array
 
@@ -162,6 +163,18 @@ def test_a_new_atlas_is_doubted_when_it_is_added(
         "atlas", "add", dozen.url, scan, labels, "--id", "new", "--overwrite", "--no-check"
     )
     assert "warning" not in silent.stderr
+
+
+def test_new_labels_are_doubted_as_a_new_atlas_is(dozen: AtlasStore, tmp_path: Path) -> None:
+    name = dozen.ids()[-1]
+    _, labels = export_atlas(dozen[name], tmp_path)
+    given: Any = nibabel.load(labels)
+    swapped = tmp_path / "swapped.nii.gz"
+    nibabel.save(given.__class__(SIDES[np.asarray(given.dataobj)], given.affine), swapped)
+    told = run("atlas", "relabel", dozen.url, name, swapped)
+    assert f"kpt: warning: {name}: left and right are swapped" in told.stderr
+    silent = run("atlas", "relabel", dozen.url, name, swapped, "--no-check")
+    assert "left and right" not in silent.stderr
 
 
 def test_a_part_of_the_campaign_of_wrong_annotations(patients: AtlasStore) -> None:

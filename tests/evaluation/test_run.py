@@ -296,7 +296,7 @@ def test_no_scan_is_judged_by_its_own_atlas_whatever_it_is_called(
     # One scan twice in the store: neither is segmented by the other.
     with notices.shown(lambda _: None), notices.recorded() as told:
         add_atlas(store, other, labels, atlas_id="again", client=one_process)
-    assert f"{other} is in {store.url} already, as s1_ct" in told[0]
+    assert f"The scan of again is in {store.url} already, as s1_ct" in told[0]
     with notices.shown(lambda _: None):
         twice = evaluate(store, limit=2, client=one_process)
     assert twice["left_out"] == {"again": ["s1_ct"], "s1_ct": ["again"]}
