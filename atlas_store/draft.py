@@ -38,6 +38,7 @@ from atlas_store.marker import (
 from atlas_store.notes import delete_content, read_note, write_note
 from atlas_store.organs import OrganTable
 from atlas_store.storage.digests import Json, digest, digest_of_file
+from atlas_store.storage.full_disk import naming
 from atlas_store.storage.objects import MAX_DOCUMENT, MAX_OBJECT, Objects, finish_writes
 
 ABANDONED_AFTER = timedelta(hours=24)
@@ -145,8 +146,9 @@ class Draft:
         if self._state in (_State.OPEN, _State.LOST):
             finish_writes()
             delete_content(self._objects, self.id, self._uuid)
-        if isinstance(error, OSError) and (named := self._objects.named(error)) is not error:
-            raise named from error
+        if isinstance(error, OSError):
+            with naming(self._objects.url):
+                raise error
 
     def keep_note(self) -> None:
         """Keep the note on the atlas that is replaced, as it is at the commit.

@@ -82,7 +82,7 @@ def thrown_away(objects: Objects) -> Iterator[RemovedAtlas]:
     Those whose description is damaged are left out, each with a `StoreWarning`.
     """
     # Whoever was interrupted while removing left the marker too.
-    return (one for one in _readable(objects) if not _is_marked(objects, one.info, False))
+    return (one for one in _readable(objects) if not is_marked(objects, one.info.id, one.info.uuid))
 
 
 def _readable(objects: Objects) -> Iterator[RemovedAtlas]:
@@ -173,7 +173,7 @@ def prune(objects: Objects, older_than: timedelta) -> list[str]:
             continue
         objects.delete(removed_key(info.id, info.uuid))
         # It may have been restored meanwhile, or never quite removed; a damaged marker may name it.
-        if not _is_marked(objects, info, True):
+        if not is_marked(objects, info.id, info.uuid, damaged=True):
             delete_content(objects, info.id, info.uuid)
             pruned.append(info.id)
     return sorted(pruned)
@@ -203,14 +203,22 @@ def read_removed(objects: Objects, key: str) -> tuple[RemovedAtlas, bytes] | Non
     return RemovedAtlas(info, removed), marker
 
 
-def _is_marked(objects: Objects, info: AtlasInfo, damaged: bool) -> bool:
+def marked_uuid(objects: Objects, atlas_id: str) -> str | None:
+    """UUID of the data that the marker of an atlas names; None if there is no marker.
+
+    Raises
+    ------
+    StoreFormatError
+        If it is damaged.
+    """
+    key = marker_key(atlas_id)
+    data = objects.read(key, MAX_DOCUMENT)
+    return None if data is None else AtlasInfo.load(data, atlas_id, f"{objects.url}/{key}").uuid
+
+
+def is_marked(objects: Objects, atlas_id: str, uuid: str, *, damaged: bool = False) -> bool:
     """Whether a marker names this data; `damaged` if it cannot be read."""
-    key = marker_key(info.id)
     try:
-        data = objects.read(key, MAX_DOCUMENT)
-        return (
-            data is not None
-            and AtlasInfo.load(data, info.id, f"{objects.url}/{key}").uuid == info.uuid
-        )
+        return marked_uuid(objects, atlas_id) == uuid
     except StoreFormatError:
         return damaged

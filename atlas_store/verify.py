@@ -40,7 +40,7 @@ from atlas_store.organs import OrganTable
 from atlas_store.storage.cache import forget, index_folder, recall
 from atlas_store.storage.digests import Json, digest
 from atlas_store.storage.objects import MAX_DOCUMENT, PARTIAL_SUFFIX, Objects
-from atlas_store.trash import read_removed
+from atlas_store.trash import is_marked, marked_uuid, read_removed
 
 INSTANT = 2.0
 """Seconds, generous, that a running add takes from making its folder to writing an object."""
@@ -315,15 +315,7 @@ def _is_named(objects: Objects, path: str) -> bool:
     folder = parse_folder(path.rpartition("/")[2].removesuffix(".json"))
     if folder is None:
         return False
-    if objects.exists(removed_key(*folder)):
-        return True
-    try:
-        data = objects.read(marker_key(folder[0]))
-        if data is None:
-            return False
-        return AtlasInfo.load(data, folder[0], path).uuid == folder[1]
-    except StoreFormatError:
-        return True
+    return objects.exists(removed_key(*folder)) or is_marked(objects, *folder, damaged=True)
 
 
 def _started(objects: Objects, path: str) -> Mapping[str, Json] | None:
@@ -368,15 +360,11 @@ def _is_sealed(objects: Objects, path: str) -> bool:
 
 def _is_superseded(objects: Objects, atlas_id: str) -> bool:
     """Whether a marker names other data, which is there."""
-    key = marker_key(atlas_id)
     try:
-        data = objects.read(key, MAX_DOCUMENT)
-        if data is None:
-            return False
-        uuid = AtlasInfo.load(data, atlas_id, f"{objects.url}/{key}").uuid
+        uuid = marked_uuid(objects, atlas_id)
     except StoreFormatError:
         return False
-    return objects.exists(f"{data_folder(atlas_id, uuid)}/{ROOT}")
+    return uuid is not None and objects.exists(f"{data_folder(atlas_id, uuid)}/{ROOT}")
 
 
 def _leftover(objects: Objects, path: str, repair: bool) -> Problem:

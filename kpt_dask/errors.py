@@ -18,14 +18,8 @@ Each class also inherits the builtin on its right. Every message is one sentence
 file, says what is wrong and what to do. `USER_ERRORS` catches all of them.
 """
 
-import errno
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from pathlib import Path
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
-
-FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-"""Error numbers of a full disk, an exhausted quota and a file size limit of the shell."""
 
 
 class KptError(Exception):
@@ -96,14 +90,3 @@ def some_of(names: Sequence[str], most: int = 5, between: str = ", ") -> str:
     """
     more = len(names) - most
     return between.join(names[:most]) + (f" and {more} more" if more > 0 else "")
-
-
-@contextmanager
-def naming(path: str | Path) -> Iterator[None]:
-    """Add to an error of a full disk what was being written, which most libraries leave out."""
-    try:
-        yield
-    except OSError as error:
-        if error.errno in FULL and error.filename is None:
-            raise OSError(error.errno, error.strerror, str(path)) from error
-        raise

@@ -23,6 +23,7 @@ from zarr.storage import FsspecStore, LocalStore
 
 from atlas_store.arrays import chunk_rows
 from atlas_store.errors import StoreFormatError
+from atlas_store.storage.full_disk import naming
 from atlas_store.storage.unreachable import reaching
 
 T = TypeVar("T")
@@ -35,9 +36,6 @@ MAX_OBJECT = 1 << 29
 
 MAX_DOCUMENT = 1 << 24
 """Limit of a marker or a ``zarr.json``, bytes; that of a whole body at 0.5 mm has 2 MB."""
-
-FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-"""Error numbers of a full disk, an exhausted quota and a file size limit of the shell."""
 
 _DELETE_ATTEMPTS = 10
 _SYNCING_THREADS = 8
@@ -193,12 +191,10 @@ class Objects:
         Of a folder that is a link, as to another disk, both go.
         """
         path = self.path_of(folder)
-        if path is not None and os.path.islink(path):
-            shutil.rmtree(os.path.realpath(path), ignore_errors=True)
-            os.unlink(path)
-            return
         for _ in range(_DELETE_ATTEMPTS):
             try:
+                if path is not None and os.path.islink(path):
+                    return _delete_link(path)
                 return self._sync(self.store.delete_dir(folder))
             except FileNotFoundError:
                 # Another process deletes the same folder: delete what is left.
@@ -230,19 +226,16 @@ class Objects:
 
     def _sync(self, wanted: Coroutine[Any, Any, T]) -> T:
         """Wait for the store."""
-        with reaching(self.url):
-            try:
-                return sync(wanted)
-            except OSError as error:
-                if (named := self.named(error)) is error:
-                    raise
-                raise named from error
+        with reaching(self.url), naming(self.url):
+            return sync(wanted)
 
-    def named(self, error: OSError) -> OSError:
-        """Add the store to the error of a full disk, which zarr leaves out."""
-        if error.errno in FULL and error.filename is None:
-            return OSError(error.errno, error.strerror, self.url)
-        return error
+
+def _delete_link(path: str) -> None:
+    """Delete a link to a folder, and the folder: first, as without the link nobody finds it."""
+    target = os.path.realpath(path)
+    if os.path.exists(target):
+        shutil.rmtree(target)
+    os.unlink(path)
 
 
 def read_file(path: str, key: str, limit: int) -> bytes | None:

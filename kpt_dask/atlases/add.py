@@ -416,9 +416,7 @@ def _surviving(
     return wanted if asked else tuple(name for name in wanted if name in found)
 
 
-def _doubt_twice(
-    store: AtlasStore, name: str, digest: str, shape: tuple[int, int, int]
-) -> None:
+def _doubt_twice(store: AtlasStore, name: str, digest: str, shape: tuple[int, int, int]) -> None:
     """Warn if the store holds the scan under another id."""
     others = (atlas for atlas in store.atlases() if atlas.id != name)
     if same := KnownScans(others).of(digest, shape):

@@ -9,7 +9,8 @@ from os import PathLike, fspath
 from pathlib import Path
 
 from atlas_store import Organ, OrganTable
-from kpt_dask.errors import ParameterError, naming
+from atlas_store.storage.full_disk import naming
+from kpt_dask.errors import ParameterError
 from kpt_dask.grid import Grid
 from kpt_dask.label_files.components import largest_components
 from kpt_dask.label_files.formats import FORMATS, LabelFile

@@ -13,8 +13,9 @@ from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+from atlas_store.storage.full_disk import naming
 from atlas_store.storage.objects import Objects, finish_writes
-from kpt_dask.errors import KptError, OutputVanishedError, ParameterError, naming
+from kpt_dask.errors import KptError, OutputVanishedError, ParameterError
 from kpt_dask.output.interruption import uninterrupted
 from kpt_dask.output.object_store import Upload, scratch_of
 from kpt_dask.output.partial import (

@@ -13,7 +13,8 @@ from numpy.typing import NDArray
 
 from atlas_store import AtlasStore
 from atlas_store.arrays import chunk_io
-from kpt_dask.errors import ParameterError, naming
+from atlas_store.storage.full_disk import naming
+from kpt_dask.errors import ParameterError
 from kpt_dask.organ_transfer.measures import OrganMeasures
 from kpt_dask.output.commit import replacing_together
 from kpt_dask.output.places import check_outputs

@@ -135,7 +135,7 @@ def convert_into(
     _check_voxels(scan, spacing)
     volume = create_volume(group, scan.grid.working(spacing), scan.grid, name=scan.path.name)
     with notices.recorded() as doubts:
-        digest = write_level0(volume, scan)
+        digest = _write_level0(volume, scan)
     fill_pyramid(volume.levels, memory=memory, client=client)
     about: Any = group.attrs["kpt"]
     about["source"]["digest"] = digest
@@ -157,11 +157,11 @@ def _check_voxels(scan: Scan, spacing: float) -> None:
         )
 
 
-def write_level0(volume: Volume, scan: Scan) -> str:
-    """Resample a scan to level 0, rounded to whole HU, nothing below air; give its digest."""
-    level, target = volume.levels[0], volume.grid
+def _write_level0(volume: Volume, scan: Scan) -> str:
+    """Resample a scan to level 0; give its digest."""
+    level = volume.levels[0]
     with VoxelDigest(level.shape) as total:
-        for region, values in _working_blocks(volume, scan, target):
+        for region, values in _working_blocks(scan, volume.grid, volume.group):
             total.add(region, values)
             write_region(level, region, values)
         return total.hexdigest()
@@ -169,15 +169,20 @@ def write_level0(volume: Volume, scan: Scan) -> str:
 
 def digest_scan(scan: Scan, spacing: float) -> str:
     """Digest of the volume that a scan would make (`kpt_dask.volumes.identity`)."""
-    with tempfile.TemporaryDirectory(prefix="kpt-") as folder:
-        path, grid = Path(folder).absolute() / "scan.zarr", scan.grid.working(spacing)
-        return write_level0(create_volume(path, grid, scan.grid, name=scan.path.name), scan)
+    grid = scan.grid.working(spacing)
+    with tempfile.TemporaryDirectory(prefix="kpt-") as folder, VoxelDigest(grid.shape) as total:
+        for region, values in _working_blocks(scan, grid, open_group(folder, "w")):
+            total.add(region, values)
+        return total.hexdigest()
 
 
 def _working_blocks(
-    volume: Volume, scan: Scan, target: Grid
+    scan: Scan, target: Grid, scratch: zarr.Group
 ) -> Iterator[tuple[Region, NDArray[np.float32]]]:
-    """Values of level 0, region by region."""
+    """Resample a scan to whole HU, nothing below air, region by region.
+
+    An oblique scan takes an array in the group `scratch` meanwhile.
+    """
     with progress.stage("Reading scan", total=scan.grid.shape[0]) as advance:
         slabs = (
             np.clip(slab, AIR_HU, LARGEST_HU) for slab in _with_progress(scan.slabs(), advance)
@@ -187,7 +192,7 @@ def _working_blocks(
                 yield region, _whole_hu(values)
             return
         coarse = along_own_axes(scan.grid, float(target.spacing[0]))
-        with _temporary(volume.group, coarse, np.float32) as lowpass:
+        with _temporary(scratch, coarse, np.float32) as lowpass:
             for region, values in resample(slabs, scan.grid, coarse, CHUNKS):
                 write_region(lowpass, region, values)
             for block in blocks_of(target.shape, BLOCK):

@@ -1,5 +1,6 @@
 """Removed atlases come back whole, or are gone for ever; nothing between."""
 
+import errno
 import json
 import os
 import shutil
@@ -252,3 +253,26 @@ def test_data_that_is_a_link_to_another_disk_is_read_verified_and_pruned(
     assert len(store.prune(timedelta(0))) == 1
     assert folders(store) == 0
     assert store.verify() == []
+
+
+def test_data_behind_a_link_that_cannot_be_deleted_is_told_and_found_again(
+    store: AtlasStore,
+    synthetic: SimpleNamespace,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    synthetic.add(store, "pt_1", seed=1)
+    folder = Path(store.url, store["pt_1"].path)
+    shutil.move(folder, tmp_path / "elsewhere")
+    folder.symlink_to(tmp_path / "elsewhere")
+    store.remove("pt_1")
+
+    def refuse(path: object) -> None:
+        raise PermissionError(errno.EACCES, "Permission denied", path)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(shutil, "rmtree", refuse)
+        with pytest.raises(PermissionError, match="elsewhere"):
+            store.prune(timedelta(0))
+    assert folders(store) == 1
+    assert [problem.atlas for problem in store.verify()] == ["pt_1"]
