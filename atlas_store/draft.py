@@ -40,6 +40,7 @@ from atlas_store.organs import OrganTable
 from atlas_store.storage.digests import Json, digest, digest_of_file
 from atlas_store.storage.full_disk import naming
 from atlas_store.storage.objects import MAX_DOCUMENT, MAX_OBJECT, Objects, finish_writes
+from atlas_store.trash import keep_marker
 
 ABANDONED_AFTER = timedelta(hours=24)
 """Age after which an unfinished add of another machine counts as interrupted."""
@@ -325,6 +326,8 @@ class Draft:
             self.note = self._old_note()
         if self.note:
             write_note(self._objects, info, self.note)
+        if self._old is not None and (old := self._old_info()):
+            keep_marker(self._objects, old, self._old)
         # Whoever changed the atlas meanwhile was told so: nothing undoes that in silence.
         if self._replace and self._objects.read(key) != self._old:
             raise self._changed()
@@ -336,8 +339,6 @@ class Draft:
             raise self._changed() if self._replace else self._taken()
         self._objects.settle(key)
         self._state = _State.COMMITTED
-        if old := self._old_info():
-            delete_content(self._objects, self.id, old.uuid)
 
     def _old_info(self) -> AtlasInfo | None:
         """Marker of the atlas that is replaced; None if there is none, or it is damaged."""

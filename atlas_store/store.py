@@ -249,7 +249,7 @@ class AtlasStore:
             Parameters it will be made with; must be those of the store.
         replace : bool or AtlasInfo
             Whether to replace an existing atlas of this id, or the marker of the very one to
-            replace; it stays until the commit.
+            replace; it stays until the commit, and can then be restored until it is pruned.
 
         Raises
         ------
@@ -287,30 +287,40 @@ class AtlasStore:
         return throw_away(self.objects, atlas_id, self._marker(atlas_id))
 
     def removed(self) -> list[RemovedAtlas]:
-        """List removed atlases that can be restored: in natural order, the last removed first.
+        """List removed and replaced atlases that can be restored.
+
+        In natural order, of each id the last removed first.
 
         Those whose description is damaged are left out, each with a warning.
         """
         found = sorted(thrown_away(self.objects), key=lambda one: one.removed, reverse=True)
         return sorted(found, key=lambda one: natural_order(one.info.id))
 
-    def restore(self, atlas_id: str) -> Atlas:
-        """Restore an atlas, the last removed of its id.
+    def restore(self, atlas_id: str, *, replace: bool = False) -> Atlas:
+        """Restore an atlas, the last removed or replaced of its id.
+
+        Parameters
+        ----------
+        atlas_id : str
+            Its id.
+        replace : bool
+            Whether to replace an atlas of this id that there is, which can be restored in turn.
 
         Raises
         ------
         AtlasNotFoundError
-            If none of this id was removed, or its data was pruned.
+            If none of this id was removed or replaced, or its data was pruned; or if the atlas to
+            replace was replaced or removed meanwhile.
         AtlasExistsError
-            If there is an atlas of this id.
+            If there is an atlas of this id, unless `replace`.
         StoreFormatError
             If what describes it, or its data, is damaged or missing.
         """
-        restore(self.objects, atlas_id)
+        restore(self.objects, atlas_id, replace=replace)
         return self[atlas_id]
 
     def prune(self, older_than: timedelta = timedelta(0)) -> list[str]:
-        """Delete the data of atlases that were removed some time ago.
+        """Delete the data of atlases that were removed or replaced some time ago.
 
         That of atlases whose description is damaged stays, each with a warning.
 

@@ -1,13 +1,14 @@
-"""Removed atlases: their data stays until it is pruned, so that they can be restored.
+"""Removed and replaced atlases: their data stays until it is pruned, so that they can be restored.
 
-``removed/<id>.<uuid>.json`` holds the marker of a removed atlas and when it was removed. It is
-written before the marker is deleted, and deleted before the data is: an interruption at any moment
+``removed/<id>.<uuid>.json`` holds the marker of such an atlas and when it was removed or replaced.
+It is written before the marker goes, and deleted before the data is: an interruption at any moment
 leaves the atlas in the store, restorable, or data that `AtlasStore.verify` finds.
 """
 
 import json
 import warnings
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 
@@ -23,14 +24,14 @@ ENCODING = {"encoding-type": "kpt-removed-atlas", "encoding-version": "1"}
 
 @dataclass(frozen=True, slots=True)
 class RemovedAtlas:
-    """An atlas that was removed and can be restored.
+    """An atlas that was removed or replaced, and can be restored.
 
     Attributes
     ----------
     info : AtlasInfo
         Content of its marker.
     removed : datetime
-        When it was removed, UTC.
+        When it was removed or replaced, UTC.
 
     Examples
     --------
@@ -57,17 +58,9 @@ def throw_away(objects: Objects, atlas_id: str, marker: bytes) -> bool:
         # Nothing tells what it was; `verify` finds its data, and keeps it.
         objects.delete(marker_key(atlas_id))
         return False
-    now = datetime.now(UTC).isoformat(timespec="seconds")
-    content = ENCODING | {"removed": now, "marker": marker.decode()}
-    key = removed_key(atlas_id, info.uuid)
-    # Whoever removes it at the same time says the same.
-    alone = not objects.exists(key)
-    objects.write(key, json.dumps(content).encode())
-    objects.settle(key)
+    keep_marker(objects, info, marker)
     # Syncing takes a while; what replaced it meanwhile has another marker, which stays.
     if objects.read(marker_key(atlas_id), MAX_DOCUMENT) not in (marker, None):
-        if alone:
-            objects.delete(key)
         raise AtlasNotFoundError(
             f"{objects.url}: the atlas {atlas_id!r} was replaced while it was removed: look at what"
             " is there now, and remove it again if it is not wanted either."
@@ -76,8 +69,17 @@ def throw_away(objects: Objects, atlas_id: str, marker: bytes) -> bool:
     return True
 
 
+def keep_marker(objects: Objects, info: AtlasInfo, marker: bytes) -> None:
+    """Keep the marker of an atlas that is about to be removed or replaced, to restore it."""
+    now = datetime.now(UTC).isoformat(timespec="seconds")
+    content = ENCODING | {"removed": now, "marker": marker.decode()}
+    key = removed_key(info.id, info.uuid)
+    objects.write(key, json.dumps(content).encode())
+    objects.settle(key)
+
+
 def thrown_away(objects: Objects) -> Iterator[RemovedAtlas]:
-    """Read the atlases that were removed and are not in the store, in no order.
+    """Read the atlases that were removed or replaced and are not in the store, in no order.
 
     Those whose description is damaged are left out, each with a `StoreWarning`.
     """
@@ -105,22 +107,18 @@ def _entries(objects: Objects) -> Iterator[tuple[str, str]]:
             yield name, folder[0]
 
 
-def restore(objects: Objects, atlas_id: str) -> AtlasInfo:
-    """Restore an atlas, the last removed of its id.
-
-    Raises
-    ------
-    AtlasNotFoundError
-        If none of this id was removed, or its data was pruned.
-    AtlasExistsError
-        If there is an atlas of this id.
-    StoreFormatError
-        If what describes it, or its data, is damaged or missing.
-    """
+def restore(objects: Objects, atlas_id: str, *, replace: bool = False) -> AtlasInfo:
+    """Restore an atlas; see `AtlasStore.restore`."""
+    key = marker_key(atlas_id)
+    present = objects.read(key, MAX_DOCUMENT)
+    if present is not None and not replace:
+        raise _present(objects, atlas_id)
     removed = [
         found
         for name, whose in _entries(objects)
-        if whose == atlas_id and (found := read_removed(objects, f"{REMOVED}/{name}"))
+        if whose == atlas_id
+        and (found := read_removed(objects, f"{REMOVED}/{name}"))
+        and not is_marked(objects, atlas_id, found[0].info.uuid)
     ]
     missing = AtlasNotFoundError(
         f"{objects.url} has no removed atlas {atlas_id!r}: use an id that list --removed shows."
@@ -129,7 +127,7 @@ def restore(objects: Objects, atlas_id: str) -> AtlasInfo:
         raise missing
     last, marker = max(removed, key=lambda entry: (entry[0].removed, entry[0].info.added))
     info = last.info
-    entry, key = removed_key(atlas_id, info.uuid), marker_key(atlas_id)
+    entry = removed_key(atlas_id, info.uuid)
     try:
         _check_data(objects, info)
     except StoreFormatError:
@@ -137,17 +135,41 @@ def restore(objects: Objects, atlas_id: str) -> AtlasInfo:
         if objects.exists(entry):
             raise
         raise missing from None
-    if not objects.write_new(key, marker):
-        raise AtlasExistsError(
-            f"{objects.url} has an atlas {atlas_id!r}: remove it before another is restored."
-        )
+    if present is not None:
+        _replace_marker(objects, atlas_id, present, marker)
+    elif not objects.write_new(key, marker):
+        raise _present(objects, atlas_id)
     # Another process may prune it: that deletes the entry, and then looks for a marker.
     if not objects.exists(entry):
-        objects.delete(key)
+        if present is not None:
+            objects.write(key, present)
+        else:
+            objects.delete(key)
         raise missing
     objects.settle(key)
     objects.delete(entry)
     return info
+
+
+def _present(objects: Objects, atlas_id: str) -> AtlasExistsError:
+    return AtlasExistsError(
+        f"{objects.url} has an atlas {atlas_id!r}: replace it by the one to restore, or remove it;"
+        " both keep it until it is pruned."
+    )
+
+
+def _replace_marker(objects: Objects, atlas_id: str, old: bytes, new: bytes) -> None:
+    """Put a marker in the place of another one, which is kept."""
+    key = marker_key(atlas_id)
+    # Of a damaged marker, nothing tells what it was; `verify` finds its data.
+    with suppress(StoreFormatError):
+        keep_marker(objects, AtlasInfo.load(old, atlas_id, f"{objects.url}/{key}"), old)
+    if objects.read(key, MAX_DOCUMENT) != old:
+        raise AtlasNotFoundError(
+            f"{objects.url}: the atlas {atlas_id!r} was replaced or removed while another was"
+            " restored: look at what is there now, and restore again if that is still wanted."
+        )
+    objects.write(key, new)
 
 
 def _check_data(objects: Objects, info: AtlasInfo) -> None:
@@ -163,7 +185,7 @@ def _check_data(objects: Objects, info: AtlasInfo) -> None:
 
 
 def prune(objects: Objects, older_than: timedelta) -> list[str]:
-    """Delete the data of atlases that were removed some time ago; return their ids, sorted."""
+    """Delete the data of atlases that were removed or replaced some time ago; return their ids."""
     now = datetime.now(UTC)
     pruned = []
     for one in list(_readable(objects)):

@@ -24,7 +24,8 @@ def relabel(
 ) -> AtlasInfo:
     """Replace the labels of an atlas by others; its scan, its id and its note stay.
 
-    The atlas is made again beside the old one, which stays until the new one is complete.
+    The atlas is made again beside the old one, which stays until the new one is complete, and can
+    be restored until it is pruned.
 
     Parameters
     ----------

@@ -361,18 +361,24 @@ def remove(store: str, atlas_ids: tuple[str, ...]) -> None:
 @atlas.command()
 @store_argument
 @click.argument("atlas_ids", metavar="ID…", nargs=-1, required=True)
-def restore(store: str, atlas_ids: tuple[str, ...]) -> None:
-    """Bring removed atlases back, of each id the last removed.
+@click.option(
+    "--overwrite",
+    is_flag=True,
+    help="Replace an atlas of this id that is there, which can be restored in turn.",
+)
+def restore(store: str, atlas_ids: tuple[str, ...], overwrite: bool) -> None:
+    """Bring atlases back, of each id the last that was removed or replaced.
 
     \b
-    Example:
+    Examples:
       kpt atlas restore atlases anna
+      kpt atlas restore atlases anna --overwrite      undo a relabel, or an add --overwrite
     """
     from atlas_store import AtlasStore
 
     opened = AtlasStore.open(store)
     for atlas_id in atlas_ids:
-        restored = opened.restore(atlas_id)
+        restored = opened.restore(atlas_id, replace=overwrite)
         say(f"{atlas_id}: {_in_short(restored.info)}.")
 
 
@@ -384,10 +390,10 @@ def restore(store: str, atlas_ids: tuple[str, ...]) -> None:
     default=30.0,
     show_default=True,
     metavar="DAYS",
-    help="Only what was removed longer ago; 0 for all.",
+    help="Only what was removed or replaced longer ago; 0 for all.",
 )
 def prune(store: str, older_than: float) -> None:
-    """Delete the data of removed atlases for ever.
+    """Delete the data of removed and replaced atlases for ever.
 
     \b
     Example:

@@ -33,7 +33,7 @@ def relabel(
     """Replace the labels of an atlas by LABELS; its scan stays.
 
     LABELS lie on the grid of the files that kpt atlas export writes. The old labels stay until the
-    new ones are complete.
+    new ones are complete; kpt atlas restore --overwrite brings them back.
 
     \b
     Example:

@@ -257,9 +257,11 @@ def test_a_replaced_atlas_stays_until_the_new_one_is_whole(
         synthetic.fill(draft, seed=2)
         old.ensure_present()
         synthetic.commit(draft, seed=2)
-    assert len(os.listdir(Path(store.url, "atlases"))) == 2  # zarr.json and the new data
+    assert len(os.listdir(Path(store.url, "atlases"))) == 3  # zarr.json, the old and the new data
+    assert [one.info for one in store.removed()] == [old.info]
     with pytest.raises(AtlasNotFoundError, match="was removed or replaced while it was read"):
         old.ensure_present()
+    store.prune()
     with pytest.raises(AtlasNotFoundError):
         old.keypoints()
     with pytest.raises(AtlasNotFoundError):
@@ -324,7 +326,8 @@ def test_what_changed_meanwhile_is_not_replaced(
     xr.testing.assert_equal(
         store["pt_1"].keypoints(), synthetic.keypoints(seed=1 if change == "remove" else 3)
     )
-    assert len(os.listdir(Path(store.url, "atlases"))) == 2
+    assert len(store.removed()) == (change == "replace")
+    assert len(os.listdir(Path(store.url, "atlases"))) == 2 + len(store.removed())
     assert store.verify() == []
 
 

@@ -179,13 +179,14 @@ def test_what_replaces_an_atlas_while_it_is_removed_stays(
     def replaced_before(objects: Objects, path: str) -> None:
         settle(objects, path)
         if path.startswith("removed/"):
+            monkeypatch.setattr(Objects, "settle", settle)
             synthetic.add(store, "pt_1", seed=2, replace=True)
 
     monkeypatch.setattr(Objects, "settle", replaced_before)
     with pytest.raises(AtlasNotFoundError, match="'pt_1' was replaced while it was removed"):
         store.remove("pt_1")
     xr.testing.assert_equal(store["pt_1"].keypoints(), synthetic.keypoints(seed=2))
-    assert (store.removed(), folders(store), store.verify()) == ([], 1, [])
+    assert (len(store.removed()), folders(store), store.verify()) == (1, 2, [])
 
 
 def test_an_atlas_whose_data_is_gone_is_not_restored(
@@ -276,3 +277,91 @@ def test_data_behind_a_link_that_cannot_be_deleted_is_told_and_found_again(
             store.prune(timedelta(0))
     assert folders(store) == 1
     assert [problem.atlas for problem in store.verify()] == ["pt_1"]
+
+
+def test_what_was_replaced_is_restored_and_so_is_what_replaced_it(
+    store: AtlasStore, synthetic: SimpleNamespace
+) -> None:
+    synthetic.add(store, "pt_1", seed=1)
+    store.set_note("pt_1", "the first")
+    before = store["pt_1"].info
+    synthetic.add(store, "pt_1", seed=2, replace=True)
+    after = store["pt_1"].info
+    assert [one.info for one in store.removed()] == [before]
+    assert store.verify(repair=True) == []
+    with pytest.raises(AtlasExistsError, match="has an atlas 'pt_1'"):
+        store.restore("pt_1")
+    for info, seed in ((before, 1), (after, 2), (before, 1)):
+        restored = store.restore("pt_1", replace=True)
+        assert restored.info == info
+        xr.testing.assert_equal(restored.keypoints(), synthetic.keypoints(seed=seed))
+        assert len(store.removed()) == 1
+    assert store.note("pt_1") == "the first"
+    assert store.prune() == ["pt_1"]
+    assert (store["pt_1"].info, folders(store), store.verify()) == (before, 1, [])
+    with pytest.raises(AtlasNotFoundError, match="no removed atlas 'pt_1'"):
+        store.restore("pt_1", replace=True)
+
+
+@pytest.mark.parametrize("action", ["replace", "restore"])
+@pytest.mark.parametrize("call", range(6))
+def test_interrupted_anywhere_an_atlas_that_is_replaced_is_there_or_restorable(
+    store: AtlasStore,
+    synthetic: SimpleNamespace,
+    monkeypatch: pytest.MonkeyPatch,
+    action: str,
+    call: int,
+) -> None:
+    made = []
+    for seed in (1, 2) if action == "restore" else (1,):
+        synthetic.add(store, "pt_1", seed=seed, replace=True)
+        made.append(store["pt_1"].info)
+    calls = 0
+
+    def interrupt(name: str) -> None:
+        original = getattr(Objects, name)
+
+        def counted(objects: Objects, key: str, *rest: object) -> object:
+            nonlocal calls
+            if key.startswith(("markers/", "removed/")):
+                calls += 1
+                if calls == call + 1:
+                    raise KeyboardInterrupt
+            return original(objects, key, *rest)
+
+        monkeypatch.setattr(Objects, name, counted)
+
+    for name in ("write", "delete", "settle"):
+        interrupt(name)
+    with suppress(KeyboardInterrupt):
+        if action == "replace":
+            synthetic.add(store, "pt_1", seed=2, replace=True)
+        else:
+            store.restore("pt_1", replace=True)
+    monkeypatch.undo()
+    monkeypatch.setattr(draft, "_is_running", lambda _: False)
+    store.verify(repair=True)
+    assert store.ids() == ["pt_1"]
+    found = [store["pt_1"].info, *(one.info for one in store.removed())]
+    assert {info.uuid for info in made} <= {info.uuid for info in found}
+    assert store.verify() == []
+
+
+def test_of_an_atlas_that_is_pruned_while_it_is_restored_the_present_one_stays(
+    store: AtlasStore, synthetic: SimpleNamespace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for seed in (1, 2):
+        synthetic.add(store, "pt_1", seed=seed, replace=True)
+    write = Objects.write
+
+    def pruned_before(objects: Objects, key: str, data: bytes) -> None:
+        if key.startswith("markers/"):
+            monkeypatch.setattr(Objects, "write", write)
+            AtlasStore.open(store.url).prune()
+        write(objects, key, data)
+
+    monkeypatch.setattr(Objects, "write", pruned_before)
+    with pytest.raises(AtlasNotFoundError, match="no removed atlas 'pt_1'"):
+        store.restore("pt_1", replace=True)
+    xr.testing.assert_equal(store["pt_1"].keypoints(), synthetic.keypoints(seed=2))
+    assert store.verify() == []
