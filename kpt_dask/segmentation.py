@@ -318,8 +318,7 @@ def segment(
         where = str(source.path)
         doubt_little(where, measures, finished.n_keypoints, finished.n_matches, atlases)
         doubt_unshown(where, finished.unshown, atlases, asked=bool(organs))
-        if mode == "local":
-            doubt_alone(where, measures, found.weights, found.atlases)
+        doubt_alone(where, measures, found.weights, found.atlases)
         doubt_disagreement(where, measures)
         doubt_volumes(where, measures, voted)
         finished = replace(finished, warnings=(*doubts, *later))
