@@ -203,6 +203,37 @@ def read_strips(
     return strips_of
 
 
+def mean_hu(atlas: Atlas, organs: Sequence[str]) -> dict[str, float]:
+    """Mean HU of organs in an atlas, of those that it shows.
+
+    Raises
+    ------
+    AtlasNotFoundError
+        If the atlas was removed.
+    StoreFormatError
+        If its strips or its crop are damaged.
+
+    Examples
+    --------
+    >>> from atlas_store import AtlasStore
+    >>> from atlas_store.organ_strips import mean_hu
+    >>> round(mean_hu(AtlasStore.open("atlases")["body_1"], ["liver"])["liver"])
+    101
+    """
+    wanted = {
+        name: [(0, shape_of(atlas.organs[name].bounding_box)[0])]
+        for name in organs
+        if name in atlas.organs
+    }
+    [strips_of] = read_strips([(atlas, wanted)], atlas.organ_table)
+    means = {}
+    for name, strips in strips_of.items():
+        hu = strips.values[strips.planes[0] : strips.planes[-1], HEADER_COLUMNS:]
+        inside = hu != NOT_ORGAN
+        means[name] = hu.sum(where=inside, dtype=np.int64) / np.count_nonzero(inside)
+    return means
+
+
 @dataclass(frozen=True)
 class _Stored:
     """Strips of an atlas in its store.

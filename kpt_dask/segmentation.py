@@ -51,6 +51,7 @@ from kpt_dask.organ_transfer.delivery import Decision, decided
 from kpt_dask.organ_transfer.doubts import (
     doubt_alone,
     doubt_disagreement,
+    doubt_hu,
     doubt_little,
     doubt_unshown,
     doubt_volumes,
@@ -321,6 +322,7 @@ def segment(
         doubt_alone(where, measures, found.weights, found.atlases)
         doubt_disagreement(where, measures)
         doubt_volumes(where, measures, voted)
+        doubt_hu(where, measures, voted)
         finished = replace(finished, warnings=(*doubts, *later))
         _keep(group, found, {**said, "warnings": list(finished.warnings)})
         for array in (*volume.levels, *found.label_levels, found.probability):

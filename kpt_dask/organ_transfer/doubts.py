@@ -4,11 +4,13 @@
 """
 
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 
 import numpy as np
 from numpy.typing import NDArray
 
-from atlas_store import Atlas
+from atlas_store import Atlas, AtlasStoreError
+from atlas_store.organ_strips import mean_hu
 from kpt_dask.errors import some_of
 from kpt_dask.organ_transfer.measures import UNSURE, OrganMeasures
 from kpt_dask.runtime import notices
@@ -18,11 +20,15 @@ FEW_KEYPOINTS = 20
 LITTLE = 0.01
 """A smaller share of the organs' volume in the atlases is doubtful."""
 FEWEST = 5
-"""Atlases that must show an organ before its volume can be unusual."""
+"""Atlases that must show an organ before its volume or its HU can be unusual."""
 UNUSUAL = 1.5
 """Times that a volume may be beyond the atlases' largest, or below their smallest. With six random
 atlases 14 of 596 organs of OpenKBP were found with such volumes, mean Dice 0.63; with twenty none.
 """
+
+UNUSUAL_HU = 100.0
+"""HU by which an organ's mean may be beyond those of the atlases. Of 275 organs of OpenKBP one was
+farther away, a brainstem that was labelled in air; the next one by 59 HU."""
 
 Found = Mapping[str, OrganMeasures]
 
@@ -105,6 +111,30 @@ def doubt_volumes(where: str, found: Found, voted: Sequence[Atlas]) -> None:
         notices.warn(
             f"{where}: unusual volume of {some_of(unusual)}; look at the label map there, and check"
             " the scan's voxel spacing, its orientation and the part of the body that it shows."
+        )
+
+
+def doubt_hu(where: str, found: Found, voted: Sequence[Atlas]) -> None:
+    """Warn of organs of which the mean HU is far from those in the atlases that voted."""
+    shown = {name: organ.mean_hu for name, organ in found.items() if organ.mean_hu is not None}
+    usual: dict[str, list[float]] = {name: [] for name in shown}
+    for atlas in voted:
+        # What cannot be read any more was not needed for the answer; `kpt atlas verify` tells.
+        with suppress(AtlasStoreError):
+            for name, hu in mean_hu(atlas, list(shown)).items():
+                usual[name].append(hu)
+    unusual = []
+    for name, hu in shown.items():
+        if len(usual[name]) < FEWEST:
+            continue
+        low, high = min(usual[name]), max(usual[name])
+        if not low - UNUSUAL_HU <= hu <= high + UNUSUAL_HU:
+            unusual.append(f"{name} {hu:.0f} HU (atlases: {low:.0f} to {high:.0f})")
+    if unusual:
+        notices.warn(
+            f"{where}: unusual density of {some_of(unusual)}; look at the label map there, and"
+            " check the scan's orientation, its contrast agent and the part of the body that it"
+            " shows."
         )
 
 

@@ -10,6 +10,7 @@ from atlas_store import AtlasStore
 from kpt_dask.errors import KptWarning
 from kpt_dask.organ_transfer.doubts import (
     doubt_alone,
+    doubt_hu,
     doubt_little,
     doubt_unshown,
     doubt_volumes,
@@ -79,3 +80,26 @@ def test_little_is_measured_by_the_atlases_that_show_an_organ(body_store: AtlasS
     doubt_little(WHERE, {"liver": measures(0.011 * usual)}, 99, 9, atlases)
     with pytest.warns(KptWarning, match="with 3 keypoints"):
         doubt_little(WHERE, {"liver": measures(usual)}, 3, 9, atlases)
+
+
+def test_a_density_far_from_those_of_the_atlases_is_doubtful(body_store: AtlasStore) -> None:
+    atlases = list(body_store.atlases())
+    value = body_store.organs.by_name("liver").value
+    naive = [
+        float(np.asarray(atlas.image["0"])[np.asarray(atlas.labels) == value].mean())
+        for atlas in atlases
+    ]
+    low, high = min(naive), max(naive)
+    atlases += atlases
+
+    def found(hu: float) -> dict[str, OrganMeasures]:
+        return {"liver": replace(measures(9.0), mean_hu=hu), "spleen": measures(0.0)}
+
+    for hu in (low - 99, high + 99):
+        doubt_hu(WHERE, found(hu), atlases)
+    for hu in (low - 101, high + 101):
+        with pytest.warns(KptWarning) as told:
+            doubt_hu(WHERE, found(hu), atlases)
+        expected = f"unusual density of liver {hu:.0f} HU (atlases: {low:.0f} to {high:.0f});"
+        assert expected in sentence(told)
+        doubt_hu(WHERE, found(hu), atlases[:4])
