@@ -203,8 +203,8 @@ def read_strips(
     return strips_of
 
 
-def mean_hu(atlas: Atlas, organs: Sequence[str]) -> dict[str, float]:
-    """Mean HU of organs in an atlas, of those that it shows.
+def hu_of_organs(atlas: Atlas, organs: Sequence[str]) -> dict[str, tuple[float, float]]:
+    """Mean and standard deviation of the HU of organs in an atlas, of those that it shows.
 
     Raises
     ------
@@ -216,8 +216,9 @@ def mean_hu(atlas: Atlas, organs: Sequence[str]) -> dict[str, float]:
     Examples
     --------
     >>> from atlas_store import AtlasStore
-    >>> from atlas_store.organ_strips import mean_hu
-    >>> round(mean_hu(AtlasStore.open("atlases")["body_1"], ["liver"])["liver"])
+    >>> from atlas_store.organ_strips import hu_of_organs
+    >>> mean, deviation = hu_of_organs(AtlasStore.open("atlases")["body_1"], ["liver"])["liver"]
+    >>> round(mean)
     101
     """
     wanted = {
@@ -226,12 +227,12 @@ def mean_hu(atlas: Atlas, organs: Sequence[str]) -> dict[str, float]:
         if name in atlas.organs
     }
     [strips_of] = read_strips([(atlas, wanted)], atlas.organ_table)
-    means = {}
+    found = {}
     for name, strips in strips_of.items():
         hu = strips.values[strips.planes[0] : strips.planes[-1], HEADER_COLUMNS:]
-        inside = hu != NOT_ORGAN
-        means[name] = hu.sum(where=inside, dtype=np.int64) / np.count_nonzero(inside)
-    return means
+        inside = hu[hu != NOT_ORGAN]
+        found[name] = float(inside.mean()), float(inside.std())
+    return found
 
 
 @dataclass(frozen=True)

@@ -68,6 +68,8 @@ class OrganMeasures:
         whose share reaches the threshold with those whose share reaches `FIRM` times as much,
         times 1 − `BORDER` / r, where r is the radius of a ball of the organ's volume; 0 if
         r ≤ `BORDER`.
+    sd_hu : float or None
+        Standard deviation of the HU whose mean is `mean_hu`; None in answers of earlier versions.
     """
 
     volume_ml: float
@@ -79,6 +81,7 @@ class OrganMeasures:
     spread_mm: float | None
     at_border: bool
     confidence: float
+    sd_hu: float | None = None
 
 
 @dataclass(frozen=True)
@@ -91,8 +94,8 @@ class OrganCounts:
         Voxels, whatever their labels, whose share is at least `LEVELS` times the threshold.
     voxels : int64 array (organ)
         Voxels labelled as the organ; the others are of these.
-    hu : int64 array (organ)
-        Sum of their HU.
+    hu, hu_squared : int64 arrays (organ)
+        Sums of their HU, and of the squares of these.
     indices : int64 array (organ, 3)
         Sum of their indices z, y, x.
     low, high : int64 arrays (organ, 3)
@@ -110,6 +113,7 @@ class OrganCounts:
     above: NDArray[np.int64]
     voxels: NDArray[np.int64]
     hu: NDArray[np.int64]
+    hu_squared: NDArray[np.int64]
     indices: NDArray[np.int64]
     low: NDArray[np.int64]
     high: NDArray[np.int64]
@@ -122,6 +126,7 @@ class OrganCounts:
         """Make counts of nothing."""
         return cls(
             np.zeros((organs, len(LEVELS)), np.int64),
+            np.zeros(organs, np.int64),
             np.zeros(organs, np.int64),
             np.zeros(organs, np.int64),
             np.zeros((organs, 3), np.int64),
@@ -138,6 +143,7 @@ class OrganCounts:
             self.above + other.above,
             self.voxels + other.voxels,
             self.hu + other.hu,
+            self.hu_squared + other.hu_squared,
             self.indices + other.indices,
             np.minimum(self.low, other.low),
             np.maximum(self.high, other.high),
@@ -198,7 +204,9 @@ def count_labels(
     """
     organ_of = np.zeros(max(values) + 1, np.int64)
     organ_of[list(values)] = np.arange(len(values))
-    sums = _Sums(counts.voxels, counts.hu, counts.indices, counts.low, counts.high)
+    sums = _Sums(
+        *(counts.voxels, counts.hu, counts.hu_squared, counts.indices, counts.low, counts.high)
+    )
     _count_labels(labels.shape, as_flat_view(labels), as_flat_view(hu), organ_of, corner, sums)
 
 
@@ -207,6 +215,7 @@ class _Sums(NamedTuple):
 
     voxels: NDArray[np.int64]
     hu: NDArray[np.int64]
+    hu_squared: NDArray[np.int64]
     indices: NDArray[np.int64]
     low: NDArray[np.int64]
     high: NDArray[np.int64]
@@ -227,9 +236,11 @@ def _count_labels(shape: Any, labels: Any, hu: Any, organ_of: Any, corner: Any, 
             hu_of_row = flat_row(hu, z, y, width)
             x = 0
             while x < width:
-                value, first, total = row[x], x, 0
+                value, first, total, squared = row[x], x, 0, 0
                 while x < width and row[x] == value:
-                    total += int(hu_of_row[x])
+                    one = int(hu_of_row[x])
+                    total += one
+                    squared += one * one
                     x += 1
                 if value == 0:
                     continue
@@ -237,6 +248,7 @@ def _count_labels(shape: Any, labels: Any, hu: Any, organ_of: Any, corner: Any, 
                 begin = corner[0] + z, corner[1] + y, corner[2] + first
                 sums.voxels[organ] += n
                 sums.hu[organ] += total
+                sums.hu_squared[organ] += squared
                 sums.indices[organ, 0] += n * begin[0]
                 sums.indices[organ, 1] += n * begin[1]
                 sums.indices[organ, 2] += n * begin[2] + n * (n - 1) // 2
@@ -333,19 +345,22 @@ def _one(counts: OrganCounts, o: int, grid: Grid, voting: NDArray[np.float64]) -
     confidence = float(counts.overlap[o])
     if math.isnan(confidence):
         confidence = 2 * firm / (whole + firm) * max(1 - BORDER / _radius(count * ml), 0)
+    mean_hu = int(counts.hu[o]) / count
     corners = [_point(grid, counts.low[o]), _point(grid, counts.high[o])]
     last = np.array(grid.shape) - 1
     at_border = counts.cut[o] or (counts.low[o] <= 0).any() or (counts.high[o] >= last).any()
     return OrganMeasures(
         volume_ml=count * ml,
         interval_ml=(min(sure * ml, low), max(possible * ml, high)),
-        mean_hu=int(counts.hu[o]) / count,
+        mean_hu=mean_hu,
         centroid=_point(grid, counts.indices[o] / count),
         extent=(corners[0], corners[1]),
         votes=len(voting),
         spread_mm=spread,
         at_border=bool(at_border),
         confidence=confidence,
+        # Whole numbers as far as they go: a difference of large sums is small.
+        sd_hu=math.sqrt(count * int(counts.hu_squared[o]) - int(counts.hu[o]) ** 2) / count,
     )
 
 

@@ -86,14 +86,16 @@ def test_a_density_far_from_those_of_the_atlases_is_doubtful(body_store: AtlasSt
     atlases = list(body_store.atlases())
     value = body_store.organs.by_name("liver").value
     naive = [
-        float(np.asarray(atlas.image["0"])[np.asarray(atlas.labels) == value].mean())
+        np.asarray(atlas.image["0"])[np.asarray(atlas.labels) == value].astype(float)
         for atlas in atlases
     ]
-    low, high = min(naive), max(naive)
+    low, high = min(hu.mean() for hu in naive), max(hu.mean() for hu in naive)
+    widest = max(hu.std() for hu in naive)
     atlases += atlases
 
-    def found(hu: float) -> dict[str, OrganMeasures]:
-        return {"liver": replace(measures(9.0), mean_hu=hu), "spleen": measures(0.0)}
+    def found(hu: float, sd: float = 0.0) -> dict[str, OrganMeasures]:
+        organ = replace(measures(9.0), mean_hu=hu, sd_hu=sd)
+        return {"liver": organ, "spleen": measures(0.0)}
 
     for hu in (low - 99, high + 99):
         doubt_hu(WHERE, found(hu), atlases)
@@ -103,3 +105,7 @@ def test_a_density_far_from_those_of_the_atlases_is_doubtful(body_store: AtlasSt
         expected = f"unusual density of liver {hu:.0f} HU (atlases: {low:.0f} to {high:.0f});"
         assert expected in sentence(told)
         doubt_hu(WHERE, found(hu), atlases[:4])
+    doubt_hu(WHERE, found(low, 2 * widest + 49), atlases)
+    with pytest.warns(KptWarning) as told:
+        doubt_hu(WHERE, found(low, 2 * widest + 51), atlases)
+    assert f"liver ± {2 * widest + 51:.0f} HU (atlases: at most ± {widest:.0f})" in sentence(told)

@@ -78,6 +78,7 @@ def test_measures_follow_from_their_definitions(
             continue
         where = GRID.to_mm(np.argwhere(mask))
         assert one.mean_hu == pytest.approx(hu[mask].mean())
+        assert one.sd_hu == pytest.approx(hu[mask].std())
         np.testing.assert_allclose(one.centroid, where.mean(axis=0))
         np.testing.assert_allclose(one.extent, [where.min(axis=0), where.max(axis=0)])
         p = shares[o].astype(float)
