@@ -12,7 +12,7 @@ from pydicom.pixels.utils import pixel_array
 
 from atlas_store import Organ
 from kpt_dask.annotations.dicom_objects import damaged, numbers, read_object
-from kpt_dask.annotations.drawn import NEAR, Canvas
+from kpt_dask.annotations.drawn import Canvas
 from kpt_dask.annotations.names import printable_name
 from kpt_dask.errors import GridMismatchError, ScanFormatError
 from kpt_dask.scans.dicom_header import MOST_PIXELS
@@ -99,32 +99,22 @@ class SegmentationFile:
             masks = {segment: pixels >= least if fractional else pixels > 0}
         for number, mask in masks.items():
             if number in organs and mask.any():
-                rows, columns = np.nonzero(mask)
-                places = self._places(group, rows, columns)
-                off = canvas.draw_points(canvas.grid.to_index(places), organs[number].value)
-                if off > NEAR:
-                    raise GridMismatchError(
-                        f"{self.path} has voxels that lie {off:.2g} voxels beside those of the"
-                        " scan; resample it to the scan first."
-                    )
+                steps, origin = self._placement(group)
+                canvas.draw_voxels(
+                    self.path, np.argwhere(mask), steps, origin, organs[number].value
+                )
 
-    def _places(
-        self, group: Dataset, rows: NDArray[Any], columns: NDArray[Any]
-    ) -> NDArray[np.float64]:
-        """Place pixels in the world, (n, 3), (z, y, x)."""
+    def _placement(self, group: Dataset) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+        """Place a frame: steps to the next row and column, and its first pixel, (z, y, x) in mm."""
         position = numbers(self._macro(group, "PlanePositionSequence").ImagePositionPatient, 3)
         cosines = numbers(self._macro(group, "PlaneOrientationSequence").ImageOrientationPatient, 6)
         spacing = numbers(self._macro(group, "PixelMeasuresSequence").PixelSpacing, 2)
-        along_row, along_column = cosines.reshape(2, 3)
-        skewed = np.abs(cosines.reshape(2, 3) @ cosines.reshape(2, 3).T - np.eye(2)).max()
+        axes = cosines.reshape(2, 3)
+        skewed = np.abs(axes @ axes.T - np.eye(2)).max()
         if skewed > AT_RIGHT_ANGLES or spacing.min() <= 0:
             raise ValueError("pixels that vanish, or whose axes are not at right angles")
-        places = (
-            position
-            + columns[:, None] * spacing[1] * along_row
-            + rows[:, None] * spacing[0] * along_column
-        )
-        return np.ascontiguousarray(places[:, ::-1])
+        # The first axis of the orientation is the one along a row, from column to column.
+        return spacing[:, None] * axes[::-1, ::-1], position[::-1]
 
     def _macro(self, group: Dataset, name: str) -> Dataset:
         shared = self._dataset.get("SharedFunctionalGroupsSequence") or [Dataset()]

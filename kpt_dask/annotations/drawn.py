@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from atlas_store import OrganTable
-from kpt_dask.errors import LabelError
+from kpt_dask.errors import GridMismatchError, LabelError
 from kpt_dask.grid import Grid
 from kpt_dask.label_files.label_map import dtype_of
 from kpt_dask.remote import Remote
@@ -55,15 +55,53 @@ class Canvas:
         part[mask & (part == 0)] = value
         self.labels[where] = part
 
-    def draw_points(self, index: NDArray[np.float64], value: int) -> float:
-        """Draw voxels (n, 3) given by fractional indices; tell how far off the worst is."""
-        nearest = np.rint(index).astype(np.int64)
-        off = float(np.abs(index - nearest).max(initial=0.0))
-        inside = ((nearest >= 0) & (nearest < self.grid.shape)).all(axis=1)
-        self.outside += int(np.count_nonzero(~inside))
-        k, j, i = nearest[inside].T
-        self.draw((k, j, i), np.ones(len(k), bool), value)
-        return off
+    def draw_voxels(
+        self,
+        path: Path,
+        index: NDArray[np.int64],
+        steps: NDArray[np.float64],
+        origin: NDArray[np.float64],
+        value: int,
+    ) -> None:
+        """Draw voxels of another grid, each on the voxel of the scan that it is.
+
+        Parameters
+        ----------
+        path : Path
+            The file that they are of.
+        index : ndarray (n, axis), int64
+            Indices on that grid.
+        steps : ndarray (axis, 3), float64
+            From a voxel of it to the next along each axis, (z, y, x) in mm.
+        origin : ndarray (3,), float64
+            Centre of its first voxel, (z, y, x) in mm.
+        value : int
+            Label value.
+
+        Raises
+        ------
+        GridMismatchError
+            If its voxels are not those of the scan.
+        """
+        own = steps @ np.linalg.inv(self.grid.affine[:3, :3]).T
+        places = index @ own + self.grid.to_index(origin)
+        nearest = np.rint(places).astype(np.int64)
+        off = float(np.abs(places - nearest).max(initial=0.0))
+        # Voxels of a coarser grid may lie on every second one of the scan.
+        order = np.abs(np.rint(own))
+        if (order.sum(axis=1) != 1).any() or order.sum(axis=0).max() > 1:
+            wrong = "of another size or direction than"
+        elif off > NEAR:
+            wrong = f"that lie {off:.2g} voxels beside"
+        else:
+            inside = ((nearest >= 0) & (nearest < self.grid.shape)).all(axis=1)
+            self.outside += int(np.count_nonzero(~inside))
+            k, j, i = nearest[inside].T
+            self.draw((k, j, i), np.ones(len(k), bool), value)
+            return
+        raise GridMismatchError(
+            f"{path} has voxels {wrong} those of the scan; resample it to the scan first."
+        )
 
 
 @dataclass(frozen=True, eq=False)

@@ -7,9 +7,9 @@ from pathlib import Path
 import numpy as np
 
 from atlas_store import Organ
-from kpt_dask.annotations.drawn import NEAR, Canvas
+from kpt_dask.annotations.drawn import Canvas
 from kpt_dask.annotations.names import printable_name
-from kpt_dask.errors import GridMismatchError, ScanFormatError
+from kpt_dask.errors import ScanFormatError
 from kpt_dask.scans.nrrd import open_layers
 
 _FIELD = re.compile(r"Segment(\d{1,5})_(Name|ID|LabelValue|Layer)")
@@ -66,18 +66,14 @@ class SlicerFile:
         ScanFormatError
             If it is damaged.
         """
-        first = 0
+        grid, first = self._file.grid, 0
+        steps = grid.affine[:3, :3].T
         for slab in self._file.slabs():
             for n, organ in organs.items():
                 layer, value = self._values[n]
                 index = np.argwhere(slab[..., layer] == value)
                 if not len(index):
                     continue
-                places = self._file.grid.to_mm(index + np.array([first, 0, 0]))
-                off = canvas.draw_points(canvas.grid.to_index(places), organ.value)
-                if off > NEAR:
-                    raise GridMismatchError(
-                        f"{self.path} has voxels that lie {off:.2g} voxels beside those of the"
-                        " scan; resample it to the scan first."
-                    )
+                index[:, 0] += first
+                canvas.draw_voxels(self.path, index, steps, grid.origin, organ.value)
             first += len(slab)

@@ -204,6 +204,20 @@ def test_labels_beside_the_scan_are_refused(name: str, tmp_path: Path) -> None:
     assert str(path if name != "masks" else path / "kidney_left.nii.gz") in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    ("name", "axes"),
+    [("slicer", (1, 1, 2)), ("slicer", (2, 2, 1)), ("seg", (2, 1, 1)), ("seg", (2, 2, 1))],
+)
+def test_labels_on_a_coarser_grid_are_refused(
+    name: str, axes: tuple[int, int, int], tmp_path: Path
+) -> None:
+    """Their voxels lie on every second one of the scan, so that organs would be combs."""
+    i, j, k = axes
+    path = WRITERS[name](tmp_path, label_map(labels()[::k, ::j, ::i], affine() * [*axes, 1]))
+    with pytest.raises(GridMismatchError, match=r"another size .* the scan; resample it"):
+        read(scan_at(tmp_path / "ct.nii.gz"), path)
+
+
 @pytest.mark.parametrize("name", WRITERS)
 def test_what_no_organ_is_called_is_an_error(name: str, tmp_path: Path) -> None:
     made = label_map(organs=(Organ(1, "moon", 5.0, (1, 2, 3)), Organ(5, "sun", 5.0, (1, 2, 3))))
