@@ -1,6 +1,6 @@
 """Label maps that are put together on a scan's grid, from parts that may overlap."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -21,6 +21,9 @@ from kpt_dask.scans.placement import header_of
 NEAR = 0.1
 """Largest distance of a voxel from one of the scan, in voxels of the scan, to be that one."""
 
+PIECES, PLANES = 4, 3
+"""Planes look skipped where an organ is in so many pieces or more, of so many planes or fewer each,
+on average; an organ that is in several pieces, as ribs are, has longer ones."""
 
 UNNAMED = -1
 """Value of stored labels that have no name."""
@@ -104,6 +107,44 @@ class Canvas:
         )
 
 
+def skipped_planes(labels: NDArray[Any]) -> Mapping[int, tuple[int, int]]:
+    """Find labels that were drawn on some planes only, such as every second one.
+
+    Parameters
+    ----------
+    labels : ndarray (k, j, i)
+        0 is no label.
+
+    Returns
+    -------
+    mapping of int to (int, int)
+        By label: planes that show it, and planes from the first to the last of these, along the
+        axis where planes are skipped.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> labels = np.zeros((20, 5, 5), np.uint8)
+    >>> labels[2:15:2, 1:4, 1:4] = 7
+    >>> skipped_planes(labels)
+    {7: (7, 13)}
+    """
+    n = int(labels.max(initial=0)) + 1
+    shown = [np.zeros((n, size), np.bool_) for size in labels.shape]
+    for k, plane in enumerate(labels):
+        j, i = np.nonzero(plane)
+        values = plane[j, i]
+        shown[0][values, k] = shown[1][values, j] = shown[2][values, i] = True
+    found = {}
+    for planes in shown:
+        for value in np.flatnonzero(planes.any(axis=1)).tolist():
+            at = np.flatnonzero(planes[value])
+            pieces = 1 + int(np.count_nonzero(np.diff(at) > 1))
+            if pieces >= PIECES and len(at) <= PLANES * pieces:
+                found[value] = len(at), int(at[-1] - at[0]) + 1
+    return found
+
+
 @dataclass(frozen=True, eq=False)
 class DrawnLabels:
     """A label map that is drawn when it is first read; see `kpt_dask.scans.contract.ScanFile`.
@@ -142,11 +183,11 @@ class DrawnLabels:
 
     @cached_property
     def labels(self) -> NDArray[Any]:
-        """The label map, (k, j, i); warns of what overlaps."""
+        """The label map, (k, j, i); warns of what overlaps, and of planes that were skipped."""
         canvas = Canvas(self.grid, self.dtype)
         self.draw(canvas)
+        names = {organ.value: organ.name for organ in self.organs}
         if canvas.overlaps:
-            names = {organ.value: organ.name for organ in self.organs}
             told = ", ".join(
                 f"{names[a]} and {names[b]} in {n} voxels"
                 for (a, b), n in sorted(canvas.overlaps.items(), key=lambda pair: -pair[1])[:5]
@@ -155,6 +196,15 @@ class DrawnLabels:
         if canvas.outside:
             notices.warn(
                 f"{self.path}: {canvas.outside} voxels lie outside of the scan and are left out."
+            )
+        if skipped := skipped_planes(canvas.labels):
+            told = ", ".join(
+                f"{names[value]} on {drawn} of {planes}"
+                for value, (drawn, planes) in list(skipped.items())[:5]
+            )
+            notices.warn(
+                f"{self.path}: of the planes from an organ's first to its last, some seem to have"
+                f" been skipped (drawn: {told}) and stay empty; interpolate it where it was drawn."
             )
         return canvas.labels
 

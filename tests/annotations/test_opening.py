@@ -218,6 +218,25 @@ def test_labels_on_a_coarser_grid_are_refused(
         read(scan_at(tmp_path / "ct.nii.gz"), path)
 
 
+@pytest.mark.parametrize(
+    ("name", "order"),
+    [("masks", (0, 1, 2)), ("slicer", (0, 1, 2)), ("seg", (2, 0, 1)), ("rtstruct", (1, 2, 0))],
+)
+def test_skipped_planes_are_told(name: str, order: tuple[int, ...], tmp_path: Path) -> None:
+    """Planners draw every second plane; two pieces of an organ are no reason to warn."""
+    drawn = np.zeros((16, 20, 24), np.uint8)
+    drawn[1:15:2, 2:8, 2:22] = 1
+    drawn[1:5, 10:18, 2:22] = drawn[10:14, 10:18, 2:22] = 5
+    path = WRITERS[name](tmp_path, label_map(drawn))
+    image = nib.Nifti1Image(np.zeros(drawn.T.shape, np.int16), LPS @ affine())
+    turns = np.stack([order, [1, 1, 1]], axis=1)
+    nib.save(image.as_reoriented(turns), tmp_path / "ct.nii.gz")
+    _, told = read(tmp_path / "ct.nii.gz", path)
+    [warned] = [one for one in told if "first to its last" in one]
+    assert str(path) in warned
+    assert "(drawn: liver on 7 of 13)" in warned
+
+
 @pytest.mark.parametrize("name", WRITERS)
 def test_what_no_organ_is_called_is_an_error(name: str, tmp_path: Path) -> None:
     made = label_map(organs=(Organ(1, "moon", 5.0, (1, 2, 3)), Organ(5, "sun", 5.0, (1, 2, 3))))
