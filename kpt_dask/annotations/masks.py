@@ -74,13 +74,15 @@ class MaskFolder:
                     raise GridMismatchError(
                         f"{mask.path} does not lie on the grid of the scan; resample it first."
                     )
-                first = 0
+                first = value = 0
                 for slab in mask.label_slabs():
-                    if slab.max() > 1 and slab[slab > 0].min() != slab.max():
+                    value = value or int(slab.max())
+                    shown = slab > 0
+                    if (slab[shown] != value).any():
                         raise ScanFormatError(
                             f"{mask.path} holds several labels; a mask of one organ has one."
                         )
                     where = (slice(first, first + len(slab)), slice(None), slice(None))
-                    canvas.draw(where, slab > 0, organ.value)
+                    canvas.draw(where, shown, organ.value)
                     first += len(slab)
                 advance(1)

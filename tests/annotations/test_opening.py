@@ -28,6 +28,7 @@ from kpt_dask.errors import (
 from kpt_dask.label_files.formats import LabelFile
 from kpt_dask.label_files.label_map import LabelMap
 from kpt_dask.label_files.request import LabelRequest
+from kpt_dask.scans import voxel_stream
 from kpt_dask.scans.scan import open_scan
 from tests.label_files.maps import affine, label_map, labels
 from tests.scans.dicom_writer import write_folder
@@ -389,3 +390,22 @@ def test_masks_that_lead_nowhere_or_have_one_name_are_refused(tmp_path: Path) ->
         read(scan, folder)
     (folder / "liver.nii.gz").unlink()
     np.testing.assert_array_equal(read(scan, folder)[0], EXPECTED)
+
+
+def test_a_mask_has_one_label_in_all_of_its_slabs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Labels of two organs may lie in planes that are not read together."""
+    monkeypatch.setattr(voxel_stream, "SLAB_BYTES", 1)
+    scan = scan_at(tmp_path / "ct.nii.gz")
+    (tmp_path / "m").mkdir()
+    mask = np.zeros(labels().shape, np.uint8)
+    mask[1:3, 5:9, 5:9] = 255
+    for other, refused in ((255, False), (254, True), (1, True)):
+        mask[6:8, 5:9, 5:9] = other
+        nib.save(nib.Nifti1Image(mask.T, LPS @ affine()), tmp_path / "m" / "liver.nii.gz")
+        if refused:
+            with pytest.raises(ScanFormatError, match=r"liver\.nii\.gz holds several labels"):
+                read(scan, tmp_path / "m")
+        else:
+            np.testing.assert_array_equal(read(scan, tmp_path / "m")[0] > 0, mask > 0)
