@@ -15,8 +15,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from atlas_store import Organ, OrganTable
+from kpt_dask.annotations.contours import count_crossings, united
 from kpt_dask.annotations.opening import open_pair
-from kpt_dask.annotations.rtstruct import count_crossings
 from kpt_dask.errors import (
     GridMismatchError,
     KptError,
@@ -299,6 +299,69 @@ def test_contours_are_filled_by_even_and_odd(seed: int, corners: int) -> None:
     for a, b in pairwise(contour[1:]):
         inside += Polygon(np.array([contour[0], a, b, contour[0]])).contains_points(centres)
     np.testing.assert_array_equal(mask, (inside % 2 == 1).reshape(12, 10))
+
+
+def circle(row: float, column: float, radius: float) -> Array:
+    turn = np.linspace(0, 2 * np.pi, 60, endpoint=False)
+    return np.stack([row + radius * np.cos(turn), column + radius * np.sin(turn)], axis=1)
+
+
+def disc(row: float, column: float, radius: float) -> Array:
+    from matplotlib.path import Path as Polygon
+
+    centres = np.indices((50, 60)).reshape(2, -1).T
+    return Polygon(circle(row, column, radius)).contains_points(centres).reshape(50, 60)
+
+
+@settings(max_examples=40, deadline=None)
+@given(order=st.permutations(range(8)), turn=st.integers(0, 59))
+def test_each_contour_counts_once_however_they_are_listed(order: list[int], turn: int) -> None:
+    """An organ with a hole and an island in it, a part that overlaps it, and all but that twice."""
+    organ, hole, island, part = (
+        (20.2, 20.3, 15.1),
+        (20.4, 20.1, 9.3),
+        (19.6, 20.2, 4.2),
+        (33.3, 35.2, 9.1),
+    )
+    listed = [circle(*one) for one in (organ, hole, island, part, organ, hole, island, (2, 50, 0))]
+    listed[4:7] = [np.roll(one, turn, axis=0)[::-1] for one in listed[4:7]]
+    found = united([listed[n] for n in order], (50, 60))
+    expected = (disc(*organ) & ~disc(*hole)) | disc(*island) | disc(*part)
+    np.testing.assert_array_equal(found.mask, expected)
+    assert found[1:] == (3, 1)
+
+
+def contoured(path: Path, change: Callable[[Any], object]) -> Path:
+    """Write the organs as contours, and change those of the kidney, which has holes."""
+    dataset = pydicom.dcmread(WRITERS["rtstruct"](path.parent, label_map()))
+    change(dataset.ROIContourSequence[1])
+    dataset.save_as(path)
+    return path
+
+
+def test_contours_that_are_listed_twice_are_told_and_drawn_once(tmp_path: Path) -> None:
+    def twice(roi: Any) -> None:
+        roi.ContourSequence = [*roi.ContourSequence, *roi.ContourSequence[2:5]]
+
+    path = contoured(tmp_path / "twice.dcm", twice)
+    values, told = read(scan_at(tmp_path / "ct.nii.gz"), path)
+    np.testing.assert_array_equal(values, EXPECTED)
+    assert told[1] == (
+        f"{path}: contours of kidney_left are listed twice (3 in all); each is drawn once."
+    )
+
+
+def test_contours_that_exclude_each_other_are_counted(tmp_path: Path) -> None:
+    """DICOM's CLOSEDPLANAR_XOR: what an even number of contours encloses is none."""
+
+    def exclude(roi: Any) -> None:
+        for one in roi.ContourSequence:
+            one.ContourGeometricType = "CLOSEDPLANAR_XOR"
+        roi.ContourSequence = [*roi.ContourSequence, *roi.ContourSequence]
+
+    path = contoured(tmp_path / "xor.dcm", exclude)
+    values, _ = read(scan_at(tmp_path / "ct.nii.gz"), path)
+    np.testing.assert_array_equal(values, np.where(EXPECTED == 40, 40, 0))
 
 
 @pytest.mark.parametrize("name", ["slicer", "seg", "rtstruct"])
