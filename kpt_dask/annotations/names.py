@@ -1,6 +1,7 @@
 """Which organ of a store a name of somebody else's means: ``Kidney L`` is ``kidney_left``."""
 
 import re
+import unicodedata
 from collections.abc import Iterable, Mapping
 
 from atlas_store import Organ, OrganTable
@@ -10,7 +11,9 @@ Words = tuple[str, ...]
 LONGEST = 64
 """Letters of a name that are looked at."""
 
-_WORD = re.compile(r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+|\d+")
+# Letters of other scripts are words too, and so is what could not be decoded: "Liver опухоль" is a
+# tumour, not the liver.
+_WORD = re.compile(r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+|\d+|(?:[^\W\d_A-Za-z]|\ufffd)+")
 _SHORT = {
     "l": "left",
     "lt": "left",
@@ -54,8 +57,9 @@ def printable_name(name: object) -> str:
 
 
 def words_of(name: str) -> Words:
-    """Split a name into its words, in an order of their own, sides spelled out."""
-    words = (word.lower() for word in _WORD.findall(name))
+    """Split a name into its words, in an order of their own, sides spelled out, without accents."""
+    letters = (c for c in unicodedata.normalize("NFKD", name) if not unicodedata.combining(c))
+    words = (word.lower() for word in _WORD.findall("".join(letters)))
     spelled = (_SHORT.get(word, word) for word in words)
     return tuple(sorted(word for word in spelled if word not in _FILLERS))
 
