@@ -4,6 +4,7 @@ A contour within another is a hole, and one that is joined to it by a channel is
 overlap otherwise are united, unless the file says that they exclude each other.
 """
 
+from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -15,7 +16,8 @@ from kpt_dask.annotations.contours import excluding, united
 from kpt_dask.annotations.dicom_objects import damaged, numbers, read_object
 from kpt_dask.annotations.drawn import Canvas
 from kpt_dask.annotations.names import printable_name
-from kpt_dask.errors import GridMismatchError
+from kpt_dask.errors import GridMismatchError, some_of
+from kpt_dask.grid import Grid
 from kpt_dask.runtime import notices
 
 OFF_PLANE = 0.25
@@ -44,6 +46,7 @@ class StructureFile:
     def __init__(self, path: Path) -> None:
         self.path = path
         self._excluding: set[int] = set()
+        self._open: Counter[int] = Counter()
         dataset = read_object(path)
         try:
             self.names: Mapping[int, str] = {
@@ -58,6 +61,8 @@ class StructureFile:
                     kind = str(one.ContourGeometricType)
                     if kind.endswith("XOR"):
                         self._excluding.add(number)
+                    if kind.startswith("OPEN"):
+                        self._open[number] += 1
                     if kind.startswith("CLOSED"):
                         data = one.ContourData
                         points = numbers(data, len(data)).reshape(-1, 3)
@@ -66,50 +71,72 @@ class StructureFile:
             raise damaged(path, error) from error
 
     def draw(self, canvas: Canvas, organs: Mapping[int, Organ]) -> None:
-        """Draw the regions of some numbers.
+        """Draw the regions of some numbers; warns of contours that are not drawn as they are.
 
         Raises
         ------
         GridMismatchError
             If contours lie in no planes of the scan.
         """
+        outside, twice, crossing = Counter[int](), Counter[int](), Counter[int]()
         for number, organ in organs.items():
-            by_plane: dict[int, list[NDArray[np.float64]]] = {}
-            axis: int | None = None
-            for contour in self._contours.get(number, []):
-                index = canvas.grid.to_index(contour)
-                if axis is None:
-                    axis = int(np.ptp(index, axis=0).argmin())
-                along = index[:, axis]
-                plane = round(float(along.mean()))
-                if np.abs(along - plane).max() > OFF_PLANE:
-                    raise GridMismatchError(
-                        f"{self.path}: a contour of {self.names.get(number, number)} lies between"
-                        " the planes of the scan; give the series that it was drawn on."
-                    )
-                by_plane.setdefault(plane, []).append(np.delete(index, axis, axis=1))
+            axis, by_plane = self._by_plane(canvas.grid, number)
+            shape = np.delete(canvas.grid.shape, axis)
             fill = excluding if number in self._excluding else united
-            twice = crossing = 0
             for plane, contours in by_plane.items():
-                assert axis is not None
                 if not 0 <= plane < canvas.grid.shape[axis]:
-                    canvas.outside += 1
+                    outside[number] += len(contours)
                     continue
-                rows, columns = np.delete(canvas.grid.shape, axis).tolist()
-                filled = fill(contours, (rows, columns))
+                # A contour may reach to the outer edge of the voxels at the border.
+                outside[number] += sum(
+                    bool(((one <= -1) | (one >= shape)).any()) for one in contours
+                )
+                filled = fill(contours, (int(shape[0]), int(shape[1])))
                 where: list[int | slice] = [slice(None)] * 3
                 where[axis] = plane
                 canvas.draw(tuple(where), filled.mask, organ.value)
-                twice += filled.twice
-                crossing += filled.crossing
-            name = self.names.get(number, number)
-            if twice:
-                notices.warn(
-                    f"{self.path}: contours of {name} are listed twice ({twice} in all); each is"
-                    " drawn once."
+                twice[number] += filled.twice
+                crossing[number] += filled.crossing
+        self._warn(
+            Counter({number: self._open[number] for number in organs}),
+            "are open and enclose nothing",
+            "they are left out, so close them where they were drawn",
+        )
+        self._warn(
+            outside,
+            "lie partly or wholly outside of the scan",
+            "what does is left out, so see that it is the scan that they were drawn on",
+        )
+        self._warn(twice, "are listed twice", "each is drawn once")
+        self._warn(
+            crossing,
+            "overlap others of their organ",
+            "they are united, so look at it before it is used",
+        )
+
+    def _by_plane(
+        self, grid: Grid, number: int
+    ) -> tuple[int, Mapping[int, list[NDArray[np.float64]]]]:
+        """Sort contours of a region, (row, column), by their planes along an axis of the scan."""
+        found: dict[int, list[NDArray[np.float64]]] = {}
+        axis: int | None = None
+        for contour in self._contours.get(number, []):
+            index = grid.to_index(contour)
+            if axis is None:
+                axis = int(np.ptp(index, axis=0).argmin())
+            along = index[:, axis]
+            plane = round(float(along.mean()))
+            if np.abs(along - plane).max() > OFF_PLANE:
+                raise GridMismatchError(
+                    f"{self.path}: a contour of {self.names.get(number, number)} lies between"
+                    " the planes of the scan; give the series that it was drawn on."
                 )
-            if crossing:
-                notices.warn(
-                    f"{self.path}: contours of {name} overlap others of it ({crossing} in all) and"
-                    " are united; look at it before it is used."
-                )
+            found.setdefault(plane, []).append(np.delete(index, axis, axis=1))
+        return axis or 0, found
+
+    def _warn(self, counts: Counter[int], wrong: str, what: str) -> None:
+        """Warn of contours of some regions, if there are any."""
+        if told := [
+            f"{n} of {self.names.get(number, number)}" for number, n in counts.items() if n
+        ]:
+            notices.warn(f"{self.path}: contours {wrong} ({some_of(told)}); {what}.")

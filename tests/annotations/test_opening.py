@@ -346,9 +346,37 @@ def test_contours_that_are_listed_twice_are_told_and_drawn_once(tmp_path: Path) 
     path = contoured(tmp_path / "twice.dcm", twice)
     values, told = read(scan_at(tmp_path / "ct.nii.gz"), path)
     np.testing.assert_array_equal(values, EXPECTED)
-    assert told[1] == (
-        f"{path}: contours of kidney_left are listed twice (3 in all); each is drawn once."
-    )
+    assert told[1] == (f"{path}: contours are listed twice (3 of kidney_left); each is drawn once.")
+
+
+@pytest.mark.parametrize("axis", [0, 1, 2])
+def test_contours_outside_of_the_scan_are_told(axis: int, tmp_path: Path) -> None:
+    """Drawn on a scan that shows more: in its planes, or in further planes."""
+    path = WRITERS["rtstruct"](tmp_path, label_map())
+    part = nib.Nifti1Image(labels().T, LPS @ affine()).slicer[
+        tuple(slice(4, None) if a == axis else slice(None) for a in range(3))
+    ]
+    nib.save(nib.Nifti1Image(part.dataobj, part.affine), tmp_path / "ct.nii.gz")
+    values, told = read(tmp_path / "ct.nii.gz", path)
+    whole = np.moveaxis(EXPECTED.T, axis, 0)
+    np.testing.assert_array_equal(np.moveaxis(values.T, axis, 0), whole[4:])
+    cut = {name: (whole[:4] == value).any() for name, value in (("liver", 40), ("kidney", 2))}
+    said = [one for one in told if "outside of the scan" in one]
+    assert len(said) == any(cut.values())
+    for name, is_cut in cut.items():
+        assert any(f"of {name}" in one for one in said) == is_cut
+
+
+def test_open_contours_are_told(tmp_path: Path) -> None:
+    def opened(roi: Any) -> None:
+        for one in roi.ContourSequence[:4]:
+            one.ContourGeometricType = "OPEN_PLANAR"
+        roi.ContourSequence[-1].ContourGeometricType = "POINT"
+
+    path = contoured(tmp_path / "open.dcm", opened)
+    _, told = read(scan_at(tmp_path / "ct.nii.gz"), path)
+    assert told[1].startswith(f"{path}: contours are open and enclose nothing (4 of kidney_left);")
+    assert len(told) == 2
 
 
 def test_contours_that_exclude_each_other_are_counted(tmp_path: Path) -> None:
