@@ -1,7 +1,7 @@
 """Measures of each label of a label map, by streaming it beside its scan."""
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -30,7 +30,7 @@ class LabelMeasures:
     Attributes
     ----------
     name : str
-        Name of the organ, or ``label N`` without an organ table.
+        Name of the organ, or ``label N`` where no table names it.
     value : int
         Label value.
     voxels : int
@@ -75,7 +75,7 @@ def measure(
         Labels on the grid of the scan; with `organs` in any format that an atlas's may have,
         without it a label map of values.
     organs : OrganTable, optional
-        Names of the values; only these are measured, whether they occur or not.
+        Names of the values; these are measured whether they occur or not.
     reference : str or Path, optional
         Labels to compare with, like `labels`.
     tolerance_mm : float
@@ -86,7 +86,7 @@ def measure(
     Returns
     -------
     list of LabelMeasures
-        In the order of the table, or of the values.
+        In the order of the table; then what it does not name, in the order of the values.
 
     Raises
     ------
@@ -111,12 +111,9 @@ def measure(
         both = [LabelMap(one, source.grid, ()) for one in (sums.labels, other)]
         doubt_shear(source)
     extents = [one.extents() for one in both]
-    table: Mapping[int, str]
-    if organs is None:
-        values = set(np.flatnonzero(sums.voxels).tolist()).union(*extents) - {0}
-        table = {value: f"label {value}" for value in sorted(values)}
-    else:
-        table = {organ.value: organ.name for organ in organs}
+    table = {organ.value: organ.name for organ in organs or ()}
+    values = set(np.flatnonzero(sums.voxels).tolist()).union(*extents) - {0}
+    table |= {value: f"label {value}" for value in sorted(values - table.keys())}
     compared_with = {}
     if both:
         compared_with = compare_labels(both, extents, list(table), tolerance_mm)

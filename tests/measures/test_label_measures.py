@@ -70,11 +70,18 @@ def test_labels_are_compared_in_mm(files: dict[str, Any]) -> None:
     assert found[0].agreement == (0.0, None, None, 0.0)
 
 
-def test_a_table_names_and_chooses(files: dict[str, Any]) -> None:
+def test_a_table_names_labels_and_hides_none(files: dict[str, Any]) -> None:
     table = OrganTable((Organ(3, "liver", 50.0, (1, 2, 3)), Organ(9, "spleen", 50.0, (3, 2, 1))))
-    found = measure(files["path"]["scan"], files["path"]["one"], organs=table)
-    assert [(one.name, one.voxels > 0) for one in found] == [("liver", True), ("spleen", False)]
+    paths = files["path"]
+    found = measure(paths["scan"], paths["one"], organs=table)
+    named = [("liver", True), ("spleen", False)]
+    assert [(one.name, one.voxels > 0) for one in found] == [*named, ("label 700", True)]
     assert found[1].mean_hu is None
+    assert found[2] == measure(paths["scan"], paths["one"])[1]
+    found = measure(paths["scan"], paths["one"], organs=table, reference=paths["other"])
+    others = [("label 5", False), ("label 700", True)]
+    assert [(one.name, one.voxels > 0) for one in found] == [*named, *others]
+    assert found[2].agreement == (0.0, None, None, 0.0)
 
 
 def test_labels_of_another_grid_are_refused(files: dict[str, Any], tmp_path: Path) -> None:
