@@ -23,6 +23,9 @@ from kpt_dask.runtime import notices
 OFF_PLANE = 0.25
 """Largest distance of a contour from a plane of the scan, in planes."""
 
+CORNERS = 3
+"""Corners of a contour that encloses something."""
+
 
 class StructureFile:
     """A structure set whose regions have been read.
@@ -66,7 +69,9 @@ class StructureFile:
                     if kind.startswith("CLOSED"):
                         data = one.ContourData
                         points = numbers(data, len(data)).reshape(-1, 3)
-                        found.append(np.ascontiguousarray(points[:, ::-1]))
+                        # Planning systems leave points behind, which enclose nothing.
+                        if len(points) >= CORNERS:
+                            found.append(np.ascontiguousarray(points[:, ::-1]))
         except Exception as error:  # pydicom decodes on access, and raises many kinds
             raise damaged(path, error) from error
 
@@ -119,11 +124,10 @@ class StructureFile:
     ) -> tuple[int, Mapping[int, list[NDArray[np.float64]]]]:
         """Sort contours of a region, (row, column), by their planes along an axis of the scan."""
         found: dict[int, list[NDArray[np.float64]]] = {}
-        axis: int | None = None
-        for contour in self._contours.get(number, []):
-            index = grid.to_index(contour)
-            if axis is None:
-                axis = int(np.ptp(index, axis=0).argmin())
+        indices = [grid.to_index(contour) for contour in self._contours.get(number, [])]
+        # One contour may be as short along another axis.
+        axis = int(np.sum([np.ptp(index, axis=0) for index in indices] or [[0]], axis=0).argmin())
+        for index in indices:
             along = index[:, axis]
             plane = round(float(along.mean()))
             if np.abs(along - plane).max() > OFF_PLANE:
@@ -132,7 +136,7 @@ class StructureFile:
                     " the planes of the scan; give the series that it was drawn on."
                 )
             found.setdefault(plane, []).append(np.delete(index, axis, axis=1))
-        return axis or 0, found
+        return axis, found
 
     def _warn(self, counts: Counter[int], wrong: str, what: str) -> None:
         """Warn of contours of some regions, if there are any."""

@@ -1,5 +1,6 @@
 """Labels in every format that has names come onto the scan's grid with the store's values."""
 
+import copy
 import warnings
 from collections.abc import Callable
 from itertools import pairwise
@@ -377,6 +378,25 @@ def test_open_contours_are_told(tmp_path: Path) -> None:
     _, told = read(scan_at(tmp_path / "ct.nii.gz"), path)
     assert told[1].startswith(f"{path}: contours are open and enclose nothing (4 of kidney_left);")
     assert len(told) == 2
+
+
+def test_points_and_slivers_among_contours_do_not_turn_the_planes(tmp_path: Path) -> None:
+    """The first contours are as short along an axis of the scan as across its planes."""
+
+    def begun(roi: Any) -> None:
+        x, y, z = roi.ContourSequence[0].ContourData[:3]
+        point, line, sliver = (copy.deepcopy(roi.ContourSequence[0]) for _ in range(3))
+        point.ContourData = [x, y, z]
+        line.ContourData = [x, y, z, x, y + 3, z]
+        sliver.ContourData = [x, y, z, x, y + 3, z, x, y + 5, z]
+        roi.ContourSequence = [point, line, sliver, *roi.ContourSequence]
+
+    path = contoured(tmp_path / "points.dcm", begun)
+    image = nib.Nifti1Image(EXPECTED.astype(np.int16).T, LPS @ affine())
+    turned = image.as_reoriented(np.array([[2, 1], [0, 1], [1, 1]]))
+    nib.save(turned, tmp_path / "ct.nii.gz")
+    values, _ = read(tmp_path / "ct.nii.gz", path)
+    np.testing.assert_array_equal(values, np.asarray(turned.dataobj).T)
 
 
 def test_contours_that_exclude_each_other_are_counted(tmp_path: Path) -> None:
