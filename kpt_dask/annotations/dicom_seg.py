@@ -36,6 +36,8 @@ class SegmentationFile:
     ----------
     names : mapping of int to str
         Labels of the segments, by their number.
+    worlds : mapping of int to str
+        UIDs of their frames of reference, "" where it is not given.
 
     Raises
     ------
@@ -51,6 +53,8 @@ class SegmentationFile:
                 int(one.SegmentNumber): printable_name(one.SegmentLabel)
                 for one in self._dataset.SegmentSequence
             }
+            world = str(self._dataset.get("FrameOfReferenceUID") or "")
+            self.worlds: Mapping[int, str] = dict.fromkeys(self.names, world)
             self._rows, self._columns = int(self._dataset.Rows), int(self._dataset.Columns)
             self._frames = int(self._dataset.NumberOfFrames)
             groups = self._dataset.PerFrameFunctionalGroupsSequence

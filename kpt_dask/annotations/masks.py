@@ -3,6 +3,7 @@
 import os
 from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 
 from atlas_store import Organ
 from kpt_dask.annotations.drawn import Canvas
@@ -56,6 +57,8 @@ class MaskFolder:
         files = mask_files(path)
         self._paths = list(files.values())
         self.names: Mapping[int, str] = dict(enumerate(map(printable_name, files)))
+
+    worlds: Mapping[int, str] = MappingProxyType({})
 
     def draw(self, canvas: Canvas, organs: Mapping[int, Organ]) -> None:
         """Draw the masks of some numbers.

@@ -12,7 +12,6 @@ from kpt_dask.annotations.masks import MaskFolder, mask_files
 from kpt_dask.annotations.names import match_names, same_organ
 from kpt_dask.annotations.nifti_names import label_names
 from kpt_dask.errors import GridMismatchError, LabelError, ScanNotFoundError, some_of
-from kpt_dask.grid import Grid
 from kpt_dask.remote import Remote, scheme_of
 from kpt_dask.runtime import notices
 from kpt_dask.scans.dicom_files import is_dicom, is_zarr
@@ -29,6 +28,10 @@ class NamedParts(Protocol):
     @property
     def names(self) -> Mapping[int, str]:
         """Names by number."""
+
+    @property
+    def worlds(self) -> Mapping[int, str]:
+        """UIDs of the frames of reference that they are given in, where that is known."""
 
     def draw(self, canvas: Canvas, organs: Mapping[int, Organ]) -> None:
         """Draw the parts of some numbers."""
@@ -79,7 +82,7 @@ def open_pair(
     path = Path(labels)
     parts = _named_parts(path) if scheme_of(str(labels)) is None else None
     if parts is not None:
-        return source, _drawn(path, parts, source.grid, organs)
+        return source, _drawn(path, parts, source, organs)
     labelled = open_labels(labels)
     if source.grid.stored_as(labelled.grid) is None:
         if source.grid.shape != labelled.grid.shape:
@@ -162,10 +165,26 @@ def _known(path: Path | Remote, names: Mapping[int, str], organs: OrganTable) ->
     return {n: found[name] for n, name in names.items() if name in found}
 
 
-def _drawn(path: Path, parts: NamedParts, grid: Grid, organs: OrganTable) -> Scan:
+def _drawn(path: Path, parts: NamedParts, source: Scan, organs: OrganTable) -> Scan:
     known = _known(path, parts.names, organs)
-    file = DrawnLabels(path, grid, organs, lambda canvas: parts.draw(canvas, known))
-    return Scan(path, grid, file.dtype, file)
+    _doubt_world(path, {parts.names[n]: parts.worlds.get(n, "") for n in known}, source)
+    file = DrawnLabels(path, source.grid, organs, lambda canvas: parts.draw(canvas, known))
+    return Scan(path, source.grid, file.dtype, file)
+
+
+def _doubt_world(path: Path, worlds: Mapping[str, str], source: Scan) -> None:
+    """Warn of labels, by name, whose positions are given in another frame of reference."""
+    if not any(worlds.values()):
+        return
+    # Importing pydicom takes long.
+    from kpt_dask.scans.dicom import DicomFile
+
+    own = source.file.worlds if isinstance(source.file, DicomFile) else ()
+    if own and (strange := [name for name, uid in worlds.items() if uid and uid not in own]):
+        notices.warn(
+            f"{path} was drawn in another frame of reference (FrameOfReferenceUID) than that of"
+            f" {source.path} ({some_of(strange)}), perhaps on another scan; see that it fits."
+        )
 
 
 def _renamed(labelled: Scan, values: Mapping[int, str], organs: OrganTable) -> Scan:

@@ -39,6 +39,8 @@ class StructureFile:
     ----------
     names : mapping of int to str
         Names of the regions, by their number.
+    worlds : mapping of int to str
+        UIDs of their frames of reference, "" where it is not given.
 
     Raises
     ------
@@ -54,6 +56,10 @@ class StructureFile:
         try:
             self.names: Mapping[int, str] = {
                 int(one.ROINumber): printable_name(one.ROIName)
+                for one in dataset.StructureSetROISequence
+            }
+            self.worlds: Mapping[int, str] = {
+                int(one.ROINumber): str(one.get("ReferencedFrameOfReferenceUID") or "")
                 for one in dataset.StructureSetROISequence
             }
             self._contours: dict[int, list[NDArray[np.float64]]] = {}

@@ -3,6 +3,7 @@
 import re
 from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 
 import numpy as np
 
@@ -55,6 +56,8 @@ class SlicerFile:
             raise ScanFormatError(f"{path} has a damaged segment ({error}).") from error
         if any(not 0 <= layer < self._file.layers for layer, _ in self._values.values()):
             raise ScanFormatError(f"{path} has a segment in a layer that it has not.")
+
+    worlds: Mapping[int, str] = MappingProxyType({})
 
     def draw(self, canvas: Canvas, organs: Mapping[int, Organ]) -> None:
         """Draw the segments of some numbers.

@@ -84,6 +84,12 @@ class DicomFile:
     intercept: float = 0.0
 
     @property
+    def worlds(self) -> frozenset[str]:
+        """UIDs of the frames of reference that its positions are given in."""
+        told = (frame.header.text("FrameOfReferenceUID") for frame in self.frames)
+        return frozenset(filter(None, told))
+
+    @property
     def header(self) -> Any:
         """NIfTI header for label maps on this grid."""
         return header_of(self.grid)

@@ -31,7 +31,7 @@ from kpt_dask.label_files.label_map import LabelMap
 from kpt_dask.label_files.request import LabelRequest
 from kpt_dask.scans import voxel_stream
 from kpt_dask.scans.scan import open_scan
-from tests.label_files.maps import affine, label_map, labels
+from tests.label_files.maps import affine, label_map, labels, of_series
 from tests.scans.dicom_writer import write_folder
 from tests.scans.formats import LPS, Array
 
@@ -397,6 +397,24 @@ def test_points_and_slivers_among_contours_do_not_turn_the_planes(tmp_path: Path
     nib.save(turned, tmp_path / "ct.nii.gz")
     values, _ = read(tmp_path / "ct.nii.gz", path)
     np.testing.assert_array_equal(values, np.asarray(turned.dataobj).T)
+
+
+@pytest.mark.parametrize("name", ["seg", "rtstruct"])
+def test_labels_in_another_frame_of_reference_are_told(name: str, tmp_path: Path) -> None:
+    """Drawn on another scan whose voxels happen to lie in the same places."""
+    made = of_series(tmp_path / "ct")
+    path = WRITERS[name](tmp_path, made)
+    _, told = read(tmp_path / "ct", path)
+    assert not any("frame of reference" in one for one in told)
+    world = pydicom.dcmread(next((tmp_path / "ct").iterdir())).FrameOfReferenceUID
+    content = path.read_bytes()
+    assert world.encode() in content
+    path.write_bytes(content.replace(world.encode(), world[:-1].encode() + b"0"))
+    values, told = read(tmp_path / "ct", path)
+    np.testing.assert_array_equal(values, EXPECTED)
+    [said] = [one for one in told if "frame of reference" in one]
+    assert said.startswith(f"{path} was drawn in another frame of reference")
+    assert f"{tmp_path / 'ct'} (liver, kidney_left" in said
 
 
 def test_contours_that_exclude_each_other_are_counted(tmp_path: Path) -> None:
