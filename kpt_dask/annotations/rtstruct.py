@@ -15,7 +15,7 @@ from atlas_store import Organ
 from kpt_dask.annotations.contours import excluding, united
 from kpt_dask.annotations.dicom_objects import damaged, numbers, read_object
 from kpt_dask.annotations.drawn import Canvas
-from kpt_dask.annotations.names import printable_name
+from kpt_dask.annotations.names import printable_name, words_of
 from kpt_dask.errors import GridMismatchError, some_of
 from kpt_dask.grid import Grid
 from kpt_dask.runtime import notices
@@ -38,7 +38,7 @@ class StructureFile:
     Attributes
     ----------
     names : mapping of int to str
-        Names of the regions, by their number.
+        Names of the regions, by their number, but for empty ones that are called as others are.
     worlds : mapping of int to str
         UIDs of their frames of reference, "" where it is not given.
 
@@ -65,7 +65,6 @@ class StructureFile:
             self._contours: dict[int, list[NDArray[np.float64]]] = {}
             for roi in dataset.ROIContourSequence:
                 number = int(roi.ReferencedROINumber)
-                found = self._contours.setdefault(number, [])
                 for one in roi.get("ContourSequence") or []:
                     kind = str(one.ContourGeometricType)
                     if kind.endswith("XOR"):
@@ -77,9 +76,18 @@ class StructureFile:
                         points = numbers(data, len(data)).reshape(-1, 3)
                         # Planning systems leave points behind, which enclose nothing.
                         if len(points) >= CORNERS:
+                            found = self._contours.setdefault(number, [])
                             found.append(np.ascontiguousarray(points[:, ::-1]))
         except Exception as error:  # pydicom decodes on access, and raises many kinds
             raise damaged(path, error) from error
+        # Planning systems leave empty regions behind, under the name of a full one too.
+        held = self._contours.keys() | self._open.keys()
+        drawn = {words_of(name) for number, name in self.names.items() if number in held}
+        self.names = {
+            number: name
+            for number, name in self.names.items()
+            if number in held or words_of(name) not in drawn
+        }
 
     def draw(self, canvas: Canvas, organs: Mapping[int, Organ]) -> None:
         """Draw the regions of some numbers; warns of contours that are not drawn as they are.

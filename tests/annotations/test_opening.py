@@ -417,6 +417,25 @@ def test_labels_in_another_frame_of_reference_are_told(name: str, tmp_path: Path
     assert f"{tmp_path / 'ct'} (liver, kidney_left" in said
 
 
+@pytest.mark.parametrize("first", [True, False])
+def test_an_empty_region_may_be_called_as_a_full_one(first: bool, tmp_path: Path) -> None:
+    path = WRITERS["rtstruct"](tmp_path, label_map())
+    dataset = pydicom.dcmread(path)
+    empty = copy.deepcopy(dataset.StructureSetROISequence[0])
+    empty.ROINumber, empty.ROIName = 77, "Left Kidney"
+    about = copy.deepcopy(dataset.ROIContourSequence[0])
+    about.ReferencedROINumber, about.ContourSequence = 77, []
+    dataset.StructureSetROISequence.insert(0 if first else 9, empty)
+    dataset.ROIContourSequence.insert(0 if first else 9, about)
+    dataset.save_as(path)
+    scan = scan_at(tmp_path / "ct.nii.gz")
+    np.testing.assert_array_equal(read(scan, path)[0], EXPECTED)
+    about.ContourSequence = dataset.ROIContourSequence[1].ContourSequence
+    dataset.save_as(path)
+    with pytest.raises(LabelError, match="both mean kidney_left"):
+        read(scan, path)
+
+
 def test_contours_that_exclude_each_other_are_counted(tmp_path: Path) -> None:
     """DICOM's CLOSEDPLANAR_XOR: what an even number of contours encloses is none."""
 
