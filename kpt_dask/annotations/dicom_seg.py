@@ -78,22 +78,30 @@ class SegmentationFile:
             If it is damaged.
         """
         try:
-            for n in range(self._frames):
-                self._draw_frame(canvas, n, organs)
+            # Of segments that overlap, the first is kept: not that of the first frame of a plane.
+            segments = [self._segment(n) for n in range(self._frames)]
+            for n in sorted(range(self._frames), key=lambda n: segments[n] or 0):
+                self._draw_frame(canvas, n, segments[n], organs)
         except (GridMismatchError, ScanFormatError):
             raise
         except Exception as error:
             raise damaged(self.path, error) from error
 
-    def _draw_frame(self, canvas: Canvas, n: int, organs: Mapping[int, Organ]) -> None:
+    def _segment(self, n: int) -> int | None:
+        """Find the segment of a frame; None if its pixels tell."""
         group = self._dataset.PerFrameFunctionalGroupsSequence[n]
-        segment = None
         if "SegmentIdentificationSequence" in group:
-            segment = int(group.SegmentIdentificationSequence[0].ReferencedSegmentNumber)
-        elif len(self.names) == 1 and self._dataset.get("SegmentationType") != "LABELMAP":
-            [segment] = self.names
+            return int(group.SegmentIdentificationSequence[0].ReferencedSegmentNumber)
+        if len(self.names) == 1 and self._dataset.get("SegmentationType") != "LABELMAP":
+            return next(iter(self.names))
+        return None
+
+    def _draw_frame(
+        self, canvas: Canvas, n: int, segment: int | None, organs: Mapping[int, Organ]
+    ) -> None:
         if segment is not None and segment not in organs:
             return
+        group = self._dataset.PerFrameFunctionalGroupsSequence[n]
         pixels = self._pixels(n)
         if segment is None:
             masks = {number: pixels == number for number in np.unique(pixels).tolist()}

@@ -399,6 +399,27 @@ def test_points_and_slivers_among_contours_do_not_turn_the_planes(tmp_path: Path
     np.testing.assert_array_equal(values, np.asarray(turned.dataobj).T)
 
 
+def test_of_segments_that_overlap_the_first_is_kept_in_every_plane(tmp_path: Path) -> None:
+    """Frames may come in any order: here planes have theirs in turn."""
+    path = WRITERS["seg"](tmp_path, label_map())
+    dataset = pydicom.dcmread(path)
+    size = dataset.Rows * dataset.Columns
+    groups = list(dataset.PerFrameFunctionalGroupsSequence)
+    frames = np.zeros((len(groups), size), np.uint8)
+    frames[:, 100:500] = 1
+    order = np.random.default_rng(2).permutation(len(groups))
+    dataset.PerFrameFunctionalGroupsSequence = [groups[n] for n in order]
+    dataset.PixelData = np.packbits(frames.ravel(), bitorder="little").tobytes()
+    dataset.save_as(path)
+    values, told = read(scan_at(tmp_path / "ct.nii.gz"), path)
+    planes = [(labels() == value).any(axis=(1, 2)) for value in (1, 5)]
+    assert (planes[0] & planes[1]).sum() > 3
+    expected = np.zeros_like(EXPECTED).reshape(len(values), -1)
+    expected[:, 100:500] = np.select(planes, [40, 2])[:, None]
+    np.testing.assert_array_equal(values.reshape(len(values), -1), expected)
+    assert any("liver and kidney_left in" in one for one in told)
+
+
 @pytest.mark.parametrize("name", ["seg", "rtstruct"])
 def test_labels_in_another_frame_of_reference_are_told(name: str, tmp_path: Path) -> None:
     """Drawn on another scan whose voxels happen to lie in the same places."""
