@@ -1,6 +1,6 @@
 """Opening of labels, whatever they come as: names become the values of the store."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Protocol
 
@@ -11,7 +11,13 @@ from kpt_dask.annotations.drawn import UNNAMED, Canvas, DrawnLabels, RenamedLabe
 from kpt_dask.annotations.masks import MaskFolder, mask_files
 from kpt_dask.annotations.names import match_names, same_organ
 from kpt_dask.annotations.nifti_names import label_names
-from kpt_dask.errors import GridMismatchError, LabelError, ScanNotFoundError, some_of
+from kpt_dask.errors import (
+    GridMismatchError,
+    LabelError,
+    ScanFormatError,
+    ScanNotFoundError,
+    some_of,
+)
 from kpt_dask.remote import Remote, scheme_of
 from kpt_dask.runtime import notices
 from kpt_dask.scans.dicom_files import is_dicom, is_zarr
@@ -119,26 +125,37 @@ def _named_parts(path: Path) -> NamedParts | None:
             return None
         if mask_files(path):
             return MaskFolder(path)
-        # Archives keep a segmentation in a folder of its own.
-        files = [file for file in path.iterdir() if file.is_file() and is_dicom(file)]
-        return _named_parts(files[0]) if len(files) == 1 else None
+        # Archives keep a segmentation in a folder of its own, or beside the slices.
+        files = sorted(file for file in path.iterdir() if file.is_file() and is_dicom(file))
+        found = [(file, kind) for file in files if (kind := _dicom_kind(file)) is not None]
+        if len(found) > 1:
+            raise ScanFormatError(
+                f"{path} holds {len(found)} segmentations or structure sets"
+                f" ({some_of([file.name for file, _ in found])}); give one of them."
+            )
+        return found[0][1](found[0][0]) if found else None
     if not path.exists():
         raise ScanNotFoundError(f"{path} does not exist.")
     if path.name.lower().endswith(".seg.nrrd"):
         from kpt_dask.annotations.slicer import SlicerFile
 
         return SlicerFile(path)
-    if path.is_file() and is_dicom(path):
-        # Importing pydicom takes longer than to read most headers.
-        from kpt_dask.annotations import dicom_objects
-        from kpt_dask.annotations.dicom_seg import SegmentationFile
-        from kpt_dask.annotations.rtstruct import StructureFile
+    kind = _dicom_kind(path) if path.is_file() and is_dicom(path) else None
+    return None if kind is None else kind(path)
 
-        kind = dicom_objects.kind_of(path)
-        if kind in dicom_objects.SEGMENTATIONS:
-            return SegmentationFile(path)
-        if kind in dicom_objects.STRUCTURE_SETS:
-            return StructureFile(path)
+
+def _dicom_kind(path: Path) -> Callable[[Path], NamedParts] | None:
+    """Find what opens a DICOM file that holds labels; None if it holds something else."""
+    # Importing pydicom takes longer than to read most headers.
+    from kpt_dask.annotations import dicom_objects
+    from kpt_dask.annotations.dicom_seg import SegmentationFile
+    from kpt_dask.annotations.rtstruct import StructureFile
+
+    kind = dicom_objects.kind_of(path)
+    if kind in dicom_objects.SEGMENTATIONS:
+        return SegmentationFile
+    if kind in dicom_objects.STRUCTURE_SETS:
+        return StructureFile
     return None
 
 

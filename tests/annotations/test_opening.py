@@ -547,6 +547,22 @@ def test_a_folder_with_one_segmentation_is_that_one(name: str, tmp_path: Path) -
     assert "my_organ_with_a_long_name" in told
 
 
+@pytest.mark.parametrize("name", ["seg", "rtstruct"])
+def test_a_segmentation_lies_beside_the_slices_and_one_of_two_is_to_be_given(
+    name: str, tmp_path: Path
+) -> None:
+    made = of_series(tmp_path / "ct")
+    path = WRITERS[name](tmp_path, made)
+    path.rename(tmp_path / "ct" / "labels.dcm")
+    np.testing.assert_array_equal(read(tmp_path / "ct", tmp_path / "ct")[0], EXPECTED)
+    (tmp_path / "both").mkdir()
+    for other in ("b.dcm", "a.dcm"):
+        WRITERS[name](tmp_path, made).rename(tmp_path / "both" / other)
+    told = r"both holds 2 segmentations or structure sets \(a\.dcm, b\.dcm\); give one of them"
+    with pytest.raises(ScanFormatError, match=told):
+        read(tmp_path / "ct", tmp_path / "both")
+
+
 def test_masks_that_lead_nowhere_or_have_one_name_are_refused(tmp_path: Path) -> None:
     scan = scan_at(tmp_path / "ct.nii.gz")
     folder = masks(tmp_path / "m", label_map())
