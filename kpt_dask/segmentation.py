@@ -71,6 +71,7 @@ from kpt_dask.scans.label_header import RUN
 from kpt_dask.scans.scan import Scan, open_scan
 from kpt_dask.volumes.conversion import convert_into
 from kpt_dask.volumes.identity import digest_of
+from kpt_dask.volumes.lazy import lazy_array
 from kpt_dask.volumes.omezarr import create_label_image, finish_label_image
 from kpt_dask.volumes.volume import Volume, open_volume
 
@@ -542,12 +543,14 @@ def open_probability(path: str | Path | Remote) -> xr.DataArray:
     xarray.DataArray
         (organ, z, y, x) float32: an organ's share of the votes at a voxel; the attribute
         ``description`` says of which votes, which depends on the mode. Coordinates ``z``,
-        ``y``, ``x`` in mm, LPS, and ``organ``, the names.
+        ``y``, ``x`` in mm, LPS, and ``organ``, the names. Values are read where they are looked
+        at, and only as long as the output is that of the same run.
 
     Raises
     ------
     ScanNotFoundError, ScanFormatError
-        If there is no volume at `path`.
+        If there is no volume at `path`; reading values raises the first if it was deleted or
+        replaced since, and MissingChunkError if a file of it was.
     KeyError
         If it is a volume without probabilities.
 
@@ -560,9 +563,6 @@ def open_probability(path: str | Path | Remote) -> xr.DataArray:
     >>> bool(probability.sel(organ="liver").max() > 0.5)
     True
     """
-    # Imported here, because only reading the volume needs dask.array.
-    import dask.array as da
-
     volume = open_volume(path)
     array = open_array(volume.group, "probability")
     axes = {
@@ -570,7 +570,7 @@ def open_probability(path: str | Path | Remote) -> xr.DataArray:
         for a, (name, n) in enumerate(zip("zyx", volume.grid.shape, strict=True))
     }
     return xr.DataArray(
-        da.from_zarr(array, chunks=(1, *(array.shards or array.chunks)[1:])),
+        lazy_array(volume.group, array, (1, *(array.shards or array.chunks)[1:])),
         dims=("organ", "z", "y", "x"),
         coords={"organ": list(array.attrs["organs"]), **axes},  # type: ignore[arg-type]
         name="probability",

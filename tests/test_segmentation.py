@@ -217,6 +217,14 @@ def test_probabilities_are_read_only_where_they_are_looked_at(
     assert float(near) > MODES["local"].threshold
 
 
+def test_probabilities_that_are_gone_are_not_zero(plain: Segmentation, tmp_path: Path) -> None:
+    shutil.copytree(plain.path, tmp_path / "moved.zarr")
+    probability = open_probability(tmp_path / "moved.zarr")
+    shutil.rmtree(tmp_path / "moved.zarr")
+    with pytest.raises(ScanNotFoundError, match="was deleted or replaced since it was opened"):
+        probability.sum().compute()
+
+
 @pytest.mark.parametrize(
     ("axes", "flips"), [((0, 1, 2), (0, 1, 2)), ((2, 0, 1), (1,)), ((1, 2, 0), ())]
 )

@@ -107,25 +107,30 @@ def check_complete(array: "zarr.Array[Any]") -> None:
         If a chunk is missing, or the description of the array.
     """
     layout = _layout(array)
+    whole = tuple(slice(0, n) for n in array.shape)
     if not array.metadata.attributes.get(COMPLETE):
         return
     if layout is None:
-        _check_objects(array)
+        check_objects(array, whole)
         return
-    whole = tuple(slice(0, n) for n in array.shape)
     paths = [layout.path(numbers) for numbers, _, _ in _split_by_chunk(whole, layout.unit)]
     for path in (f"{_folder(layout)}/zarr.json", *paths):
         if not os.path.exists(path):
             raise missing_chunk(path)
 
 
-def _check_objects(array: "zarr.Array[Any]") -> None:
-    """Refuse an array in an object store that lacks a chunk or shard."""
-    if isinstance(array.store, LocalStore):
+def check_objects(array: "zarr.Array[Any]", region: Region) -> None:
+    """Refuse a region of such an array that Zarr reads, as in an object store: it gives 0.
+
+    Raises
+    ------
+    MissingChunkError
+        If a chunk, or shard, of the region is missing.
+    """
+    if _layout(array) is not None or not array.metadata.attributes.get(COMPLETE):
         return
-    unit = array.shards or array.chunks
-    counts = (range(-(-n // size)) for n, size in zip(array.shape, unit, strict=True))
-    names = [array.metadata.encode_chunk_key(numbers) for numbers in product(*counts)]
+    touched = _split_by_chunk(region, array.shards or array.chunks)
+    names = [array.metadata.encode_chunk_key(numbers) for numbers, _, _ in touched]
     keys = [f"{array.path}/{name}".lstrip("/") for name in names]
 
     async def ask() -> list[bool]:

@@ -8,9 +8,11 @@ from typing import Any
 import numpy as np
 import zarr
 
+from atlas_store.arrays.regions import open_array
 from kpt_dask.errors import KptError
 from kpt_dask.output.contents import OWN, encoding_of
 from kpt_dask.remote import open_group, scheme_of
+from kpt_dask.volumes.lazy import lazy_array
 
 Layer = tuple[Any, dict[str, Any], str]
 """Data, keywords of the layer, and its type."""
@@ -57,7 +59,8 @@ def read(path: str | PathLike[str] | Sequence[str | PathLike[str]]) -> list[Laye
     Returns
     -------
     list of (data, keywords, type)
-        Levels are read where they are looked at.
+        Levels are read where they are looked at, which is refused if the output was deleted or
+        replaced since.
     """
     paths = [path] if isinstance(path, str | PathLike) else list(path)
     return [layer for one in paths for layer in _layers(fspath(one))]
@@ -68,7 +71,7 @@ def _layers(path: str) -> list[Layer]:
     file = path.rstrip("/").rpartition("/")[2]
     about: Any = group.attrs["ome"]
     window = about["omero"]["channels"][0]["window"] if "omero" in about else {}
-    image = _Image(group, about["multiscales"][0])
+    image = _Image(group, group, about["multiscales"][0])
     layers: list[Layer] = [
         (
             image.levels,
@@ -88,7 +91,7 @@ def _layers(path: str) -> list[Layer]:
         assert isinstance(found, zarr.Group)
         described: Any = found.attrs["ome"]
         organs = _organs(described["image-label"])
-        labels = _Image(found, described["multiscales"][0])
+        labels = _Image(group, found, described["multiscales"][0])
         layers.append(
             (
                 labels.levels,
@@ -112,14 +115,12 @@ def _layers(path: str) -> list[Layer]:
 class _Image:
     """Levels of a multiscale image that are not too coarse, and where they lie."""
 
-    def __init__(self, group: zarr.Group, multiscale: Mapping[str, Any]) -> None:
-        # Imported here: only reading needs it.
-        import dask.array as da
-
+    def __init__(self, root: zarr.Group, group: zarr.Group, multiscale: Mapping[str, Any]) -> None:
         datasets = multiscale["datasets"]
         scales = [one["coordinateTransformations"][0]["scale"] for one in datasets]
         kept = [one for one, scale in zip(datasets, scales, strict=True) if max(scale) <= COARSEST]
-        self.levels = [da.from_zarr(group[one["path"]]) for one in kept or datasets[:1]]
+        arrays = (open_array(group, one["path"]) for one in kept or datasets[:1])
+        self.levels = [lazy_array(root, array) for array in arrays]
         self.placed = {
             "scale": scales[0],
             "translate": datasets[0]["coordinateTransformations"][1]["translation"],

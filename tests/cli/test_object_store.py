@@ -12,6 +12,7 @@ from distributed import Client
 
 import kpt_dask
 from atlas_store import AtlasStore
+from atlas_store.errors import MissingChunkError
 from atlas_store.storage.objects import Objects
 from kpt_dask.cli.main import kpt
 from kpt_dask.napari_plugin.reader import get_reader
@@ -81,7 +82,10 @@ def test_a_segmentation_in_a_bucket_is_that_on_disk(
 
     lost = min(key for key in far if key.startswith("probability/"))
     assert "zarr.json" not in lost
+    probability = kpt_dask.open_probability(url)
     Objects.at(url).delete(lost)
+    with pytest.raises(MissingChunkError, match=lost):
+        probability.sum().compute()
     [sentence] = run("export", url, "lost.nii.gz", code=1).stderr.splitlines()
     assert lost in sentence
     assert not (tmp_path / "lost.nii.gz").exists()

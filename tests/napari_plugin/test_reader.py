@@ -1,5 +1,6 @@
 """Layers for napari, as plain tuples; napari itself is none of the dependencies."""
 
+import shutil
 from importlib import import_module
 from importlib.metadata import entry_points
 from importlib.resources import files
@@ -11,6 +12,7 @@ import pytest
 import yaml
 import zarr
 
+from kpt_dask.errors import ScanNotFoundError
 from kpt_dask.grid import Grid
 from kpt_dask.napari_plugin.reader import get_reader
 from kpt_dask.volumes.omezarr import write_label_image
@@ -74,6 +76,14 @@ def test_keypoints_are_points_that_tell_their_organ(out: Path) -> None:
     assert data.tolist() == [[-90, 9, 40], [-80, 9, 40]]
     assert keywords["features"]["organ"] == ["spleen", ""]
     np.testing.assert_allclose(keywords["face_color"], [[9 / 255] * 3, [1, 1, 1]])
+
+
+def test_layers_of_what_is_gone_are_not_empty(out: Path) -> None:
+    images = [layers(out)[kind][0][0] for kind in ("image", "labels")]
+    shutil.rmtree(out)
+    for image in images:
+        with pytest.raises(ScanNotFoundError, match="was deleted or replaced"):
+            image[0].compute()
 
 
 def test_others_are_left_to_other_readers(out: Path, tmp_path: Path) -> None:
