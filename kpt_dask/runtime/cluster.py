@@ -54,8 +54,8 @@ TEAM = 2
 """Threads of a process that share a task, at most. A sweep's slowest stage takes a
 quarter of its time, so more threads would often wait for that stage."""
 
-_LEADERS: WeakKeyDictionary[Worker, ThreadPoolExecutor] = WeakKeyDictionary()
-"""Per worker in this process: the executor that team leaders run in, one thread per team."""
+_LEADERS = "kpt-leaders"
+"""Name of the executor of a worker that team leaders run in, one thread per team."""
 _THREADS: WeakKeyDictionary[Client, tuple[float, list[int]]] = WeakKeyDictionary()
 """Per client: expiry and value of the cached thread counts of its workers."""
 _LOCK = Lock()
@@ -241,9 +241,10 @@ def _in_team(function: Callable[..., T], pickled: bytes) -> T:
     at_once, threads = teams(worker.state.nthreads)
     with _LOCK:
         # Long-lived threads: glibc keeps the memory that a thread frees in its own arena.
-        if worker not in _LEADERS:
-            _LEADERS[worker] = ThreadPoolExecutor(at_once, "leader")
-        leaders = _LEADERS[worker]
+        # A worker that is closed shuts its executors down.
+        if _LEADERS not in worker.executors:
+            worker.executors[_LEADERS] = ThreadPoolExecutor(at_once, "leader")
+        leaders = worker.executors[_LEADERS]
     return leaders.submit(function, *task, threads).result()
 
 

@@ -128,6 +128,15 @@ def test_a_worker_with_one_thread_is_a_team(processes: Client) -> None:
     assert done == {0: 8, 1: 6}
 
 
+def test_sessions_leave_no_threads_behind() -> None:
+    left = []
+    for _ in range(4):
+        with cluster.session() as client:
+            assert len(dict(cluster.run_in_teams(client, operator.sub, [(9,)] * 4, "Working"))) == 4
+        left.append(threading.active_count())
+    assert left[1:] == left[:1] * 3
+
+
 @pytest.mark.parametrize("error", [ScanNotFoundError("a.nii is not there."), KeyError("liver")])
 def test_errors_arrive_as_they_were(client: Client, error: Exception) -> None:
     def fail() -> None:
