@@ -415,7 +415,7 @@ def _work(
     with workers(out / "logs", resources) as client:
         failed = segment_batch(scans, store, out, client, **options)
     if failed:
-        reasons = "".join(f"\n  {reason}" for reason in failed.values())
+        reasons = "".join(f"\n  {scan}: {reason}" for scan, reason in failed.items())
         raise ParameterError(f"{len(failed)} of {len(scans)} scans failed:{reasons}")
 
 

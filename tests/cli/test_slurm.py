@@ -361,7 +361,7 @@ def test_command_explains_what_is_wrong(
 def test_job_segments_with_workers_of_its_own(
     slurm: Path, segmentation: list[Path], tmp_path: Path, ends_on_sigterm: None
 ) -> None:
-    scans = [tmp_path / name for name in ("bad.nii.gz", "my scan.nii.gz")]
+    scans = [tmp_path / name for name in ("bad.nii.gz", "odd.nii.gz", "my scan.nii.gz")]
     for scan in scans:
         scan.touch()
     store, out = tmp_path / "store", tmp_path / "my results"
@@ -369,8 +369,9 @@ def test_job_segments_with_workers_of_its_own(
     options = ["--inside", "--workers=2", "--cores=1", "--memory=1GB"]
     result = CliRunner().invoke(main, [*options, "--", *map(str, [*scans, store, out])])
     assert result.exit_code == 1
-    assert "1 of 2 scans failed" in result.output
-    assert "bad.nii.gz is not a NIfTI file." in result.output
+    assert "2 of 3 scans failed" in result.output
+    assert f"\n  {scans[0]}: {scans[0]} is not a NIfTI file." in result.output
+    assert f"\n  {scans[1]}: ZeroDivisionError: nobody expected this" in result.output
     *rest, answers = (out / "my scan.nii.gz").read_text().split()
     assert rest == [str(store), "local"]
     assert answers == "8"
