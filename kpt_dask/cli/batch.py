@@ -5,14 +5,14 @@ the work on one scan at most: the next call continues with that scan.
 """
 
 import logging
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from distributed import Client
 
-from kpt_dask.errors import USER_ERRORS, OutputExistsError, ParameterError
+from kpt_dask.errors import USER_ERRORS, ClusterError, OutputExistsError, ParameterError
 from kpt_dask.output import contents
 from kpt_dask.runtime import notices
 from kpt_dask.scans import label_header
@@ -77,7 +77,12 @@ def outputs(scans: Iterable[Path], out_dir: Path) -> Mapping[Path, Output]:
 
 
 def segment_batch(
-    scans: Iterable[Path], store: str, out_dir: Path, client: Client, **options: Any
+    scans: Iterable[Path],
+    store: str,
+    out_dir: Path,
+    client: Client,
+    ready: Callable[[], None] = lambda: None,
+    **options: Any,
 ) -> dict[Path, str]:
     """Segment every scan that is not segmented yet; a bad scan does not stop the others.
 
@@ -91,6 +96,9 @@ def segment_batch(
         Folder for the outputs, named as in `outputs`.
     client : distributed.Client
         Client whose workers compute.
+    ready : callable, optional
+        Called before each scan; its ClusterError says why no scan can be segmented any more, and
+        ends the batch.
     **options
         Passed on to `kpt_dask.segmentation.segment`.
 
@@ -107,7 +115,8 @@ def segment_batch(
     from kpt_dask.segmentation import segment
 
     failed: dict[Path, str] = {}
-    for scan, output in outputs(scans, out_dir).items():
+    left = outputs(scans, out_dir)
+    for scan, output in left.items():
         if output.complete:
             log.info("%s: is there already", output.segmentation)
             if output.older_than(scan):
@@ -117,6 +126,11 @@ def segment_batch(
                     output.segmentation,
                 )
             continue
+        try:
+            ready()
+        except ClusterError as error:
+            left = {scan: output for scan, output in left.items() if not output.complete}
+            return dict.fromkeys(left, str(error)) | failed
         log.info("%s: begins", scan)
         try:
             if output.foreign:

@@ -6,10 +6,12 @@ quality of service) come from Dask's configuration, `jobqueue.slurm`, and go int
 """
 
 import logging
+import os
 import shlex
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -25,7 +27,7 @@ from distributed import Client
 
 from kpt_dask.cli.batch import outputs, segment_batch
 from kpt_dask.cli.common import names
-from kpt_dask.errors import ClusterError, KptError, ParameterError
+from kpt_dask.errors import ClusterError, KptError, ParameterError, some_of
 from kpt_dask.runtime.patience import wait_seconds
 
 log = logging.getLogger("kpt_dask.cli.slurm")
@@ -54,6 +56,12 @@ WAIT = "2h"
 
 TOLD_EVERY = 60.0
 """Seconds between two lines of the log that report the waiting."""
+
+RENEWED_EVERY = 30.0
+"""Seconds between two looks whether worker jobs have ended."""
+
+RENEWALS = 3
+"""How often every worker job is submitted again at most while no scan is completed."""
 
 TOLD_FIRST = 5.0
 """Seconds until the first line: until then the jobs are being submitted."""
@@ -177,8 +185,89 @@ def worker_cluster(logs: Path, resources: Resources) -> Iterator[SLURMCluster]:
             getattr(cluster, f"_job_{key}").close()
 
 
+class WorkerJobs:
+    """The worker jobs of a batch: those that end are submitted again.
+
+    Parameters
+    ----------
+    cluster : SLURMCluster
+        From `worker_cluster`.
+    client : distributed.Client
+        Its client.
+    logs : Path
+        Folder for the logs.
+    resources : Resources
+        Resources to request.
+    """
+
+    def __init__(
+        self, cluster: SLURMCluster, client: Client, logs: Path, resources: Resources
+    ) -> None:
+        self.client = client
+        self._cluster = cluster
+        self._logs = logs
+        self._resources = resources
+        self._ended: list[str] = []
+        self._lock = threading.Lock()
+
+    def ready(self) -> None:
+        """Wait for a worker, once all jobs that are wanted are in the queue.
+
+        Raises
+        ------
+        ClusterError
+            If jobs end again and again, or none has begun within the limit of
+            `kpt_dask.runtime.patience`.
+        """
+        self.renew()
+        if self.client.nthreads():
+            self._ended.clear()
+        _await_first(self._cluster, self.client, self._resources)
+
+    def renew(self) -> None:
+        """Submit jobs for those that have ended.
+
+        Raises
+        ------
+        ClusterError
+            If they end again and again.
+        """
+        with self._lock:
+            self._check()
+            queued = _in_queue()
+            if queued is None:
+                return
+            connected = {
+                str(one["name"]) for one in self._cluster.scheduler_info["workers"].values()
+            }
+            wanted = self._cluster.worker_spec
+            # No job is held here: Dask asserts that those that it dropped are freed.
+            numbers = {name: job.job_id for name, job in list(self._cluster.workers.items())}
+            for name, number in numbers.items():
+                known = not number or number in queued or str(name) in connected
+                if known or name not in wanted:
+                    continue
+                self._ended.append(number)
+                log.warning("worker job %s ended: see %s", number, self._log(number))
+                # Under another name, as Dask cancels what has that of a lost worker, some time
+                # later.
+                wanted[f"{name}-again"] = wanted.pop(name)
+            self._check()
+            self._cluster.scale(jobs=self._resources.workers)
+
+    def _log(self, job_id: str) -> Path:
+        return self._logs / f"worker-{job_id}.log"
+
+    def _check(self) -> None:
+        if len(self._ended) > RENEWALS * self._resources.workers:
+            raise ClusterError(
+                f"Worker jobs {some_of(self._ended)} ended one after another: see"
+                f" {self._log(self._ended[-1])}, then submit the same again to go on."
+            )
+
+
 @contextmanager
-def workers(logs: Path, resources: Resources) -> Iterator[Client]:
+def workers(logs: Path, resources: Resources) -> Iterator[WorkerJobs]:
     """Submit the worker jobs, wait for the first to arrive, and end them all at the end.
 
     Raises
@@ -196,7 +285,41 @@ def workers(logs: Path, resources: Resources) -> Iterator[Client]:
         _sbatch(cluster.job_script(), "--test-only")
         cluster.scale(jobs=resources.workers)
         _await_first(cluster, client, resources)
-        yield client
+        jobs = WorkerJobs(cluster, client, logs, resources)
+        done = threading.Event()
+        # While a scan is segmented, too: it goes on with the new workers.
+        thread = threading.Thread(target=_watch, args=(jobs, done), name="renewing", daemon=True)
+        thread.start()
+        try:
+            yield jobs
+        finally:
+            done.set()
+            thread.join()
+
+
+def _watch(jobs: WorkerJobs, done: threading.Event) -> None:
+    while not done.wait(RENEWED_EVERY):
+        try:
+            jobs.renew()
+        except ClusterError as error:
+            log.error("%s", error)
+            # The scan that waits for workers would wait as long as it may.
+            jobs.client.close()
+            return
+
+
+def _in_queue() -> set[str] | None:
+    """Numbers of the user's jobs in SLURM's queue; None if it does not tell."""
+    try:
+        answer = subprocess.run(
+            ["squeue", "--noheader", "--format=%A", f"--user={os.getuid()}"],
+            capture_output=True,
+            text=True,
+            timeout=30,
+        )
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return set(answer.stdout.split()) if answer.returncode == 0 else None
 
 
 def _await_first(cluster: SLURMCluster, client: Client, resources: Resources) -> None:
@@ -365,12 +488,12 @@ def main(
     """Segment SCANS with the atlases of STORE on a SLURM cluster.
 
     Submits one job. It leads --workers further jobs, in which the work is done, scan after
-    scan, and ends them. For each scan the folder OUT gets NAME.zarr (as of kpt segment) and
-    NAME.nii.gz (the label map on the scan's own grid); logs go to OUT/logs. A scan that
-    cannot be segmented does not stop the others; the end of the log lists it. To go on after
-    an interruption, or after mending a scan, submit the same again: what is complete is
-    skipped, whatever options it was made with; delete it to make it anew. All paths must be
-    visible from the compute nodes.
+    scan, submits again those that end, and ends them at the end. For each scan the folder OUT
+    gets NAME.zarr (as of kpt segment) and NAME.nii.gz (the label map on the scan's own grid);
+    logs go to OUT/logs. A scan that cannot be segmented does not stop the others; the end of
+    the log lists it. To go on after an interruption, or after mending a scan, submit the same
+    again: what is complete is skipped, whatever options it was made with; delete it to make it
+    anew. All paths must be visible from the compute nodes.
     """
     if "://" not in store:
         if not Path(store).is_dir():
@@ -412,8 +535,8 @@ def _work(
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     logging.basicConfig(format="%(asctime)s %(message)s")
     logging.getLogger("kpt_dask").setLevel(logging.INFO)
-    with workers(out / "logs", resources) as client:
-        failed = segment_batch(scans, store, out, client, **options)
+    with workers(out / "logs", resources) as jobs:
+        failed = segment_batch(scans, store, out, jobs.client, jobs.ready, **options)
     if failed:
         reasons = "".join(f"\n  {scan}: {reason}" for scan, reason in failed.items())
         raise ParameterError(f"{len(failed)} of {len(scans)} scans failed:{reasons}")

@@ -168,7 +168,14 @@ class Vigil:
             return f"the Dask scheduler at {where} does not answer"
         workers: dict[str, dict[str, Any]] = known["workers"]
         if not workers:
-            return f"there is no worker at {where}; start one with: dask worker {where}"
+            there = f"there is no worker at {where}"
+            # What started the scheduler starts its workers.
+            owned = self._client.cluster is not None
+            return (
+                f"{there}, see their logs"
+                if owned
+                else f"{there}; start one with: dask worker {where}"
+            )
         states = Counter(self._state(address, one) for address, one in workers.items())
         if states["works"]:
             return None

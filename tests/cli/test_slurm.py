@@ -5,6 +5,7 @@
 
 import asyncio
 import os
+import re
 import shlex
 import signal
 import stat
@@ -42,7 +43,14 @@ if [ "${1-}" = --test-only ]; then exit; fi
 script=$(mktemp -p "$SPOOL" job-XXXXXX)
 cat "$@" > "$script"
 setsid bash "$script" > "$script.log" 2>&1 < /dev/null &
+echo $! >> "$SPOOL.numbers"
 echo "Submitted batch job $!"
+"""
+SQUEUE = """\
+#!/usr/bin/env bash
+# Lists the numbers of jobs that run.
+for number in $(cat "$SPOOL.numbers"); do kill -0 "-$number" 2> /dev/null && echo "$number"; done
+exit 0
 """
 SCANCEL = """\
 #!/usr/bin/env bash
@@ -57,7 +65,7 @@ def slurm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     spool = tmp_path / "spool"
     programs.mkdir()
     spool.mkdir()
-    for name, text in (("sbatch", SBATCH), ("scancel", SCANCEL)):
+    for name, text in (("sbatch", SBATCH), ("squeue", SQUEUE), ("scancel", SCANCEL)):
         (programs / name).write_text(text)
         (programs / name).chmod(0o755)
     monkeypatch.setenv("PATH", f"{programs}:{os.environ['PATH']}")
@@ -244,7 +252,8 @@ async def knock(address: str, security: Security) -> None:
 
 def test_a_client_without_the_certificate_is_refused(slurm: Path, tmp_path: Path) -> None:
     """A scheduler runs whatever code it is sent; on a cluster, everybody can reach it."""
-    with workers(tmp_path, Resources(1, 1, "1GB", "1GB", "1:00:00")) as client:
+    with workers(tmp_path, Resources(1, 1, "1GB", "1GB", "1:00:00")) as jobs:
+        client = jobs.client
         address = client.scheduler.address
         assert address.startswith("tls://")
         assert dict(cluster.run(client, os.getpid, [()], "Asking")).keys() == {0}
@@ -276,7 +285,6 @@ def test_waiting_in_the_queue_is_told_and_ends(
     programs = tmp_path / "programs"
     (programs / "sbatch").write_text("#!/bin/sh\necho Submitted batch job 7\n")
     (programs / "squeue").write_text("#!/bin/sh\necho 'PENDING (Resources)'\n")
-    (programs / "squeue").chmod(0o755)
     told: list[str] = []
     monkeypatch.setattr(
         "kpt_dask.cli.slurm.log.warning", lambda text, *args: told.append(text % args)
@@ -291,6 +299,43 @@ def test_waiting_in_the_queue_is_told_and_ends(
     [line] = told
     assert line.startswith("waiting for the first of 3 jobs of 16 cores and 32GB: ")
     assert line.endswith("(ends after 2 s; --wait sets it)")
+
+
+def test_worker_jobs_that_end_are_submitted_again(
+    slurm: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("kpt_dask.cli.slurm.RENEWED_EVERY", 0.5)
+    with workers(tmp_path, Resources(1, 1, "1GB", "1GB", "1:00:00")) as jobs:
+        numbers = dict(cluster.run(jobs.client, end_first, [(tmp_path,)] * 3, "Asking"))
+        assert len(numbers) == 3
+        assert len(Path(f"{slurm}.numbers").read_text().split()) == 2
+        jobs.ready()
+    assert not (tmp_path / "ended").read_text()
+
+
+def end_first(folder: Path) -> None:
+    """End the first job that asks, as scancel does: the whole of it."""
+    if not (folder / "ended").exists():
+        (folder / "ended").touch()
+        os.killpg(0, signal.SIGKILL)
+
+
+def test_a_batch_whose_worker_jobs_always_end_ends_soon(
+    slurm: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("kpt_dask.cli.slurm.RENEWED_EVERY", 0.5)
+    scans = [tmp_path / name for name in ("one.nii.gz", "two.nii.gz")]
+    end = r"Worker jobs \d+, .* ended one after another: see .*/worker-\d+\.log, then submit"
+    with workers(tmp_path, Resources(1, 1, "1GB", "1GB", "1:00:00")) as jobs:
+        (tmp_path / "programs" / "sbatch").write_text("#!/bin/sh\necho Submitted batch job 7\n")
+        for number in Path(f"{slurm}.numbers").read_text().split():
+            os.killpg(int(number), signal.SIGKILL)
+        with pytest.raises(ClusterError, match="the connection to the Dask scheduler was lost"):
+            list(cluster.run(jobs.client, os.getpid, [()], "Asking"))
+        failed = segment_batch(scans, "store", tmp_path, jobs.client, jobs.ready)
+    assert list(failed) == scans
+    for reason in failed.values():
+        assert re.match(end, reason)
 
 
 def test_the_site_has_its_say(tmp_path: Path) -> None:
