@@ -27,7 +27,8 @@ from distributed import Client
 
 from kpt_dask.cli.batch import outputs, segment_batch
 from kpt_dask.cli.common import names
-from kpt_dask.errors import ClusterError, KptError, ParameterError, some_of
+from kpt_dask.errors import USER_ERRORS, ClusterError, ParameterError, some_of
+from kpt_dask.options import DEFAULTS, MODES
 from kpt_dask.runtime.patience import wait_seconds
 
 log = logging.getLogger("kpt_dask.cli.slurm")
@@ -428,8 +429,21 @@ def _span(context: click.Context, option: click.Parameter, value: str) -> str:
 )
 @click.argument("store")
 @click.argument("out", type=click.Path(file_okay=False, resolve_path=True, path_type=Path))
-@click.option("--workers", "n_workers", default=4, show_default=True, help="Worker jobs.")
-@click.option("--cores", default=8, show_default=True, help="Cores of each worker.")
+@click.option(
+    "--workers",
+    "n_workers",
+    default=4,
+    type=click.IntRange(min=1),
+    show_default=True,
+    help="Worker jobs.",
+)
+@click.option(
+    "--cores",
+    default=8,
+    type=click.IntRange(min=1),
+    show_default=True,
+    help="Cores of each worker.",
+)
 @click.option(
     "--memory", default="16GB", show_default=True, callback=_memory, help="Memory of each worker."
 )
@@ -457,7 +471,13 @@ def _span(context: click.Context, option: click.Parameter, value: str) -> str:
 @click.option("--walltime", default="04:00:00", show_default=True, help="Time limit of every job.")
 @click.option("--partition", "--queue", help="SLURM partition.  [default: the site's]")
 @click.option("--account", help="SLURM account.  [default: yours]")
-@click.option("--mode", default="local", show_default=True, help="As of kpt segment.")
+@click.option(
+    "--mode",
+    default="local",
+    type=click.Choice(list(MODES)),
+    show_default=True,
+    help="As of kpt segment.",
+)
 @click.option(
     "--series", help="DICOM series of scans that hold several: UID, or words of its description."
 )
@@ -510,6 +530,8 @@ def main(
                 options = {"mode": mode, "series": series, "organs": organs or ()}
                 _work(scans, store, out, resources, **options)
             return
+        # Here, or a place in the queue is spent on what is known now.
+        _check_options(store, mode, organs or ())
         command = [sys.executable, "-P", "-m", "kpt_dask.cli.slurm", "--inside"]
         command += [f"--workers={n_workers}", f"--cores={cores}", f"--memory={memory}"]
         command += [f"--walltime={walltime}", f"--wait={wait}", f"--mode={mode}"]
@@ -524,8 +546,19 @@ def main(
             return
         logs.mkdir(parents=True, exist_ok=True)
         click.echo(submit(script))
-    except KptError as error:
+    except USER_ERRORS as error:
         raise click.ClickException(str(error)) from error
+
+
+def _check_options(store: str, mode: str, organs: Sequence[str]) -> None:
+    """Refuse what `kpt_dask.segment` refuses, whatever the scan is."""
+    # Imported here: `--help` needs no store.
+    from atlas_store import AtlasStore
+    from kpt_dask.segmentation import choose_atlases, choose_organs
+
+    opened = AtlasStore.open(store)
+    DEFAULTS.check(mode, opened.organs, choose_organs(opened, organs))
+    choose_atlases(opened, ())
 
 
 def _work(

@@ -26,6 +26,7 @@ from click.testing import CliRunner
 from distributed import Client, LocalCluster, Security
 from distributed.comm.core import connect
 
+from atlas_store import AtlasStore
 from kpt_dask.cli.batch import outputs, segment_batch
 from kpt_dask.cli.slurm import Resources, job_script, main, submit, worker_cluster, workers
 from kpt_dask.errors import ClusterError, ParameterError, ScanFormatError
@@ -358,12 +359,12 @@ def test_the_site_has_its_say(tmp_path: Path) -> None:
 
 
 def test_command_submits_one_job(
-    slurm: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    slurm: Path, body_store: AtlasStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
     scan, store = tmp_path / "my scan.nii.gz", tmp_path / "my store"
     scan.touch()
-    store.mkdir()
+    store.symlink_to(body_store.url)
     arguments = [scan.name, store.name, "my results", "--workers", "2", "--account", "me"]
     arguments += ["--organs", "liver", "--organs", "spleen,aorta"]
     dry = CliRunner().invoke(main, [*arguments, "--dry-run"], catch_exceptions=False)
@@ -375,7 +376,7 @@ def test_command_submits_one_job(
     assert command[:5] == ["exec", sys.executable, "-P", "-m", "kpt_dask.cli.slurm"]
     assert {"--inside", "--workers=2", "--cores=8", "--memory=16GB", "--account=me"} < {*command}
     assert "--organs=liver,spleen,aorta" in command
-    assert command[-4:] == ["--", str(scan), str(store), str(tmp_path / "my results")]
+    assert command[-4:] == ["--", str(scan), body_store.url, str(tmp_path / "my results")]
 
 
 @pytest.mark.parametrize(
@@ -386,17 +387,30 @@ def test_command_submits_one_job(
         (["scan.nii", "scan.nii.gz", "store", "out"], "would both become"),
         (["scan.nii", "store", "out", "--memory", "lots"], "'lots' is no amount of memory"),
         (["scan.nii", "store", "out", "--wait", "soon"], "'soon' is no span of time"),
+        (["scan.nii", "store", "out", "--workers", "0"], "0 is not in the range x>=1"),
+        (["scan.nii", "store", "out", "--cores", "-2"], "-2 is not in the range x>=1"),
+        (["scan.nii", "store", "out", "--mode", "locl"], "'locl' is not one of"),
+        (["scan.nii", "store", "out", "--organs", "livr"], "livr"),
+        (["scan.nii", "folder", "out"], "folder is no atlas store"),
+        (["scan.nii", "empty", "out"], "has no atlas to use"),
         (["scan.nii", "store", "out"], "sbatch is not here"),
     ],
 )
 def test_command_explains_what_is_wrong(
-    arguments: list[str], sentence: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    arguments: list[str],
+    sentence: str,
+    body_store: AtlasStore,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("PATH", str(tmp_path))
     Path("scan.nii").touch()
     Path("scan.nii.gz").touch()
-    Path("store").mkdir()
+    Path("store").symlink_to(body_store.url)
+    Path("folder").mkdir()
+    Path("folder/notes.txt").touch()
+    AtlasStore.create("empty", body_store.organs, body_store.parameters)
     result = CliRunner().invoke(main, arguments)
     assert result.exit_code != 0
     assert sentence in " ".join(result.output.split())
