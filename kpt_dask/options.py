@@ -6,6 +6,7 @@ Light to import: the command line takes its defaults and its syntax from here.
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from numbers import Integral
 from typing import TYPE_CHECKING, Any
 
 from kpt_dask.errors import ParameterError
@@ -197,6 +198,26 @@ class TransferOptions:
             raise ParameterError(
                 f"--fast is for mode local, whose fields are refined; mode {mode} has none."
             )
+
+
+def check_count(what: str, number: object) -> None:
+    """Refuse what is no positive whole number; None is none at all.
+
+    Raises
+    ------
+    ParameterError
+        If it is something else.
+
+    Examples
+    --------
+    >>> check_count("The limit", 2.0)
+    Traceback (most recent call last):
+    kpt_dask.errors.ParameterError: The limit must be a whole number of at least 1, not 2.0.
+    """
+    if number is None:
+        return
+    if isinstance(number, bool) or not isinstance(number, Integral) or number < 1:
+        raise ParameterError(f"{what} must be a whole number of at least 1, not {number!r}.")
 
 
 def check_organs(names: Iterable[str], organs: "OrganTable") -> None:

@@ -14,7 +14,7 @@ from kpt_dask.runtime import notices
 
 
 def relabel(
-    store: AtlasStore,
+    store: AtlasStore | str | Path,
     atlas_id: str,
     labels: str | Path,
     *,
@@ -29,7 +29,7 @@ def relabel(
 
     Parameters
     ----------
-    store : AtlasStore
+    store : AtlasStore, str or Path
     atlas_id : str
     labels : str or Path
         Labels as for `kpt_dask.add_atlas`, on the grid of the store: that of the files that
@@ -61,6 +61,7 @@ def relabel(
     >>> relabel(store, "body_1", labels, annotated=["liver"]).annotated
     ('liver',)
     """
+    store = store if isinstance(store, AtlasStore) else AtlasStore.open(store)
     old = store[atlas_id].info
     with tempfile.TemporaryDirectory(prefix="kpt-relabel-") as folder:
         scan, _ = export_atlas(store[atlas_id], folder)

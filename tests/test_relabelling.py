@@ -41,7 +41,7 @@ def test_an_atlas_gets_new_labels_and_keeps_its_scan_and_its_note(
     drawn = np.where(labels == spleen, liver, 0).astype(labels.dtype)
     nibabel.save(nibabel.Nifti1Image(drawn, file.affine), path)
     with pytest.warns(KptWarning, match="spleen"):
-        info = relabel(store, "body_1", path, client=one_process)
+        info = relabel(store.url, "body_1", path, client=one_process)
     after = store["body_1"]
     assert info.annotated == ("liver",)
     assert info.organs["liver"].voxels == before.organs["spleen"].voxels

@@ -217,6 +217,22 @@ def test_probabilities_are_read_only_where_they_are_looked_at(
     assert float(near) > MODES["local"].threshold
 
 
+@pytest.mark.parametrize(
+    ("wrong", "sentence"),
+    [
+        ({"select": 2.0}, r"select must be a whole number of at least 1, not 2\.0\.$"),
+        ({"memory": "2GiB"}, r"memory in bytes must be a whole number of at least 1, not '2GiB'"),
+        ({"client": "tcp://head:8786"}, "'tcp://head:8786' is no Dask client"),
+    ],
+)
+def test_options_of_a_wrong_type_are_refused(
+    ct: Path, store: AtlasStore, tmp_path: Path, wrong: dict[str, Any], sentence: str
+) -> None:
+    with pytest.raises(ParameterError, match=sentence):
+        segment(ct, store, tmp_path / "out.zarr", **wrong)
+    assert not list(tmp_path.iterdir())
+
+
 def test_probabilities_that_are_gone_are_not_zero(plain: Segmentation, tmp_path: Path) -> None:
     shutil.copytree(plain.path, tmp_path / "moved.zarr")
     probability = open_probability(tmp_path / "moved.zarr")

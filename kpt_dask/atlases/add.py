@@ -99,7 +99,7 @@ def store_parameters(
 
 
 def add_atlas(
-    store: AtlasStore,
+    store: AtlasStore | str | Path,
     scan: str | Path,
     labels: str | Path,
     *,
@@ -116,7 +116,7 @@ def add_atlas(
 
     Parameters
     ----------
-    store : AtlasStore
+    store : AtlasStore, str or Path
         Created with `store_parameters`.
     scan, labels : str or Path
         A scan and its labels on the same grid: a label map with the values of the store's organ
@@ -165,10 +165,11 @@ def add_atlas(
     >>> import kpt_dask
     >>> from atlas_store import AtlasStore, load_organs
     >>> store = AtlasStore.create("one", load_organs(), kpt_dask.store_parameters(4.0))
-    >>> info = kpt_dask.add_atlas(store, "body_1_ct.nii.gz", "body_1_seg.nii.gz", atlas_id="first")
+    >>> info = kpt_dask.add_atlas("one", "body_1_ct.nii.gz", "body_1_seg.nii.gz", atlas_id="first")
     >>> info.id, len(store)
     ('first', 1)
     """
+    store = store if isinstance(store, AtlasStore) else AtlasStore.open(store)
     source, labelled = open_pair(scan, labels, store.organs, values=values, series=series)
     made_with = store_parameters(
         store.parameters.get("spacing", 2.0),
@@ -224,7 +225,7 @@ def add_atlas(
 
 
 def add_folder(
-    store: AtlasStore,
+    store: AtlasStore | str | Path,
     folder: str | Path,
     *,
     layout: str | None = None,
@@ -276,10 +277,11 @@ def add_folder(
     >>> import kpt_dask
     >>> from atlas_store import AtlasStore, load_organs
     >>> store = AtlasStore.create("some", load_organs(), kpt_dask.store_parameters(4.0))
-    >>> outcomes = kpt_dask.add_folder(store, "scans")
+    >>> outcomes = kpt_dask.add_folder("some", "scans")
     >>> [outcome.id for outcome in outcomes]
     ['body_2']
     """
+    store = store if isinstance(store, AtlasStore) else AtlasStore.open(store)
     outcomes = []
     pairs = pairs_of(folder, layout, scan_pattern, labels_pattern, series)
     with (

@@ -46,7 +46,7 @@ from kpt_dask.evaluation.pictures import draw_scan
 from kpt_dask.evaluation.summary import ScanResult, numbers_of_atlases, summarize
 from kpt_dask.evaluation.table1 import background_votes, keypoint_votes
 from kpt_dask.matching.selection import check_selection, how_many
-from kpt_dask.options import DEFAULTS, TransferOptions
+from kpt_dask.options import DEFAULTS, TransferOptions, check_count
 from kpt_dask.organ_transfer.doubts import unshown
 from kpt_dask.output.places import check_outputs
 from kpt_dask.runtime import cluster, notices, progress
@@ -68,7 +68,7 @@ NAMED = 3
 
 
 def evaluate(
-    store: AtlasStore,
+    store: AtlasStore | str | Path,
     scans: Sequence[Pair] | None = None,
     *,
     out: str | Path | None = None,
@@ -98,7 +98,7 @@ def evaluate(
 
     Parameters
     ----------
-    store : AtlasStore
+    store : AtlasStore, str or Path
         The atlases.
     scans : sequence of Pair, optional
         From `kpt_dask.annotations.layouts.pairs_of`.
@@ -182,17 +182,16 @@ def evaluate(
     Examples
     --------
     >>> import kpt_dask
-    >>> from atlas_store import AtlasStore
-    >>> result = kpt_dask.evaluate(AtlasStore.open("atlases"), limit=1, mode="affine")
+    >>> result = kpt_dask.evaluate("atlases", limit=1, mode="affine")
     >>> result["scans"], result["atlases"]
     (1, 2)
     >>> 0 < result["mean_dice"] <= 1
     True
     """
     *fewer, number = _numbers(atlases)
-    _check_positive("scans", limit)
+    check_count("The number of scans", limit)
     check_selection(select, index)
-    store = Snapshot(store)
+    store = Snapshot(store if isinstance(store, AtlasStore) else AtlasStore.open(store))
     names = [pair.id for pair in scans] if scans is not None else list(store.ids())
     names = names[:limit]
     pairs = {pair.id: pair for pair in (scans or [])[:limit]}
@@ -505,7 +504,7 @@ def _numbers(atlases: int | Sequence[int] | None) -> list[Any]:
         return [None]
     numbers = sorted({atlases} if isinstance(atlases, int) else {*atlases})
     for number in numbers:
-        _check_positive("atlases", number)
+        check_count("The number of atlases", number)
     return numbers or [None]
 
 
@@ -516,8 +515,3 @@ def _check_organs(names: Sequence[str], store: AtlasStore) -> None:
             f"Scans cannot be cropped around {', '.join(unknown)}: the atlases know"
             f" {', '.join(store.organs.names)}."
         )
-
-
-def _check_positive(what: str, number: int | None) -> None:
-    if number is not None and number < 1:
-        raise ParameterError(f"The number of {what} must be at least 1, not {number}.")

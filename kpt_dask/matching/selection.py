@@ -24,6 +24,7 @@ from atlas_store.keypoints import first_frames
 from kpt_dask.errors import ParameterError
 from kpt_dask.matching.search import SCALE_RATIO
 from kpt_dask.matching.translations import density
+from kpt_dask.options import check_count
 from kpt_dask.runtime import progress
 
 BY_ORGANS = ("organ", "affine")
@@ -44,10 +45,9 @@ def check_selection(select: int | None, index: str) -> None:
     Raises
     ------
     ParameterError
-        If the number of atlases is not positive, or the way to search is unknown.
+        If the number of atlases is no positive whole number, or the way to search is unknown.
     """
-    if select is not None and select < 1:
-        raise ParameterError(f"The number of atlases to select must be at least 1, not {select}.")
+    check_count("The number of atlases to select", select)
     if index not in MODES:
         raise ParameterError(f"The index {index!r} is unknown; use {', '.join(MODES)}.")
 

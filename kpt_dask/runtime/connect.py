@@ -63,7 +63,8 @@ def session(client: Client | None = None, scheduler: str | None = None) -> Itera
     Raises
     ------
     ParameterError
-        If `scheduler` is a file, but not a scheduler file; or if the client is asynchronous.
+        If `scheduler` is a file, but not a scheduler file; or if the client is none, or
+        asynchronous.
     ClusterError
         If `scheduler` does not answer, or this process was forked from one in which Dask ran.
     """
@@ -77,6 +78,10 @@ def session(client: Client | None = None, scheduler: str | None = None) -> Itera
     if client is None and scheduler is None and not in_task:
         client = _current()
     if client is not None:
+        if not isinstance(client, Client):
+            raise ParameterError(
+                f"{client!r} is no Dask client: make one of an address by distributed.Client(…)."
+            )
         if client.asynchronous:
             raise ParameterError(
                 "The Dask client is asynchronous, and nothing may wait for it in its event loop:"

@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
 
-from kpt_dask.options import MEMORY
+from kpt_dask.options import MEMORY, check_count
 
 ROOT = Path("/")
 """Where the system's files are looked for."""
@@ -28,7 +28,13 @@ def budget(memory: int | None = None) -> int:
     memory : int, optional
         What the user wants. Without it, half of what is free on the machine or in the process's
         control group (container, SLURM job), at most `kpt_dask.options.MEMORY`.
+
+    Raises
+    ------
+    ParameterError
+        If it is no positive whole number.
     """
+    check_count("The memory in bytes", memory)
     if memory is not None:
         return memory
     return max(min([MEMORY, *(free // 2 for free in _free())]), 1)

@@ -37,7 +37,7 @@ def test_leaving_one_out_equals_segmenting_without_it(
 ) -> None:
     """The phantoms lie on the working grid, so all ways must give the same figures."""
     before = content(Path(body_store.url))
-    results = evaluate(body_store, limit=1, client=one_process)
+    results = evaluate(body_store.url, limit=1, client=one_process)
     pairs = find_pairs(bodies)
     of_files = evaluate(body_store, pairs, limit=1, client=one_process)
     assert content(Path(body_store.url)) == before
