@@ -17,6 +17,7 @@ from pydicom.valuerep import DA, TM
 from kpt_dask.errors import ScanFormatError
 from kpt_dask.grid import Grid
 from kpt_dask.label_files.label_map import LabelMap
+from kpt_dask.runtime import notices
 from kpt_dask.scans.dicom import DicomFile
 from kpt_dask.scans.dicom_header import quiet
 
@@ -87,7 +88,7 @@ class Source:
 
 
 def source_of(label_map: LabelMap) -> Source:
-    """Read what is known of the scan of a label map.
+    """Read what is known of the scan of a label map; warn if its slices cannot be referred to.
 
     Raises
     ------
@@ -112,6 +113,11 @@ def source_of(label_map: LabelMap) -> Source:
         )
         if not series or not all(one.instance for one in slices):
             series, slices = "", ()
+            notices.warn(
+                f"{scan.path} has slices without SeriesInstanceUID or SOPInstanceUID, so DICOM"
+                " labels of it refer to no slice: viewers find the scan by its position only, or"
+                " not at all; give the slices their UIDs and write the labels again."
+            )
     for keyword, value in PATIENT_AND_STUDY.items():
         if keyword not in about:
             setattr(about, keyword, value)

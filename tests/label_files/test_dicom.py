@@ -17,6 +17,7 @@ from kpt_dask.label_files.formats import LabelFile
 from kpt_dask.label_files.label_map import LabelMap
 from kpt_dask.label_files.packed import PackedLabels
 from kpt_dask.label_files.rtstruct import outlines
+from kpt_dask.runtime import notices
 from kpt_dask.scans.scan import open_scan
 from tests.conftest import DATA
 from tests.label_files.maps import ORGANS, affine, label_map, labels, of_series, places
@@ -217,18 +218,39 @@ def test_a_real_series_without_uids_in_its_data_sets(tmp_path: Path) -> None:
     values[2:5, 100:200, 150:250], values[3, 120:150, 160:170] = 1, 5
     voxels = PackedLabels.of(scan.grid.shape, values.dtype, [values])
     made = LabelMap(voxels, scan.grid, ORGANS, scan.file)
-    path = write(str(tmp_path / "l.dcm"), made)
+    told: list[str] = []
+    with notices.shown(told.append):
+        path = write(str(tmp_path / "l.dcm"), made)
+        write(f"rtstruct:{tmp_path / 'rt.dcm'}", made)
     assert where_highdicom_sees(path) == named(values, lps(scan.grid))
     assert errors_of_dciodvfy(path) == []
     found = pydicom.dcmread(path)
+    assert len(told) == ("ReferencedSeriesSequence" not in found)
     if "ReferencedSeriesSequence" in found:
-        told = {
+        slices = {
             one.ReferencedSOPInstanceUID
             for one in found.ReferencedSeriesSequence[0].ReferencedInstanceSequence
         }
         files = [pydicom.dcmread(file, stop_before_pixels=True) for file in folder.glob("*.dcm")]
-        assert told <= {file.file_meta.MediaStorageSOPInstanceUID for file in files}
-    write(f"rtstruct:{tmp_path / 'rt.dcm'}", made)
+        assert slices <= {file.file_meta.MediaStorageSOPInstanceUID for file in files}
+
+
+@pytest.mark.parametrize("keyword", ["SOPInstanceUID", "SeriesInstanceUID"])
+def test_slices_that_cannot_be_referred_to_are_doubted(keyword: str, tmp_path: Path) -> None:
+    folder = tmp_path / "ct"
+    of_series(folder)
+    for file in folder.glob("*.dcm"):
+        dataset = pydicom.dcmread(file)
+        del dataset[keyword], dataset.file_meta["MediaStorageSOPInstanceUID"]
+        dataset.save_as(file, enforce_file_format=False)
+    scan = open_scan(folder)
+    made = LabelMap(label_map().voxels, scan.grid, ORGANS, scan.file)
+    with notices.recorded() as told, notices.shown(lambda _: None):
+        found = pydicom.dcmread(write(str(tmp_path / "l.dcm"), made))
+        write(f"rtstruct:{tmp_path / 'rt.dcm'}", made)
+    assert "ReferencedSeriesSequence" not in found
+    [sentence] = told
+    assert sentence.startswith(f"{folder} has slices without SeriesInstanceUID or SOPInstanceUID,")
 
 
 def test_what_the_scan_says_of_the_patient_is_kept_whatever_its_form(tmp_path: Path) -> None:
