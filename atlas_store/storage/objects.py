@@ -12,6 +12,7 @@ import stat
 from collections.abc import AsyncIterator, Coroutine, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -167,14 +168,20 @@ class Objects:
         """Sync an object, or all below a folder, to disk, so that it survives a loss of power.
 
         Object stores are durable once they confirm a write; file systems only after a sync.
+
+        What lies below a folder gets the folder's permissions: workers write it too, and may have
+        another umask than who made the folder.
         """
         if not isinstance(self.store, LocalStore):
             return
         root = self.store.root / path
+        mode = stat.S_IMODE(root.stat().st_mode) if root.is_dir() else None
         paths = [root, root.parent]
         for parent, folders, names in os.walk(root):
             paths += [Path(parent, name) for name in (*folders, *names)]
         with ThreadPoolExecutor(_SYNCING_THREADS) as threads:
+            if mode is not None:
+                list(threads.map(partial(_permit, mode), paths[2:]))
             list(threads.map(_sync_to_disk, paths))
 
     def exists(self, key: str) -> bool:
@@ -293,6 +300,16 @@ def _no_file(key: str) -> StoreFormatError:
         f"{key} is no file but a device, a pipe, a socket or a link that leads nowhere: restore it"
         " from a copy, or remove the atlas and add it again."
     )
+
+
+def _permit(mode: int, path: Path) -> None:
+    """Give a file or folder the permissions of a folder of this mode; a link stays as it is."""
+    # It may be gone, or belong to another user.
+    with suppress(OSError):
+        now = path.lstat().st_mode
+        wanted = mode & (0o777 if stat.S_ISDIR(now) else 0o666)
+        if (stat.S_ISDIR(now) or stat.S_ISREG(now)) and now & 0o777 != wanted:
+            path.chmod(stat.S_IMODE(now) & ~0o777 | wanted)
 
 
 def _sync_to_disk(path: Path) -> None:

@@ -3,6 +3,7 @@
 import json
 import os
 import signal
+import stat
 import subprocess
 import sys
 import time
@@ -12,6 +13,8 @@ from pathlib import Path
 from threading import Thread
 
 import pytest
+import zarr
+from distributed import Client
 
 from kpt_dask.errors import OutputExistsError, OutputVanishedError
 from kpt_dask.output import commit, partial
@@ -394,3 +397,33 @@ with replacing(sys.argv[1]) as path:
     ended = subprocess.run(command, capture_output=True, text=True, timeout=60)
     assert ended.returncode == -signum, ended.stderr
     assert names(tmp_path) == []
+
+
+@pytest.mark.parametrize(("umask", "of_worker"), [(0o022, 0o077), (0o077, 0o022)])
+def test_all_of_an_output_has_the_permissions_of_who_asked_for_it(
+    tmp_path: Path, two_processes: Client, umask: int, of_worker: int
+) -> None:
+    (tmp_path / "mine").write_text("elsewhere")
+    (tmp_path / "mine").chmod(0o640)
+    before = os.umask(umask)
+    try:
+        with replacing(tmp_path / "out.zarr") as new:
+            zarr.create_group(str(new), attributes={"encoding-type": "kpt-volume"})
+            two_processes.submit(write_with_umask, new, of_worker).result()
+            (new / "link").symlink_to(tmp_path / "mine")
+    finally:
+        os.umask(before)
+    for path in (tmp_path / "out.zarr").rglob("*"):
+        if not path.is_symlink():
+            expected = (0o777 if path.is_dir() else 0o666) & ~umask
+            assert stat.S_IMODE(path.stat().st_mode) == expected, path
+    assert stat.S_IMODE((tmp_path / "mine").stat().st_mode) == 0o640
+
+
+def write_with_umask(folder: Path, umask: int) -> None:
+    before = os.umask(umask)
+    try:
+        (folder / "0" / "c").mkdir(parents=True)
+        (folder / "0" / "c" / "0").write_text("a chunk")
+    finally:
+        os.umask(before)
