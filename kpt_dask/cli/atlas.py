@@ -286,7 +286,9 @@ def list_atlases(
     if rows:
         say(columns(header, rows, left=(0, 1, 5, 6)))
     one, many = ("removed atlas", "removed atlases") if removed else ("atlas", "atlases")
-    number = _count(len(infos), one, many)
+    number = _count(len(found), one, many)
+    if where:
+        number = f"{len(infos)} of {number}"
     say(f"{opened.url}: {number} at {opened.parameters['spacing']:g} mm.")
 
 

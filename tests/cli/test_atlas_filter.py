@@ -1,16 +1,22 @@
 """Lists of atlases: which, and in which order."""
 
 import operator
+import zipfile
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from click.testing import CliRunner
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from atlas_store import OrganTableError, load_organs
 from kpt_dask.cli.atlas_filter import filtered
+from kpt_dask.cli.main import kpt
 from kpt_dask.errors import ParameterError
+
+ARCHIVED = Path(__file__).parents[1] / "atlas_store" / "archived" / "version_1.zip"
 
 
 def info(name: str, keypoints: int, *organs: str) -> Any:
@@ -125,3 +131,12 @@ def test_a_date_is_all_that_it_leaves_open(condition: str, holds: bool) -> None:
 def test_what_is_no_date_is_refused(value: str) -> None:
     with pytest.raises(ParameterError, match="no date; write it as the list does, 2026-12-01 11:1"):
         filtered(ATLASES, [f"added<{value}"], None, ORGANS)
+
+
+def test_a_list_says_how_many_of_the_stores_atlases_it_shows(tmp_path: Path) -> None:
+    with zipfile.ZipFile(ARCHIVED) as archive:
+        archive.extractall(tmp_path)
+    for where, number in (((), "2 atlases"), (("--where", "id=pt_1"), "1 of 2 atlases")):
+        result = CliRunner().invoke(kpt, ["atlas", "list", str(tmp_path), *where])
+        assert result.exit_code == 0
+        assert f": {number} at " in result.stdout
