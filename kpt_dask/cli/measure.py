@@ -24,8 +24,8 @@ if TYPE_CHECKING:
 @click.option(
     "--organs",
     metavar="TABLE",
-    help="What the label values mean: visceral, openkbp, or a TOML file. Needed where labels have "
-    "names instead of values.",
+    help="What the label values mean: visceral, openkbp, or a TOML file; others are shown as "
+    "label N. Needed where labels have names instead of values.",
 )
 @click.option(
     "--to",
