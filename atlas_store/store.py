@@ -139,6 +139,19 @@ class AtlasStore:
         """
         return cls._load(Objects.at(url))
 
+    @staticmethod
+    def of(store: "AtlasStore | str | PathLike[str]") -> "AtlasStore":
+        """Take a store as it is, and open the store of a path or URL; errors as of `open`.
+
+        Examples
+        --------
+        >>> from atlas_store import AtlasStore
+        >>> store = AtlasStore.of("atlases")
+        >>> AtlasStore.of(store) is store
+        True
+        """
+        return store if isinstance(store, AtlasStore) else AtlasStore.open(store)
+
     @classmethod
     def _load(cls, objects: Objects) -> Self:
         data = objects.read(ROOT, MAX_DOCUMENT)

@@ -61,7 +61,7 @@ def relabel(
     >>> relabel(store, "body_1", labels, annotated=["liver"]).annotated
     ('liver',)
     """
-    store = store if isinstance(store, AtlasStore) else AtlasStore.open(store)
+    store = AtlasStore.of(store)
     old = store[atlas_id].info
     with tempfile.TemporaryDirectory(prefix="kpt-relabel-") as folder:
         scan, _ = export_atlas(store[atlas_id], folder)

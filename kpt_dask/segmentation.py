@@ -252,7 +252,7 @@ def segment(
     True
     """
     start = time.perf_counter()
-    store = Snapshot(store if isinstance(store, AtlasStore) else AtlasStore.open(store))
+    store = Snapshot(AtlasStore.of(store))
     with notices.recorded() as doubts:
         source = open_scan(scan, series=series)
     table = choose_organs(store, organs)

@@ -86,7 +86,7 @@ def check_atlases(
     1
     """
     check_selection(select, "auto")
-    store = Snapshot(store if isinstance(store, AtlasStore) else AtlasStore.open(store))
+    store = Snapshot(AtlasStore.of(store))
     atlases = {atlas.id: atlas for atlas in store.atlases()}
     if missing := [name for name in atlas_ids if name not in atlases]:
         raise AtlasNotFoundError(

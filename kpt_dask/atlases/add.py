@@ -169,7 +169,7 @@ def add_atlas(
     >>> info.id, len(store)
     ('first', 1)
     """
-    store = store if isinstance(store, AtlasStore) else AtlasStore.open(store)
+    store = AtlasStore.of(store)
     source, labelled = open_pair(scan, labels, store.organs, values=values, series=series)
     made_with = store_parameters(
         store.parameters.get("spacing", 2.0),
@@ -281,7 +281,7 @@ def add_folder(
     >>> [outcome.id for outcome in outcomes]
     ['body_2']
     """
-    store = store if isinstance(store, AtlasStore) else AtlasStore.open(store)
+    store = AtlasStore.of(store)
     outcomes = []
     pairs = pairs_of(folder, layout, scan_pattern, labels_pattern, series)
     with (

@@ -311,16 +311,21 @@ def _watch(jobs: WorkerJobs, done: threading.Event) -> None:
 
 def _in_queue() -> set[str] | None:
     """Numbers of the user's jobs in SLURM's queue; None if it does not tell."""
+    answer = _squeue("%A", f"--user={os.getuid()}")
+    return set(answer.stdout.split()) if answer and answer.returncode == 0 else None
+
+
+def _squeue(form: str, *which: str) -> subprocess.CompletedProcess[str] | None:
+    """List jobs of SLURM's queue; None if it cannot be asked."""
     try:
-        answer = subprocess.run(
-            ["squeue", "--noheader", "--format=%A", f"--user={os.getuid()}"],
+        return subprocess.run(
+            ["squeue", "--noheader", f"--format={form}", *which],
             capture_output=True,
             text=True,
             timeout=30,
         )
     except (OSError, subprocess.TimeoutExpired):
         return None
-    return set(answer.stdout.split()) if answer.returncode == 0 else None
 
 
 def _await_first(cluster: SLURMCluster, client: Client, resources: Resources) -> None:
@@ -349,14 +354,8 @@ def _queue(cluster: SLURMCluster) -> str:
     jobs = [worker.job_id for worker in list(cluster.workers.values()) if worker.job_id]
     if not jobs:
         return "not submitted yet"
-    try:
-        answer = subprocess.run(
-            ["squeue", "--noheader", "--format=%T (%r)", "--jobs", ",".join(jobs)],
-            capture_output=True,
-            text=True,
-            timeout=30,
-        )
-    except (OSError, subprocess.TimeoutExpired):
+    answer = _squeue("%T (%r)", "--jobs", ",".join(jobs))
+    if answer is None:
         return "submitted"
     states = sorted({line.strip() for line in answer.stdout.splitlines() if line.strip()})
     return f"SLURM says {', '.join(states)}" if states else "not in SLURM's queue any longer"

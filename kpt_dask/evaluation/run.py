@@ -191,7 +191,7 @@ def evaluate(
     *fewer, number = _numbers(atlases)
     check_count("The number of scans", limit)
     check_selection(select, index)
-    store = Snapshot(store if isinstance(store, AtlasStore) else AtlasStore.open(store))
+    store = Snapshot(AtlasStore.of(store))
     names = [pair.id for pair in scans] if scans is not None else list(store.ids())
     names = names[:limit]
     pairs = {pair.id: pair for pair in (scans or [])[:limit]}

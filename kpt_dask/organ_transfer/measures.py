@@ -345,14 +345,13 @@ def _one(counts: OrganCounts, o: int, grid: Grid, voting: NDArray[np.float64]) -
     confidence = float(counts.overlap[o])
     if math.isnan(confidence):
         confidence = 2 * firm / (whole + firm) * max(1 - BORDER / _radius(count * ml), 0)
-    mean_hu = int(counts.hu[o]) / count
     corners = [_point(grid, counts.low[o]), _point(grid, counts.high[o])]
     last = np.array(grid.shape) - 1
     at_border = counts.cut[o] or (counts.low[o] <= 0).any() or (counts.high[o] >= last).any()
     return OrganMeasures(
         volume_ml=count * ml,
         interval_ml=(min(sure * ml, low), max(possible * ml, high)),
-        mean_hu=mean_hu,
+        mean_hu=int(counts.hu[o]) / count,
         centroid=_point(grid, counts.indices[o] / count),
         extent=(corners[0], corners[1]),
         votes=len(voting),
