@@ -1,8 +1,9 @@
 """Keypoint transfer segmentation of CT scans, streamed with Dask and Zarr.
 
 The stations of the data's way, in order: `open_scan`, `convert`, `extract`, `match`, `vote`,
-`transfer`; `segment` walks them all, `export` writes label files of its output and `write_report` a
-page, `add_atlas` makes an atlas, `check_atlases` doubts annotations, `evaluate` measures.
+`transfer`. `segment` walks them all, `segment_batch` with many scans. `export` writes label files
+of its output and `write_report` a page, `add_atlas` makes an atlas, `check_atlases` doubts
+annotations, `evaluate` measures.
 """
 
 from importlib import import_module
@@ -11,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from kpt_dask.annotation_check.schedule import check_atlases
     from kpt_dask.atlases.add import add_atlas, add_folder, store_parameters
+    from kpt_dask.batches import segment_batch
     from kpt_dask.evaluation.run import evaluate
     from kpt_dask.exports import export, export_atlas
     from kpt_dask.keypoints.extraction import extract
@@ -37,6 +39,7 @@ __all__ = [
     "open_scan",
     "open_volume",
     "segment",
+    "segment_batch",
     "store_parameters",
     "transfer",
     "vote",
@@ -57,6 +60,7 @@ _HOME = {
     "open_scan": "scans.scan",
     "open_volume": "volumes.volume",
     "segment": "segmentation",
+    "segment_batch": "batches",
     "store_parameters": "atlases.add",
     "transfer": "organ_transfer.modes",
     "vote": "matching.voting",

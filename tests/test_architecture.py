@@ -15,7 +15,7 @@ ROOT = Path(__file__).parents[1]
 LAYERS = (
     {"kpt_dask.cli", "kpt_dask.napari_plugin"},
     {"kpt_dask.demo", "kpt_dask.relabelling"},
-    {"kpt_dask.annotation_check", "kpt_dask.evaluation", "kpt_dask.exports"},
+    {"kpt_dask.annotation_check", "kpt_dask.batches", "kpt_dask.evaluation", "kpt_dask.exports"},
     {"kpt_dask.baselines"},
     {"kpt_dask.segmentation"},
     {"kpt_dask.report"},
@@ -70,6 +70,7 @@ MANY_PARAMETERS = {
     "kpt_dask.atlases.add.add_folder": FACE,
     "kpt_dask.cli.atlas.add": COMMAND,
     "kpt_dask.cli.atlas.add_folder": COMMAND,
+    "kpt_dask.cli.batch.batch": COMMAND,
     "kpt_dask.cli.evaluate.evaluate": COMMAND,
     "kpt_dask.cli.main.export": COMMAND,
     "kpt_dask.cli.main.segment": COMMAND,
@@ -84,6 +85,7 @@ MANY_PARAMETERS = {
 
 NAMED_ALIKE = {
     "kpt_dask.cli.atlas": "the click group of `kpt atlas`",
+    "kpt_dask.cli.batch": "the click command `kpt batch`",
     "kpt_dask.cli.evaluate": "the click command `kpt evaluate`",
     "kpt_dask.cli.main": "an entry point is called main",
     "kpt_dask.cli.measure": "the click command `kpt measure`",

@@ -1,161 +1,150 @@
-"""Batches of scans, segmented one after another on the workers of one client.
+"""``kpt batch``: many scans, one after another."""
 
-Each scan uses all workers, so a batch needs the memory of a single scan, and an interruption loses
-the work on one scan at most: the next call continues with that scan.
-"""
-
-import logging
-from collections.abc import Callable, Iterable, Mapping
-from functools import partial
+import csv
+import io
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
-from distributed import Client
+import click
 
-from kpt_dask.errors import USER_ERRORS, ClusterError, OutputExistsError, ParameterError
-from kpt_dask.output import contents
-from kpt_dask.runtime import notices
-from kpt_dask.scans import label_header
-from kpt_dask.scans.scan import scan_name
+from kpt_dask.cli.common import (
+    columns,
+    index_option,
+    json_option,
+    memory_option,
+    names,
+    print_json,
+    say,
+    scheduler_option,
+    select_option,
+    series_option,
+    transfer_options,
+    working,
+)
 
-log = logging.getLogger(__name__)
+if TYPE_CHECKING:
+    from kpt_dask.batches import Outcome
+
+COLUMNS = (
+    *("scan", "organ", "volume_ml", "low_ml", "high_ml", "mean_hu", "sd_hu"),
+    *("votes", "confidence", "at_border"),
+)
+"""Columns of the table for spreadsheets."""
 
 
-class Output(NamedTuple):
-    """Output files of one scan.
+@click.command()
+@click.argument("scans", nargs=-1, required=True, type=click.Path(path_type=Path))
+@click.argument("store", metavar="STORE")
+@click.argument("out", metavar="OUT", type=click.Path(file_okay=False, path_type=Path))
+@transfer_options
+@click.option("--exclude", multiple=True, metavar="ID", help="Leave an atlas out; may be repeated.")
+@select_option
+@index_option
+@series_option
+@click.option(
+    "--organs", callback=names, multiple=True, metavar="NAME,…", help="As of kpt segment."
+)
+@click.option(
+    "--csv",
+    "as_csv",
+    is_flag=True,
+    help="Print a table for a spreadsheet: a line for each organ of each scan.",
+)
+@memory_option
+@scheduler_option
+@json_option
+def batch(
+    scans: tuple[Path, ...],
+    store: str,
+    out: Path,
+    series: str | None,
+    organs: tuple[str, ...] | None,
+    as_csv: bool,
+    memory: int | None,
+    scheduler: str | None,
+    as_json: bool,
+    **options: Any,
+) -> None:
+    """Segment SCANS from the atlases of STORE, one after another.
 
-    Attributes
-    ----------
-    segmentation : Path
-        The OME-Zarr with probabilities, labels, keypoints and provenance.
-    labels : Path
-        The NIfTI label map on the scan's own grid.
+    Each scan gets OUT/NAME.zarr, as of kpt segment, and OUT/NAME.nii.gz, the label map on its own
+    grid. A scan that cannot be segmented does not stop the others; the end lists it. After an
+    interruption, or after mending a scan, give the same command again: what is complete is kept,
+    whatever options it was made with; delete it to make it anew.
+
+    \b
+    Examples:
+      kpt batch scans/*.nii.gz atlases results
+      kpt batch scans/*.nii.gz atlases results --fast --csv > organs.csv
+      kpt batch patients/*/ct_dicom atlases results
     """
+    from kpt_dask.batches import check_batch, check_outcomes, segment_batch
 
-    segmentation: Path
-    labels: Path
+    if as_csv and as_json:
+        raise click.UsageError("--csv and --json exclude each other.")
+    options["organs"] = organs or ()
+    check_batch(store, **options)
+    done: list[Outcome] = []
+    with working(scheduler) as client:
+        for one in segment_batch(
+            scans, store, out, client, series=series, memory=memory, **options
+        ):
+            say(f"kpt: {len(done) + 1} of {len(scans)}: {one}", err=True)
+            done.append(one)
+    if as_json:
+        print_json([_answer(one) for one in done])
+    elif as_csv:
+        say(_table(done))
+    else:
+        _show(done)
+    check_outcomes(done)
 
-    @property
-    def complete(self) -> bool:
-        """Whether both exist and are of the same run; each appears only when it is complete."""
-        run = contents.run_of(self.segmentation)
-        return run is not None and run == label_header.run_of(self.labels)
 
-    def older_than(self, scan: Path) -> bool:
-        """Whether a file of the scan was written after the segmentation."""
-        root = (self.segmentation / contents.ROOT).stat().st_mtime
-        files = scan.rglob("*") if scan.is_dir() else [scan]
-        return any(file.stat().st_mtime > root for file in files if file.is_file())
-
-    @property
-    def foreign(self) -> bool:
-        """Whether the label map is there, and not by this program."""
-        return self.labels.exists() and label_header.run_of(self.labels) is None
-
-
-def outputs(scans: Iterable[Path], out_dir: Path) -> Mapping[Path, Output]:
-    """Name the outputs of scans: OUT/NAME.zarr and OUT/NAME.nii.gz.
-
-    Raises
-    ------
-    ParameterError
-        If two scans would write to the same place.
-    """
-    by_name: dict[str, Path] = {}
-    for scan in scans:
-        name = scan_name(scan)
-        if name in by_name:
-            raise ParameterError(
-                f"{by_name[name]} and {scan} would both become {out_dir / name}.zarr: "
-                "segment them into different folders."
+def _table(done: list["Outcome"]) -> str:
+    """Write a line for each organ of each scan, separated by commas."""
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(COLUMNS)
+    for one in done:
+        for name, organ in one.organs.items():
+            low, high = organ.interval_ml
+            writer.writerow(
+                [
+                    *(one.scan, name, organ.volume_ml, low, high, organ.mean_hu, organ.sd_hu),
+                    *(organ.votes, organ.confidence, organ.at_border),
+                ]
             )
-        by_name[name] = scan
+    return text.getvalue().rstrip("\n")
+
+
+def _answer(one: "Outcome") -> dict[str, Any]:
+    """Say all of a scan."""
     return {
-        scan: Output(out_dir / f"{name}.zarr", out_dir / f"{name}.nii.gz")
-        for name, scan in by_name.items()
+        "scan": str(one.scan),
+        "path": str(one.output.segmentation),
+        "labels": str(one.output.labels),
+        "seconds": one.seconds,
+        "organs": {name: asdict(organ) for name, organ in one.organs.items()},
+        "warnings": list(one.warnings),
+        "error": one.error,
     }
 
 
-def segment_batch(
-    scans: Iterable[Path],
-    store: str,
-    out_dir: Path,
-    client: Client,
-    ready: Callable[[], None] = lambda: None,
-    **options: Any,
-) -> dict[Path, str]:
-    """Segment every scan that is not segmented yet; a bad scan does not stop the others.
-
-    Parameters
-    ----------
-    scans : iterable of Path
-        CT scans.
-    store : str
-        Path or URL of the atlas store.
-    out_dir : Path
-        Folder for the outputs, named as in `outputs`.
-    client : distributed.Client
-        Client whose workers compute.
-    ready : callable, optional
-        Called before each scan; its ClusterError says why no scan can be segmented any more, and
-        ends the batch.
-    **options
-        Passed on to `kpt_dask.segmentation.segment`.
-
-    Returns
-    -------
-    failed : dict of Path to str
-        Reason, for every scan that could not be segmented.
-
-    Raises
-    ------
-    ParameterError
-        If two scans would write to the same place.
-    """
-    from kpt_dask.segmentation import segment
-
-    failed: dict[Path, str] = {}
-    left = outputs(scans, out_dir)
-    for scan, output in left.items():
-        if output.complete:
-            log.info("%s: is there already", output.segmentation)
-            if output.older_than(scan):
-                log.warning(
-                    "%s was changed after it was segmented: delete %s to segment it again.",
-                    scan,
-                    output.segmentation,
-                )
-            continue
-        try:
-            ready()
-        except ClusterError as error:
-            left = {scan: output for scan, output in left.items() if not output.complete}
-            return dict.fromkeys(left, str(error)) | failed
-        log.info("%s: begins", scan)
-        try:
-            if output.foreign:
-                raise OutputExistsError(
-                    f"{output.labels} exists and is not by kpt segment: move it away, or choose"
-                    " another folder for the output."
-                )
-            # Overwriting, because one of the two may be left from an interrupted batch.
-            with notices.shown(partial(log.warning, "%s")):
-                segment(
-                    scan,
-                    store,
-                    output.segmentation,
-                    labels=output.labels,
-                    overwrite=True,
-                    client=client,
-                    **options,
-                )
-        except USER_ERRORS as error:
-            failed[scan] = str(error)
-        except Exception as error:
-            log.exception("%s: unexpected", scan)
-            failed[scan] = f"{type(error).__name__}: {error}"
-        if scan in failed:
-            log.error("%s: failed: %s", scan, failed[scan])
-        else:
-            log.info("%s: done", output.segmentation)
-    return failed
+def _show(done: list["Outcome"]) -> None:
+    """Show a line for each scan."""
+    header = ["scan", "organs", "least sure", "confidence", "warnings"]
+    rows = []
+    for one in done:
+        found = {name: organ for name, organ in one.organs.items() if organ.volume_ml}
+        least = min(found, key=lambda name: found[name].confidence, default=None)
+        rows.append(
+            [
+                one.output.segmentation.stem,
+                "failed" if one.error is not None else f"{len(found)} of {len(one.organs)}",
+                least or "",
+                "" if least is None else f"{found[least].confidence:.2f}",
+                str(len(one.warnings) or ""),
+            ]
+        )
+    say(columns(header, rows, left=(0, 2)))

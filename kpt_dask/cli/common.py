@@ -54,9 +54,9 @@ LINES = "\n"
 """What sentences of several lines keep."""
 
 
-def say(text: str) -> None:
+def say(text: str, *, err: bool = False) -> None:
     """Write an answer, in which others may have put what steers a terminal."""
-    click.echo(printable(text, keep=LINES))
+    click.echo(printable(text, keep=LINES), err=err)
 
 
 class Failure(click.ClickException):

@@ -39,6 +39,7 @@ from kpt_dask.runtime.allocator import share_freed_memory
 
 LATER = {
     "atlas": "Keep a store of annotated scans: the atlases.",
+    "batch": "Segment many scans, one after another.",
     "evaluate": "Measure how well scans with known labels are segmented.",
     "measure": "Measure every label of LABELS, which lie on the grid of SCAN.",
     "report": "Show OUT.zarr, which kpt segment made: one page that needs no network.",
@@ -157,6 +158,8 @@ def kpt() -> None:
       kpt atlas create atlases                            make a store for the examples
       kpt atlas add atlases SCAN.nii.gz LABELS.nii.gz     add an annotated scan
       kpt segment SCAN.nii.gz atlases OUT.zarr            segment another scan
+      kpt batch SCANS… atlases OUT                        segment many
+      kpt batch SCANS... atlases OUT                      segment many
     """
 
 

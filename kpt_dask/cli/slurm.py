@@ -16,6 +16,7 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,10 +26,11 @@ from dask.utils import parse_bytes
 from dask_jobqueue.slurm import SLURMCluster, slurm_format_bytes_ceil
 from distributed import Client
 
-from kpt_dask.cli.batch import outputs, segment_batch
+from kpt_dask.batches import check_batch, check_outcomes, outputs, segment_batch
 from kpt_dask.cli.common import names
 from kpt_dask.errors import USER_ERRORS, ClusterError, ParameterError, some_of
-from kpt_dask.options import DEFAULTS, MODES
+from kpt_dask.options import MODES, TransferOptions
+from kpt_dask.runtime import notices
 from kpt_dask.runtime.patience import wait_seconds
 
 log = logging.getLogger("kpt_dask.cli.slurm")
@@ -477,6 +479,7 @@ def _span(context: click.Context, option: click.Parameter, value: str) -> str:
     show_default=True,
     help="As of kpt segment.",
 )
+@click.option("--fast", is_flag=True, help="As of kpt segment.")
 @click.option(
     "--series", help="DICOM series of scans that hold several: UID, or words of its description."
 )
@@ -499,6 +502,7 @@ def main(
     partition: str | None,
     account: str | None,
     mode: str,
+    fast: bool,
     series: str | None,
     organs: tuple[str, ...] | None,
     dry_run: bool,
@@ -522,20 +526,22 @@ def main(
         n_workers, cores, memory, head_memory, walltime, partition, account, head_cores
     )
     logs = out / "logs"
+    options: dict[str, Any] = {"mode": mode, "options": TransferOptions(fast=fast)}
+    options["organs"] = organs or ()
     try:
         outputs(scans, out)
         if inside:
             with dask.config.set({"kpt.wait": wait}):
-                options = {"mode": mode, "series": series, "organs": organs or ()}
-                _work(scans, store, out, resources, **options)
+                _work(scans, store, out, resources, series=series, **options)
             return
         # Here, or a place in the queue is spent on what is known now.
-        _check_options(store, mode, organs or ())
+        check_batch(store, **options)
         command = [sys.executable, "-P", "-m", "kpt_dask.cli.slurm", "--inside"]
         command += [f"--workers={n_workers}", f"--cores={cores}", f"--memory={memory}"]
         command += [f"--walltime={walltime}", f"--wait={wait}", f"--mode={mode}"]
         command += [f"--partition={partition}"] if partition is not None else []
         command += [f"--account={account}"] if account is not None else []
+        command += ["--fast"] if fast else []
         command += [f"--series={series}"] if series is not None else []
         command += [f"--organs={','.join(organs)}"] if organs is not None else []
         command += ["--", *map(str, scans), store, str(out)]
@@ -549,17 +555,6 @@ def main(
         raise click.ClickException(str(error)) from error
 
 
-def _check_options(store: str, mode: str, organs: Sequence[str]) -> None:
-    """Refuse what `kpt_dask.segment` refuses, whatever the scan is."""
-    # Imported here: `--help` needs no store.
-    from atlas_store import AtlasStore
-    from kpt_dask.segmentation import choose_atlases, choose_organs
-
-    opened = AtlasStore.open(store)
-    DEFAULTS.check(mode, opened.organs, choose_organs(opened, organs))
-    choose_atlases(opened, ())
-
-
 def _work(
     scans: Sequence[Path], store: str, out: Path, resources: Resources, **options: Any
 ) -> None:
@@ -567,11 +562,15 @@ def _work(
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     logging.basicConfig(format="%(asctime)s %(message)s")
     logging.getLogger("kpt_dask").setLevel(logging.INFO)
-    with workers(out / "logs", resources) as jobs:
-        failed = segment_batch(scans, store, out, jobs.client, jobs.ready, **options)
-    if failed:
-        reasons = "".join(f"\n  {scan}: {reason}" for scan, reason in failed.items())
-        raise ParameterError(f"{len(failed)} of {len(scans)} scans failed:{reasons}")
+    outcomes = []
+    with (
+        workers(out / "logs", resources) as jobs,
+        notices.shown(partial(log.warning, "%s")),
+    ):
+        for outcome in segment_batch(scans, store, out, jobs.client, jobs.ready, **options):
+            log.info("%s", outcome)
+            outcomes.append(outcome)
+    check_outcomes(outcomes)
 
 
 if __name__ == "__main__":

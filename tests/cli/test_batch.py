@@ -1,5 +1,8 @@
-"""The batch that a cluster job runs, for real: two processes, a store, good and bad scans."""
+"""Batches for real, on a laptop and in the processes of a cluster: a store, good and bad scans."""
 
+import csv
+import io
+import json
 import os
 import shutil
 import time
@@ -9,10 +12,13 @@ import nibabel as nib
 import numpy as np
 import pytest
 import zarr
+from click.testing import CliRunner
 from distributed import Client
 
 from atlas_store import AtlasStore
-from kpt_dask.cli.batch import outputs, segment_batch
+from kpt_dask.batches import outputs, segment_batch
+from kpt_dask.cli.main import kpt
+from kpt_dask.errors import KptWarning
 from kpt_dask.segmentation import segment
 
 
@@ -22,25 +28,28 @@ def test_a_batch_segments_as_a_laptop_does(
     one_process: Client,
     two_processes: Client,
     tmp_path: Path,
-    caplog: pytest.LogCaptureFixture,
 ) -> None:
     bad = tmp_path / "bad.nii.gz"
     bad.write_bytes(b"not a scan")
     scans = [bad, Path(shutil.copy(bodies / "body_4_ct.nii.gz", tmp_path))]
     scans.append(bodies / "body_1_ct.nii.gz")  # an atlas itself
-    failed = segment_batch(scans, body_store.url, tmp_path / "out", two_processes)
-    assert any("itself, as body_1" in line for line in caplog.messages)
-    assert list(failed) == [bad]
-    assert "bad.nii.gz" in failed[bad]
+    with pytest.warns(KptWarning, match="itself, as body_1"):
+        outcomes = list(segment_batch(scans, body_store.url, tmp_path / "out", two_processes))
+    assert [one.scan for one in outcomes] == scans
+    assert [one.error is None for one in outcomes] == [False, True, True]
+    assert "bad.nii.gz" in str(outcomes[0])
     done = outputs(scans, tmp_path / "out")
     assert [output.complete for output in done.values()] == [False, True, True]
 
     # A scan that was changed since is named, and its answer is kept.
     os.utime(scans[1], (time.time() + 60,) * 2)
-    caplog.clear()
-    segment_batch(scans[1:], body_store.url, tmp_path / "out", two_processes)
-    [told] = [line for line in caplog.messages if "was changed after" in line]
-    assert told.startswith(str(scans[1]))
+    with pytest.warns(KptWarning, match="was changed after") as told:
+        again = list(segment_batch(scans[1:], body_store.url, tmp_path / "out", two_processes))
+    assert [str(one.message).startswith(str(scans[1])) for one in told] == [True]
+    # What was segmented before is told as it was then.
+    for before, after in zip(outcomes[1:], again, strict=True):
+        assert after.seconds == 0
+        assert (after.organs, after.warnings) == (before.organs, before.warnings)
 
     alone = segment(
         scans[1],
@@ -61,3 +70,50 @@ def test_a_batch_segments_as_a_laptop_does(
             for path in (batched.segmentation, alone.path)
         )
         np.testing.assert_array_equal(a, b)
+
+
+def test_the_command_tells_every_organ_of_every_scan(
+    bodies: Path, body_store: AtlasStore, tmp_path: Path
+) -> None:
+    scans = [tmp_path / "s1" / "ct.nii.gz", tmp_path / "s2" / "ct.nii.gz", tmp_path / "bad.nii.gz"]
+    for scan in scans:
+        scan.parent.mkdir(exist_ok=True)
+    shutil.copy(bodies / "body_4_ct.nii.gz", scans[0])
+    shutil.copy(bodies / "body_4_ct.nii.gz", scans[1])
+    scans[2].write_bytes(b"not a scan")
+    out = tmp_path / "out"
+    arguments = ["batch", *map(str, scans), body_store.url, str(out), "--mode", "organ"]
+    arguments += ["--organs", "liver,spleen"]
+    first = CliRunner().invoke(kpt, [*arguments, "--json"])
+    assert first.exit_code == 1
+    assert f"1 of 3 scans failed:\n  {scans[2]}: " in first.stderr
+    told = json.loads(first.stdout)
+    assert [one["error"] is None for one in told] == [True, True, False]
+    for one in told[:2]:
+        labels = nib.load(one["labels"])
+        table = body_store.organs
+        voxel = np.prod(labels.header.get_zooms()) / 1000
+        for name, organ in one["organs"].items():
+            voxels = int((np.asarray(labels.dataobj) == table[name].value).sum())
+            assert organ["volume_ml"] == pytest.approx(voxels * voxel, rel=1e-5)
+
+    again = CliRunner().invoke(kpt, [*arguments, "--csv"])
+    assert "s1-ct.zarr: is there already" in again.stderr
+    rows = list(csv.DictReader(io.StringIO(again.stdout)))
+    assert [(row["scan"], row["organ"]) for row in rows] == [
+        (str(scan), organ) for scan in scans[:2] for organ in ("liver", "spleen")
+    ]
+    for row in rows:
+        [before] = [one for one in told if one["scan"] == row["scan"]]
+        assert float(row["volume_ml"]) == before["organs"][row["organ"]]["volume_ml"]
+
+
+def test_the_command_refuses_wrong_options_before_any_scan(
+    bodies: Path, body_store: AtlasStore, tmp_path: Path
+) -> None:
+    arguments = ["batch", str(bodies / "body_4_ct.nii.gz"), body_store.url, str(tmp_path / "out")]
+    for wrong in (["--organs", "livr"], ["--mode", "locl"], ["--select", "0"], ["--exclude", "x"]):
+        refused = CliRunner().invoke(kpt, [*arguments, *wrong])
+        assert refused.exit_code != 0
+        assert wrong[1] in refused.stderr
+    assert not (tmp_path / "out").exists()

@@ -13,7 +13,7 @@ import subprocess
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import dask.config
@@ -27,9 +27,10 @@ from distributed import Client, LocalCluster, Security
 from distributed.comm.core import connect
 
 from atlas_store import AtlasStore
-from kpt_dask.cli.batch import outputs, segment_batch
+from kpt_dask.batches import Outcome, outputs, segment_batch
 from kpt_dask.cli.slurm import Resources, job_script, main, submit, worker_cluster, workers
 from kpt_dask.errors import ClusterError, ParameterError, ScanFormatError
+from kpt_dask.options import DEFAULTS, TransferOptions
 from kpt_dask.runtime import cluster
 from kpt_dask.scans.label_header import header_like
 from kpt_dask.scans.nifti_writer import NiftiWriter, pack
@@ -94,12 +95,13 @@ def segmentation(monkeypatch: pytest.MonkeyPatch) -> list[Path]:
         out: Path,
         *,
         mode: str = "local",
+        options: TransferOptions = DEFAULTS,
         series: str | None = None,
         organs: Sequence[str] = (),
         labels: Path,
         overwrite: bool,
         client: Client,
-    ) -> None:
+    ) -> Any:
         asked.append(scan)
         assert overwrite
         if "bad" in scan.name:
@@ -109,6 +111,7 @@ def segmentation(monkeypatch: pytest.MonkeyPatch) -> list[Path]:
         answers = dict(cluster.run(client, os.getpid, [()] * 8, "Segmenting"))
         out.mkdir(parents=True, exist_ok=True)
         labels.write_text(f"{store} {mode} {len(answers)}")
+        return SimpleNamespace(organs={}, warnings=())
 
     module = ModuleType("kpt_dask.segmentation")
     module.segment = segment  # type: ignore[attr-defined]
@@ -142,16 +145,27 @@ def test_outputs_carry_the_name_of_the_scan() -> None:
     assert named[scans[0]].labels == Path("out/ct.nii.gz")
 
 
+def test_folders_tell_scans_of_one_name_apart() -> None:
+    scans = [Path("all/a/s1/ct.nii.gz"), Path("all/a/s2/ct.nii.gz"), Path("all/b/ct.nii.gz")]
+    named = [output.segmentation.name for output in outputs(scans, Path("out")).values()]
+    assert named == ["a-s1-ct.zarr", "a-s2-ct.zarr", "b-ct.zarr"]
+
+
 def test_two_scans_of_one_name_are_refused() -> None:
-    with pytest.raises(ParameterError, match=r"a/ct\.nii\.gz and b/ct\.nii would both become"):
-        outputs([Path("a/ct.nii.gz"), Path("b/ct.nii")], Path("out"))
+    with pytest.raises(ParameterError, match=r"a/ct\.nii\.gz and a/ct\.nii would both become"):
+        outputs([Path("a/ct.nii.gz"), Path("a/ct.nii")], Path("out"))
+
+
+def reasons(outcomes: Iterator[Outcome]) -> dict[Path, str]:
+    """Why scans could not be segmented."""
+    return {one.scan: one.error for one in outcomes if one.error is not None}
 
 
 def test_batch_goes_on_after_a_bad_scan(
     processes: Client, segmentation: list[Path], tmp_path: Path
 ) -> None:
     scans = [Path("one.nii.gz"), Path("bad.nii.gz"), Path("odd.nii.gz"), Path("two.nii")]
-    failed = segment_batch(scans, "store", tmp_path, processes, mode="organ")
+    failed = reasons(segment_batch(scans, "store", tmp_path, processes, mode="organ"))
     assert failed == {
         scans[1]: "bad.nii.gz is not a NIfTI file.",
         scans[2]: "ZeroDivisionError: nobody expected this",
@@ -169,9 +183,8 @@ def test_batch_goes_on_where_it_stopped(
     write_labels(tmp_path / "complete.nii.gz", "kpt-dask run 1")
     write_labels(tmp_path / "mixed.nii.gz", "kpt-dask run 2")
     write_labels(tmp_path / "mine.nii.gz", "a thesis")
-    [(mine, why)] = segment_batch(scans, "store", tmp_path, processes).items()
-    assert mine == scans[3]
-    assert "mine.nii.gz exists and is not by kpt segment" in why
+    why = reasons(segment_batch(scans, "store", tmp_path, processes))
+    assert "mine.nii.gz exists and is not by kpt segment" in why[scans[3]]
     assert segmentation == scans[1:3]
 
 
@@ -333,7 +346,7 @@ def test_a_batch_whose_worker_jobs_always_end_ends_soon(
             os.killpg(int(number), signal.SIGKILL)
         with pytest.raises(ClusterError, match="the connection to the Dask scheduler was lost"):
             list(cluster.run(jobs.client, os.getpid, [()], "Asking"))
-        failed = segment_batch(scans, "store", tmp_path, jobs.client, jobs.ready)
+        failed = reasons(segment_batch(scans, "store", tmp_path, jobs.client, jobs.ready))
     assert list(failed) == scans
     for reason in failed.values():
         assert re.match(end, reason)
@@ -366,7 +379,7 @@ def test_command_submits_one_job(
     scan.touch()
     store.symlink_to(body_store.url)
     arguments = [scan.name, store.name, "my results", "--workers", "2", "--account", "me"]
-    arguments += ["--organs", "liver", "--organs", "spleen,aorta"]
+    arguments += ["--organs", "liver", "--organs", "spleen,aorta", "--fast"]
     dry = CliRunner().invoke(main, [*arguments, "--dry-run"], catch_exceptions=False)
     assert dry.exit_code == 0
     assert_is_shell(dry.output)
@@ -375,7 +388,7 @@ def test_command_submits_one_job(
     command = shlex.split(dry.output.splitlines()[-1])
     assert command[:5] == ["exec", sys.executable, "-P", "-m", "kpt_dask.cli.slurm"]
     assert {"--inside", "--workers=2", "--cores=8", "--memory=16GB", "--account=me"} < {*command}
-    assert "--organs=liver,spleen,aorta" in command
+    assert {"--organs=liver,spleen,aorta", "--fast"} < {*command}
     assert command[-4:] == ["--", str(scan), body_store.url, str(tmp_path / "my results")]
 
 
@@ -391,6 +404,7 @@ def test_command_submits_one_job(
         (["scan.nii", "store", "out", "--cores", "-2"], "-2 is not in the range x>=1"),
         (["scan.nii", "store", "out", "--mode", "locl"], "'locl' is not one of"),
         (["scan.nii", "store", "out", "--organs", "livr"], "livr"),
+        (["scan.nii", "store", "out", "--mode", "organ", "--fast"], "--fast is for mode local"),
         (["scan.nii", "folder", "out"], "folder is no atlas store"),
         (["scan.nii", "empty", "out"], "has no atlas to use"),
         (["scan.nii", "store", "out"], "sbatch is not here"),
