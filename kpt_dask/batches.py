@@ -15,12 +15,19 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 from distributed import Client
 
-from kpt_dask.errors import USER_ERRORS, ClusterError, OutputExistsError, ParameterError
+from atlas_store import AtlasStore
+from kpt_dask.errors import (
+    USER_ERRORS,
+    ClusterError,
+    OutputExistsError,
+    ParameterError,
+    sentence_of,
+)
 from kpt_dask.options import DEFAULTS, TransferOptions
 from kpt_dask.output import contents
 from kpt_dask.runtime import notices, progress
 from kpt_dask.scans import label_header
-from kpt_dask.scans.scan import open_labels, scan_name
+from kpt_dask.scans.scan import open_labels, open_scan, scan_name
 
 if TYPE_CHECKING:
     from kpt_dask.organ_transfer.measures import OrganMeasures
@@ -48,22 +55,17 @@ class Output(NamedTuple):
         run = contents.run_of(self.segmentation)
         return run is not None and run == label_header.run_of(self.labels)
 
-    def older_than(self, scan: Path) -> bool:
-        """Whether a file of the scan was written after the segmentation."""
-        root = (self.segmentation / contents.ROOT).stat().st_mtime
-        files = scan.rglob("*") if scan.is_dir() else [scan]
-        return any(file.stat().st_mtime > root for file in files if file.is_file())
-
     @property
-    def foreign(self) -> bool:
-        """Whether the label map is there, and not by this program."""
-        return self.labels.exists() and label_header.run_of(self.labels) is None
+    def anew(self) -> str:
+        """Advice on how to segment the scan anew."""
+        return f"move {self.segmentation} and {self.labels} away to segment the scan again"
 
 
 def outputs(scans: Iterable[Path], out_dir: Path) -> Mapping[Path, Output]:
     """Name the outputs of scans: OUT/NAME.zarr and OUT/NAME.nii.gz.
 
-    Where scans have the same name, the folders that tell them apart are part of every name.
+    A scan that is given twice counts once. Where scans have the same name, the folders that tell
+    them apart are part of every name.
 
     Raises
     ------
@@ -77,17 +79,17 @@ def outputs(scans: Iterable[Path], out_dir: Path) -> Mapping[Path, Output]:
     >>> [output.labels.name for output in named.values()]
     ['s1-ct.nii.gz', 's2-ct.nii.gz']
     """
-    scans = list(scans)
-    names = [scan_name(scan) for scan in scans]
-    if len({*names}) < len({*scans}):
-        above = [scan.absolute().parent for scan in scans]
-        common = os.path.commonpath(above)
+    places = {Path(os.path.abspath(scan)): scan for scan in reversed(list(scans))}
+    paths = dict(reversed(places.items()))
+    names = [scan_name(path) for path in paths]
+    if len({*names}) < len(names):
+        common = os.path.commonpath([path.parent for path in paths])
         names = [
-            "-".join((*folder.relative_to(common).parts, name))
-            for folder, name in zip(above, names, strict=True)
+            "-".join((*path.parent.relative_to(common).parts, name))
+            for path, name in zip(paths, names, strict=True)
         ]
     by_name: dict[str, Path] = {}
-    for scan, name in zip(scans, names, strict=True):
+    for scan, name in zip(paths.values(), names, strict=True):
         if by_name.setdefault(name, scan) != scan:
             raise ParameterError(
                 f"{by_name[name]} and {scan} would both become {out_dir / name}.zarr: "
@@ -100,7 +102,7 @@ def outputs(scans: Iterable[Path], out_dir: Path) -> Mapping[Path, Output]:
 
 
 def check_batch(
-    store: str,
+    store: AtlasStore | str | Path,
     *,
     mode: str = "local",
     options: TransferOptions = DEFAULTS,
@@ -110,11 +112,10 @@ def check_batch(
     index: str = "auto",
 ) -> None:
     """Refuse what `kpt_dask.segment` refuses whatever the scan is, with its errors."""
-    from atlas_store import AtlasStore
     from kpt_dask.matching.selection import check_selection
     from kpt_dask.segmentation import choose_atlases, choose_organs
 
-    opened = AtlasStore.open(store)
+    opened = AtlasStore.of(store)
     options.check(mode, opened.organs, choose_organs(opened, organs))
     choose_atlases(opened, exclude)
     check_selection(select, index)
@@ -162,7 +163,7 @@ def check_outcomes(outcomes: Sequence[Outcome]) -> None:
 
 def segment_batch(
     scans: Iterable[Path],
-    store: str,
+    store: AtlasStore | str | Path,
     out_dir: Path,
     client: Client | None = None,
     ready: Callable[[], None] = lambda: None,
@@ -170,12 +171,15 @@ def segment_batch(
 ) -> Iterator[Outcome]:
     """Segment every scan that is not segmented yet; a bad scan does not stop the others.
 
+    An answer that is there is kept if it was made from the same voxels, whatever the options; no
+    label map is ever replaced.
+
     Parameters
     ----------
     scans : iterable of Path
         CT scans.
-    store : str
-        Path or URL of the atlas store.
+    store : AtlasStore, str or Path
+        The atlases.
     out_dir : Path
         Folder for the outputs, named as in `outputs`.
     client : distributed.Client, optional
@@ -206,17 +210,16 @@ def segment_batch(
     ('results/body_4_ct.nii.gz', None)
     """
     named = outputs(scans, out_dir)
+    settings = {**options, "client": client}
     ended = None
     with progress.stage("Scans", total=len(named)) as advance:
         for scan, output in named.items():
-            if output.complete:
-                yield _read(scan, output)
+            if ended is None and not output.complete:
+                ended = _ended(ready)
+            if ended is None or output.complete:
+                yield _outcome(scan, output, store, settings)
             else:
-                ended = ended or _ended(ready)
-                if ended is None:
-                    yield _segment(scan, output, store, client=client, **options)
-                else:
-                    yield Outcome(scan, output, error=ended)
+                yield Outcome(scan, output, error=ended)
             advance(1)
 
 
@@ -229,50 +232,73 @@ def _ended(ready: Callable[[], None]) -> str | None:
     return None
 
 
-def _segment(scan: Path, output: Output, store: str, **options: Any) -> Outcome:
+def _outcome(
+    scan: Path, output: Output, store: AtlasStore | str | Path, settings: Mapping[str, Any]
+) -> Outcome:
+    """Segment a scan, or read its answer if that is there already."""
+    start = time.perf_counter()
+    try:
+        if output.complete:
+            return _read(scan, output, settings)
+        return _segment(scan, output, store, settings)
+    except Exception as error:
+        # As a command does; the log of a job tells more.
+        if not isinstance(error, USER_ERRORS):
+            if os.environ.get("KPT_DEBUG"):
+                raise
+            log.info("%s: unexpected", scan, exc_info=True)
+        return Outcome(scan, output, time.perf_counter() - start, error=sentence_of(error))
+
+
+def _segment(
+    scan: Path, output: Output, store: AtlasStore | str | Path, settings: Mapping[str, Any]
+) -> Outcome:
     # Imported here, as below: the help of commands needs neither.
     from kpt_dask.segmentation import segment
+    from kpt_dask.volumes.conversion import check_made_from
+    from kpt_dask.volumes.volume import open_volume
 
     start = time.perf_counter()
     log.info("%s: begins", scan)
-    try:
-        if output.foreign:
-            raise OutputExistsError(
-                f"{output.labels} exists and is not by kpt segment: move it away, or choose"
-                " another folder for the output."
-            )
-        # Overwriting, because one of the two may be left from an interrupted batch.
-        found = segment(
-            scan, store, output.segmentation, labels=output.labels, overwrite=True, **options
+    # Whoever edited it would lose that.
+    if os.path.lexists(output.labels):
+        raise OutputExistsError(
+            f"{output.labels} exists without the {output.segmentation} of its run: {output.anew}."
         )
-    except USER_ERRORS as error:
-        why = str(error)
-    except Exception as error:
-        log.exception("%s: unexpected", scan)
-        why = f"{type(error).__name__}: {error}"
-    else:
-        seconds = time.perf_counter() - start
-        return Outcome(scan, output, seconds, found.organs, found.warnings)
-    return Outcome(scan, output, time.perf_counter() - start, error=why)
+    # A batch that was killed may have put this one in place and not the labels yet.
+    half = contents.run_of(output.segmentation) is not None
+    if half:
+        opened = open_scan(scan, series=settings.get("series"))
+        check_made_from(open_volume(output.segmentation), opened, str(output.segmentation))
+    found = segment(
+        scan, store, output.segmentation, labels=output.labels, overwrite=half, **settings
+    )
+    return Outcome(scan, output, time.perf_counter() - start, found.organs, found.warnings)
 
 
-def _read(scan: Path, output: Output) -> Outcome:
-    """Read what an earlier batch found."""
+def _read(scan: Path, output: Output, settings: Mapping[str, Any]) -> Outcome:
+    """Read what an earlier batch found in a scan."""
     from kpt_dask.organ_transfer.measures import as_delivered
     from kpt_dask.report.findings import open_findings
+    from kpt_dask.volumes.conversion import check_made_from
 
-    if output.older_than(scan):
-        notices.warn(
-            f"{scan} was changed after it was segmented: delete {output.segmentation} to segment"
-            " it again."
-        )
+    where = str(output.segmentation)
     try:
-        findings = open_findings(str(output.segmentation))
+        findings = open_findings(where)
+        # Names tell nothing: another patient's scan may have had this one.
+        opened = open_scan(scan, series=settings.get("series"))
+        check_made_from(findings.volume, opened, where)
         labels = open_labels(output.labels)
         counts = np.zeros(np.iinfo(np.uint16).max + 1, np.int64)
         for slab in labels.label_slabs():
             counts += np.bincount(slab.reshape(-1), minlength=counts.size)
     except USER_ERRORS as error:
-        return Outcome(scan, output, error=str(error))
+        raise OutputExistsError(f"{sentence_of(error).rstrip('.')}; {output.anew}.") from error
+    made = findings.about["segmentation"]
+    mode, options = settings.get("mode", "local"), settings.get("options", DEFAULTS)
+    asked = settings.get("organs") or findings.table.names
+    same = made["mode"] == mode and made["transfer"] == options.to_json(mode, findings.table)
+    if not same or {*asked} != {*findings.table.names}:
+        notices.warn(f"{where} was made with other options, and is kept: {output.anew}.")
     organs = as_delivered(findings.organs, counts[list(findings.table.values)], labels.grid)
     return Outcome(scan, output, 0.0, organs, tuple(findings.about.get("warnings", ())))

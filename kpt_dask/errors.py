@@ -90,3 +90,26 @@ def some_of(names: Sequence[str], most: int = 5, between: str = ", ") -> str:
     """
     more = len(names) - most
     return between.join(names[:most]) + (f" and {more} more" if more > 0 else "")
+
+
+def sentence_of(error: Exception) -> str:
+    """Say an error in one sentence; one of no class above may be a fault of the program.
+
+    Examples
+    --------
+    >>> sentence_of(FileNotFoundError(2, "No such file or directory", "scan.nii.gz"))
+    'scan.nii.gz: No such file or directory.'
+    """
+    if isinstance(error, __getattr__("USER_ERRORS")):
+        return str(error)
+    if isinstance(error, OSError) and error.strerror:
+        where = f"{error.filename}: " if error.filename is not None else ""
+        return f"{where}{error.strerror}."
+    if isinstance(error, MemoryError):
+        return "out of memory: give the program more, or less to do by --memory."
+    if isinstance(error, ValueError) and "dask config file" in str(error):
+        return f"{error} Mend the file, or move it away."
+    return (
+        f"{type(error).__name__}: {error}. This is a fault of the program: set KPT_DEBUG=1 to"
+        " see where it is, and report it."
+    )

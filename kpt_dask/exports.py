@@ -13,7 +13,7 @@ from distributed import Client
 from atlas_store import Atlas, OrganTable, OrganTableError
 from atlas_store.arrays import chunk_io
 from atlas_store.arrays.regions import open_array
-from kpt_dask.errors import GridMismatchError, ParameterError, ScanFormatError
+from kpt_dask.errors import ParameterError, ScanFormatError
 from kpt_dask.label_files.label_map import LabelMap, dtype_of
 from kpt_dask.label_files.nifti import write_nifti
 from kpt_dask.label_files.packed import PackedLabels
@@ -29,8 +29,7 @@ from kpt_dask.scans.label_header import RUN
 from kpt_dask.scans.nifti_writer import NiftiWriter, pack, planes_at_once
 from kpt_dask.scans.placement import header_of
 from kpt_dask.scans.scan import open_scan
-from kpt_dask.volumes.conversion import digest_scan
-from kpt_dask.volumes.identity import digest_of
+from kpt_dask.volumes.conversion import check_made_from
 from kpt_dask.volumes.volume import Volume, open_volume
 
 StrPath = str | PathLike[str]
@@ -201,19 +200,9 @@ def _scan_of(
 ) -> ScanFile | None:
     if scan is None:
         return None
-    opened = open_scan(Path(scan), series=series)
-    if not opened.grid.same_as(found.volume.source_grid):
-        raise GridMismatchError(
-            f"{scan} does not lie on the grid of the scan that {path} was made from; give that"
-            " scan, or leave --scan out."
-        )
     # Another patient's scan may lie on the same grid, and DICOM files would bear that name.
-    volume = found.volume
-    if digest_scan(opened, float(volume.grid.spacing[0])) != digest_of(volume.group):
-        raise ScanFormatError(
-            f"{scan} has other voxels than the scan that {path} was made from, though they lie on"
-            " the same grid; give that scan, or segment this one."
-        )
+    opened = open_scan(Path(scan), series=series)
+    check_made_from(found.volume, opened, fspath(path))
     return opened.file
 
 

@@ -28,13 +28,13 @@ if TYPE_CHECKING:
 
 COLUMNS = (
     *("scan", "organ", "volume_ml", "low_ml", "high_ml", "mean_hu", "sd_hu"),
-    *("votes", "confidence", "at_border"),
+    *("votes", "confidence", "at_border", "warnings", "error"),
 )
 """Columns of the table for spreadsheets."""
 
 
 @click.command()
-@click.argument("scans", nargs=-1, required=True, type=click.Path(path_type=Path))
+@click.argument("scans", nargs=-1, required=True, type=click.Path(exists=True, path_type=Path))
 @click.argument("store", metavar="STORE")
 @click.argument("out", metavar="OUT", type=click.Path(file_okay=False, path_type=Path))
 @transfer_options
@@ -70,8 +70,9 @@ def batch(
 
     Each scan gets OUT/NAME.zarr, as of kpt segment, and OUT/NAME.nii.gz, the label map on its own
     grid. A scan that cannot be segmented does not stop the others; the end lists it. After an
-    interruption, or after mending a scan, give the same command again: what is complete is kept,
-    whatever options it was made with; delete it to make it anew.
+    interruption, or after mending a scan, give the same command again: answers for the same voxels
+    are kept, whatever options they were made with; move them away to make them anew. Where scans
+    have the same name, NAME begins with the folders that tell them apart.
 
     \b
     Examples:
@@ -79,19 +80,21 @@ def batch(
       kpt batch scans/*.nii.gz atlases results --fast --csv > organs.csv
       kpt batch patients/*/ct_dicom atlases results
     """
-    from kpt_dask.batches import check_batch, check_outcomes, segment_batch
+    from kpt_dask.batches import check_batch, check_outcomes, outputs, segment_batch
+    from kpt_dask.output.places import target_of
 
     if as_csv and as_json:
         raise click.UsageError("--csv and --json exclude each other.")
     options["organs"] = organs or ()
     check_batch(store, **options)
+    named = outputs(scans, target_of(out))
     done: list[Outcome] = []
     with working(scheduler) as client:
         for one in segment_batch(
             scans, store, out, client, series=series, memory=memory, **options
         ):
-            say(f"kpt: {len(done) + 1} of {len(scans)}: {one}", err=True)
             done.append(one)
+            say(f"kpt: {len(done)} of {len(named)}: {one}", err=True)
     if as_json:
         print_json([_answer(one) for one in done])
     elif as_csv:
@@ -102,17 +105,20 @@ def batch(
 
 
 def _table(done: list["Outcome"]) -> str:
-    """Write a line for each organ of each scan, separated by commas."""
+    """Write a line for each organ of each scan, and for each scan that failed."""
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(COLUMNS)
     for one in done:
+        if one.error is not None:
+            writer.writerow([one.scan, *[""] * (len(COLUMNS) - 2), one.error])
         for name, organ in one.organs.items():
             low, high = organ.interval_ml
             writer.writerow(
                 [
                     *(one.scan, name, organ.volume_ml, low, high, organ.mean_hu, organ.sd_hu),
                     *(organ.votes, organ.confidence, organ.at_border),
+                    *(" ".join(one.warnings), ""),
                 ]
             )
     return text.getvalue().rstrip("\n")

@@ -141,7 +141,9 @@ class Commands(click.Group):
             gone = isinstance(error, OSError) and error.errno == errno.EPIPE
             if gone or os.environ.get("KPT_DEBUG"):
                 raise
-            raise Failure(_sentence(error)) from error
+            from kpt_dask.errors import sentence_of
+
+            raise Failure(sentence_of(error)) from error
 
 
 _show_any_warning = warnings.showwarning
@@ -159,24 +161,6 @@ def _show_warning(
 
 def _warn(sentence: str) -> None:
     click.echo(f"kpt: warning: {printable(sentence, keep=LINES)}", err=True)
-
-
-def _sentence(error: Exception) -> str:
-    from kpt_dask.errors import USER_ERRORS
-
-    if isinstance(error, USER_ERRORS):
-        return str(error)
-    if isinstance(error, OSError) and error.strerror:
-        where = f"{error.filename}: " if error.filename is not None else ""
-        return f"{where}{error.strerror}."
-    if isinstance(error, MemoryError):
-        return "out of memory: give the program more, or less to do by --memory."
-    if isinstance(error, ValueError) and "dask config file" in str(error):
-        return f"{error} Mend the file, or move it away."
-    return (
-        f"{type(error).__name__}: {error}. This is a fault of the program: set KPT_DEBUG=1 to"
-        " see where it is, and report it."
-    )
 
 
 def fail(sentence: str) -> NoReturn:

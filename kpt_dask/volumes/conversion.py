@@ -33,7 +33,7 @@ from kpt_dask.resampling.stream import resample, resample_labels
 from kpt_dask.runtime import cluster, notices, progress, witness
 from kpt_dask.scans.placement import listed
 from kpt_dask.scans.scan import Scan
-from kpt_dask.volumes.identity import VoxelDigest
+from kpt_dask.volumes.identity import VoxelDigest, digest_of
 from kpt_dask.volumes.omezarr import (
     CHUNKS,
     create_array,
@@ -174,6 +174,28 @@ def digest_scan(scan: Scan, spacing: float) -> str:
         for region, values in _working_blocks(scan, grid, open_group(folder, "w")):
             total.add(region, values)
         return total.hexdigest()
+
+
+def check_made_from(volume: Volume, scan: Scan, where: str) -> None:
+    """Check that a volume was made from a scan; `where` is the volume as a person knows it.
+
+    Raises
+    ------
+    GridMismatchError
+        If the scan lies on another grid.
+    ScanFormatError
+        If it has other voxels.
+    """
+    if not scan.grid.same_as(volume.source_grid):
+        raise GridMismatchError(
+            f"{scan.path} does not lie on the grid of the scan that {where} was made from: give"
+            " that scan, or segment this one to another place."
+        )
+    if digest_scan(scan, float(volume.grid.spacing[0])) != digest_of(volume.group):
+        raise ScanFormatError(
+            f"{scan.path} has other voxels than the scan that {where} was made from, though they"
+            " lie on the same grid: give that scan, or segment this one to another place."
+        )
 
 
 def _working_blocks(

@@ -5,7 +5,7 @@ import io
 import json
 import os
 import shutil
-import time
+from functools import partial
 from pathlib import Path
 
 import nibabel as nib
@@ -41,11 +41,7 @@ def test_a_batch_segments_as_a_laptop_does(
     done = outputs(scans, tmp_path / "out")
     assert [output.complete for output in done.values()] == [False, True, True]
 
-    # A scan that was changed since is named, and its answer is kept.
-    os.utime(scans[1], (time.time() + 60,) * 2)
-    with pytest.warns(KptWarning, match="was changed after") as told:
-        again = list(segment_batch(scans[1:], body_store.url, tmp_path / "out", two_processes))
-    assert [str(one.message).startswith(str(scans[1])) for one in told] == [True]
+    again = list(segment_batch(scans[1:], body_store.url, tmp_path / "out", two_processes))
     # What was segmented before is told as it was then.
     for before, after in zip(outcomes[1:], again, strict=True):
         assert after.seconds == 0
@@ -106,6 +102,67 @@ def test_the_command_tells_every_organ_of_every_scan(
     for row in rows:
         [before] = [one for one in told if one["scan"] == row["scan"]]
         assert float(row["volume_ml"]) == before["organs"][row["organ"]]["volume_ml"]
+
+
+def test_an_answer_is_that_of_the_scan_or_none(
+    bodies: Path, body_store: AtlasStore, one_process: Client, tmp_path: Path
+) -> None:
+    """Another patient's scan of the same name, as by rsync: with the times of the old one."""
+    scan, out = tmp_path / "ct.nii.gz", tmp_path / "out"
+    run = partial(segment_batch, [scan], body_store, out, one_process, mode="organ")
+    shutil.copy(bodies / "body_4_ct.nii.gz", scan)
+    [first] = run()
+    assert first.error is None
+    times = os.stat(scan).st_mtime
+    like = nib.load(bodies / "body_4_ct.nii.gz")
+    other = np.roll(np.asarray(like.dataobj), 1, axis=0)
+    nib.save(nib.Nifti1Image(other, None, like.header), scan)
+    os.utime(scan, (times, times))
+    [second] = run()
+    assert not second.organs
+    assert second.error is not None
+    assert "has other voxels than the scan that" in second.error
+
+    # As after a kill between the two outputs, and as by who wants the other scan segmented.
+    first.output.labels.rename(tmp_path / "aside.nii.gz")
+    [third] = run()
+    assert third.error is not None
+    assert not first.output.labels.exists()
+    shutil.copy(bodies / "body_4_ct.nii.gz", scan)
+    [fourth] = run()
+    assert fourth.error is None
+    assert first.output.labels.read_bytes() == (tmp_path / "aside.nii.gz").read_bytes()
+
+
+def test_no_label_map_is_replaced(
+    bodies: Path, body_store: AtlasStore, one_process: Client, tmp_path: Path
+) -> None:
+    """Other programs keep the header of a label map that is edited in them."""
+    scan, out = bodies / "body_4_ct.nii.gz", tmp_path / "out"
+    run = partial(segment_batch, [scan], body_store, out, one_process, mode="organ")
+    [first] = run()
+    edited = first.output.labels.read_bytes()
+    shutil.rmtree(first.output.segmentation)
+    [second] = run()
+    assert second.error is not None
+    assert "body_4_ct.nii.gz exists without" in second.error
+    assert first.output.labels.read_bytes() == edited
+    assert not first.output.segmentation.exists()
+
+
+def test_other_options_are_told_and_damage_too(
+    bodies: Path, body_store: AtlasStore, one_process: Client, tmp_path: Path
+) -> None:
+    scan, out = bodies / "body_4_ct.nii.gz", tmp_path / "out"
+    run = partial(segment_batch, [scan], body_store, out, one_process)
+    [first] = run(mode="organ", organs=("liver",))
+    with pytest.warns(KptWarning, match="made with other options, and is kept"):
+        [second] = run(mode="organ")
+    assert second.organs == first.organs
+    shutil.rmtree(first.output.segmentation / "votes")
+    [third] = run(mode="organ", organs=("liver",))
+    assert third.error is not None
+    assert third.error.endswith("away to segment the scan again.")
 
 
 def test_the_command_refuses_wrong_options_before_any_scan(
