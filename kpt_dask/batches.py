@@ -239,7 +239,7 @@ def _outcome(
     start = time.perf_counter()
     try:
         if output.complete:
-            return _read(scan, output, settings)
+            return _read(scan, output, store, settings)
         return _segment(scan, output, store, settings)
     except Exception as error:
         # As a command does; the log of a job tells more.
@@ -276,10 +276,13 @@ def _segment(
     return Outcome(scan, output, time.perf_counter() - start, found.organs, found.warnings)
 
 
-def _read(scan: Path, output: Output, settings: Mapping[str, Any]) -> Outcome:
+def _read(
+    scan: Path, output: Output, store: AtlasStore | str | Path, settings: Mapping[str, Any]
+) -> Outcome:
     """Read what an earlier batch found in a scan."""
     from kpt_dask.organ_transfer.measures import as_delivered
     from kpt_dask.report.findings import open_findings
+    from kpt_dask.segmentation import choose_organs
     from kpt_dask.volumes.conversion import check_made_from
 
     where = str(output.segmentation)
@@ -296,9 +299,9 @@ def _read(scan: Path, output: Output, settings: Mapping[str, Any]) -> Outcome:
         raise OutputExistsError(f"{sentence_of(error).rstrip('.')}; {output.anew}.") from error
     made = findings.about["segmentation"]
     mode, options = settings.get("mode", "local"), settings.get("options", DEFAULTS)
-    asked = settings.get("organs") or findings.table.names
-    same = made["mode"] == mode and made["transfer"] == options.to_json(mode, findings.table)
-    if not same or {*asked} != {*findings.table.names}:
+    table = choose_organs(AtlasStore.of(store), settings.get("organs", ()))
+    asked = {"mode": mode, "transfer": options.to_json(mode, table), "organ_table": table.to_json()}
+    if any(made.get(what) != value for what, value in asked.items()):
         notices.warn(f"{where} was made with other options, and is kept: {output.anew}.")
     organs = as_delivered(findings.organs, counts[list(findings.table.values)], labels.grid)
     return Outcome(scan, output, 0.0, organs, tuple(findings.about.get("warnings", ())))
