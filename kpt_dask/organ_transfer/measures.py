@@ -7,7 +7,7 @@ not depend on how the volume was cut.
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Self
 
 import numpy as np
 import xarray as xr
@@ -82,6 +82,20 @@ class OrganMeasures:
     at_border: bool
     confidence: float
     sd_hu: float | None = None
+
+    @classmethod
+    def from_json(cls, said: Mapping[str, Any]) -> Self:
+        """Make measures of what JSON holds: lists become tuples again."""
+        low, high = said["interval_ml"]
+        centroid, extent = said["centroid"], said["extent"]
+        return cls(
+            **{
+                **said,
+                "interval_ml": (low, high),
+                "centroid": centroid and tuple(centroid),
+                "extent": extent and tuple(map(tuple, extent)),
+            }
+        )
 
 
 @dataclass(frozen=True)

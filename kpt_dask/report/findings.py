@@ -117,7 +117,7 @@ def open_findings(path: str, group: zarr.Group | None = None) -> Findings:
         made = about["segmentation"]
         table = OrganTable.from_json(made["organ_table"])
         atlases = tuple(map(str, made["atlases"]))
-        organs = {name: OrganMeasures(**said) for name, said in made["organs"].items()}
+        organs = {name: OrganMeasures.from_json(said) for name, said in made["organs"].items()}
         if set(organs) - set(table.names):
             raise ValueError("organs that its table lacks")
         weights = None
