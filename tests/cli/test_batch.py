@@ -87,10 +87,10 @@ def test_the_command_tells_every_organ_of_every_scan(
     assert [one["error"] is None for one in told] == [True, True, False]
     for one in told[:2]:
         labels = nib.load(one["labels"])
-        table = body_store.organs
+        values = dict(zip(body_store.organs.names, body_store.organs.values, strict=True))
         voxel = np.prod(labels.header.get_zooms()) / 1000
         for name, organ in one["organs"].items():
-            voxels = int((np.asarray(labels.dataobj) == table[name].value).sum())
+            voxels = int((np.asarray(labels.dataobj) == values[name]).sum())
             assert organ["volume_ml"] == pytest.approx(voxels * voxel, rel=1e-5)
 
     again = CliRunner().invoke(kpt, [*arguments, "--csv"])
