@@ -95,10 +95,11 @@ def test_the_command_tells_every_organ_of_every_scan(
 
     again = CliRunner().invoke(kpt, [*arguments, "--csv"])
     assert "s1-ct.zarr: is there already" in again.stderr
-    rows = list(csv.DictReader(io.StringIO(again.stdout)))
+    *rows, bad = csv.DictReader(io.StringIO(again.stdout))
     assert [(row["scan"], row["organ"]) for row in rows] == [
         (str(scan), organ) for scan in scans[:2] for organ in ("liver", "spleen")
     ]
+    assert "bad.nii.gz" in bad["error"]
     for row in rows:
         [before] = [one for one in told if one["scan"] == row["scan"]]
         assert float(row["volume_ml"]) == before["organs"][row["organ"]]["volume_ml"]
