@@ -17,6 +17,7 @@ from kpt_dask.organ_transfer.doubts import (
     unshown,
 )
 from kpt_dask.organ_transfer.measures import OrganMeasures
+from kpt_dask.runtime import notices
 
 WHERE = "scan.nii.gz"
 
@@ -49,7 +50,8 @@ def test_a_single_atlas_that_decides_is_named(body_store: AtlasStore) -> None:
     weights = np.zeros((3, len(atlases)))
     weights[0, :2], weights[1, 1], weights[2, 0] = 0.5, 1, 1
     with pytest.warns(KptWarning) as told:
-        doubt_alone(WHERE, found, weights, [atlas.id for atlas in atlases])
+        others = doubt_alone(WHERE, found, weights, [atlas.id for atlas in atlases])
+    assert list(others) == ["liver", "aorta"]
     assert f"(spleen by {two.id})" in sentence(told)
     assert one.id not in sentence(told)
 
@@ -66,9 +68,19 @@ def test_a_volume_beyond_those_of_the_atlases_is_doubtful(body_store: AtlasStore
         with pytest.warns(KptWarning) as told:
             doubt_volumes(WHERE, found, atlases)
         assert f"unusual volume of liver {ml:.1f} mL (atlases: {low:.1f} to" in sentence(told)
-        # What is cut off is smaller, and a few atlases do not tell what is usual.
-        doubt_volumes(WHERE, {"liver": replace(found["liver"], at_border=True)}, atlases)
+        # A few atlases hardly tell what is usual.
         doubt_volumes(WHERE, found, atlases[:4])
+    # What is cut off is smaller, and never larger.
+    cut = {"liver": replace(measures(low / 9), at_border=True)}
+    doubt_volumes(WHERE, cut, atlases)
+    with pytest.warns(KptWarning, match="unusual volume"):
+        doubt_volumes(WHERE, {"liver": replace(measures(high * 1.51), at_border=True)}, atlases)
+    one = atlases[0].volume_ml("liver")
+    for ml in (one / 3.9, one * 3.9):
+        doubt_volumes(WHERE, {"liver": measures(ml)}, atlases[:1])
+    for ml in (one / 4.1, one * 4.1):
+        with pytest.warns(KptWarning, match="unusual volume"):
+            doubt_volumes(WHERE, {"liver": measures(ml)}, atlases[:1])
 
 
 def test_little_is_measured_by_the_atlases_that_show_an_organ(body_store: AtlasStore) -> None:
@@ -89,23 +101,52 @@ def test_a_density_far_from_those_of_the_atlases_is_doubtful(body_store: AtlasSt
         np.asarray(atlas.image["0"])[np.asarray(atlas.labels) == value].astype(float)
         for atlas in atlases
     ]
-    low, high = min(hu.mean() for hu in naive), max(hu.mean() for hu in naive)
-    widest = max(hu.std() for hu in naive)
+    means, deviations = [hu.mean() for hu in naive], [hu.std() for hu in naive]
+    low, high, widest = min(means), max(means), max(deviations)
+    usual = float(np.median(means))
+    robust = 1.4826 * float(np.median([abs(mean - usual) for mean in means]))
+    # The bodies are alike: the least deviation counts.
+    assert robust < 10
+    assert low > usual - 50
+    assert high < usual + 50
     atlases += atlases
 
-    def found(hu: float, sd: float = 0.0) -> dict[str, OrganMeasures]:
+    def found(hu: float, sd: float = widest) -> dict[str, OrganMeasures]:
         organ = replace(measures(9.0), mean_hu=hu, sd_hu=sd)
         return {"liver": organ, "spleen": measures(0.0)}
 
-    for hu in (low - 99, high + 99):
+    for hu in (usual - 49, usual + 49):
         doubt_hu(WHERE, found(hu), atlases)
-    for hu in (low - 101, high + 101):
+    for hu in (usual - 51, usual + 51):
         with pytest.warns(KptWarning) as told:
             doubt_hu(WHERE, found(hu), atlases)
         expected = f"unusual density of liver {hu:.0f} HU (atlases: {low:.0f} to {high:.0f});"
         assert expected in sentence(told)
         doubt_hu(WHERE, found(hu), atlases[:4])
-    doubt_hu(WHERE, found(low, 2 * widest + 49), atlases)
-    with pytest.warns(KptWarning) as told:
-        doubt_hu(WHERE, found(low, 2 * widest + 51), atlases)
-    assert f"liver ± {2 * widest + 51:.0f} HU (atlases: at most ± {widest:.0f})" in sentence(told)
+    narrowest = min(deviations)
+    for sd, how in (
+        (2 * widest + 51, f"at most ± {widest:.0f}"),
+        (0.49 * narrowest, f"at least ± {narrowest:.0f}"),
+    ):
+        with pytest.warns(KptWarning) as told:
+            doubt_hu(WHERE, found(low, sd), atlases)
+        assert f"liver ± {sd:.0f} HU (atlases: {how})" in sentence(told)
+    for sd in (2 * widest + 49, 0.51 * narrowest):
+        doubt_hu(WHERE, found(low, sd), atlases)
+
+
+def test_densities_that_differ_between_atlases_are_usual(
+    body_store: AtlasStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A wide range of the atlases' means is one of the organ, with at most 100 HU more."""
+    atlases = list(body_store.atlases()) * 2
+    means = iter([0.0, 100.0, 200.0, 300.0, 400.0, 500.0] * 20)
+    monkeypatch.setattr(
+        "kpt_dask.organ_transfer.doubts.hu_of_organs",
+        lambda atlas, names: {"liver": (next(means), 20.0)},
+    )
+    for hu, doubted in ((-99.0, False), (599.0, False), (-101.0, True), (601.0, True)):
+        organ = replace(measures(9.0), mean_hu=hu, sd_hu=20.0)
+        with notices.recorded() as doubts:
+            doubt_hu(WHERE, {"liver": organ}, atlases)
+        assert bool(doubts) == doubted

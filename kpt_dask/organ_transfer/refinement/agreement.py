@@ -51,14 +51,15 @@ def overlap(counts: NDArray[np.int64]) -> NDArray[np.float64]:
     """Mean overlap of two atlases' labels, of each organ, float64 array (organ).
 
     With n(x) atlases that label the organ at x, and A that label it anywhere, it is
-    Σ n (n − 1) / ((A − 1) Σ n): for two atlases, their Dice coefficient. NaN where A < 2.
+    Σ n (n − 1) / ((A − 1) Σ n): for two atlases, their Dice coefficient. 0 where A < 2: no other
+    atlas says the same.
 
     Parameters
     ----------
     counts : int64 array (organ, atlas, others)
         From `count_others`.
     """
-    found = np.full(len(counts), np.nan)
+    found = np.zeros(len(counts))
     atlases = counts.any(axis=2).sum(axis=1)
     several = atlases > 1
     points = counts[several].sum(axis=1)
