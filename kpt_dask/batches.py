@@ -34,6 +34,9 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
+OPTIONS = frozenset({"mode", "options", "exclude", "select", "index", "series", "organs", "memory"})
+"""Options of `kpt_dask.segment` that a batch takes."""
+
 
 class Output(NamedTuple):
     """Output files of one scan.
@@ -162,9 +165,9 @@ def check_outcomes(outcomes: Sequence[Outcome]) -> None:
 
 
 def segment_batch(
-    scans: Iterable[Path],
+    scans: Iterable[str | Path],
     store: AtlasStore | str | Path,
-    out_dir: Path,
+    out_dir: str | Path,
     client: Client | None = None,
     ready: Callable[[], None] = lambda: None,
     **options: Any,
@@ -176,11 +179,11 @@ def segment_batch(
 
     Parameters
     ----------
-    scans : iterable of Path
+    scans : iterable of str or Path
         CT scans.
     store : AtlasStore, str or Path
         The atlases.
-    out_dir : Path
+    out_dir : str or Path
         Folder for the outputs, named as in `outputs`.
     client : distributed.Client, optional
         Client whose workers compute; by default threads of this process.
@@ -188,29 +191,40 @@ def segment_batch(
         Called before each scan; its ClusterError says why no scan can be segmented any more, and
         ends the batch.
     **options
-        Passed on to `kpt_dask.segmentation.segment`.
+        Those of `kpt_dask.segment` but for outputs: mode, options, exclude, select, index, series,
+        organs, memory.
 
-    Yields
-    ------
-    Outcome
-        Of each scan, in their order, as soon as it is known.
+    Returns
+    -------
+    iterator of Outcome
+        Of each scan, in their order; each is segmented when it is asked for.
 
     Raises
     ------
     ParameterError
-        If two scans would write to the same place.
+        If two scans would write to the same place, or an option is none.
 
     Examples
     --------
     >>> import kpt_dask
-    >>> from pathlib import Path
-    >>> scans = [Path("body_4_ct.nii.gz")]
-    >>> [done] = kpt_dask.segment_batch(scans, "atlases", Path("results"), mode="organ")
+    >>> [done] = kpt_dask.segment_batch(["body_4_ct.nii.gz"], "atlases", "results", mode="organ")
     >>> done.output.labels.as_posix(), done.error
     ('results/body_4_ct.nii.gz', None)
     """
-    named = outputs(scans, out_dir)
-    settings = {**options, "client": client}
+    if unknown := sorted(set(options) - OPTIONS):
+        raise ParameterError(
+            f"segment_batch has no option {unknown[0]}; use {', '.join(sorted(OPTIONS))}."
+        )
+    named = outputs(map(Path, scans), Path(out_dir))
+    return _each(named, store, ready, {**options, "client": client})
+
+
+def _each(
+    named: Mapping[Path, Output],
+    store: AtlasStore | str | Path,
+    ready: Callable[[], None],
+    settings: Mapping[str, Any],
+) -> Iterator[Outcome]:
     ended = None
     with progress.stage("Scans", total=len(named)) as advance:
         for scan, output in named.items():

@@ -18,7 +18,7 @@ from distributed import Client
 from atlas_store import AtlasStore
 from kpt_dask.batches import outputs, segment_batch
 from kpt_dask.cli.main import kpt
-from kpt_dask.errors import KptWarning
+from kpt_dask.errors import KptWarning, ParameterError
 from kpt_dask.segmentation import segment
 
 
@@ -164,6 +164,11 @@ def test_other_options_are_told_and_damage_too(
     [third] = run(mode="organ", organs=("liver",))
     assert third.error is not None
     assert third.error.endswith("away to segment the scan again.")
+
+
+def test_a_batch_names_its_outputs_itself(tmp_path: Path) -> None:
+    with pytest.raises(ParameterError, match="has no option labels; use exclude"):
+        segment_batch(["scan.nii.gz"], "store", tmp_path, labels="organs.nii.gz")
 
 
 def test_the_command_refuses_wrong_options_before_any_scan(
