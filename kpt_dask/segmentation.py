@@ -444,12 +444,12 @@ def _label(
         atlas_organs=store.organs,
     )
     evidence = Evidence(keypoints, matches, votes)
-    counts = transfer(
-        job, store.atlases(atlas_ids), evidence, atlas_keypoints=atlases, client=client
-    )
+    used = store.atlases(atlas_ids)
+    counts = transfer(job, used, evidence, atlas_keypoints=atlases, client=client)
     finish_label_image(group, "organs", levels, volume.grid, organs)
     votes = votes_for(votes, organs)
-    measures = organ_measures(counts, organs, volume.grid, keypoints, votes)
+    showing = [sum(name in atlas.organs for atlas in used) for name in organs.names]
+    measures = organ_measures(counts, organs, volume.grid, keypoints, votes, showing)
     return StationResults(
         tuple(atlas_ids),
         keypoints,

@@ -45,9 +45,13 @@ _MOVED = (
 )
 _CONFIDENCE = {
     "local": "it is the mean overlap of two atlases, warped to the scan. Look twice where it is"
-    " below 0.35, and where one atlas alone decided: then it is only how clear its votes are."
+    " below 0.35. It tells whether the atlases agree where an organ lies, not whether it is there:"
+    " one that was removed is labelled all the same."
 }
-_SHARES = "it is the share of its voxels that are found by a clear majority of the votes."
+_SHARES = (
+    "it grows with the share of the atlases that found the organ, and with how clear their votes"
+    " are. Look twice where it is below 0.35; one that was removed is labelled all the same."
+)
 
 
 def _spoken(name: str) -> str:
