@@ -4,8 +4,11 @@ Slope and intercept of each slice map stored values to HU. MONOCHROME1 concerns 
 changes no value. Padding becomes air.
 """
 
-from collections.abc import Iterator
+import hashlib
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import chain, groupby
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -52,6 +55,9 @@ CODECS = {
 
 END_OF_IMAGE = b"\xff\xd9"
 """Last bytes of every JPEG, JPEG-LS and JPEG 2000 image."""
+
+STORED_AS = "BitsAllocated", "BitsStored", "PixelRepresentation"
+"""Elements that say which numbers the bytes of pixels are."""
 
 LOSSLESS_JPEG = uid.JPEGLossless, uid.JPEGLosslessSV1
 
@@ -137,8 +143,9 @@ def open_dicom(path: Path, series: str | None = None) -> DicomFile:
     files = find_files(path)
     headers = _headers(files)
     chosen, doubts = choose_series(path, headers, series)
-    frames, grid, more = in_order(path, chosen)
+    frames, grid, copies, more = in_order(path, chosen)
     check_grid(path, grid)
+    _check_copies(files, copies)
     doubts += [*more, *_open_questions(path, frames)]
     return DicomFile(path, grid, frames, files, tuple(doubts))
 
@@ -162,6 +169,29 @@ def _headers(files: DicomFiles) -> list[Header]:
                 headers.append(header)
             advance(1)
     return headers
+
+
+def _check_copies(files: DicomFiles, copies: Iterable[tuple[Frame, Frame]]) -> None:
+    """Refuse slices of one UID and place that are not the same."""
+    met: dict[Frame, tuple[object, ...]] = {}
+    frames = sorted(set(chain.from_iterable(copies)), key=lambda frame: frame.header.name)
+    with files.reading() as opener:
+        for _, group in groupby(frames, key=lambda frame: frame.header):
+            first, *others = group
+            with _open(files, opener, first) as file:
+                for frame in (first, *others):
+                    with _naming(frame):
+                        pixels = hashlib.sha256(_encoded(file, frame)).digest()
+                    header = frame.header
+                    as_hu = frame.slope, frame.intercept, padding_of(header)
+                    stored = (header.whole(keyword, 0) for keyword in STORED_AS)
+                    met[frame] = pixels, header.syntax, *as_hu, *stored
+    for kept, other in copies:
+        if met[kept] != met[other]:
+            raise ScanFormatError(
+                f"{kept.shown} and {other.shown} have one SOPInstanceUID and one place, but not"
+                " the same pixels; keep the one that belongs to the scan."
+            )
 
 
 def _open_questions(path: Path, frames: list[Frame]) -> list[str]:
@@ -195,13 +225,9 @@ def _open(files: DicomFiles, opener: Any, frame: Frame) -> BinaryIO:
 def _decode(file: BinaryIO, frame: Frame, out: NDArray[np.float32]) -> None:
     """Decode a frame into HU."""
     header = frame.header
-    try:
-        stored = _native(file, frame) if header.syntax in NATIVE else _compressed(file, frame)
-    except ScanFormatError:
-        raise
-    except Exception as error:  # decoders raise many kinds on damaged files
-        said = " ".join(str(error).split())[:200]
-        raise ScanFormatError(f"{frame.shown} has damaged pixels ({said}).") from error
+    with _naming(frame):
+        data = _encoded(file, frame)
+        stored = _native(data, header) if header.syntax in NATIVE else _decompressed(data, frame)
     if stored.shape != out.shape:
         raise ScanFormatError(
             f"{frame.shown} unpacks to {stored.shape[0]} × {stored.shape[1]} pixels, its header"
@@ -216,14 +242,28 @@ def _decode(file: BinaryIO, frame: Frame, out: NDArray[np.float32]) -> None:
     out[...] = values
 
 
-def _native(file: BinaryIO, frame: Frame) -> NDArray[Any]:
+@contextmanager
+def _naming(frame: Frame) -> Iterator[None]:
+    """Name the slice whose pixels cannot be read or decoded."""
+    try:
+        yield
+    except ScanFormatError:
+        raise
+    except Exception as error:  # decoders raise many kinds on damaged files
+        said = " ".join(str(error).split())[:200]
+        raise ScanFormatError(f"{frame.shown} has damaged pixels ({said}).") from error
+
+
+def _encoded(file: BinaryIO, frame: Frame) -> bytes:
+    """Read the bytes of a frame, as they are stored."""
     header = frame.header
+    if header.syntax not in NATIVE:
+        if header.length != UNDEFINED:
+            raise ScanFormatError(f"{frame.shown} has pixels that are not compressed as it says.")
+        file.seek(header.offset)
+        return encaps.get_frame(file, frame.index, number_of_frames=header.n_frames)
     rows, columns = header.whole("Rows"), header.whole("Columns")
-    bits, stored_bits = header.whole("BitsAllocated"), header.whole("BitsStored")
-    order = ">" if header.syntax == uid.ExplicitVRBigEndian else "<"
-    signed = header.whole("PixelRepresentation", 0)
-    dtype = np.dtype(f"{order}{'i' if signed else 'u'}{bits // 8}")
-    size = rows * columns * dtype.itemsize
+    size = rows * columns * header.whole("BitsAllocated") // 8
     if header.length != UNDEFINED and header.length < (frame.index + 1) * size:
         raise ScanFormatError(
             f"{frame.shown} holds {header.length} bytes of pixels, less than {rows} × {columns};"
@@ -235,7 +275,15 @@ def _native(file: BinaryIO, frame: Frame) -> NDArray[Any]:
         raise ScanFormatError(
             f"{frame.shown} is truncated: it ends before its last pixel; get a new copy."
         )
-    values = np.frombuffer(data, dtype).reshape(rows, columns)
+    return data
+
+
+def _native(data: bytes, header: Header) -> NDArray[Any]:
+    bits, stored_bits = header.whole("BitsAllocated"), header.whole("BitsStored")
+    order = ">" if header.syntax == uid.ExplicitVRBigEndian else "<"
+    kind = "i" if header.whole("PixelRepresentation", 0) else "u"
+    values = np.frombuffer(data, f"{order}{kind}{bits // 8}")
+    values = values.reshape(header.whole("Rows"), header.whole("Columns"))
     return _sign_extended(values, bits - stored_bits)
 
 
@@ -247,12 +295,8 @@ def _sign_extended(values: NDArray[Any], unused: int) -> NDArray[Any]:
     return (native << unused) >> unused
 
 
-def _compressed(file: BinaryIO, frame: Frame) -> NDArray[Any]:
+def _decompressed(data: bytes, frame: Frame) -> NDArray[Any]:
     header = frame.header
-    if header.length != UNDEFINED:
-        raise ScanFormatError(f"{frame.shown} has pixels that are not compressed as it says.")
-    file.seek(header.offset)
-    data = encaps.get_frame(file, frame.index, number_of_frames=header.n_frames)
     rows, columns = header.whole("Rows"), header.whole("Columns")
     # Codecs invent pixels where data are cut off.
     if header.syntax != uid.RLELossless and not data.rstrip(b"\0").endswith(END_OF_IMAGE):

@@ -110,7 +110,9 @@ def _listed(groups: Iterable[Sequence[Header]]) -> str:
     return some_of(told, MOST_LISTED)
 
 
-def in_order(path: Path, headers: Sequence[Header]) -> tuple[list[Frame], Grid, list[str]]:
+def in_order(
+    path: Path, headers: Sequence[Header]
+) -> tuple[list[Frame], Grid, list[tuple[Frame, Frame]], list[str]]:
     """Put the slices of a series in order, from first to last along the normal.
 
     Returns
@@ -119,6 +121,8 @@ def in_order(path: Path, headers: Sequence[Header]) -> tuple[list[Frame], Grid, 
         Each slice once.
     grid : Grid
         On which they lie; sheared for a tilted gantry.
+    copies : list of (Frame, Frame)
+        Slices that are left out, each after the one of the same UID and place that is kept.
     doubts : list of str
         Doubts about the grid, one sentence each.
 
@@ -156,9 +160,9 @@ def in_order(path: Path, headers: Sequence[Header]) -> tuple[list[Frame], Grid, 
     along = np.array([frame.position @ normal for frame in frames])
     order = np.argsort(along, kind="stable")
     frames, along = [frames[i] for i in order], along[order]
-    frames, along, left_out = _once(frames, along)
-    if left_out:
-        doubts.append(f"{path}: {left_out} copies of slices that occur twice are left out.")
+    frames, along, copies = _once(frames, along)
+    if copies:
+        doubts.append(f"{path}: {len(copies)} copies of slices that occur twice are left out.")
     step = _step(path, frames, along, normal)
     if len(frames) == 1:
         doubts.append(
@@ -170,14 +174,14 @@ def in_order(path: Path, headers: Sequence[Header]) -> tuple[list[Frame], Grid, 
     affine[:3, :3] = columns[::-1]
     affine[:3, 3] = frames[0].position[::-1]
     shape = len(frames), first.header.whole("Rows"), first.header.whole("Columns")
-    return frames, Grid(shape, affine), doubts
+    return frames, Grid(shape, affine), copies, doubts
 
 
 def _once(
     frames: list[Frame], along: NDArray[np.float64]
-) -> tuple[list[Frame], NDArray[np.float64], int]:
-    """Leave out further copies of a slice; refuse different slices at one place."""
-    kept = [0]
+) -> tuple[list[Frame], NDArray[np.float64], list[tuple[Frame, Frame]]]:
+    """Leave out further slices of one UID and place; refuse different slices at one place."""
+    kept, copies = [0], []
     for i in range(1, len(frames)):
         last, frame = frames[kept[-1]], frames[i]
         if along[i] - along[kept[-1]] > SAME_PLACE:
@@ -189,7 +193,9 @@ def _once(
             )
         elif last.header is frame.header:
             raise ScanFormatError(f"{frame.shown} lies at the same place as {last.shown}.")
-    return [frames[i] for i in kept], along[kept], len(frames) - len(kept)
+        else:
+            copies.append((last, frame))
+    return [frames[i] for i in kept], along[kept], copies
 
 
 def _step(

@@ -189,6 +189,43 @@ def test_a_copy_of_a_slice_is_left_out_with_a_warning(tmp_path: Path) -> None:
     assert scan.grid.shape == VALUES.shape
 
 
+@pytest.mark.parametrize("syntax", [uid.ExplicitVRLittleEndian, uid.JPEG2000Lossless])
+def test_slices_of_one_uid_and_place_with_other_pixels_are_refused(
+    tmp_path: Path, syntax: uid.UID
+) -> None:
+    folder = tmp_path / "ct"
+    write_folder(folder, VALUES, AFFINE, syntax)
+    shutil.copy(folder / "0017.dcm", folder / "same.dcm")
+    with pytest.warns(KptWarning, match="1 copies of slices"):
+        np.testing.assert_array_equal(read(folder), VALUES)
+    other = VALUES[2].copy()
+    other[30, 20] += 1
+    changed = slices(VALUES, AFFINE)[2]
+    changed.PixelData = (other + 1024).astype("<u2").tobytes()
+    save(changed, folder / "other.dcm", syntax)
+    with pytest.raises(ScanFormatError, match=r"0017\.dcm and .*other\.dcm have one SOPInstance"):
+        open_scan(folder)
+    changed = slices(VALUES, AFFINE)[2]
+    changed.RescaleIntercept = 0
+    save(changed, folder / "other.dcm", syntax)
+    with pytest.raises(ScanFormatError, match="not the same pixels"):
+        open_scan(folder)
+
+
+def test_copies_of_an_enhanced_file_or_in_a_zip_are_compared(tmp_path: Path) -> None:
+    folder = tmp_path / "ct"
+    save(enhanced(VALUES, AFFINE), folder / "a.dcm")
+    shutil.copy(folder / "a.dcm", folder / "b.dcm")
+    with pytest.warns(KptWarning, match="5 copies of slices"):
+        np.testing.assert_array_equal(read(folder), VALUES)
+    other = VALUES.copy()
+    other[1, 2, 3] += 1
+    save(enhanced(other, AFFINE), folder / "b.dcm")
+    archive = Path(shutil.make_archive(str(tmp_path / "both"), "zip", folder))
+    with pytest.raises(ScanFormatError, match=r"frame 4 of .*a\.dcm and frame 4 of .*b\.dcm"):
+        open_scan(archive)
+
+
 def test_a_single_slice_is_a_plane_with_a_warning(tmp_path: Path) -> None:
     folder = folder_of(tmp_path / "ct", slices(VALUES, AFFINE))
     with pytest.warns(KptWarning, match="single slice; give the folder"):
