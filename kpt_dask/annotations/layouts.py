@@ -1,7 +1,7 @@
 """Layouts of public collections of annotated scans: where files lie, and what values mean."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -11,6 +11,7 @@ from kpt_dask.annotations.names import printable_name
 from kpt_dask.errors import ParameterError
 from kpt_dask.options import LABELS, SCANS
 from kpt_dask.scans.pairs import Pair, find_pairs
+from kpt_dask.scans.scan import READERS
 
 _ABDOMEN = ("spleen", "kidney_right", "kidney_left", "gallbladder", "esophagus", "liver", "stomach")
 
@@ -66,7 +67,7 @@ LAYOUTS = {
         ),
     ),
     "nnunet": Layout(
-        "imagesTr/ID_0000.nii.gz with labelsTr/ID.nii.gz, names from dataset.json",
+        "imagesTr/ID_0000.nii.gz with labelsTr/ID.nii.gz, all else from dataset.json",
         "imagesTr/{id}_0000.nii.gz",
         "labelsTr/{id}.nii.gz",
     ),
@@ -80,27 +81,77 @@ def layout_of(name: str, folder: str | Path) -> Layout:
     Raises
     ------
     ParameterError
-        If there is no such layout, or a ``dataset.json`` is missing or damaged.
+        If there is no such layout, or a ``dataset.json`` is missing or damaged, names no CT, or
+        has labels that are no organs of one value each.
     """
     if name not in LAYOUTS:
         raise ParameterError(f"The layout {name!r} is unknown; use one of {', '.join(LAYOUTS)}.")
-    layout = LAYOUTS[name]
-    if name != "nnunet":
-        return layout
-    path = Path(folder, "dataset.json")
+    return _of_nnunet(Path(folder, "dataset.json")) if name == "nnunet" else LAYOUTS[name]
+
+
+def _of_nnunet(path: Path) -> Layout:
+    """Read where files lie, and what values mean, from nnU-Net's ``dataset.json``."""
     try:
-        labels: Any = json.loads(path.read_text("utf-8"))["labels"]
-        values = {}
-        for one, other in labels.items():
-            # Version 1 gives names by value, version 2 values by name.
-            value, label = (int(one), str(other)) if one.isdigit() else (int(other), one)
-            if 0 < value <= MAX_VALUE:
-                values[value] = printable_name(label)
+        told: Any = json.loads(path.read_text("utf-8"))
+        channels = told.get("channel_names", told.get("modality", {}))
+        cts = [int(n) for n, name in channels.items() if str(name).strip().casefold() == "ct"]
+        ending = str(told.get("file_ending", ".nii.gz"))
+        # Version 1 gives names by value, version 2 values by name.
+        pairs = [(n, o) if n.isdigit() else (o, n) for n, o in told["labels"].items()]
+        labels = [(value, printable_name(name)) for value, name in pairs]
     except FileNotFoundError:
         raise ParameterError(f"{path} is missing, which names the labels of the folder.") from None
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise ParameterError(f"{path} does not name labels ({error}); mend it.") from error
-    return Layout(layout.does, layout.scans, layout.labels, values)
+        raise ParameterError(
+            f"{path} does not name labels and channels ({error}); mend it."
+        ) from error
+    if not cts:
+        raise ParameterError(
+            f"{path} calls no channel CT (channel_names), and only CT has HU; leave the folder out,"
+            " or mend the file if the scans are CT."
+        )
+    if ending not in READERS:
+        raise ParameterError(
+            f"{path} says that files end with {printable_name(ending)} (file_ending), which are not"
+            f" read; convert them to one of {', '.join(READERS)}."
+        )
+    return Layout(
+        LAYOUTS["nnunet"].does,
+        f"imagesTr/{{id}}_{min(cts):04}{ending}",
+        f"labelsTr/{{id}}{ending}",
+        _names_by_value(path, labels),
+    )
+
+
+def _names_by_value(path: Path, labels: Iterable[tuple[Any, str]]) -> dict[int, str]:
+    """Find the name of each value of label maps; refuse values that stand for no organ."""
+    names: dict[int, str] = {}
+    for told, name in labels:
+        if name.casefold() == "ignore":
+            raise ParameterError(
+                f"{path} has the label ignore, of voxels that nobody annotated: atlases would vote"
+                " for no organ there; leave the folder out, or annotate them."
+            )
+        value = told[0] if isinstance(told, list) and len(told) == 1 else told
+        if isinstance(value, list):
+            raise ParameterError(
+                f"{path} gives {name} several values ({', '.join(map(str, value))}), which is not"
+                " read; give each name one value."
+            )
+        try:
+            whole = int(value)
+        except (TypeError, ValueError, OverflowError):
+            whole = -1
+        if whole < 0 or (isinstance(value, float) and whole != value):
+            raise ParameterError(
+                f"{path} gives {name} the value {printable_name(value)}; it must be a whole number."
+            )
+        if whole in names:
+            raise ParameterError(
+                f"{path} gives {names[whole]} and {name} one value, {whole}; remove one of them."
+            )
+        names[whole] = name
+    return {value: name for value, name in names.items() if 0 < value <= MAX_VALUE}
 
 
 def pairs_of(

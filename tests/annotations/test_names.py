@@ -1,6 +1,8 @@
 """Names of somebody else's: the organ that they mean, or none."""
 
+import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -97,15 +99,18 @@ def test_names_of_public_collections_mean_their_own_organs() -> None:
 
 
 @pytest.mark.parametrize(
-    "text",
+    "told",
     [
-        '{"labels": {"background": 0, "liver": 1, "spleen": 2}}',
-        '{"labels": {"0": "background", "1": "liver", "2": "spleen"}}',
+        {"labels": {"background": 0, "liver": 1, "spleen": 2}, "channel_names": {"0": "CT"}},
+        {"labels": {"0": "background", "1": "liver", "2": "spleen"}, "modality": {"0": "ct"}},
+        {"labels": {"background": 0.0, "liver": [1], "spleen": "2"}, "modality": {"0": "CT"}},
     ],
 )
-def test_nnunet_names_its_labels_in_both_versions(text: str, tmp_path: Path) -> None:
-    (tmp_path / "dataset.json").write_text(text)
-    assert layout_of("nnunet", tmp_path).values == {1: "liver", 2: "spleen"}
+def test_nnunet_names_its_labels_in_both_versions(told: dict[str, Any], tmp_path: Path) -> None:
+    (tmp_path / "dataset.json").write_text(json.dumps(told))
+    found = layout_of("nnunet", tmp_path)
+    assert found.values == {1: "liver", 2: "spleen"}
+    assert (found.scans, found.labels) == (LAYOUTS["nnunet"].scans, LAYOUTS["nnunet"].labels)
 
 
 @pytest.mark.parametrize("text", [None, "", "[]", '{"labels": 3}', '{"labels": {"liver": "x"}}'])
@@ -114,6 +119,47 @@ def test_a_dataset_without_names_is_refused(text: str | None, tmp_path: Path) ->
         (tmp_path / "dataset.json").write_text(text)
     with pytest.raises(ParameterError, match=r"dataset\.json"):
         layout_of("nnunet", tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("labels", "said"),
+    [
+        ({"whole_liver": [1, 2], "tumour": 2}, r"gives whole_liver several values \(1, 2\)"),
+        ({"liver": 1, "spleen": 1}, "gives liver and spleen one value, 1"),
+        ({"liver": 3.7}, r"gives liver the value 3\.7; it must be a whole number"),
+        ({"liver": "x"}, "gives liver the value x; it must be"),
+        ({"liver": None}, "gives liver the value None; it must be"),
+        ({"liver": -1}, "gives liver the value -1; it must be"),
+        ({"liver": 1, "ignore": 2}, "has the label ignore, of voxels that nobody annotated"),
+    ],
+    ids=str,
+)
+def test_labels_of_nnunet_that_are_no_organs_are_refused(
+    labels: dict[str, Any], said: str, tmp_path: Path
+) -> None:
+    told = {"labels": {"background": 0, **labels}, "channel_names": {"0": "CT"}}
+    (tmp_path / "dataset.json").write_text(json.dumps(told))
+    with pytest.raises(ParameterError, match=said):
+        layout_of("nnunet", tmp_path)
+
+
+def test_of_nnunets_channels_the_ct_is_taken(tmp_path: Path) -> None:
+    for name in ("case_1_0000.nrrd", "case_1_0001.nrrd"):
+        (tmp_path / "imagesTr").mkdir(exist_ok=True)
+        (tmp_path / "imagesTr" / name).touch()
+    told = {"labels": {"liver": 1}, "channel_names": {"0": "PET", "1": "CT"}}
+    (tmp_path / "dataset.json").write_text(json.dumps(told | {"file_ending": ".nrrd"}))
+    [pair] = pairs_of(tmp_path, "nnunet")
+    assert pair.scan == tmp_path / "imagesTr/case_1_0001.nrrd"
+    assert pair.labels == tmp_path / "labelsTr/case_1.nrrd"
+    (tmp_path / "dataset.json").write_text(json.dumps(told | {"file_ending": ".tif"}))
+    with pytest.raises(ParameterError, match=r"files end with \.tif"):
+        pairs_of(tmp_path, "nnunet")
+    for names in ({"0": "MR T1"}, {}):
+        told["channel_names"] = names
+        (tmp_path / "dataset.json").write_text(json.dumps(told))
+        with pytest.raises(ParameterError, match="calls no channel CT"):
+            pairs_of(tmp_path, "nnunet")
 
 
 def test_layouts_say_where_files_lie(tmp_path: Path) -> None:
