@@ -1,6 +1,7 @@
 """Layouts of public collections of annotated scans: where files lie, and what values mean."""
 
 import json
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -10,10 +11,14 @@ from atlas_store.organs import MAX_VALUE
 from kpt_dask.annotations.names import printable_name
 from kpt_dask.errors import ParameterError
 from kpt_dask.options import LABELS, SCANS
+from kpt_dask.runtime import notices
 from kpt_dask.scans.pairs import Pair, find_pairs
 from kpt_dask.scans.scan import READERS
 
 _ABDOMEN = ("spleen", "kidney_right", "kidney_left", "gallbladder", "esophagus", "liver", "stomach")
+
+AMOS_MR = 500
+"""Least number of a scan of AMOS that is MR."""
 
 
 @dataclass(frozen=True)
@@ -154,6 +159,25 @@ def _names_by_value(path: Path, labels: Iterable[tuple[Any, str]]) -> dict[int, 
     return {value: name for value, name in names.items() if 0 < value <= MAX_VALUE}
 
 
+def _without_mr(folder: str | Path, found: list[Pair]) -> list[Pair]:
+    """Leave out the MR of AMOS, with a warning."""
+    kept = [
+        pair
+        for pair in found
+        if (number := re.search(r"[0-9]+$", pair.id)) is None or int(number[0]) < AMOS_MR
+    ]
+    if not kept:
+        raise ParameterError(
+            f"{folder} holds MR only (numbers from {AMOS_MR} on), and only CT has HU."
+        )
+    if len(kept) < len(found):
+        notices.warn(
+            f"{folder}: {len(found) - len(kept)} scans with numbers from {AMOS_MR} on are MR and"
+            " are left out."
+        )
+    return kept
+
+
 def pairs_of(
     folder: str | Path,
     layout: str | None = None,
@@ -161,7 +185,7 @@ def pairs_of(
     labels: str | None = None,
     series: str | None = None,
 ) -> list[Pair]:
-    """Find the scans of a folder and their labels, as `find_pairs` does.
+    """Find the scans of a folder and their labels, as `find_pairs` does, without the MR of AMOS.
 
     Parameters
     ----------
@@ -177,10 +201,12 @@ def pairs_of(
     Raises
     ------
     ParameterError
-        As for `layout_of` and `find_pairs`.
+        As for `layout_of` and `find_pairs`, or if all scans of AMOS are MR.
     ScanNotFoundError
         If nothing fits the pattern of the scans.
     """
     chosen = Layout("", SCANS, LABELS) if layout is None else layout_of(layout, folder)
     found = find_pairs(folder, scans or chosen.scans, labels or chosen.labels)
+    if layout == "amos":
+        found = _without_mr(folder, found)
     return [replace(pair, values=chosen.values or None, series=series) for pair in found]

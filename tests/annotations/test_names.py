@@ -9,7 +9,7 @@ import pytest
 from atlas_store import Organ, OrganTable, load_organs
 from kpt_dask.annotations.layouts import LAYOUTS, layout_of, pairs_of
 from kpt_dask.annotations.names import match_names, organ_named, same_organ
-from kpt_dask.errors import ParameterError
+from kpt_dask.errors import KptWarning, ParameterError
 
 VISCERAL, OPENKBP = load_organs("visceral"), load_organs("openkbp")
 
@@ -175,3 +175,15 @@ def test_layouts_say_where_files_lie(tmp_path: Path) -> None:
     assert pair.values is None
     with pytest.raises(ParameterError, match="layout"):
         pairs_of(tmp_path, "visceral")
+
+
+def test_the_mr_of_amos_are_left_out(tmp_path: Path) -> None:
+    (tmp_path / "imagesTr").mkdir()
+    for number in ("0507", "0600"):
+        (tmp_path / "imagesTr" / f"amos_{number}.nii.gz").touch()
+    with pytest.raises(ParameterError, match="holds MR only"):
+        pairs_of(tmp_path, "amos")
+    for number in ("0004", "0410"):
+        (tmp_path / "imagesTr" / f"amos_{number}.nii.gz").touch()
+    with pytest.warns(KptWarning, match="2 scans with numbers from 500 on are MR"):
+        assert [pair.id for pair in pairs_of(tmp_path, "amos")] == ["amos_0004", "amos_0410"]
