@@ -3,8 +3,8 @@
 An atlas appears in the store when it is complete, or not at all.
 """
 
+import dataclasses
 from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -43,7 +43,7 @@ from kpt_dask.volumes.identity import digest_of
 from kpt_dask.volumes.omezarr import write_label_image
 
 
-@dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True)
 class AddOutcome:
     """Result of adding one scan of a folder.
 
@@ -157,6 +157,8 @@ def add_atlas(
         If there is no label, or one that the organ table does not know.
     AtlasNotFoundError
         If the atlas to replace was replaced or removed meanwhile.
+    ScanFormatError
+        If the values of the scan cannot be HU, as of MR or PET.
     KptError, AtlasStoreError
         If a file, an option or the store cannot be used. The store is left as it was.
 
@@ -171,6 +173,8 @@ def add_atlas(
     """
     store = AtlasStore.of(store)
     source, labelled = open_pair(scan, labels, store.organs, values=values, series=series)
+    # Of an atlas that is there already, the labels alone are new.
+    source = dataclasses.replace(source, must_be_hu=relabelled is None)
     made_with = store_parameters(
         store.parameters.get("spacing", 2.0),
         descriptor=store.parameters.get("descriptor", "upright"),

@@ -1,7 +1,8 @@
 """Test whether the values of a scan can be HU: a histogram of the stream, judged at the end.
 
-A CT shows air (below −500 HU), soft tissue (around 0) and bone (above 200); what lacks one of them
-is cut out, clipped, or not in HU.
+A CT shows air (below −500 HU), fat (around −100), soft tissue (around 0) and bone (above 200). What
+lacks air or bone may be cut out or clipped; what lacks soft tissue, or both air and fat, such as MR
+and PET, is not in HU.
 """
 
 from typing import Any
@@ -9,9 +10,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-EDGES = (-1100.0, -500.0, -200.0, 200.0, 850.0, 1250.0)
+EDGES = (-1100.0, -500.0, -200.0, -1.0, 200.0, 850.0, 1250.0)
 """HU. What is below the first is padding, not air; then air, and so on; soft tissue lies between
-the third and the fourth, and between the last two where 1024 was added."""
+the third and the fifth, and between the last two where 1024 was added."""
 
 SAMPLES = 128
 """Least number of rows and columns of a plane that are sampled, if it has as many."""
@@ -21,6 +22,10 @@ NORMALISED = 20.0
 
 SOFT_TISSUE = 0.005
 """Share of all values that must be soft tissue's, at least; a body fills more of any scan."""
+
+LIGHT = 0.001
+"""Share of all values that must be air's or fat's, at least; 30 mm within a neck have a fifth."""
+
 OFFSET = 0.1
 """Share of the values above air that lie where soft tissue would if 1024 were added; bone has less
 than half as many there."""
@@ -43,11 +48,10 @@ class Intensities:
         self._below += [np.count_nonzero(sample < edge) for edge in EDGES]
         self._all += sample.size
 
-    def doubt(self) -> str | None:
-        """Find why the values may not be HU, as the end of a sentence; None if they may be."""
-        padding, air, fat, soft, tissue, raised = (int(n) for n in self._below)
-        low, high = self._low, self._high
-        run = f"holds values from {low:g} to {high:g}"
+    def fault(self) -> str | None:
+        """Find why the values cannot be HU, as the end of a sentence; None if they can."""
+        padding, air, fat, light, soft, tissue, raised = (int(n) for n in self._below)
+        low, high, run = self._low, self._high, self._run
         if low == high:
             return f"holds nothing but the value {low:g}"
         if high - low <= NORMALISED:
@@ -59,8 +63,21 @@ class Intensities:
             return f"{run} as if about 1024 had been added to HU, which its header does not say"
         if soft - fat < SOFT_TISSUE * self._all:
             return f"{run}, and hardly any between -200 and 200 HU, where soft tissue is"
-        if air == padding:
-            return f"{run}, no air (nothing below -500 HU): it may be clipped, or not in HU"
-        if self._all == soft:
-            return f"{run}, no bone (nothing above 200 HU): it may be clipped, or not in HU"
+        if light - padding < LIGHT * self._all:
+            return (
+                f"{run}, and hardly any below 0 HU, where air and fat are: MR, PET, or clipped at 0"
+            )
         return None
+
+    def doubt(self) -> str | None:
+        """Find why values that can be HU may not be, as `fault` does."""
+        padding, air, *_, soft, _, _ = (int(n) for n in self._below)
+        if air == padding:
+            return f"{self._run}, no air (nothing below -500 HU): it may be clipped, or not in HU"
+        if self._all == soft:
+            return f"{self._run}, no bone (nothing above 200 HU): it may be clipped, or not in HU"
+        return None
+
+    @property
+    def _run(self) -> str:
+        return f"holds values from {self._low:g} to {self._high:g}"

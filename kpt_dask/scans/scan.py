@@ -59,12 +59,15 @@ class Scan:
         Type of a stored voxel.
     file : ScanFile
         The reader's view of the file.
+    must_be_hu : bool
+        Whether values that cannot be HU are refused, instead of told.
     """
 
     path: Path | Remote
     grid: Grid
     dtype: np.dtype[Any]
     file: ScanFile
+    must_be_hu: bool = False
 
     @property
     def doubts(self) -> tuple[str, ...]:
@@ -79,7 +82,8 @@ class Scan:
         Raises
         ------
         ScanFormatError
-            If the file is truncated or damaged, or a value is NaN or infinite.
+            If the file is truncated or damaged, a value is NaN or infinite, or, at the end, the
+            values cannot be HU but must be.
         """
         seen = Intensities()
         certain = self.dtype.kind in "iu" and not self._scaled
@@ -92,7 +96,13 @@ class Scan:
                 )
             seen.add(values)
             yield values
-        if (doubt := seen.doubt()) is not None:
+        fault = seen.fault()
+        if self.must_be_hu and fault is not None:
+            raise ScanFormatError(
+                f"{self.path} {fault}; an atlas must be a CT in HU: convert it anew from the DICOM"
+                " series, or leave it out."
+            )
+        if (doubt := fault or seen.doubt()) is not None:
             notices.warn(
                 f"{self.path} {doubt}; organs may be missed or misplaced. Convert it anew from the"
                 " DICOM series if it should be in HU."

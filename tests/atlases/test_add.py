@@ -182,7 +182,8 @@ def test_labels_that_vanish_at_the_stores_spacing_are_refused(
 ) -> None:
     values = np.zeros((40, 40, 40), np.uint8)
     values[20, 20, 20] = 1
-    for name, data in (("ct", values.astype(np.int16)), ("seg", values)):
+    hu = np.random.default_rng(0).integers(-1000, 1000, values.shape, np.int16)
+    for name, data in (("ct", hu), ("seg", values)):
         nibabel.save(nibabel.Nifti1Image(data, np.eye(4)), tmp_path / f"{name}.nii.gz")
     with pytest.raises(LabelError, match="left at 8 mm"):
         add_atlas(store, tmp_path / "ct.nii.gz", tmp_path / "seg.nii.gz")

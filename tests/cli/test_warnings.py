@@ -5,12 +5,15 @@ from pathlib import Path
 from typing import Any
 
 import nibabel
+import numpy as np
 import pytest
 import zarr
 from click.testing import CliRunner
 
-from atlas_store import AtlasStore
+import kpt_dask
+from atlas_store import AtlasStore, load_organs
 from kpt_dask.cli.main import kpt
+from kpt_dask.errors import ScanFormatError
 
 
 @pytest.fixture
@@ -40,13 +43,34 @@ def test_doubts_are_told(
     assert about["warnings"] == json.loads(result.stdout)["warnings"]
 
 
-def test_atlases_of_doubtful_scans_say_so(tmp_path: Path, bodies: Path, doubtful: Path) -> None:
+def test_scans_that_may_be_clipped_become_atlases_with_a_warning(
+    tmp_path: Path, bodies: Path
+) -> None:
+    image: Any = nibabel.load(bodies / "body_4_ct.nii.gz")
+    clipped = image.get_fdata().clip(-125, 275).astype("i2")
+    nibabel.save(nibabel.Nifti1Image(clipped, image.affine), tmp_path / "ct.nii.gz")
     labels = str(bodies / "body_4_seg.nii.gz")
     store = str(tmp_path / "store")
     run = CliRunner().invoke
     assert run(kpt, ["atlas", "create", store, "--spacing", "8"]).exit_code == 0
-    result = run(kpt, ["atlas", "add", store, str(doubtful), labels, "--id", "a", "--json"])
+    scan = str(tmp_path / "ct.nii.gz")
+    result = run(kpt, ["atlas", "add", store, scan, labels, "--id", "a", "--json"])
     assert result.exit_code == 0, result.output
     [sentence] = json.loads(result.stdout)["warnings"]
-    assert "normalised" in sentence
+    assert "it may be clipped" in sentence
     assert f"kpt: warning: {sentence}" in result.stderr
+
+
+def test_scans_that_cannot_be_hu_become_no_atlases(
+    tmp_path: Path, bodies: Path, doubtful: Path
+) -> None:
+    labels = str(bodies / "body_4_seg.nii.gz")
+    store = AtlasStore.create(tmp_path / "store", load_organs(), kpt_dask.store_parameters(8.0))
+    with pytest.raises(ScanFormatError, match=r"normalised.*an atlas must be a CT in HU"):
+        kpt_dask.add_atlas(store, doubtful, labels)
+    image: Any = nibabel.load(bodies / "body_4_ct.nii.gz")
+    mr = (600 - 2 * np.abs(image.get_fdata())).clip(5).astype("i2")
+    nibabel.save(nibabel.Nifti1Image(mr, image.affine), doubtful)
+    with pytest.raises(ScanFormatError, match=r"hardly any below 0 HU.*an atlas must be"):
+        kpt_dask.add_atlas(store, doubtful, labels)
+    assert len(AtlasStore.open(store.url)) == 0

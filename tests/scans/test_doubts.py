@@ -164,6 +164,8 @@ NOT_HU = {
     "normalised": ((body() + 1024) / 2000, "normalised"),
     "picture": (np.rint((CLIPPED + 160) / 400 * 255), "grey values"),
     "clipped": (CLIPPED, "no air"),
+    "clipped at 0": (body().clip(0), "hardly any below 0 HU"),
+    "MR": ((600 - 2 * np.abs(body())).clip(5), "MR, PET, or clipped at 0"),
     "no bone": (body().clip(-1024, 150), "no bone"),
     "water": (np.zeros((40, 40, 30)), "nothing but the value 0"),
     "1024 subtracted": (body() * 2 - 1500, "where soft tissue is"),
@@ -192,6 +194,9 @@ def test_real_scans_are_not_doubted(openkbp: Path, tmp_path: Path) -> None:
         values = np.asarray(image.dataobj)
         middle = tuple(slice(n // 4, -(n // 4)) for n in values.shape)
         assert doubts(save(tmp_path / "cropped.nii.gz", values[middle], image.affine)) == []
+        clipped = values[middle].clip(-125, 275)
+        [doubt] = doubts(save(tmp_path / "clipped.nii.gz", clipped, image.affine))
+        assert "it may be clipped" in doubt
 
 
 def test_labels_may_be_rounded(tmp_path: Path) -> None:
