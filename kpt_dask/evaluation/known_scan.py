@@ -19,7 +19,7 @@ from kpt_dask.atlases.add import survey
 from kpt_dask.grid import Grid
 from kpt_dask.label_files.label_map import LabelMap
 from kpt_dask.label_files.packed import PackedLabels
-from kpt_dask.measures.comparison import compare_labels, doubt_shear
+from kpt_dask.measures.comparison import compare_labels
 from kpt_dask.measures.surfaces import Agreement
 from kpt_dask.organ_transfer.measures import OrganMeasures, as_delivered
 from kpt_dask.resampling.labels_on_scan import Shares, labels_onto
@@ -153,7 +153,6 @@ class KnownFiles:
                 f" {volume.grid.spacing[0]:g} mm: not counted as annotated."
             )
         annotated = tuple(name for name in self.annotated if name in remaining)
-        doubt_shear(self.scan)
         # The scan's voxels, in the order in which the labels are stored.
         grid = self.scan.grid.stored_as(self.labels.grid) or self.scan.grid
         expected = _Known.of(_each_plane(self.labels.label_slabs()), grid)

@@ -8,8 +8,7 @@ from numpy.typing import NDArray
 from kpt_dask.label_files.label_map import Extent, LabelMap
 from kpt_dask.label_files.packed import PackedLabels
 from kpt_dask.measures.surfaces import Agreement, agreement
-from kpt_dask.runtime import notices, progress
-from kpt_dask.scans.scan import Scan
+from kpt_dask.runtime import progress
 
 
 def compare_labels(
@@ -36,7 +35,7 @@ def compare_labels(
     dict of int to Agreement
         In the order of `values`.
     """
-    z, y, x = both[0].grid.spacing.tolist()
+    axes = both[0].grid.affine[:3, :3]
     found = {}
     with progress.stage("Comparing", total=len(values)) as advance:
         for value in values:
@@ -46,18 +45,9 @@ def compare_labels(
                 masks = [_mask(one.voxels, value, box) for one in both]
             else:
                 masks = [np.zeros((1, 1, 1), np.bool_)] * 2
-            found[value] = agreement(masks[0], masks[1], (z, y, x), tolerance_mm=tolerance_mm)
+            found[value] = agreement(masks[0], masks[1], axes, tolerance_mm=tolerance_mm)
             advance(1)
     return found
-
-
-def doubt_shear(scan: Scan) -> None:
-    """Warn if the axes of a scan are not at right angles."""
-    if not scan.grid.is_orthogonal:
-        notices.warn(
-            f"{scan.path}: its axes are not at right angles (its gantry was tilted), so distances"
-            " of surfaces are off by as much."
-        )
 
 
 def _enclosing(boxes: list[Extent]) -> Extent:

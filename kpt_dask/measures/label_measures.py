@@ -15,7 +15,7 @@ from kpt_dask.errors import GridMismatchError, LabelError
 from kpt_dask.grid import Grid
 from kpt_dask.label_files.label_map import LabelMap
 from kpt_dask.label_files.packed import PackedLabels
-from kpt_dask.measures.comparison import compare_labels, doubt_shear
+from kpt_dask.measures.comparison import compare_labels
 from kpt_dask.measures.surfaces import Agreement
 from kpt_dask.remote import scheme_of
 from kpt_dask.runtime import progress
@@ -109,7 +109,6 @@ def measure(
         _, compared = _opened(scan, reference, organs, series)
         other = _packed(compared, "Reading reference")
         both = [LabelMap(one, source.grid, ()) for one in (sums.labels, other)]
-        doubt_shear(source)
     extents = [one.extents() for one in both]
     table = {organ.value: organ.name for organ in organs or ()}
     values = set(np.flatnonzero(sums.voxels).tolist()).union(*extents) - {0}

@@ -43,7 +43,7 @@ class Agreement(NamedTuple):
 
 
 def agreement(
-    one: Mask, other: Mask, spacing: tuple[float, float, float], *, tolerance_mm: float = 3.0
+    one: Mask, other: Mask, axes: NDArray[np.float64], *, tolerance_mm: float = 3.0
 ) -> Agreement:
     """Compare two masks.
 
@@ -51,8 +51,8 @@ def agreement(
     ----------
     one, other : bool arrays (z, y, x)
         Beyond their edges is nothing of either.
-    spacing : tuple of float
-        Voxel size along each axis, mm.
+    axes : ndarray (3, 3)
+        Steps to the next voxel along each axis, mm, as columns; at any angles.
     tolerance_mm : float
         Distance of surfaces that the surface Dice allows.
 
@@ -65,7 +65,7 @@ def agreement(
     >>> import numpy as np
     >>> one = np.zeros((9, 9, 9), bool)
     >>> one[2:6, 2:6, 2:6] = True
-    >>> found = agreement(one, np.roll(one, 1, axis=0), (2.0, 1.0, 1.0))
+    >>> found = agreement(one, np.roll(one, 1, axis=0), np.diag([2.0, 1, 1]))
     >>> found.dice, found.distance_95_mm, found.surface_dice
     (0.75, 2.0, 1.0)
     """
@@ -78,7 +78,7 @@ def agreement(
     surfaces = [_surface(mask[box]) for mask in (one, other)]
     # Surfaces have few voxels: a tree of them is searched in a fraction of the time and memory of a
     # distance transform of the box.
-    points = [np.argwhere(surface) * np.array(spacing) for surface in surfaces]
+    points = [np.argwhere(surface) @ axes.T for surface in surfaces]
     there, back = (cKDTree(target).query(source)[0] for source, target in (points, points[::-1]))
     both = np.concatenate([there, back])
     return Agreement(

@@ -21,7 +21,8 @@ from kpt_dask.volumes.conversion import convert
 from tests.label_files.maps import label_map
 
 nib: Any = nibabel
-AFFINE = np.array([[0, -1.5, 0, 30], [0.8, 0, 0, -20], [0, 0, -4.0, 5], [0, 0, 0, 1]])
+AFFINE = np.array([[0, -1.5, 0, 30], [0.8, 0, 1.3, -20], [0, 0, -4.0, 5], [0, 0, 0, 1]])
+"""Sheared, as of a tilted gantry."""
 
 
 @pytest.fixture
@@ -61,11 +62,10 @@ def test_labels_are_compared_in_mm(files: dict[str, Any]) -> None:
     paths = files["path"]
     found = measure(paths["scan"], paths["one"], reference=paths["other"], tolerance_mm=2.0)
     assert [one.value for one in found] == [3, 5, 700]
-    spacing = (0.8, 1.5, 4.0)
     for one in found:
         masks = [files[name] == one.value for name in ("one", "other")]
         assert one.agreement is not None
-        expected = agreement(*masks, spacing, tolerance_mm=2.0)
+        expected = agreement(*masks, AFFINE[:3, :3], tolerance_mm=2.0)
         assert one.agreement == pytest.approx(expected)
     assert found[0].agreement == (0.0, None, None, 0.0)
 
