@@ -52,6 +52,9 @@ TAGS = [
     "SeriesInstanceUID",
     "SliceThickness",
     "SpacingBetweenSlices",
+    "AcquisitionNumber",
+    "KVP",
+    "ConvolutionKernel",
     "ImagePositionPatient",
     "ImageOrientationPatient",
     "SamplesPerPixel",
@@ -108,6 +111,11 @@ class Header:
         except Exception as error:  # pydicom decodes on access, and raises many kinds
             raise self.damaged(keyword, error) from error
         return "" if value is None else " ".join(str(value).split())
+
+    def raw(self, keyword: str) -> object:
+        """Get an element as it is stored, which need not make sense; None where it is absent."""
+        item = self.dataset.get_item(keyword)
+        return None if item is None else item.value
 
     def whole(self, keyword: str, default: int | None = None) -> int:
         """Get an element that is one whole number."""

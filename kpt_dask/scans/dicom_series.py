@@ -24,6 +24,9 @@ SAME_PLACE = 0.01
 SAME_DIRECTION = 1e-3
 """Difference of direction cosines: half a pixel across a slice of 512."""
 
+SAME_SCAN = "AcquisitionNumber", "KVP", "ConvolutionKernel"
+"""Elements that do not alternate from slice to slice of one scan."""
+
 
 def choose_series(
     path: Path, headers: Iterable[Header], series: str | None
@@ -163,6 +166,8 @@ def in_order(
     frames, along, copies = _once(frames, along)
     if copies:
         doubts.append(f"{path}: {len(copies)} copies of slices that occur twice are left out.")
+    if (doubt := _alternating(path, frames)) is not None:
+        doubts.append(doubt)
     step = _step(path, frames, along, normal)
     if len(frames) == 1:
         doubts.append(
@@ -196,6 +201,23 @@ def _once(
         else:
             copies.append((last, frame))
     return [frames[i] for i in kept], along[kept], copies
+
+
+def _alternating(path: Path, frames: list[Frame]) -> str | None:
+    """Doubt slices of two scans that lie between each other.
+
+    A scan in several acquisitions has them one after the other: no value comes back.
+    """
+    for keyword in SAME_SCAN:
+        told = [str(frame.header.raw(keyword)) for frame in frames]
+        begins = [i for i in range(1, len(told)) if told[i] != told[i - 1]]
+        if len(begins) > 2 and len(begins) + 1 - len(set(told)) > 1:
+            one, other = (frames[begins[0] + i].shown for i in (-1, 0))
+            return (
+                f"{path} may hold two scans in one series: {keyword} changes to and fro along the"
+                f" slices, as between {one} and {other}; keep the slices of one scan only."
+            )
+    return None
 
 
 def _step(

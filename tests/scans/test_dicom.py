@@ -13,6 +13,7 @@ from pydicom import dcmread, uid
 from pydicom.dataset import Dataset
 
 from kpt_dask.errors import KptWarning, ScanFormatError
+from kpt_dask.runtime import notices
 from kpt_dask.scans import dicom_files
 from kpt_dask.scans.scan import open_scan, scan_name
 from tests.conftest import DATA
@@ -224,6 +225,32 @@ def test_copies_of_an_enhanced_file_or_in_a_zip_are_compared(tmp_path: Path) -> 
     archive = Path(shutil.make_archive(str(tmp_path / "both"), "zip", folder))
     with pytest.raises(ScanFormatError, match=r"frame 4 of .*a\.dcm and frame 4 of .*b\.dcm"):
         open_scan(archive)
+
+
+@pytest.mark.parametrize(
+    ("keyword", "values", "doubted"),
+    [
+        ("AcquisitionNumber", [1, 2, 1, 2, 1], True),
+        ("KVP", ["120", "80", "80", "120", "80"], True),
+        ("ConvolutionKernel", ["B30f", "B70f", "B30f", "B70f", "B30f"], True),
+        ("KVP", ["120", None, "120", None, "120"], True),
+        ("AcquisitionNumber", [1, 2, 3, 4, 5], False),
+        ("AcquisitionNumber", [2, 2, 1, 1, 2], False),
+    ],
+)
+def test_two_scans_between_each_other_are_doubted(
+    tmp_path: Path, keyword: str, values: list[object], doubted: bool
+) -> None:
+    datasets = slices(VALUES, AFFINE)
+    for dataset, value in zip(datasets, values, strict=True):
+        setattr(dataset, keyword, value)
+    folder = folder_of(tmp_path / "ct", datasets)
+    with notices.recorded() as told, notices.shown(lambda _: None):
+        open_scan(folder)
+    assert [f"two scans in one series: {keyword}" in sentence for sentence in told] == [
+        True for _ in range(doubted)
+    ]
+    assert all("0.dcm and" in sentence and "1.dcm" in sentence for sentence in told)
 
 
 def test_a_single_slice_is_a_plane_with_a_warning(tmp_path: Path) -> None:
