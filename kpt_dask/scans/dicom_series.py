@@ -18,6 +18,9 @@ UNEVEN = 0.1
 """Tolerance of a slice's position on the regular grid, as a share of the slices' distance. Some
 scanners round positions to 0.1 mm; keypoints are not located more exactly either."""
 
+FAR_APART = 1.5
+"""Distance of slices, in their thickness, from which some may be missing between them."""
+
 SAME_PLACE = 0.01
 """Distance of slices, mm, up to which they are at the same place."""
 
@@ -169,6 +172,12 @@ def in_order(
     if (doubt := _alternating(path, frames)) is not None:
         doubts.append(doubt)
     step = _step(path, frames, along, normal)
+    apart, thickness = float(step @ normal), frames[0].thickness
+    if apart > FAR_APART * thickness > 0:
+        doubts.append(
+            f"{path}: slices of {thickness:.4g} mm lie {apart:.4g} mm apart; see whether some"
+            " are missing between them."
+        )
     if len(frames) == 1:
         doubts.append(
             f"{path} is a single slice; give the folder of its series to read the whole scan."

@@ -91,7 +91,8 @@ def enhanced(values: Array, affine: Array) -> Dataset:
         frames.append(frame)
     orientation, measures, rescale = Dataset(), Dataset(), Dataset()
     orientation.ImageOrientationPatient = where.ImageOrientationPatient
-    measures.PixelSpacing, measures.SliceThickness = where.PixelSpacing, 1
+    measures.PixelSpacing = where.PixelSpacing
+    measures.SliceThickness = float(np.sqrt((affine[:3, 2] ** 2).sum()))
     rescale.RescaleSlope, rescale.RescaleIntercept, rescale.RescaleType = 1, INTERCEPT, "HU"
     shared.PlaneOrientationSequence = [orientation]
     shared.PixelMeasuresSequence = [measures]

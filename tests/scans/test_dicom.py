@@ -253,6 +253,15 @@ def test_two_scans_between_each_other_are_doubted(
     assert all("0.dcm and" in sentence and "1.dcm" in sentence for sentence in told)
 
 
+def test_slices_far_apart_for_their_thickness_are_doubted(tmp_path: Path) -> None:
+    datasets = slices(VALUES, AFFINE)[::2]
+    with pytest.warns(KptWarning, match=r"slices of 2\.5 mm lie 5 mm apart; see whether"):
+        open_scan(folder_of(tmp_path / "gaps", datasets))
+    for dataset in datasets:
+        dataset.SpacingBetweenSlices = 5
+    np.testing.assert_array_equal(read(folder_of(tmp_path / "said", datasets)), VALUES[::2])
+
+
 def test_a_single_slice_is_a_plane_with_a_warning(tmp_path: Path) -> None:
     folder = folder_of(tmp_path / "ct", slices(VALUES, AFFINE))
     with pytest.warns(KptWarning, match="single slice; give the folder"):
