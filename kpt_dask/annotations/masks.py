@@ -5,6 +5,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from types import MappingProxyType
 
+import numpy as np
+
 from atlas_store import Organ
 from kpt_dask.annotations.drawn import Canvas
 from kpt_dask.annotations.names import printable_name
@@ -73,10 +75,13 @@ class MaskFolder:
         with progress.stage("Reading masks", total=len(organs)) as advance:
             for n, organ in organs.items():
                 mask = open_labels(self._paths[n])
-                if not mask.grid.same_as(canvas.grid):
+                if canvas.grid.stored_as(mask.grid) is None:
                     raise GridMismatchError(
                         f"{mask.path} does not lie on the grid of the scan; resample it first."
                     )
+                steps, origin = mask.grid.affine[:3, :3].T, mask.grid.origin
+                # Masks with the scan's order of axes are drawn five times as fast.
+                in_order = mask.grid.same_as(canvas.grid)
                 first = value = 0
                 for slab in mask.label_slabs():
                     value = value or int(slab.max())
@@ -85,7 +90,12 @@ class MaskFolder:
                         raise ScanFormatError(
                             f"{mask.path} holds several labels; a mask of one organ has one."
                         )
-                    where = (slice(first, first + len(slab)), slice(None), slice(None))
-                    canvas.draw(where, shown, organ.value)
+                    if in_order:
+                        where = (slice(first, first + len(slab)), slice(None), slice(None))
+                        canvas.draw(where, shown, organ.value)
+                    else:
+                        index = np.argwhere(shown)
+                        index[:, 0] += first
+                        canvas.draw_voxels(self._paths[n], index, steps, origin, organ.value)
                     first += len(slab)
                 advance(1)

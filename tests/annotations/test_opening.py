@@ -108,6 +108,19 @@ def test_the_scan_may_be_stored_in_another_order(
     np.testing.assert_array_equal(values, np.asarray(expected.dataobj).T)
 
 
+def test_masks_may_have_their_axes_in_another_order(tmp_path: Path) -> None:
+    scan = scan_at(tmp_path / "ct.nii.gz")
+    folder = masks(tmp_path / "m", label_map())
+    expected, before = read(scan, folder)
+    for n, path in enumerate(sorted(folder.iterdir())):
+        image = nib.load(path)
+        turned = image.as_reoriented([[(axis + n) % 3, -1] for axis in range(3)])
+        turned.to_filename(path)
+    values, told = read(scan, folder)
+    np.testing.assert_array_equal(values, expected)
+    assert told == before
+
+
 def test_masks_in_other_formats_and_overlaps_are_told(tmp_path: Path) -> None:
     scan = scan_at(tmp_path / "ct.nii.gz")
     folder = tmp_path / "masks"
