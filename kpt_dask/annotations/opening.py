@@ -175,10 +175,9 @@ def _known(path: Path | Remote, names: Mapping[int, str], organs: OrganTable) ->
             f"{path}: {both[0]} and {both[1]} both mean {found[both[1]].name}, of which there is"
             " one; rename or remove one of them."
         )
-    if unknown:
-        notices.warn(
-            f"{path}: no organ of the store is called {some_of(unknown, NAMED)}, left out."
-        )
+    # Who names the background, as SEG and nnU-Net do, means no organ.
+    if lost := [name for name in unknown if name.casefold() != "background"]:
+        notices.warn(f"{path}: no organ of the store is called {some_of(lost, NAMED)}, left out.")
     return {n: found[name] for n, name in names.items() if name in found}
 
 

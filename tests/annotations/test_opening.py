@@ -203,6 +203,9 @@ def test_values_are_named_by_a_layout(tmp_path: Path) -> None:
     values, told = read(scan, path, values=names)
     np.testing.assert_array_equal(values, EXPECTED)
     assert told == [f"{path}: no organ of the store is called moon, left out."]
+    values, told = read(scan, path, values={**names, 9: "Background", 7: "background"})
+    np.testing.assert_array_equal(values, EXPECTED)
+    assert told == []
     with pytest.raises(LabelError, match="labels without a name: 7"):
         read(scan, path, values={1: "Liver", 5: "left kidney"})
     with pytest.raises(LabelError, match="of which the store knows none"):
