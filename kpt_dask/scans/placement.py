@@ -24,8 +24,8 @@ LARGEST_EXTENT = 1e5
 UNITS = {1: ("metres", 1e3), 3: ("microns", 1e-3)}
 """Units of length by their code in ``xyzt_units``, and mm in each; all others count as mm."""
 
-USUAL_EXTENT = 10.0, 3000.0
-"""Least and largest size, mm, of a scan in other units than mm without a warning."""
+USUAL_EXTENT = 5.0, 3000.0
+"""Least and largest size, mm, of a scan without a warning; metres taken for mm make it smaller."""
 
 DIFFERENT_SPACING = 0.1
 """Relative difference from which the sform's spacing contradicts the header's own (a shear, as of
@@ -157,9 +157,8 @@ def header_of(grid: Grid, dtype: Any = np.int16) -> Any:
 
 
 def unusual_unit(path: Path, header: Any, grid: Grid) -> tuple[str, ...]:
-    """Doubt a unit other than mm by which the scan has the size of no patient."""
-    unit = UNITS.get(int(header["xyzt_units"]) & 7)
-    return doubt_size(path, unit[0], grid) if unit else ()
+    """Doubt a unit by which the scan has the size of no patient."""
+    return doubt_size(path, UNITS.get(int(header["xyzt_units"]) & 7, ("mm", 1.0))[0], grid)
 
 
 def doubt_size(path: Path, unit: str, grid: Grid) -> tuple[str, ...]:
@@ -168,8 +167,8 @@ def doubt_size(path: Path, unit: str, grid: Grid) -> tuple[str, ...]:
     if USUAL_EXTENT[0] <= extent <= USUAL_EXTENT[1]:
         return ()
     return (
-        f"{path} gives its lengths in {unit}, which makes it {extent:g} mm large; if they are"
-        " in mm, set the unit in its header.",
+        f"{path} gives its lengths in {unit}, which makes it {extent:g} mm large; correct the unit"
+        " or the spacing in its header.",
     )
 
 

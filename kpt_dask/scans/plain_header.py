@@ -174,7 +174,7 @@ class Unit(NamedTuple):
 
     def doubts(self, path: Path, grid: Grid) -> tuple[str, ...]:
         """Doubt the unit if by it a scan has the size of no patient."""
-        return () if self.name is None else doubt_size(path, self.name, grid)
+        return doubt_size(path, self.name or "mm", grid)
 
 
 def unit_of(path: Path, names: Iterable[str]) -> Unit:

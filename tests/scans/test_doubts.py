@@ -102,6 +102,9 @@ def test_units_scale_the_grid(path: Path, tmp_path: Path, unit: str, mm: float) 
 def test_a_unit_that_fits_no_patient_is_doubted(path: Path) -> None:
     [doubt] = doubts(save(path, body().astype(np.int16), xyzt_units=3))
     assert "gives its lengths in microns" in doubt
+    small = np.diag([1e-3, 1e-3, 1e-3, 1]) @ AFFINE
+    [doubt] = doubts(save(path, body().astype(np.int16), small))
+    assert "gives its lengths in mm, which makes it 0.16 mm large" in doubt
     with pytest.raises(ScanFormatError, match="its unit of length is given as metres"):
         open_scan(save(path, body((40, 40, 30)), xyzt_units=1))
 
