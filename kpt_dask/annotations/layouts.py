@@ -98,7 +98,8 @@ def _of_nnunet(path: Path) -> Layout:
     """Read where files lie, and what values mean, from nnU-Net's ``dataset.json``."""
     try:
         told: Any = json.loads(path.read_text("utf-8"))
-        channels = told.get("channel_names", told.get("modality", {}))
+        # A file that names none has one: whether it is CT, its values tell.
+        channels = told.get("channel_names", told.get("modality", {"0": "CT"}))
         cts = [int(n) for n, name in channels.items() if str(name).strip().casefold() == "ct"]
         ending = str(told.get("file_ending", ".nii.gz"))
         # Version 1 gives names by value, version 2 values by name.

@@ -104,6 +104,7 @@ def test_names_of_public_collections_mean_their_own_organs() -> None:
         {"labels": {"background": 0, "liver": 1, "spleen": 2}, "channel_names": {"0": "CT"}},
         {"labels": {"0": "background", "1": "liver", "2": "spleen"}, "modality": {"0": "ct"}},
         {"labels": {"background": 0.0, "liver": [1], "spleen": "2"}, "modality": {"0": "CT"}},
+        {"labels": {"background": 0, "liver": 1, "spleen": 2}},
     ],
 )
 def test_nnunet_names_its_labels_in_both_versions(told: dict[str, Any], tmp_path: Path) -> None:
