@@ -1,8 +1,8 @@
 """What the documents say: their commands and code run, their links lead somewhere, they stay short.
 
 Blocks of `sh` and `python` run in order in one folder per document, which holds what a reader
-would have: `scan.nii.gz`, and annotated scans in `examples`. What needs a whole machine (setting
-up, the test suite, SLURM) is only looked up.
+would have: `scan.nii.gz`, more in `scans`, and annotated ones in `examples`. What needs a whole
+machine (setting up, the test suite, SLURM) is only looked up.
 """
 
 import os
@@ -30,10 +30,12 @@ def blocks(document: Path) -> list[tuple[str, str]]:
 
 @pytest.fixture
 def reader(bodies: Path, tmp_path: Path) -> Path:
-    """Give a folder with a scan and annotated examples."""
+    """Give a folder with a scan, one more, and annotated examples."""
     examples = tmp_path / "examples"
     shutil.copytree(bodies, examples)
     shutil.move(examples / "body_4_ct.nii.gz", tmp_path / "scan.nii.gz")
+    (tmp_path / "scans").mkdir()
+    shutil.copy(tmp_path / "scan.nii.gz", tmp_path / "scans")
     shutil.move(examples / "body_4_seg.nii.gz", tmp_path / "truth.nii.gz")
     return tmp_path
 

@@ -39,7 +39,7 @@ from kpt_dask.runtime.allocator import share_freed_memory
 
 LATER = {
     "atlas": "Keep a store of annotated scans: the atlases.",
-    "batch": "Segment many scans, one after another.",
+    "batch": "Segment SCANS from the atlases of STORE, one after another.",
     "evaluate": "Measure how well scans with known labels are segmented.",
     "measure": "Measure every label of LABELS, which lie on the grid of SCAN.",
     "report": "Show OUT.zarr, which kpt segment made: one page that needs no network.",
