@@ -309,27 +309,39 @@ class AtlasStore:
         found = sorted(thrown_away(self.objects), key=lambda one: one.removed, reverse=True)
         return sorted(found, key=lambda one: natural_order(one.info.id))
 
-    def restore(self, atlas_id: str, *, replace: bool = False) -> Atlas:
-        """Restore an atlas, the last removed or replaced of its id.
+    def restore(self, atlas_id: str, *, version: str = "", replace: bool = False) -> Atlas:
+        """Restore an atlas, the last removed or replaced of its id unless `version` names another.
 
         Parameters
         ----------
         atlas_id : str
             Its id.
+        version : str
+            The uuid of its data, as `removed` gives it, or enough of its first letters.
         replace : bool
             Whether to replace an atlas of this id that there is, which can be restored in turn.
 
         Raises
         ------
         AtlasNotFoundError
-            If none of this id was removed or replaced, or its data was pruned; or if the atlas to
-            replace was replaced or removed meanwhile.
+            If none of this id, or not one `version` of it, was removed or replaced, or its data
+            was pruned; or if the atlas to replace was replaced or removed meanwhile.
         AtlasExistsError
             If there is an atlas of this id, unless `replace`.
         StoreFormatError
             If what describes it, or its data, is damaged or missing.
+
+        Examples
+        --------
+        >>> from atlas_store import AtlasStore
+        >>> store = AtlasStore.open("atlases")
+        >>> first = store["body_1"].info
+        >>> store.remove("body_1")
+        True
+        >>> store.restore("body_1", version=first.uuid[:8]).info == first
+        True
         """
-        restore(self.objects, atlas_id, replace=replace)
+        restore(self.objects, atlas_id, version=version, replace=replace)
         return self[atlas_id]
 
     def prune(self, older_than: timedelta = timedelta(0)) -> list[str]:

@@ -71,7 +71,8 @@ def throw_away(objects: Objects, atlas_id: str, marker: bytes) -> bool:
 
 def keep_marker(objects: Objects, info: AtlasInfo, marker: bytes) -> None:
     """Keep the marker of an atlas that is about to be removed or replaced, to restore it."""
-    now = datetime.now(UTC).isoformat(timespec="seconds")
+    # To the microsecond: of two that go in one second, the last is known.
+    now = datetime.now(UTC).isoformat(timespec="microseconds")
     content = ENCODING | {"removed": now, "marker": marker.decode()}
     key = removed_key(info.id, info.uuid)
     objects.write(key, json.dumps(content).encode())
@@ -107,7 +108,9 @@ def _entries(objects: Objects) -> Iterator[tuple[str, str]]:
             yield name, folder[0]
 
 
-def restore(objects: Objects, atlas_id: str, *, replace: bool = False) -> AtlasInfo:
+def restore(
+    objects: Objects, atlas_id: str, *, version: str = "", replace: bool = False
+) -> AtlasInfo:
     """Restore an atlas; see `AtlasStore.restore`."""
     key = marker_key(atlas_id)
     present = objects.read(key, MAX_DOCUMENT)
@@ -125,6 +128,12 @@ def restore(objects: Objects, atlas_id: str, *, replace: bool = False) -> AtlasI
     )
     if not removed:
         raise missing
+    removed = [entry for entry in removed if entry[0].info.uuid.startswith(version)]
+    if not removed or (version and len(removed) > 1):
+        raise AtlasNotFoundError(
+            f"{objects.url} has {len(removed) or 'no'} removed versions {version!r} of the atlas"
+            f" {atlas_id!r}: use one that list --removed shows."
+        )
     last, marker = max(removed, key=lambda entry: (entry[0].removed, entry[0].info.added))
     info = last.info
     entry = removed_key(atlas_id, info.uuid)

@@ -261,17 +261,19 @@ def list_atlases(
     from kpt_dask.cli.atlas_filter import COLUMNS, filtered
 
     opened = AtlasStore.open(store)
-    found = opened.removed() if removed else opened.atlases()
+    gone = {one.info.uuid: one for one in opened.removed()} if removed else {}
+    found = gone.values() if removed else opened.atlases()
     _warn_of_lost(opened)
     infos = filtered([one.info for one in found], where, sort, opened.organs)
     if as_json:
-        print_json([_describe(info) for info in infos])
+        when = {uuid: {"removed": one.removed.isoformat()} for uuid, one in gone.items()}
+        print_json([_describe(info) | when.get(info.uuid, {}) for info in infos])
         return
-    header = (
+    header: tuple[str, ...] = (
         *("id", "organs annotated", "keypoints", "in organs"),
         *("size (z, y, x)", "added (UTC)", "from"),
     )
-    rows = [
+    rows: list[tuple[str, ...]] = [
         (
             info.id,
             _organs(info.annotated, opened.organs.names),
@@ -283,8 +285,12 @@ def list_atlases(
         )
         for info in infos
     ]
+    if removed:
+        header += ("removed (UTC)", "version")
+        for i, info in enumerate(infos):
+            rows[i] += (f"{gone[info.uuid].removed:%Y-%m-%d %H:%M:%S}", info.uuid[:8])
     if rows:
-        say(columns(header, rows, left=(0, 1, 5, 6)))
+        say(columns(header, rows, left=(0, 1, 5, 6, 7, 8)))
     one, many = ("removed atlas", "removed atlases") if removed else ("atlas", "atlases")
     number = _count(len(found), one, many)
     if where:
@@ -368,20 +374,32 @@ def remove(store: str, atlas_ids: tuple[str, ...]) -> None:
     is_flag=True,
     help="Replace an atlas of this id that is there, which can be restored in turn.",
 )
-def restore(store: str, atlas_ids: tuple[str, ...], overwrite: bool) -> None:
+@click.option(
+    "--version",
+    default="",
+    metavar="VERSION",
+    help="The version of one ID that kpt atlas list --removed shows so, not the last.",
+)
+def restore(store: str, atlas_ids: tuple[str, ...], overwrite: bool, version: str) -> None:
     """Bring atlases back, of each id the last that was removed or replaced.
 
     \b
     Examples:
       kpt atlas restore atlases anna
       kpt atlas restore atlases anna --overwrite      undo a relabel, or an add --overwrite
+      kpt atlas restore atlases anna --overwrite --version 6b6d23e1
     """
     from atlas_store import AtlasStore
 
+    if version and len(atlas_ids) > 1:
+        fail("--version is that of one atlas: give one ID with it.")
     opened = AtlasStore.open(store)
+    removed = [one.info.id for one in opened.removed()]
     for atlas_id in atlas_ids:
-        restored = opened.restore(atlas_id, replace=overwrite)
-        say(f"{atlas_id}: {_in_short(restored.info)}.")
+        restored = opened.restore(atlas_id, version=version, replace=overwrite)
+        several = removed.count(atlas_id) if not version else 1
+        of = f", the last removed of {several}; --version takes another of list --removed"
+        say(f"{atlas_id}: {_in_short(restored.info)}{of if several > 1 else ''}.")
 
 
 @atlas.command()

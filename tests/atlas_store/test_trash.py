@@ -60,6 +60,36 @@ def test_the_last_removed_of_an_id_is_restored(
     assert store.verify() == []
 
 
+def test_of_several_versions_any_is_restored(store: AtlasStore, synthetic: SimpleNamespace) -> None:
+    made = [synthetic.add(store, "pt_1", seed, replace=True) for seed in range(3)]
+    assert {one.info.uuid for one in store.removed()} == {info.uuid for info in made[:2]}
+    for seed in (0, 1, 2, 0):
+        restored = store.restore("pt_1", version=made[seed].uuid[:8], replace=True)
+        assert restored.info == made[seed]
+        xr.testing.assert_equal(restored.keypoints(), synthetic.keypoints(seed=seed))
+        assert len(store.removed()) == 2
+    for version in (made[0].uuid, "g"):
+        with pytest.raises(AtlasNotFoundError, match=f"no removed versions '{version}'"):
+            store.restore("pt_1", version=version, replace=True)
+    with pytest.raises(AtlasNotFoundError, match="no removed atlas 'pt_2'"):
+        store.restore("pt_2", version=made[1].uuid)
+    assert (store["pt_1"].info, store.verify()) == (made[0], [])
+
+
+def test_a_version_that_several_removed_atlases_may_be_is_refused(
+    store: AtlasStore, synthetic: SimpleNamespace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for i in range(2):
+        monkeypatch.setattr(
+            draft, "uuid4", lambda i=i: SimpleNamespace(hex=f"ab{i}".ljust(32, "0"))
+        )
+        synthetic.add(store, "pt_1", seed=i)
+        store.remove("pt_1")
+    with pytest.raises(AtlasNotFoundError, match="has 2 removed versions 'ab' of"):
+        store.restore("pt_1", version="ab")
+    assert store.restore("pt_1", version="ab0").info.uuid.startswith("ab0")
+
+
 def test_only_what_was_removed_long_ago_is_pruned(
     store: AtlasStore, synthetic: SimpleNamespace, monkeypatch: pytest.MonkeyPatch
 ) -> None:

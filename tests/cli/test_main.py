@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+import zipfile
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,7 @@ from atlas_store import AtlasStore, load_organs
 from kpt_dask.cli.main import LATER, kpt
 from kpt_dask.demo import run as demonstration
 from kpt_dask.volumes.volume import open_volume
+from tests.cli.test_damaged_store import ARCHIVED
 from tests.helpers import BODY, BODY_SPACING
 
 KPT = [sys.executable, "-m", "kpt_dask"]
@@ -71,6 +73,33 @@ def test_a_store_says_how_its_keypoints_are_described(tmp_path: Path) -> None:
     assert "finer True" in shown
     refused = run("atlas", "create", tmp_path / "t", "--descriptor", "round", code=2)
     assert "'round'" in refused.stderr
+
+
+def test_what_two_mistakes_replaced_is_found_and_restored(tmp_path: Path) -> None:
+    with zipfile.ZipFile(ARCHIVED) as archive:
+        archive.extractall(tmp_path)
+    store = AtlasStore.open(tmp_path)
+    first = store["pt_1"].info
+    for _ in range(2):
+        with store.draft("pt_1", store.parameters, replace=True) as draft:
+            draft.commit_copy(store["pt_1"])
+    restored = run("atlas", "restore", tmp_path, "pt_1", "--overwrite").stdout
+    assert restored.endswith(
+        ", the last removed of 2; --version takes another of list --removed.\n"
+    )
+    assert store["pt_1"].info != first
+    listed = words(run("atlas", "list", tmp_path, "--removed"))
+    assert listed[0][-2:] == ["(UTC)", "version"]
+    [version] = {row[-1] for row in listed} & {first.uuid[:8]}
+    removed = {
+        one["uuid"]: one["removed"] for one in answer("atlas", "list", tmp_path, "--removed")
+    }
+    assert removed[first.uuid].endswith("+00:00")
+    run("atlas", "restore", tmp_path, "pt_1", "pt_2", "--version", version, code=1)
+    command = "atlas", "restore", tmp_path, "pt_1", "--version", version
+    run(*command, code=1)
+    assert "last removed" not in run(*command, "--overwrite").stdout
+    assert store["pt_1"].info == first
 
 
 def test_a_store_is_made_filled_listed_and_emptied(bodies: Path, tmp_path: Path) -> None:
