@@ -108,18 +108,28 @@ def test_an_image_in_an_object_store_is_read(
         open_scan(f"{bucket}/nowhere.zarr")
 
 
-def test_an_address_without_a_scheme_is_told(tmp_path: Path) -> None:
-    # A process of its own: clients of object stores outlive what they were made from.
-    address = {"AWS_ENDPOINT_URL": "localhost:9000"}
+@pytest.mark.parametrize(
+    ("address", "told"),
+    [
+        ("localhost:9000", "AWS_ENDPOINT_URL must begin with http://"),
+        ("http://127.0.0.1:9", "s3://bucket/scan.zarr cannot be reached ("),
+    ],
+)
+def test_a_bucket_that_cannot_be_reached_is_told_in_one_sentence(
+    tmp_path: Path, address: str, told: str
+) -> None:
+    # A process of its own: clients of object stores outlive what they were made from, and what
+    # they leave is told when it ends.
+    environment = {"AWS_ENDPOINT_URL": address, "AWS_MAX_ATTEMPTS": "2"}
     secrets = {"AWS_ACCESS_KEY_ID": "nobody", "AWS_SECRET_ACCESS_KEY": "nothing"}
     done = subprocess.run(
         [sys.executable, "-m", "kpt_dask", "convert", "s3://bucket/scan.zarr", "out.zarr"],
         cwd=tmp_path,
-        env=os.environ | address | secrets,
+        env=os.environ | environment | secrets,
         capture_output=True,
         text=True,
         check=False,
     )
     assert done.returncode == 1
     [sentence] = done.stderr.splitlines()
-    assert "AWS_ENDPOINT_URL must begin with http://" in sentence
+    assert told in sentence

@@ -17,8 +17,9 @@ from zarr.errors import ContainsArrayError
 
 from atlas_store.arrays import chunk_io
 from atlas_store.errors import DamagedChunkError
+from atlas_store.layout import ROOT
 from atlas_store.storage.bounded import Bounded
-from atlas_store.storage.objects import Objects
+from atlas_store.storage.objects import MAX_DOCUMENT, Objects
 from kpt_dask.errors import ScanFormatError, ScanNotFoundError, UnreachableError
 from kpt_dask.grid import Grid
 from kpt_dask.remote import Remote, reaching
@@ -158,7 +159,11 @@ def open_omezarr(path: Path | Remote) -> OmeZarrFile:
     """
     try:
         with reaching(path):
-            group = zarr.open_group(Objects.at(str(path)).store, mode="r")
+            objects = Objects.at(str(path))
+            # By itself first: zarr asks for several objects at once, and if none can be reached,
+            # Python prints a traceback for each that nobody waits for any more.
+            latest = objects.read(ROOT, MAX_DOCUMENT) is not None
+            group = zarr.open_group(objects.store, mode="r", zarr_format=3 if latest else None)
             about: Any = group.attrs.asdict()
         images = about.get("ome", about).get("multiscales")
     except FileNotFoundError as error:
