@@ -40,7 +40,7 @@ from atlas_store.organs import OrganTable
 from atlas_store.storage.digests import Json, digest, digest_of_file
 from atlas_store.storage.full_disk import naming
 from atlas_store.storage.objects import MAX_DOCUMENT, MAX_OBJECT, Objects, finish_writes
-from atlas_store.trash import keep_marker
+from atlas_store.trash import keep_marker, keep_own_marker, was_removed
 
 ABANDONED_AFTER = timedelta(hours=24)
 """Age after which an unfinished add of another machine counts as interrupted."""
@@ -339,6 +339,9 @@ class Draft:
             raise self._changed() if self._replace else self._taken()
         self._objects.settle(key)
         self._state = _State.COMMITTED
+        # Another change of this id may be about to write its marker, and never saw this one.
+        if self._old is not None or was_removed(self._objects, self.id):
+            keep_own_marker(self._objects, info, data)
 
     def _old_info(self) -> AtlasInfo | None:
         """Marker of the atlas that is replaced; None if there is none, or it is damaged."""

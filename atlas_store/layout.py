@@ -5,7 +5,7 @@
     zarr.json                     the store: encoding, uuid, organ table, parameters
     markers/<id>.json             one per atlas, written last: names the uuid of its data
     removed/<id>.<uuid>.json      one per removed or replaced atlas that can be restored: its
-                                  marker, and when
+                                  marker, and when; also of one that took another's place
     notes/<id>.<uuid>.json        what somebody noted about an atlas
     atlases/<id>.<uuid>/          the data of an atlas, a Zarr group; its attributes hold the
                                   SHA-256 of every other object in it

@@ -341,8 +341,9 @@ class AtlasStore:
         >>> store.restore("body_1", version=first.uuid[:8]).info == first
         True
         """
-        restore(self.objects, atlas_id, version=version, replace=replace)
-        return self[atlas_id]
+        info = restore(self.objects, atlas_id, version=version, replace=replace)
+        # What was restored, though another process may have replaced it by now.
+        return self._atlas(atlas_id, info.dump())
 
     def prune(self, older_than: timedelta = timedelta(0)) -> list[str]:
         """Delete the data of atlases that were removed or replaced some time ago.

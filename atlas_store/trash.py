@@ -3,6 +3,11 @@
 ``removed/<id>.<uuid>.json`` holds the marker of such an atlas and when it was removed or replaced.
 It is written before the marker goes, and deleted before the data is: an interruption at any moment
 leaves the atlas in the store, restorable, or data that `AtlasStore.verify` finds.
+
+No store can replace a marker only if it is still a given one. Of two changes of an id at once, the
+later may replace a marker that it never saw. So whoever puts a marker where another was keeps its
+own in ``removed/`` too, before it reports success. While the marker is in place, this entry is
+neither listed nor pruned.
 """
 
 import json
@@ -20,6 +25,8 @@ from atlas_store.storage.objects import MAX_DOCUMENT, Objects
 from atlas_store.storage.sealed import Sealed
 
 ENCODING = {"encoding-type": "kpt-removed-atlas", "encoding-version": "1"}
+IN_PLACE = "in_place"
+"""Key of whether the atlas was in the store when its entry was written."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,14 +76,27 @@ def throw_away(objects: Objects, atlas_id: str, marker: bytes) -> bool:
     return True
 
 
-def keep_marker(objects: Objects, info: AtlasInfo, marker: bytes) -> None:
+def keep_marker(
+    objects: Objects, info: AtlasInfo, marker: bytes, *, in_place: bool = False
+) -> None:
     """Keep the marker of an atlas that is about to be removed or replaced, to restore it."""
     # To the microsecond: of two that go in one second, the last is known.
     now = datetime.now(UTC).isoformat(timespec="microseconds")
-    content = ENCODING | {"removed": now, "marker": marker.decode()}
+    content = ENCODING | {"removed": now, "marker": marker.decode(), IN_PLACE: in_place}
     key = removed_key(info.id, info.uuid)
     objects.write(key, json.dumps(content).encode())
     objects.settle(key)
+
+
+def keep_own_marker(objects: Objects, info: AtlasInfo, marker: bytes) -> None:
+    """Keep a marker that was just written: another change may replace it without seeing it."""
+    in_place = is_marked(objects, info.id, info.uuid, damaged=True)
+    keep_marker(objects, info, marker, in_place=in_place)
+
+
+def tells_removal(entry: bytes | None) -> bool:
+    """Whether what describes a removed atlas was written because it was removed or replaced."""
+    return entry is not None and f'"{IN_PLACE}": true'.encode() not in entry
 
 
 def thrown_away(objects: Objects) -> Iterator[RemovedAtlas]:
@@ -84,13 +104,10 @@ def thrown_away(objects: Objects) -> Iterator[RemovedAtlas]:
 
     Those whose description is damaged are left out, each with a `StoreWarning`.
     """
-    # Whoever was interrupted while removing left the marker too.
-    return (one for one in _readable(objects) if not is_marked(objects, one.info.id, one.info.uuid))
-
-
-def _readable(objects: Objects) -> Iterator[RemovedAtlas]:
-    """Read what describes removed atlases, and warn of what is damaged."""
-    for name, _ in _entries(objects):
+    for name, atlas_id, uuid in _entries(objects):
+        # Before the entry is read, which is written anew just before the marker goes.
+        if is_marked(objects, atlas_id, uuid):
+            continue
         try:
             found = read_removed(objects, f"{REMOVED}/{name}")
         except StoreFormatError as error:
@@ -100,12 +117,17 @@ def _readable(objects: Objects) -> Iterator[RemovedAtlas]:
             yield found[0]
 
 
-def _entries(objects: Objects) -> Iterator[tuple[str, str]]:
-    """Names of what describes removed atlases, each with the id of its atlas."""
+def _entries(objects: Objects) -> Iterator[tuple[str, str, str]]:
+    """Names of what describes removed atlases, each with id and uuid of its atlas."""
     for name in objects.names(REMOVED):
         folder = parse_folder(name.removesuffix(".json"))
         if folder is not None and name.endswith(".json"):
-            yield name, folder[0]
+            yield name, *folder
+
+
+def was_removed(objects: Objects, atlas_id: str) -> bool:
+    """Whether an atlas of this id was removed or replaced, and not pruned."""
+    return any(whose == atlas_id for _, whose, _ in _entries(objects))
 
 
 def restore(
@@ -118,10 +140,10 @@ def restore(
         raise _present(objects, atlas_id)
     removed = [
         found
-        for name, whose in _entries(objects)
+        for name, whose, uuid in _entries(objects)
         if whose == atlas_id
+        and not is_marked(objects, atlas_id, uuid)
         and (found := read_removed(objects, f"{REMOVED}/{name}"))
-        and not is_marked(objects, atlas_id, found[0].info.uuid)
     ]
     missing = AtlasNotFoundError(
         f"{objects.url} has no removed atlas {atlas_id!r}: use an id that list --removed shows."
@@ -156,7 +178,7 @@ def restore(
             objects.delete(key)
         raise missing
     objects.settle(key)
-    objects.delete(entry)
+    keep_own_marker(objects, info, marker)
     return info
 
 
@@ -197,13 +219,13 @@ def prune(objects: Objects, older_than: timedelta) -> list[str]:
     """Delete the data of atlases that were removed or replaced some time ago; return their ids."""
     now = datetime.now(UTC)
     pruned = []
-    for one in list(_readable(objects)):
+    for one in thrown_away(objects):
         info = one.info
         # By a clock that was ahead, it may have been removed in the future: 0 means all.
         if older_than and now - one.removed < older_than:
             continue
         objects.delete(removed_key(info.id, info.uuid))
-        # It may have been restored meanwhile, or never quite removed; a damaged marker may name it.
+        # It may have been restored meanwhile; a damaged marker may name it.
         if not is_marked(objects, info.id, info.uuid, damaged=True):
             delete_content(objects, info.id, info.uuid)
             pruned.append(info.id)

@@ -40,7 +40,7 @@ from atlas_store.organs import OrganTable
 from atlas_store.storage.cache import forget, index_folder, recall
 from atlas_store.storage.digests import Json, digest
 from atlas_store.storage.objects import MAX_DOCUMENT, PARTIAL_SUFFIX, Objects
-from atlas_store.trash import is_marked, marked_uuid, read_removed
+from atlas_store.trash import is_marked, marked_uuid, read_removed, tells_removal
 
 INSTANT = 2.0
 """Seconds, generous, that a running add takes from making its folder to writing an object."""
@@ -188,14 +188,17 @@ def _verify_removed(
         except StoreFormatError as error:
             yield _as_problem(folder[0], error)
             continue
-        if found is None:
+        if found is None or is_marked(objects, *folder):
             continue
         faults = list(_faults(Atlas(found[0].info, organs, objects), parameters))
-        if objects.exists(f"{REMOVED}/{name}"):  # nobody prunes it
+        entry = objects.read(f"{REMOVED}/{name}")
+        if entry is not None:  # nobody prunes it
             for fault in faults:
                 yield Problem(
                     folder[0], f"it was removed, and {fault}", "prune it, or add it again"
                 )
+            if not tells_removal(entry) and not objects.exists(key := marker_key(folder[0])):
+                yield Problem(folder[0], f"{objects.url}/{key} is missing", "restore the atlas")
 
 
 def _as_problem(atlas_id: str, error: StoreFormatError) -> Problem:
@@ -335,14 +338,14 @@ def unmarked(objects: Objects) -> list[str]:
     # Folders first: an add that ends meanwhile is then named by its marker.
     folders = [folder for name in objects.names(ATLASES) if (folder := parse_folder(name))]
     marked = set(objects.names(MARKERS))
-    suspect = {folder for folder in folders if f"{folder[0]}.json" not in marked}
+    suspect = [folder for folder in folders if f"{folder[0]}.json" not in marked]
     if not suspect:
         return []
-    removed = set(objects.names(REMOVED))
+    entries = objects.read_many(removed_key(*one) for one in suspect)
     lost = {
         atlas_id
-        for atlas_id, uuid in suspect
-        if f"{atlas_id}.{uuid}.json" not in removed
+        for (atlas_id, uuid), entry in zip(suspect, entries, strict=True)
+        if not tells_removal(entry)
         and _is_sealed(objects, path := data_folder(atlas_id, uuid))
         and not is_running_here(_started(objects, path) or {})
         and not objects.exists(marker_key(atlas_id))  # restored meanwhile

@@ -232,7 +232,7 @@ def clear(store: AtlasStore, ids: Iterable[str]) -> None:
 def assert_nothing_left(store: AtlasStore) -> None:
     """Check that whatever is in a store belongs to an atlas that is there."""
     known = {f"{atlas.id}.{atlas.info.uuid}" for atlas in store.atlases()}
-    for folder, whose in (("atlases", known), ("notes", known), ("removed", set[str]())):
+    for folder, whose in (("atlases", known), ("notes", known), ("removed", known)):
         there = {path.name.removesuffix(".json") for path in Path(store.url, folder).glob("*")}
         assert there - {"zarr"} <= whose, there - whose  # zarr.json: `atlases` is a Zarr group
     markers = {path.name for path in Path(store.url, "markers").glob("*")}

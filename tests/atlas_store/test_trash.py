@@ -4,9 +4,12 @@ import errno
 import json
 import os
 import shutil
+import time
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
+from threading import Barrier
 from types import SimpleNamespace
 
 import pytest
@@ -250,7 +253,7 @@ def test_an_atlas_that_was_never_quite_removed_is_not_listed_as_removed(
             store.remove("pt_1")
     assert (store.ids(), store.removed()) == (["pt_1"], [])
     assert store.prune() == []
-    assert list(Path(store.url, "removed").iterdir()) == []
+    assert store["pt_1"].keypoints() is not None
     assert store.verify() == []
 
 
@@ -375,6 +378,105 @@ def test_interrupted_anywhere_an_atlas_that_is_replaced_is_there_or_restorable(
     found = [store["pt_1"].info, *(one.info for one in store.removed())]
     assert {info.uuid for info in made} <= {info.uuid for info in found}
     assert store.verify() == []
+
+
+class Paused(Objects):
+    """Stops before it writes a marker until others are done, or have come here too."""
+
+    def __init__(self, objects: Objects, barrier: Barrier) -> None:
+        super().__init__(objects.store, objects.url)
+        self.barrier = barrier
+
+    def write(self, key: str, data: bytes) -> None:
+        if key.startswith("markers/"):
+            self.barrier.wait(timeout=60)
+        super().write(key, data)
+
+
+def opened_paused(store: AtlasStore, barrier: Barrier) -> AtlasStore:
+    opened = AtlasStore.open(store.url)
+    opened.objects = Paused(opened.objects, barrier)
+    return opened
+
+
+@pytest.mark.parametrize("second", ["replaced", "restored"])
+def test_of_two_replacements_at_once_one_stays_and_the_other_is_restored(
+    store: AtlasStore, synthetic: SimpleNamespace, monkeypatch: pytest.MonkeyPatch, second: str
+) -> None:
+    made = [synthetic.add(store, "pt_1", seed, replace=True) for seed in range(2)]
+    barrier = Barrier(2)
+    stores = [opened_paused(store, barrier) for _ in range(2)]
+    with ThreadPoolExecutor(2) as threads:
+        first = threads.submit(synthetic.add, stores[0], "pt_1", seed=2, replace=True)
+        if second == "replaced":
+            other = threads.submit(synthetic.add, stores[1], "pt_1", seed=3, replace=True)
+        else:
+            other = threads.submit(stores[1].restore, "pt_1", replace=True)
+        made.append(first.result())
+        if second == "replaced":
+            made.append(other.result())
+        else:
+            assert other.result().info == made[0]
+    monkeypatch.setattr(draft, "_is_running", lambda _: False)
+    assert store.verify(repair=True) == []
+    assert store.prune(timedelta(days=1)) == []
+    present = store["pt_1"].info
+    assert {one.info.uuid for one in store.removed()} == {one.uuid for one in made} - {present.uuid}
+    for seed, info in enumerate(made):
+        if info == store["pt_1"].info:
+            continue
+        restored = store.restore("pt_1", version=info.uuid, replace=True)
+        xr.testing.assert_equal(restored.keypoints(), synthetic.keypoints(seed=seed))
+    assert store.verify(repair=True) == []
+
+
+@pytest.mark.parametrize("last", ["added", "restored"])
+def test_what_a_replacement_that_was_held_up_overwrites_is_restored(
+    store: AtlasStore, synthetic: SimpleNamespace, monkeypatch: pytest.MonkeyPatch, last: str
+) -> None:
+    synthetic.add(store, "pt_1", seed=1)
+    barrier = Barrier(2)
+    held_up = opened_paused(store, barrier)
+    with ThreadPoolExecutor(1) as threads:
+        replaced = threads.submit(synthetic.add, held_up, "pt_1", seed=2, replace=True)
+        while barrier.n_waiting == 0 and not replaced.done():
+            time.sleep(0.01)
+        store.remove("pt_1")
+        if last == "added":
+            info = synthetic.add(store, "pt_1", seed=3)
+        else:
+            info = store.restore("pt_1").info
+        barrier.wait(timeout=60)
+        assert replaced.result() == store["pt_1"].info
+    monkeypatch.setattr(draft, "_is_running", lambda _: False)
+    assert store.verify(repair=True) == []
+    assert store.restore("pt_1", replace=True, version=info.uuid).info == info
+    xr.testing.assert_equal(
+        store["pt_1"].keypoints(), synthetic.keypoints(seed=3 if last == "added" else 1)
+    )
+    assert store.verify() == []
+
+
+def test_what_is_removed_while_it_is_pruned_can_be_restored(
+    store: AtlasStore, synthetic: SimpleNamespace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as patch:
+        now = datetime.now(UTC) - timedelta(days=9)
+        patch.setattr(trash, "datetime", SimpleNamespace(now=lambda _: now))
+        for seed in range(2):
+            synthetic.add(store, "pt_1", seed, replace=True)
+    is_marked = trash.is_marked
+
+    def removed_after(*args: object, **options: object) -> bool:
+        found = is_marked(*args, **options)  # type: ignore[arg-type]
+        monkeypatch.setattr(trash, "is_marked", is_marked)
+        store.remove("pt_1")
+        return found
+
+    monkeypatch.setattr(trash, "is_marked", removed_after)
+    store.prune(timedelta(days=8))
+    xr.testing.assert_equal(store.restore("pt_1").keypoints(), synthetic.keypoints(seed=1))
+    assert store.verify(repair=True) == []
 
 
 def test_of_an_atlas_that_is_pruned_while_it_is_restored_the_present_one_stays(

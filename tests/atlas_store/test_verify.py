@@ -453,6 +453,23 @@ def test_complete_data_whose_marker_is_lost_is_named_and_never_deleted(
     assert store.verify() == []
 
 
+def test_a_lost_marker_of_an_atlas_that_replaced_another_is_named_and_restored(
+    store: AtlasStore, synthetic: SimpleNamespace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(draft, "_is_running", lambda _: False)
+    for seed in range(2):
+        info = synthetic.add(store, "pt_1", seed, replace=True)
+    marker = Path(store.url, "markers", "pt_1.json")
+    marker.unlink()
+    assert store.without_marker() == ["pt_1"]
+    (problem,) = store.verify(repair=True)
+    assert str(problem) == f"atlas 'pt_1': {marker} is missing: restore the atlas."
+    assert store.restore("pt_1", version=info.uuid).info == info
+    assert store.verify() == []
+    store.remove("pt_1")
+    assert (store.without_marker(), store.verify()) == ([], [])
+
+
 def test_data_is_kept_if_a_marker_of_an_older_copy_names_what_is_not_there(
     store: AtlasStore, synthetic: SimpleNamespace, adders: Adders
 ) -> None:
