@@ -171,13 +171,13 @@ def evaluate(
             memory=memory,
             client=client,
         )
-    _write(results, out, json_file)
+    _write(results, opened.parameters["spacing"], out, json_file)
     if failed := results["failed"]:
         number = len(failed) + results["scans"]
         fail(f"{len(failed)} of {number} scans were not evaluated: {', '.join(failed)}.")
 
 
-def _write(results: dict[str, Any], out: str | None, json_file: str | None) -> None:
+def _write(results: dict[str, Any], spacing: float, out: str | None, json_file: str | None) -> None:
     """Print results, and write them to the file that was asked for."""
     import json
 
@@ -190,12 +190,12 @@ def _write(results: dict[str, Any], out: str | None, json_file: str | None) -> N
         with replacing(json_file, overwrite=True) as partial:
             answer = json.dumps(results, indent=2, ensure_ascii=False) + "\n"
             partial.write_text(answer, "utf-8", "replace")
-    _print_results(results)
+    _print_results(results, spacing)
     if out is not None:
         say(f"Written: {out}; open {Path(out) / 'index.html'}.")
 
 
-def _print_results(results: dict[str, Any]) -> None:
+def _print_results(results: dict[str, Any], spacing: float) -> None:
     organs = table(
         "organ",
         "Dice",
@@ -244,6 +244,7 @@ def _print_results(results: dict[str, Any]) -> None:
         f"Volumes: {told['volume_in_interval']:.0%} of the references' are within their intervals."
         + ("" if rho is None else f" Confidence: rank correlation with Dice {rho:.2f}.")
     )
+    click.echo(f"Measured on the grid of the store, {spacing:g} mm, not that of the scans.")
     ends = results["mean_dice_interval"]
     interval = "" if ends is None else f" (95 % interval {ends[0]:.3f} to {ends[1]:.3f})"
     click.echo(

@@ -244,7 +244,9 @@ def test_evaluate(bodies: Path, body_store: AtlasStore, tmp_path: Path) -> None:
     rows = {row[0]: row[1:] for row in words(result) if row}
     assert rows["liver"][0] == f"{results['dice_by_organ']['liver']:.3f}"
     assert rows["mean"] == [f"{results['mean_dice']:.3f}"]
-    assert result.stdout.splitlines()[-1].endswith("over 1 scans, 1 atlases for each.")
+    *_, grid, last = result.stdout.splitlines()
+    assert f"on the grid of the store, {body_store.parameters['spacing']:g} mm, not" in grid
+    assert last.endswith("over 1 scans, 1 atlases for each.")
     printed = json.loads(run(*arguments, "--scans", bodies, "--json", "-").stdout)
     assert printed["dice"] == results["dice"]
 
