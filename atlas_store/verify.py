@@ -14,7 +14,7 @@ import numpy as np
 from atlas_store.arrays import chunk_io
 from atlas_store.atlas import Atlas
 from atlas_store.draft import digests_of, is_abandoned, is_running_here
-from atlas_store.errors import AtlasStoreError, StoreFormatError
+from atlas_store.errors import AtlasStoreError, StoreFormatError, StoreUnreachableError
 from atlas_store.keypoints import first_labels
 from atlas_store.layout import (
     ATLASES,
@@ -165,12 +165,18 @@ def _verify_atlas(
         info = AtlasInfo.load(data, atlas_id, f"{objects.url}/{key}")
     except StoreFormatError as error:
         return [Problem(atlas_id, str(error).rstrip("."), _ADD_AGAIN)], None
+    except OSError as error:
+        return [_unreadable(atlas_id, error)], None
     atlas = Atlas(info, organs, objects)
-    problems = [Problem(atlas_id, fault, _ADD_AGAIN) for fault in _faults(atlas, parameters)]
+    problems = []
     try:
+        for fault in _faults(atlas, parameters):
+            problems.append(Problem(atlas_id, fault, _ADD_AGAIN))
         read_note(objects, info)
     except StoreFormatError as error:
         problems.append(_as_problem(atlas_id, error))
+    except OSError as error:
+        problems.append(_unreadable(atlas_id, error))
     changed = objects.read(key) != data
     return [] if changed else problems, atlas.path
 
@@ -199,6 +205,14 @@ def _verify_removed(
                 )
             if not tells_removal(entry) and not objects.exists(key := marker_key(folder[0])):
                 yield Problem(folder[0], f"{objects.url}/{key} is missing", "restore the atlas")
+
+
+def _unreadable(atlas_id: str, error: OSError) -> Problem:
+    """Describe what its disk or its permissions do not let be read."""
+    if isinstance(error, StoreUnreachableError):
+        raise error
+    what = f"{error.filename or 'its data'} cannot be read ({error.strerror or error})"
+    return Problem(atlas_id, what, "check its permissions and the disk")
 
 
 def _as_problem(atlas_id: str, error: StoreFormatError) -> Problem:
@@ -318,7 +332,13 @@ def _is_named(objects: Objects, path: str) -> bool:
     folder = parse_folder(path.rpartition("/")[2].removesuffix(".json"))
     if folder is None:
         return False
-    return objects.exists(removed_key(*folder)) or is_marked(objects, *folder, damaged=True)
+    try:
+        return objects.exists(removed_key(*folder)) or is_marked(objects, *folder, damaged=True)
+    except StoreUnreachableError:
+        raise
+    except OSError:
+        # A marker that cannot be read may name it.
+        return True
 
 
 def _started(objects: Objects, path: str) -> Mapping[str, Json] | None:

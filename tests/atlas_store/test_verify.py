@@ -453,6 +453,29 @@ def test_complete_data_whose_marker_is_lost_is_named_and_never_deleted(
     assert store.verify() == []
 
 
+@pytest.mark.parametrize("part", ["markers/pt_1.json", "{data}/image/0/c/1/0/0"])
+def test_what_the_disk_does_not_let_be_read_is_named_and_the_others_are_verified(
+    store: AtlasStore,
+    synthetic: SimpleNamespace,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    part: str,
+) -> None:
+    for name in ("pt_1", "pt_2"):
+        synthetic.add(store, name)
+    monkeypatch.setattr(draft, "_is_running", lambda _: False)
+    path = Path(store.url, part.format(data=store["pt_1"].path))
+    away = path.rename(tmp_path / "away")
+    # Whoever tests may read all: a link that no system call follows.
+    path.symlink_to("x" * 300)
+    Path(store.url, store["pt_2"].path, "image/0/c/1/0/0").unlink()
+    unread, missing = store.verify(repair=True)
+    assert (unread.atlas, unread.repaired, missing.atlas) == ("pt_1", False, "pt_2")
+    assert unread.what == f"{path} cannot be read (File name too long)"
+    away.rename(path)
+    assert [problem.atlas for problem in store.verify(repair=True)] == ["pt_2"]
+
+
 def test_a_lost_marker_of_an_atlas_that_replaced_another_is_named_and_restored(
     store: AtlasStore, synthetic: SimpleNamespace, monkeypatch: pytest.MonkeyPatch
 ) -> None:
