@@ -171,13 +171,14 @@ def evaluate(
             memory=memory,
             client=client,
         )
-    _write(results, opened.parameters["spacing"], out, json_file)
+    ours = f"grid of the store, {opened.parameters['spacing']:g} mm, not that of the scans"
+    _write(results, ours if pairs is None else "scans' own grids", out, json_file)
     if failed := results["failed"]:
         number = len(failed) + results["scans"]
         fail(f"{len(failed)} of {number} scans were not evaluated: {', '.join(failed)}.")
 
 
-def _write(results: dict[str, Any], spacing: float, out: str | None, json_file: str | None) -> None:
+def _write(results: dict[str, Any], grid: str, out: str | None, json_file: str | None) -> None:
     """Print results, and write them to the file that was asked for."""
     import json
 
@@ -190,12 +191,12 @@ def _write(results: dict[str, Any], spacing: float, out: str | None, json_file: 
         with replacing(json_file, overwrite=True) as partial:
             answer = json.dumps(results, indent=2, ensure_ascii=False) + "\n"
             partial.write_text(answer, "utf-8", "replace")
-    _print_results(results, spacing)
+    _print_results(results, grid)
     if out is not None:
         say(f"Written: {out}; open {Path(out) / 'index.html'}.")
 
 
-def _print_results(results: dict[str, Any], spacing: float) -> None:
+def _print_results(results: dict[str, Any], grid: str) -> None:
     organs = table(
         "organ",
         "Dice",
@@ -244,7 +245,7 @@ def _print_results(results: dict[str, Any], spacing: float) -> None:
         f"Volumes: {told['volume_in_interval']:.0%} of the references' are within their intervals."
         + ("" if rho is None else f" Confidence: rank correlation with Dice {rho:.2f}.")
     )
-    click.echo(f"Measured on the grid of the store, {spacing:g} mm, not that of the scans.")
+    click.echo(f"Measured on the {grid}.")
     ends = results["mean_dice_interval"]
     interval = "" if ends is None else f" (95 % interval {ends[0]:.3f} to {ends[1]:.3f})"
     click.echo(

@@ -247,8 +247,9 @@ def test_evaluate(bodies: Path, body_store: AtlasStore, tmp_path: Path) -> None:
     *_, grid, last = result.stdout.splitlines()
     assert f"on the grid of the store, {body_store.parameters['spacing']:g} mm, not" in grid
     assert last.endswith("over 1 scans, 1 atlases for each.")
-    printed = json.loads(run(*arguments, "--scans", bodies, "--json", "-").stdout)
-    assert printed["dice"] == results["dice"]
+    again = run(*arguments, "--scans", bodies, "--json", file)
+    assert json.loads(file.read_text())["dice"] == results["dice"]
+    assert "\nMeasured on the scans' own grids.\n" in again.stdout
 
 
 def test_a_scan_that_cannot_be_evaluated_is_named_at_the_end(
