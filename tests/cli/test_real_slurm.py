@@ -81,7 +81,10 @@ def slurm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
                 with open(folder / f"{command[0]}.out", "wb") as log:
                     running.append(subprocess.Popen(command, stdout=log, stderr=log))
                 time.sleep(1.0)
-            wait_until(lambda: "idle" in ask("sinfo", "--noheader", "--format=%T"), 60.0)
+            try:
+                wait_until(lambda: "idle" in ask("sinfo", "--noheader", "--format=%T"), 60.0)
+            except TimeoutError:
+                pytest.skip(f"SLURM does not start here: see {folder}")
             yield folder
         finally:
             subprocess.run(["scancel", "--user", user], check=False)
@@ -108,10 +111,12 @@ def ask(*command: str) -> str:
 def wait_until(true: Callable[[], bool], seconds: float) -> None:
     end = time.monotonic() + seconds
     while not true():
-        assert time.monotonic() < end
+        if time.monotonic() > end:
+            raise TimeoutError
         time.sleep(0.2)
 
 
+@pytest.mark.timeout(1500)
 def test_a_batch_goes_on_though_its_workers_are_cancelled(
     slurm: Path, bodies: Path, body_store: AtlasStore, tmp_path: Path
 ) -> None:
@@ -129,11 +134,11 @@ def test_a_batch_goes_on_though_its_workers_are_cancelled(
         return out / "logs" / f"segment-{submitted.output.split()[-1]}.log"
 
     log = submit()
-    wait_until(lambda: len(queued("--name=kpt-worker", "--states=R")) == 2, 120.0)
+    wait_until(lambda: len(queued("--name=kpt-worker", "--states=R")) == 2, 300.0)
     first = queued("--name=kpt-worker")
-    wait_until((out / "scan_0.zarr").exists, 240.0)
+    wait_until((out / "scan_0.zarr").exists, 400.0)
     subprocess.run(["scancel", *first], check=True)
-    wait_until(lambda: not queued(), 240.0)
+    wait_until(lambda: not queued(), 400.0)
     told = log.read_text()
     assert "scan_0.zarr: done in" in told
     assert f"{scans[1]}: failed: " in told
@@ -141,7 +146,7 @@ def test_a_batch_goes_on_though_its_workers_are_cancelled(
         # Its workers were cancelled while it was segmented.
         assert f"{scans[2]}: failed: " in told
         log = submit()
-        wait_until(lambda: not queued(), 240.0)
+        wait_until(lambda: not queued(), 400.0)
     assert "1 of 3 scans failed" in log.read_text()
     assert not list((out / "logs").glob(".dask-jobqueue.worker.*"))
 
