@@ -159,7 +159,6 @@ def kpt() -> None:
       kpt atlas add atlases SCAN.nii.gz LABELS.nii.gz     add an annotated scan
       kpt segment SCAN.nii.gz atlases OUT.zarr            segment another scan
       kpt batch SCANS… atlases OUT                        segment many
-      kpt batch SCANS... atlases OUT                      segment many
     """
 
 
