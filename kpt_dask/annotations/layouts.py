@@ -17,9 +17,6 @@ from kpt_dask.scans.scan import READERS
 
 _ABDOMEN = ("spleen", "kidney_right", "kidney_left", "gallbladder", "esophagus", "liver", "stomach")
 
-AMOS_MR = 500
-"""Least number of a scan of AMOS that is MR."""
-
 
 @dataclass(frozen=True)
 class Layout:
@@ -33,12 +30,15 @@ class Layout:
         Patterns, as for `kpt_dask.scans.pairs.find_pairs`.
     values : mapping of int to str
         Names of the values of label maps; empty where files have names of their own.
+    mr_from : int, optional
+        Least number of a scan that is MR, if the folder has such as well.
     """
 
     does: str
     scans: str
     labels: str
     values: Mapping[int, str] = field(default_factory=dict)
+    mr_from: int | None = None
 
 
 def _numbered(*names: str) -> dict[int, str]:
@@ -60,6 +60,7 @@ LAYOUTS = {
             *("aorta", "inferior_vena_cava", "pancreas", "adrenal_gland_right"),
             *("adrenal_gland_left", "duodenum", "urinary_bladder", "prostate"),
         ),
+        mr_from=500,
     ),
     "btcv": Layout(
         "img/imgID.nii.gz with label/labelID.nii.gz",
@@ -160,20 +161,20 @@ def _names_by_value(path: Path, labels: Iterable[tuple[Any, str]]) -> dict[int, 
     return {value: name for value, name in names.items() if 0 < value <= MAX_VALUE}
 
 
-def _without_mr(folder: str | Path, found: list[Pair]) -> list[Pair]:
-    """Leave out the MR of AMOS, with a warning."""
+def _without_mr(folder: str | Path, found: list[Pair], mr_from: int) -> list[Pair]:
+    """Leave out scans that are MR by their number, with a warning."""
     kept = [
         pair
         for pair in found
-        if (number := re.search(r"[0-9]+$", pair.id)) is None or int(number[0]) < AMOS_MR
+        if (number := re.search(r"[0-9]+$", pair.id)) is None or int(number[0]) < mr_from
     ]
     if not kept:
         raise ParameterError(
-            f"{folder} holds MR only (numbers from {AMOS_MR} on), and only CT has HU."
+            f"{folder} holds MR only (numbers from {mr_from} on), and only CT has HU."
         )
     if len(kept) < len(found):
         notices.warn(
-            f"{folder}: {len(found) - len(kept)} scans with numbers from {AMOS_MR} on are MR and"
+            f"{folder}: {len(found) - len(kept)} scans with numbers from {mr_from} on are MR and"
             " are left out."
         )
     return kept
@@ -208,6 +209,6 @@ def pairs_of(
     """
     chosen = Layout("", SCANS, LABELS) if layout is None else layout_of(layout, folder)
     found = find_pairs(folder, scans or chosen.scans, labels or chosen.labels)
-    if layout == "amos":
-        found = _without_mr(folder, found)
+    if chosen.mr_from is not None:
+        found = _without_mr(folder, found, chosen.mr_from)
     return [replace(pair, values=chosen.values or None, series=series) for pair in found]
