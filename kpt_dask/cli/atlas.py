@@ -394,10 +394,11 @@ def restore(store: str, atlas_ids: tuple[str, ...], overwrite: bool, version: st
     if version and len(atlas_ids) > 1:
         fail("--version is that of one atlas: give one ID with it.")
     opened = AtlasStore.open(store)
-    removed = [one.info.id for one in opened.removed()]
+    # Which of several was brought back is no question where it was named.
+    removed = [] if version else [one.info.id for one in opened.removed()]
     for atlas_id in atlas_ids:
         restored = opened.restore(atlas_id, version=version, replace=overwrite)
-        several = removed.count(atlas_id) if not version else 1
+        several = removed.count(atlas_id)
         of = f", the last removed of {several}; --version takes another of list --removed"
         say(f"{atlas_id}: {_in_short(restored.info)}{of if several > 1 else ''}.")
 
