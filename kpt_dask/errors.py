@@ -71,6 +71,10 @@ def __getattr__(name: str) -> Any:
     """Make `USER_ERRORS` when it is first used: `kpt --help` needs no store."""
     if name != "USER_ERRORS":
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return _user_errors()
+
+
+def _user_errors() -> tuple[type[Exception], ...]:
     from atlas_store.errors import AtlasStoreError
 
     return KptError, AtlasStoreError
@@ -100,7 +104,7 @@ def sentence_of(error: Exception) -> str:
     >>> sentence_of(FileNotFoundError(2, "No such file or directory", "scan.nii.gz"))
     'scan.nii.gz: No such file or directory.'
     """
-    if isinstance(error, __getattr__("USER_ERRORS")):
+    if isinstance(error, _user_errors()):
         return str(error)
     if isinstance(error, OSError) and error.strerror:
         where = f"{error.filename}: " if error.filename is not None else ""
