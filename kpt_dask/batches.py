@@ -23,7 +23,7 @@ from kpt_dask.errors import (
     ParameterError,
     sentence_of,
 )
-from kpt_dask.options import DEFAULTS, TransferOptions
+from kpt_dask.options import DEFAULTS
 from kpt_dask.output import contents
 from kpt_dask.runtime import notices, progress
 from kpt_dask.scans import label_header
@@ -102,26 +102,6 @@ def outputs(scans: Iterable[Path], out_dir: Path) -> Mapping[Path, Output]:
         scan: Output(out_dir / f"{name}.zarr", out_dir / f"{name}.nii.gz")
         for name, scan in by_name.items()
     }
-
-
-def check_batch(
-    store: AtlasStore | str | Path,
-    *,
-    mode: str = "local",
-    options: TransferOptions = DEFAULTS,
-    organs: Sequence[str] = (),
-    exclude: Sequence[str] = (),
-    select: int | None = None,
-    index: str = "auto",
-) -> None:
-    """Refuse what `kpt_dask.segment` refuses whatever the scan is, with its errors."""
-    from kpt_dask.matching.selection import check_selection
-    from kpt_dask.segmentation import choose_atlases, choose_organs
-
-    opened = AtlasStore.of(store)
-    options.check(mode, opened.organs, choose_organs(opened, organs))
-    choose_atlases(opened, exclude)
-    check_selection(select, index)
 
 
 @dataclass(frozen=True)
@@ -228,10 +208,12 @@ def _each(
     ended = None
     with progress.stage("Scans", total=len(named)) as advance:
         for scan, output in named.items():
-            if ended is None and not output.complete:
+            complete = output.complete
+            if not complete and ended is None:
                 ended = _ended(ready)
-            if ended is None or output.complete:
-                yield _outcome(scan, output, store, settings)
+            if complete or ended is None:
+                answer = _read if complete else _segment
+                yield _outcome(answer, scan, output, store, settings)
             else:
                 yield Outcome(scan, output, error=ended)
             advance(1)
@@ -247,14 +229,16 @@ def _ended(ready: Callable[[], None]) -> str | None:
 
 
 def _outcome(
-    scan: Path, output: Output, store: AtlasStore | str | Path, settings: Mapping[str, Any]
+    answer: Callable[..., Outcome],
+    scan: Path,
+    output: Output,
+    store: AtlasStore | str | Path,
+    settings: Mapping[str, Any],
 ) -> Outcome:
-    """Segment a scan, or read its answer if that is there already."""
+    """Get the answer of `_segment` or `_read`, or why there is none."""
     start = time.perf_counter()
     try:
-        if output.complete:
-            return _read(scan, output, store, settings)
-        return _segment(scan, output, store, settings)
+        return answer(scan, output, store, settings)
     except Exception as error:
         # As a command does; the log of a job tells more.
         if not isinstance(error, USER_ERRORS):
@@ -272,7 +256,6 @@ def _segment(
     from kpt_dask.volumes.conversion import check_made_from
     from kpt_dask.volumes.volume import open_volume
 
-    start = time.perf_counter()
     log.info("%s: begins", scan)
     # Whoever edited it would lose that.
     if os.path.lexists(output.labels):
@@ -287,7 +270,7 @@ def _segment(
     found = segment(
         scan, store, output.segmentation, labels=output.labels, overwrite=half, **settings
     )
-    return Outcome(scan, output, time.perf_counter() - start, found.organs, found.warnings)
+    return Outcome(scan, output, found.seconds, found.organs, found.warnings)
 
 
 def _read(

@@ -255,10 +255,15 @@ def segment(
     store = Snapshot(AtlasStore.of(store))
     with notices.recorded() as doubts:
         source = open_scan(scan, series=series)
-    table = choose_organs(store, organs)
-    options.check(mode, store.organs, table)
-    used = choose_atlases(store, exclude)
-    check_selection(select, index)
+    table, used = choose(
+        store,
+        mode=mode,
+        options=options,
+        exclude=exclude,
+        select=select,
+        index=index,
+        organs=organs,
+    )
     request = LabelRequest.parse(labels, split, largest=largest)
     request.check(table, source.grid)
     shown = ReportRequest.parse(report, picture)
@@ -478,6 +483,32 @@ def temporary_image(
             group.update_attributes({"ome": image.attrs["ome"]})
         with witness.shared(client, group, store.documents()):
             yield group
+
+
+def choose(
+    store: AtlasStore,
+    *,
+    mode: str = "local",
+    options: TransferOptions = DEFAULTS,
+    exclude: Sequence[str] = (),
+    select: int | None = None,
+    index: str = "auto",
+    organs: Sequence[str] = (),
+) -> tuple[OrganTable, tuple[str, ...]]:
+    """Choose organs and atlases; refuse what `segment` refuses whatever the scan is.
+
+    Returns
+    -------
+    organs : OrganTable
+        From `choose_organs`.
+    atlases : tuple of str
+        From `choose_atlases`.
+    """
+    table = choose_organs(store, organs)
+    options.check(mode, store.organs, table)
+    used = choose_atlases(store, exclude)
+    check_selection(select, index)
+    return table, used
 
 
 def choose_atlases(store: AtlasStore, exclude: Sequence[str]) -> tuple[str, ...]:

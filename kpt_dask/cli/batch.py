@@ -80,13 +80,15 @@ def batch(
       kpt batch scans/*.nii.gz atlases results --fast --csv > organs.csv
       kpt batch patients/*/ct_dicom atlases results
     """
-    from kpt_dask.batches import check_batch, check_outcomes, outputs, segment_batch
+    from atlas_store import AtlasStore
+    from kpt_dask.batches import check_outcomes, outputs, segment_batch
     from kpt_dask.output.places import target_of
+    from kpt_dask.segmentation import choose
 
     if as_csv and as_json:
         raise click.UsageError("--csv and --json exclude each other.")
     options["organs"] = organs or ()
-    check_batch(store, **options)
+    choose(AtlasStore.open(store), **options)
     named = outputs(scans, target_of(out))
     done: list[Outcome] = []
     with working(scheduler) as client:

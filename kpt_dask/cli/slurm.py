@@ -26,7 +26,7 @@ from dask.utils import parse_bytes
 from dask_jobqueue.slurm import SLURMCluster, slurm_format_bytes_ceil
 from distributed import Client
 
-from kpt_dask.batches import check_batch, check_outcomes, outputs, segment_batch
+from kpt_dask.batches import check_outcomes, outputs, segment_batch
 from kpt_dask.cli.common import names
 from kpt_dask.errors import USER_ERRORS, ClusterError, ParameterError, some_of
 from kpt_dask.options import MODES, TransferOptions
@@ -534,8 +534,12 @@ def main(
             with dask.config.set({"kpt.wait": wait}):
                 _work(scans, store, out, resources, series=series, **options)
             return
-        # Here, or a place in the queue is spent on what is known now.
-        check_batch(store, **options)
+        # Imported here: `--help` needs no store.
+        from atlas_store import AtlasStore
+        from kpt_dask.segmentation import choose
+
+        # Now, or a place in the queue is spent on what is known already.
+        choose(AtlasStore.open(store), **options)
         command = [sys.executable, "-P", "-m", "kpt_dask.cli.slurm", "--inside"]
         command += [f"--workers={n_workers}", f"--cores={cores}", f"--memory={memory}"]
         command += [f"--walltime={walltime}", f"--wait={wait}", f"--mode={mode}"]

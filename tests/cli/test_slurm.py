@@ -106,7 +106,7 @@ def segmentation(monkeypatch: pytest.MonkeyPatch) -> list[Path]:
         answers = dict(cluster.run(client, os.getpid, [()] * 8, "Segmenting"))
         out.mkdir(parents=True, exist_ok=True)
         labels.write_text(f"{store} {mode} {len(answers)}")
-        return SimpleNamespace(organs={}, warnings=())
+        return SimpleNamespace(organs={}, warnings=(), seconds=1.0)
 
     module = ModuleType("kpt_dask.segmentation")
     module.segment = segment  # type: ignore[attr-defined]
